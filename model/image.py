@@ -1,0 +1,355 @@
+"""Photo bytes → the network's square pixels, and its probability map → a mask at the photo's size.
+
+Training, evaluation and serving all go through these functions, so a mask does not depend on which
+door its photo came through. Needs numpy and Pillow only.
+
+    photo = read_photo(data)                                  # bytes → uint8 [128, 128, 3]
+    mask = lesion_mask(probability, photo.width, photo.height)  # float32 [128, 128] → packed bits
+    png = encode_png(mask, photo.width, photo.height)
+
+Errors:
+
+    ImageError (ValueError)      the message tells the sender what to do
+    ├── UnsupportedImageError    not one of FORMATS
+    ├── ImageTooLargeError       more pixels than allowed, known from the header
+    └── CorruptImageError        does not decode
+"""
+
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+from io import BytesIO
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+__all__ = [
+    "DEFAULT_MAX_PIXELS",
+    "FORMATS",
+    "MODEL_SIZE",
+    "CorruptImageError",
+    "ImageError",
+    "ImageTooLargeError",
+    "Photo",
+    "UnsupportedImageError",
+    "encode_png",
+    "lesion_mask",
+    "read_photo",
+    "unpack_mask",
+]
+
+MODEL_SIZE = 128
+"""Side of the network's square input, pixels."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
+"""Formats that are read, by Pillow's names. Others that Pillow knows are never tried."""
+
+DEFAULT_MAX_PIXELS = 64_000_000
+"""Room for 61-megapixel sensors (9504×6336). A decoded photo takes up to 4 bytes a pixel, WebP
+five times that (libwebp's two canvases and their copies); a JPEG is decoded at reduced scale, but
+a progressive one holds its coefficients, up to 6 bytes a pixel."""
+
+# A progressive JPEG needs about ten scans. Each costs a pass over the whole picture, however few
+# bytes it holds, so thousands of them in a small file would keep a core busy for minutes.
+_MAX_JPEG_SCANS = 100
+
+# Pixels that are converted to RGB at a time where the mode calls for it.
+_STRIP_PIXELS = 1_000_000
+
+_MAGIC = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"II*\x00", "TIFF"),
+    (b"MM\x00*", "TIFF"),
+    (b"II+\x00", "TIFF"),
+    (b"MM\x00+", "TIFF"),
+    (b"BM", "BMP"),
+)
+
+# EXIF orientation → what turns the stored picture upright (EXIF 2.32, tag 0x0112).
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Pillow warns of damaged metadata and of large pictures. Both are judged here; and a warning whose
+# text holds a number from the file would stay in Python's registry of warnings for ever.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+class ImageError(ValueError):
+    """A photo that cannot be used. The message says why and what its sender can do."""
+
+
+class UnsupportedImageError(ImageError):
+    """The bytes are not of a format in `FORMATS`."""
+
+
+class ImageTooLargeError(ImageError):
+    """The picture has more pixels than allowed, or needs more memory than there is."""
+
+
+class CorruptImageError(ImageError):
+    """The format is known, but the picture does not decode."""
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photo at the network's size, with the size it had."""
+
+    pixels: NDArray[np.uint8]
+    """uint8 [size, size, 3], RGB: the whole frame squashed to a square."""
+    width: int
+    """Pixels, after EXIF orientation."""
+    height: int
+    """Pixels, after EXIF orientation."""
+
+
+def read_photo(
+    data: bytes, *, size: int = MODEL_SIZE, max_pixels: int = DEFAULT_MAX_PIXELS
+) -> Photo:
+    """Decode a photo of any size to `size`×`size` RGB by area average (Pillow's BOX filter).
+
+    The header alone decides on format and pixel count, before anything is decoded. JPEG is decoded
+    at the smallest DCT scale whose sides are both ≥ `size`. EXIF orientation is applied, to the
+    width and height too. Any mode becomes RGB: transparency lies over white, 12- and 16-bit grey is
+    scaled to 8 bits, 32-bit integer and float grey, which has no defined white, is stretched from
+    its minimum to its maximum; embedded colour profiles are not applied. Of several frames or pages
+    the first is taken. Safe to call from several threads.
+
+    Raises:
+        UnsupportedImageError: not one of `FORMATS`.
+        ImageTooLargeError: more than `max_pixels` (or than Pillow's own limit, 178,956,970).
+        CorruptImageError: truncated, damaged, or stored in a way that Pillow does not read.
+    """
+    name = _sniff(data)
+    # What hostile bytes can raise inside an image library is an open list (OSError, SyntaxError,
+    # struct.error, zlib.error, KeyError, RuntimeError, …): all of it means the same to the sender.
+    try:
+        if name == "WEBP":
+            # libwebp allocates its canvases on opening, so this size is checked beforehand.
+            _check_pixels(*_webp_size(data), max_pixels)
+        if name == "JPEG" and data.count(b"\xff\xda") > _MAX_JPEG_SCANS:
+            raise CorruptImageError(
+                f"The JPEG image has more than {_MAX_JPEG_SCANS} scans: save it anew as a baseline"
+                " JPEG."
+            )
+        with Image.open(BytesIO(data), formats=(name,)) as image:
+            width, height = image.size
+            _check_pixels(width, height, max_pixels)
+            image.draft("RGB", (size, size))
+            image.load()
+            # After loading: a PNG may store it behind the pixels, and TIFF is upright by then.
+            orientation = _orientation(image)
+            square = _squash(image, size)
+    except ImageError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageTooLargeError(
+            f"The image has more pixels than can be read: send one of at most {max_pixels} pixels."
+        ) from error
+    except MemoryError as error:
+        raise ImageTooLargeError(
+            f"The {name} image takes more memory to decode than there is: send a smaller one."
+        ) from error
+    except Exception as error:
+        raise CorruptImageError(_why_corrupt(name, error)) from error
+    if orientation in _UPRIGHT:
+        # Squashing the whole frame commutes with turning it, and the square costs next to nothing.
+        square = square.transpose(_UPRIGHT[orientation])
+        if orientation >= 5:
+            width, height = height, width
+    return Photo(np.array(square), width, height)
+
+
+def lesion_mask(
+    probability: NDArray[np.float32], width: int, height: int, threshold: float = 0.5
+) -> NDArray[np.uint8]:
+    """The mask at the photo's size: `probability` up-sampled, then `> threshold`.
+
+    Bilinear, with half-pixel centres and clamped edges. The probabilities at the photo's size are
+    never formed: between two source rows a pixel's value lies between those of the two, so only
+    columns in which the rows fall on different sides of the threshold are interpolated.
+
+    Args:
+        probability: float32 [rows, columns], usually [128, 128].
+        width, height: the photo's, pixels.
+
+    Returns:
+        uint8 [height, ceil(width / 8)]: eight pixels a byte, the leftmost in the highest bit,
+        lesion 1; padding bits are 0. See `unpack_mask`.
+    """
+    stride = -(-width // 8)
+    left, across = _sample_positions(width, probability.shape[1])
+    # The last column repeated up to a whole byte: the padding bits are cleared at the end.
+    pad = (0, stride * 8 - width)
+    left, across = np.pad(left, pad, mode="edge"), np.pad(across, pad, mode="edge")
+    columns = probability.astype(np.float32, copy=False)
+    last = columns.shape[1] - 1
+    rows = columns[:, left]
+    rows += (columns[:, np.minimum(left + 1, last)] - rows) * across  # [rows, stride * 8]
+
+    above = rows > threshold
+    packed = np.packbits(above, axis=1)  # [rows, stride]
+    top, down = _sample_positions(height, probability.shape[0])
+    mask = packed[top]
+    lines = rows.reshape(len(rows), stride, 8)
+    changed = packed[:-1] ^ packed[1:]
+    first_line = np.searchsorted(top, np.arange(len(rows) + 1))
+    for row in np.flatnonzero(changed.any(axis=1)):
+        band = slice(first_line[row], first_line[row + 1])
+        weights = down[band, None, None]
+        bytes_ = np.flatnonzero(changed[row])
+        upper, lower = lines[row, bytes_], lines[row + 1, bytes_]  # [bytes, 8]
+        mask[band, bytes_] = np.packbits(
+            upper + (lower - upper) * weights > threshold, axis=2
+        ).squeeze(2)
+    if width % 8:
+        mask[:, -1] &= 0xFF << (8 - width % 8) & 0xFF
+    return mask
+
+
+def unpack_mask(packed: NDArray[np.uint8], width: int) -> NDArray[np.bool_]:
+    """Packed bits as `lesion_mask` returns them → bool [height, width]."""
+    return np.unpackbits(packed, axis=1, count=width).view(np.bool_)
+
+
+def encode_png(packed: NDArray[np.uint8], width: int, height: int) -> bytes:
+    """Packed bits as `lesion_mask` returns them → a 1-bit greyscale PNG, lesion white.
+
+    Written here (PNG, W3C Recommendation, third edition) as the packed bits are already PNG's
+    own sample layout: each line differs little from the one above, which the "Up" filter turns
+    into runs of zeros that zlib passes over at its fastest setting.
+    """
+    if packed.shape != (height, -(-width // 8)):
+        raise ValueError(
+            f"packed mask has shape {packed.shape}, but {width}×{height} pixels take"
+            f" {(height, -(-width // 8))}"
+        )
+    lines = np.empty((height, packed.shape[1] + 1), np.uint8)
+    lines[:, 0] = 2  # filter type "Up"
+    lines[0, 1:] = packed[0]
+    np.subtract(packed[1:], packed[:-1], out=lines[1:, 1:])
+    compressor = zlib.compressobj(level=1, strategy=zlib.Z_RLE)
+    pixels = compressor.compress(lines.data) + compressor.flush()
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)  # 1 bit, greyscale
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b""))
+    )
+
+
+def _sniff(data: bytes) -> str:
+    """The format by its first bytes, as Pillow names it."""
+    if not data:
+        raise CorruptImageError("The image is empty (0 bytes): send the bytes of a photo.")
+    for magic, name in _MAGIC:
+        if data.startswith(magic):
+            return name
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    raise UnsupportedImageError(
+        f"The bytes are not an image of a known format: send {', '.join(FORMATS[:-1])} or"
+        f" {FORMATS[-1]}."
+    )
+
+
+def _check_pixels(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise ImageTooLargeError(
+            f"The image has {width}×{height} = {width * height} pixels, {max_pixels} are allowed:"
+            " send a smaller version of it."
+        )
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Canvas of a WebP file from its first chunk (RFC 9649), pixels; 0×0 if there is none."""
+    kind, head = data[12:16], data[20:30]
+    if kind == b"VP8X" and len(head) == 10:
+        return 1 + int.from_bytes(head[4:7], "little"), 1 + int.from_bytes(head[7:10], "little")
+    if kind == b"VP8L" and len(head) >= 5:
+        bits = int.from_bytes(head[1:5], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if kind == b"VP8 " and len(head) == 10:
+        width, height = struct.unpack("<HH", head[6:10])
+        return width & 0x3FFF, height & 0x3FFF
+    return 0, 0
+
+
+def _orientation(image: ImageFile.ImageFile) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:
+        # Damaged EXIF beside sound pixels: the picture as it is stored.
+        return 1
+
+
+def _squash(image: Image.Image, size: int) -> Image.Image:
+    """The whole frame at `size`×`size` RGB by area average.
+
+    What is not RGB is converted a strip at a time, so that no second picture of the photo's size
+    is held.
+    """
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image.resize((size, size), Image.Resampling.BOX)
+    if image.mode in ("I", "F"):
+        black, white = cast("tuple[float, float]", image.getextrema())
+    else:
+        black, white = 0, _grey_white(image)
+    square = Image.new("RGB", (size, size))
+    scale = image.height / size
+    step = max(1, min(size, int(_STRIP_PIXELS / (image.width * scale))))
+    for row in range(0, size, step):
+        rows = min(step, size - row)
+        upper, lower = row * scale, min((row + rows) * scale, image.height)
+        first, last = int(upper), min(int(np.ceil(lower)), image.height)
+        strip = _to_rgb(image.crop((0, first, image.width, last)), black, white)
+        box = (0, upper - first, image.width, lower - first)
+        square.paste(strip.resize((size, rows), Image.Resampling.BOX, box), (0, row))
+    return square
+
+
+def _grey_white(image: Image.Image) -> int:
+    """Value of white in an image of 16-bit samples: TIFF also stores 12 bits in them."""
+    bits = getattr(image, "tag_v2", {}).get(258, (16,))  # BitsPerSample
+    return 4095 if tuple(bits) == (12,) else 65535
+
+
+def _to_rgb(image: Image.Image, black: float, white: float) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.float32)
+        scaled = np.nan_to_num((grey - black) * (255 / max(white - black, 1e-12)))
+        return Image.fromarray(np.clip(scaled + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        opaque = image.convert("RGBA")
+        white_paper = Image.new("RGBA", opaque.size, "white")
+        return Image.alpha_composite(white_paper, opaque).convert("RGB")
+    return image.convert("RGB")
+
+
+def _why_corrupt(name: str, error: Exception) -> str:
+    if "truncated" in str(error).lower():
+        return f"The {name} image ends too early (truncated): send the whole file again."
+    if isinstance(error, UnidentifiedImageError):
+        return f"The {name} image has a damaged header: send the original file again."
+    return (
+        f"The {name} image does not decode (damaged, or an unusual variant of the format): send"
+        " the original file again, or save it anew as JPEG or PNG."
+    )
+
+
+def _sample_positions(length: int, source: int) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+    """For each of `length` output pixels: the source pixel before it, and the share of the next."""
+    position = (np.arange(length) + 0.5) * (source / length) - 0.5
+    position = np.clip(position, 0, source - 1)
+    before = position.astype(np.intp)
+    return before, (position - before).astype(np.float32)
