@@ -1,0 +1,1 @@
+"""The HTTP service: decoding, batching, backends, answers, errors."""

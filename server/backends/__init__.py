@@ -1,0 +1,85 @@
+"""What runs the network: one small interface, and the choice of who implements it.
+
+A backend is loaded by its constructor. All its methods block, so the server calls them in threads,
+`infer` from at most `BackendInfo.slots` threads at a time.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Backend", "BackendError", "BackendInfo", "open_backend"]
+
+
+class BackendError(RuntimeError):
+    """A backend that cannot be loaded, or an inference that failed."""
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """What a backend says of itself; `GET /model` shows all of it."""
+
+    name: str
+    """As the setting `backend` has it, such as `onnxruntime`."""
+    version: str
+    """The runtime's."""
+    device: str
+    """Such as `cpu`, or the GPU's name."""
+    precision: str
+    """Of the network's weights and most of its arithmetic: `fp32`, `fp16`, …"""
+    max_batch: int
+    """Largest batch worth forming here."""
+    slots: int = 1
+    """How many `infer` calls may run at the same time."""
+    buckets: tuple[int, ...] = ()
+    """Batch sizes that the backend is built for, ascending: a batch is padded to the next one.
+    Empty where any size runs as well as another, so that padding would be wasted work."""
+    model: Mapping[str, str] = field(default_factory=dict)
+    """The ONNX file's metadata: `name`, `version`, `weights_sha256`, `training_data`, …"""
+
+
+class Backend(Protocol):
+    """Runs the exported graph: uint8 pixels in, lesion probability out."""
+
+    def describe(self) -> BackendInfo:
+        """What runs, and how it wants to be fed."""
+
+    def warm_up(self) -> None:
+        """Make the first request as fast as any: run every bucket once.
+
+        Raises:
+            BackendError: the network does not run.
+        """
+
+    def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """uint8 `[n, 128, 128, 3]` RGB → lesion probability, float32 `[n, 128, 128]`.
+
+        Raises:
+            BackendError: the inference failed; the backend may be asked again.
+        """
+
+    def close(self) -> None:
+        """Give back what the backend holds; nothing is asked of it afterwards."""
+
+
+def open_backend(name: str, model: Path, *, threads: int) -> Backend:
+    """Load `model` (an ONNX file) into the backend called `name`.
+
+    Args:
+        name: `onnxruntime`, or `auto` for the best one that works here.
+        model: the ONNX file.
+        threads: CPU threads for one inference; 0 is one for each core.
+
+    Raises:
+        BackendError: the backend is unknown or cannot be loaded.
+    """
+    # Imported here, so that only the runtime that is used is loaded.
+    if name in ("auto", "onnxruntime"):
+        from server.backends.onnxruntime import OnnxRuntimeBackend
+
+        return OnnxRuntimeBackend(model, threads=threads)
+    raise BackendError(f"There is no backend called {name!r}.")
