@@ -1,4 +1,5 @@
-"""What runs the network: one small interface, and the choice of who implements it.
+"""
+What runs the network: one small interface, and the choice of who implements it.
 
 A backend is loaded by its constructor. All its methods block, so the server calls them in threads,
 `infer` from at most `BackendInfo.slots` threads at a time.
@@ -49,14 +50,16 @@ class Backend(Protocol):
         """What runs, and how it wants to be fed."""
 
     def warm_up(self) -> None:
-        """Make the first request as fast as any: run every bucket once.
+        """
+        Make the first request as fast as any: run every bucket once.
 
         Raises:
             BackendError: the network does not run.
         """
 
     def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """uint8 `[n, 128, 128, 3]` RGB → lesion probability, float32 `[n, 128, 128]`.
+        """
+        uint8 `[n, 128, 128, 3]` RGB → lesion probability, float32 `[n, 128, 128]`.
 
         Raises:
             BackendError: the inference failed; the backend may be asked again.
@@ -67,7 +70,8 @@ class Backend(Protocol):
 
 
 def open_backend(name: str, model: Path, *, threads: int) -> Backend:
-    """Load `model` (an ONNX file) into the backend called `name`.
+    """
+    Load `model` (an ONNX file) into the backend called `name`.
 
     Args:
         name: `onnxruntime`, or `auto` for the best one that works here.

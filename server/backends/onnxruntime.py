@@ -50,11 +50,13 @@ class OnnxRuntimeBackend:
 
     def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
         try:
-            probability: NDArray[np.float32] = self._session.run(
-                ["probability"], {"image": batch}
-            )[0]
+            probability: NDArray[np.float32] = self._session.run(["probability"], {"image": batch})[
+                0
+            ]
         except Exception as error:
-            raise BackendError(f"ONNX Runtime failed on a batch of {len(batch)}: {error}") from error
+            raise BackendError(
+                f"ONNX Runtime failed on a batch of {len(batch)}: {error}"
+            ) from error
         return probability
 
     def close(self) -> None:

@@ -1,0 +1,244 @@
+"""The bodies of answers: their schema for `GET /docs`, and how a segmentation becomes one."""
+
+import base64
+from enum import StrEnum
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from model.image import encode_png, lesion_mask
+from server.backends import BackendInfo
+from server.masks import coco_rle, measure, polygons
+from server.service import Segmentation
+
+__all__ = [
+    "BackendAnswer",
+    "MaskFormat",
+    "ModelAnswer",
+    "ProblemAnswer",
+    "SegmentationAnswer",
+    "StatusAnswer",
+    "json_answer",
+    "model_answer",
+    "model_id",
+    "png_answer",
+]
+
+
+class MaskFormat(StrEnum):
+    """How a JSON answer holds the mask."""
+
+    PNG = "png"
+    RLE = "rle"
+    POLYGONS = "polygons"
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ImageSize(_Answer):
+    """The photo as it is looked at, its EXIF orientation applied."""
+
+    width: int = Field(description="pixels", examples=[1024])
+    height: int = Field(description="pixels", examples=[768])
+
+
+class CocoRle(_Answer):
+    """COCO's compressed run-length encoding; `pycocotools.mask.decode` reads it."""
+
+    size: tuple[int, int] = Field(description="height, width", examples=[[768, 1024]])
+    counts: str = Field(examples=["Ygf21fg0O1O1N2N2N2N1O1O1O"])
+
+
+class Mask(_Answer):
+    """The mask, in the one form that was asked for."""
+
+    format: MaskFormat
+    width: int = Field(description="pixels", examples=[1024])
+    height: int = Field(description="pixels", examples=[768])
+    png: str | None = Field(
+        None, description="a 1-bit PNG, lesion white, in base64", examples=["iVBORw0KGgoAAAANSUhEU"]
+    )
+    rle: CocoRle | None = None
+    polygons: list[list[list[tuple[float, float]]]] | None = Field(
+        None,
+        description="for each separate part its rings of [x, y], the outer one first, holes after"
+        " it; in pixels of the mask, from its upper left corner",
+        examples=[[[[412.5, 300.25], [530.75, 310.5], [470.0, 402.25]]]],
+    )
+
+
+class LesionAnswer(_Answer):
+    """What was found, in pixels of the mask."""
+
+    found: bool = Field(description="whether any pixel is above the threshold")
+    area: int = Field(description="pixels", examples=[157286])
+    area_fraction: float = Field(description="of the frame, 0 to 1", examples=[0.2])
+    bounding_box: tuple[int, int, int, int] | None = Field(
+        description="x, y, width, height; null if nothing was found",
+        examples=[[310, 205, 402, 391]],
+    )
+    centroid: tuple[float, float] | None = Field(
+        description="x, y; null if nothing was found", examples=[[511.2, 399.8]]
+    )
+
+
+class ModelId(_Answer):
+    """Which network answered."""
+
+    name: str = Field(examples=["slsnet"])
+    version: str = Field(examples=["1.0.0"])
+    weights_sha256: str = Field(
+        examples=["5f2c3d0e5f0f4e6bb4a7c9e1f7f0f1f4d1c5a3b2e8d7c6b5a4f3e2d1c0b9a8f7"]
+    )
+
+
+class SegmentationAnswer(_Answer):
+    """A segmentation as JSON."""
+
+    request_id: str = Field(examples=["6f1d4cb1f0a84a0f9f0e6a9fbb7c3d1e"])
+    model: ModelId
+    image: ImageSize
+    threshold: float = Field(description="lesion is where the probability is above it")
+    mask: Mask
+    lesion: LesionAnswer
+    timings_ms: dict[str, float] = Field(
+        description="milliseconds by stage; Server-Timing has the last stage too",
+        examples=[{"read": 0.4, "decode": 2.9, "queue": 0.1, "infer": 50.2}],
+    )
+
+
+class ModelAnswer(_Answer):
+    """The model card."""
+
+    name: str = Field(examples=["slsnet"])
+    version: str = Field(examples=["1.0.0"])
+    weights_sha256: str
+    parameters: int = Field(examples=[2347900])
+    training_data: str
+    validation_jaccard: float = Field(
+        description="mean over the official ISIC 2017 validation set", examples=[0.77]
+    )
+    threshold: float = Field(description="that the figures were measured at", examples=[0.5])
+    licence: str = Field(examples=["Apache-2.0"])
+    input: str = Field(examples=["image: uint8 [n, 128, 128, 3] RGB"])
+    output: str = Field(examples=["probability: float32 [n, 128, 128]"])
+    backend: "BackendAnswer"
+
+
+class BackendAnswer(_Answer):
+    """What runs the network."""
+
+    name: str = Field(examples=["onnxruntime"])
+    version: str = Field(examples=["1.32.0"])
+    device: str = Field(examples=["cpu"])
+    precision: str = Field(examples=["fp32"])
+    max_batch: int = Field(examples=[8])
+    slots: int = Field(description="inferences that run at the same time", examples=[1])
+    buckets: list[int] = Field(description="batch sizes it is built for; empty for any")
+
+
+class StatusAnswer(_Answer):
+    """The server's health."""
+
+    status: Literal["live", "ready"]
+    backend: str | None = Field(None, description="what runs the network", examples=["onnxruntime"])
+
+
+class ProblemAnswer(_Answer):
+    """RFC 9457 problem details."""
+
+    type: str = Field(examples=["about:blank"])
+    title: str = Field(description="the status in words")
+    status: int
+    detail: str = Field(description="what is wrong, and what to do")
+    instance: str = Field(description="path of the request", examples=["/segment"])
+    request_id: str | None = Field(None, description="also in X-Request-ID; quote it in a report")
+
+
+def png_answer(segmentation: Segmentation, threshold: float, original: bool) -> bytes:
+    """The mask as PNG, at the photo's size if `original`, else at the network's."""
+    width, height = _mask_size(segmentation, original)
+    return encode_png(
+        lesion_mask(segmentation.probability, width, height, threshold), width, height
+    )
+
+
+def json_answer(
+    segmentation: Segmentation,
+    threshold: float,
+    original: bool,
+    mask_format: MaskFormat,
+    *,
+    model: ModelId,
+    request_id: str,
+    timings_ms: dict[str, float],
+) -> bytes:
+    """The mask with its measures as JSON, in UTF-8."""
+    width, height = _mask_size(segmentation, original)
+    packed = lesion_mask(segmentation.probability, width, height, threshold)
+    mask = Mask(format=mask_format, width=width, height=height)
+    if mask_format is MaskFormat.PNG:
+        mask.png = base64.b64encode(encode_png(packed, width, height)).decode("ascii")
+    elif mask_format is MaskFormat.RLE:
+        mask.rle = CocoRle.model_validate(coco_rle(packed, width))
+    else:
+        mask.polygons = polygons(segmentation.probability, width, height, threshold)
+    lesion = measure(packed, width)
+    answer = SegmentationAnswer(
+        request_id=request_id,
+        model=model,
+        image=ImageSize(width=segmentation.width, height=segmentation.height),
+        threshold=threshold,
+        mask=mask,
+        lesion=LesionAnswer(
+            found=lesion.area > 0,
+            area=lesion.area,
+            area_fraction=lesion.area / (width * height),
+            bounding_box=lesion.bounding_box,
+            centroid=lesion.centroid,
+        ),
+        timings_ms=timings_ms,
+    )
+    # A mask has one form: the others are left out rather than null.
+    absent = {"mask": {"png", "rle", "polygons"} - {mask_format.value}}
+    return answer.model_dump_json(exclude=absent).encode()
+
+
+def model_id(backend: BackendInfo) -> ModelId:
+    """Which network `backend` runs."""
+    return ModelId(**{key: backend.model.get(key, "unknown") for key in ModelId.model_fields})
+
+
+def model_answer(backend: BackendInfo) -> ModelAnswer:
+    """The model card of what `backend` runs."""
+    card = backend.model
+    return ModelAnswer(
+        name=card.get("name", "unknown"),
+        version=card.get("version", "unknown"),
+        weights_sha256=card.get("weights_sha256", "unknown"),
+        parameters=int(card.get("parameters", 0)),
+        training_data=card.get("training_data", "unknown"),
+        validation_jaccard=float(card.get("validation_jaccard", 0)),
+        threshold=float(card.get("threshold", 0.5)),
+        licence=card.get("licence", "unknown"),
+        input="image: uint8 [n, 128, 128, 3] RGB",
+        output="probability: float32 [n, 128, 128]",
+        backend=BackendAnswer(
+            name=backend.name,
+            version=backend.version,
+            device=backend.device,
+            precision=backend.precision,
+            max_batch=backend.max_batch,
+            slots=backend.slots,
+            buckets=list(backend.buckets),
+        ),
+    )
+
+
+def _mask_size(segmentation: Segmentation, original: bool) -> tuple[int, int]:
+    if original:
+        return segmentation.width, segmentation.height
+    rows, columns = segmentation.probability.shape
+    return columns, rows

@@ -1,0 +1,255 @@
+"""The application: routes, and how an HTTP request becomes a call of the service."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Annotated, Literal
+
+from fastapi import FastAPI, Header, Query, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from server.answers import (
+    MaskFormat,
+    ModelAnswer,
+    StatusAnswer,
+    json_answer,
+    model_answer,
+    model_id,
+    png_answer,
+)
+from server.backends import BackendError, open_backend
+from server.context import RequestContext
+from server.metrics import Metrics
+from server.problems import DeadlineExceeded, Unavailable, install
+from server.reference import (
+    DESCRIPTION,
+    SEGMENT_BODY,
+    SEGMENT_RESPONSES,
+    problem_responses,
+    router,
+)
+from server.service import Service
+from server.settings import Settings, available_cores
+from server.stages import Stages
+from server.uploads import check_content_type, read_body
+
+__all__ = ["create_app"]
+
+log = logging.getLogger("slsnet.server")
+
+VERSION = "0.1.0"
+
+_PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def create_app(
+    settings: Settings, on_failure: Callable[[], None] = lambda: None
+) -> tuple[ASGIApp, Service]:
+    """
+    The ASGI application, and the service behind it.
+
+    The network is loaded in the background from the application's start on; until then liveness
+    answers 200 and readiness 503.
+
+    Args:
+        settings: all there is to set.
+        on_failure: called if the network cannot be loaded.
+    """
+    metrics = Metrics()
+    service = Service(settings, metrics)
+
+    async def load() -> None:
+        threads = settings.threads or available_cores()
+        try:
+            backend = await service.in_thread(
+                lambda: open_backend(settings.backend, settings.model, threads=threads)
+            )
+            await service.use(backend)
+        except BackendError as error:
+            log.error("%s", error)
+            on_failure()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        loading = asyncio.create_task(load())
+        yield
+        await loading
+        await service.close()
+
+    app = FastAPI(
+        title="SLSNet Server",
+        version=VERSION,
+        summary="Skin lesion segmentation",
+        description=DESCRIPTION,
+        license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+    install(app)
+    app.include_router(router)
+    _add_routes(app, service, metrics)
+    return RequestContext(app, metrics, lambda: service.draining), service
+
+
+def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
+    settings = service.settings
+
+    @app.post(
+        "/segment",
+        tags=["segmentation"],
+        summary="Segment the lesion in a photo",
+        response_class=Response,
+        responses=SEGMENT_RESPONSES,
+        openapi_extra=SEGMENT_BODY,
+    )
+    async def segment(
+        request: Request,
+        threshold: Annotated[
+            float,
+            Query(
+                ge=0,
+                le=1,
+                allow_inf_nan=False,
+                description="lesion is where the probability is above it",
+            ),
+        ] = 0.5,
+        size: Annotated[
+            Literal["original", "model"],
+            Query(description="of the mask: the photo's, or the network's 128×128"),
+        ] = "original",
+        answer_format: Annotated[
+            Literal["png", "json"] | None,
+            Query(alias="format", description="of the answer; default: what `Accept` prefers"),
+        ] = None,
+        mask: Annotated[
+            MaskFormat, Query(description="how a JSON answer holds the mask")
+        ] = MaskFormat.PNG,
+        x_request_timeout_ms: Annotated[
+            float | None,
+            Header(
+                gt=0,
+                allow_inf_nan=False,
+                description="milliseconds within which the answer is of use; at most the server's"
+                f" own {settings.request_timeout_ms:g}",
+            ),
+        ] = None,
+    ) -> Response:
+        stages: Stages = request.state.stages
+        timeout_s = (
+            min(x_request_timeout_ms or settings.request_timeout_ms, settings.request_timeout_ms)
+            / 1000
+        )
+        content_type = request.headers.get("content-type", "")
+        check_content_type(content_type)
+        try:
+            async with asyncio.timeout(timeout_s):
+                with service.admission() as take:
+                    body = await read_body(
+                        request.receive,
+                        request.headers,
+                        max_bytes=settings.max_body_bytes,
+                        take=take,
+                    )
+                    stages.end("read")
+                    hang_up = asyncio.ensure_future(request.receive())
+                    try:
+                        segmentation = await service.segment(
+                            body,
+                            content_type,
+                            stages=stages,
+                            deadline=stages.started + timeout_s,
+                            is_gone=hang_up.done,
+                        )
+                    finally:
+                        hang_up.cancel()
+                    stages.notes["batch"] = str(segmentation.batch_size)
+                    original = size == "original"
+                    if (answer_format or _preferred(request.headers.get("accept", ""))) == "json":
+                        content = await service.in_thread(
+                            lambda: json_answer(
+                                segmentation,
+                                threshold,
+                                original,
+                                mask,
+                                model=model_id(service.backend),
+                                request_id=request.state.request_id,
+                                timings_ms=stages.milliseconds(),
+                            )
+                        )
+                        media_type = "application/json"
+                    else:
+                        content = await service.in_thread(
+                            png_answer, segmentation, threshold, original
+                        )
+                        media_type = "image/png"
+                    stages.end("encode")
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"The deadline of {timeout_s * 1000:g} ms passed before the mask was ready. Send it"
+                " again when the server is less busy, or allow more time with"
+                " X-Request-Timeout-Ms."
+            ) from None
+        return Response(content, media_type=media_type, headers={"Vary": "Accept"})
+
+    @app.get("/health/live", tags=["health"], summary="Whether the process works")
+    async def live() -> StatusAnswer:
+        return StatusAnswer(status="live")
+
+    @app.get(
+        "/health/ready",
+        tags=["health"],
+        summary="Whether to send requests here",
+        responses=problem_responses(503),
+    )
+    async def ready() -> StatusAnswer:
+        if service.draining:
+            raise Unavailable("The server is going down: send requests to another one.")
+        return StatusAnswer(status="ready", backend=service.backend.name)
+
+    @app.get(
+        "/model",
+        tags=["model"],
+        summary="The model card",
+        responses=problem_responses(503),
+    )
+    async def model() -> ModelAnswer:
+        return model_answer(service.backend)
+
+    @app.get(
+        "/metrics",
+        tags=["health"],
+        summary="Figures for Prometheus",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
+    async def prometheus() -> Response:
+        return Response(metrics.render(), headers={"Content-Type": _PROMETHEUS_TEXT})
+
+
+def _preferred(accept: str) -> Literal["png", "json"]:
+    """What an `Accept` header prefers (RFC 9110, 12.5.1); PNG where it does not care."""
+    qualities: dict[str, float] = {}
+    for entry in accept.lower().split(","):
+        media_type, *parameters = (part.strip() for part in entry.split(";"))
+        quality = next((part[2:] for part in parameters if part.startswith("q=")), "1")
+        try:
+            qualities[media_type] = float(quality)
+        except ValueError:
+            qualities[media_type] = 0
+
+    def quality_of(kind: str, group: str) -> float:
+        return next(
+            (
+                qualities[key]
+                for key in (f"{group}/{kind}", f"{group}/*", "*/*")
+                if key in qualities
+            ),
+            0,
+        )
+
+    if quality_of("json", "application") > quality_of("png", "image"):
+        return "json"
+    return "png"

@@ -1,0 +1,225 @@
+"""
+Idle-aware batching: start at once while the network is idle, gather while it is busy.
+
+A request that finds a free slot of the backend runs immediately, alone. Those that come while all
+slots are busy wait together, and the slot that comes free next takes up to `max_batch` of them. So
+a lone request pays nothing for batching, and load fills the batches by itself. Nothing is polled:
+work is handed out when a request arrives and when a slot comes free.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from server.backends import Backend, BackendError
+from server.metrics import Metrics
+from server.problems import ClientGone, DeadlineExceeded, InferenceFailed
+
+__all__ = ["Batcher", "Inference"]
+
+log = logging.getLogger("slsnet.batching")
+
+
+@dataclass(frozen=True)
+class Inference:
+    """What the network said of one image, and when (seconds of `time.perf_counter`)."""
+
+    probability: NDArray[np.float32]
+    """float32 [128, 128]"""
+    started: float
+    ended: float
+    batch_size: int
+
+
+@dataclass(eq=False)
+class _Item:
+    pixels: NDArray[np.uint8]
+    deadline: float
+    is_gone: Callable[[], bool]
+    result: asyncio.Future[Inference]
+    arrived: float = field(default_factory=time.perf_counter)
+
+
+class Batcher:
+    """Feeds one backend from one event loop; `infer` is called on that loop."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        metrics: Metrics,
+        *,
+        max_batch: int = 0,
+        max_wait_ms: float = 0,
+    ) -> None:
+        """
+        Args:
+            backend: loaded and warmed up.
+            metrics: told of batch sizes, drops and failures.
+            max_batch: 0 for the backend's own.
+            max_wait_ms: how long an idle backend waits for a batch to fill.
+        """
+        info = backend.describe()
+        self._backend = backend
+        self._metrics = metrics
+        self._max_batch = max_batch or info.max_batch
+        if info.buckets:
+            self._max_batch = min(self._max_batch, info.buckets[-1])
+        self._buckets = info.buckets
+        self._slots = info.slots
+        self._max_wait_s = max_wait_ms / 1000
+        self._queue: deque[_Item] = deque()
+        self._running: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._threads = ThreadPoolExecutor(info.slots, thread_name_prefix="infer")
+        self.seconds_per_image = 0.0
+        """Moving average of the backend's time an image."""
+
+    async def infer(
+        self,
+        pixels: NDArray[np.uint8],
+        *,
+        deadline: float,
+        is_gone: Callable[[], bool] = lambda: False,
+    ) -> Inference:
+        """
+        Run one image, with others if the backend is busy.
+
+        Args:
+            pixels: uint8 [128, 128, 3].
+            deadline: second of `time.perf_counter` after which the image is not run.
+            is_gone: whether nobody waits for the answer any more; asked when a batch is formed.
+
+        Raises:
+            DeadlineExceeded: the deadline passed while the image waited.
+            ClientGone: `is_gone` said so.
+            InferenceFailed: the backend failed on this image in its batch and again alone.
+        """
+        result: asyncio.Future[Inference] = asyncio.get_running_loop().create_future()
+        self._queue.append(_Item(pixels, deadline, is_gone, result))
+        self._dispatch()
+        return await result
+
+    async def close(self) -> None:
+        """Finish what is queued and running, then close the backend."""
+        while self._running:
+            await asyncio.wait(self._running)
+        self._threads.shutdown()
+        self._backend.close()
+
+    def seconds_until_idle(self, images: int) -> float:
+        """How long `images` take from now, by what was measured so far."""
+        return images * self.seconds_per_image / self._slots
+
+    def _dispatch(self) -> None:
+        while len(self._running) < self._slots and self._queue:
+            if self._should_wait():
+                return
+            batch = self._next_batch()
+            if batch:
+                task = asyncio.get_running_loop().create_task(self._run(batch))
+                self._running.add(task)
+                task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        self._dispatch()
+
+    def _should_wait(self) -> bool:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if len(self._queue) >= self._max_batch:
+            return False
+        remaining = self._queue[0].arrived + self._max_wait_s - time.perf_counter()
+        if remaining <= 0:
+            return False
+        self._timer = asyncio.get_running_loop().call_later(remaining, self._dispatch)
+        return True
+
+    def _next_batch(self) -> list[_Item]:
+        batch: list[_Item] = []
+        while self._queue and len(batch) < self._max_batch:
+            item = self._queue.popleft()
+            if self._is_wanted(item):
+                batch.append(item)
+        return batch
+
+    def _is_wanted(self, item: _Item) -> bool:
+        """Whether someone still waits for this image; who waits in vain is told so."""
+        if item.result.done():
+            # Cancelled by the deadline's own timer.
+            self._metrics.dropped.labels("deadline").inc()
+            return False
+        if item.is_gone():
+            self._metrics.dropped.labels("client_gone").inc()
+            item.result.set_exception(ClientGone())
+            return False
+        if time.perf_counter() >= item.deadline:
+            self._metrics.dropped.labels("deadline").inc()
+            item.result.set_exception(DeadlineExceeded(_TOO_LATE))
+            return False
+        return True
+
+    async def _run(self, batch: list[_Item]) -> None:
+        try:
+            await self._infer(batch)
+        except Exception:
+            # One image may be the cause: each gets a second chance, on its own.
+            log.exception("inference failed on a batch of %d, retrying one by one", len(batch))
+            self._metrics.batch_failures.inc()
+            for item in batch:
+                if self._is_wanted(item):
+                    await self._retry(item)
+
+    async def _retry(self, item: _Item) -> None:
+        try:
+            await self._infer([item])
+        except Exception as error:
+            log.exception("inference failed on a single image")
+            if not item.result.done():
+                failure = InferenceFailed(
+                    "The network failed on this photo twice. Trying again later may work; if it"
+                    " does not, report the request_id."
+                )
+                failure.__cause__ = error
+                item.result.set_exception(failure)
+
+    async def _infer(self, batch: list[_Item]) -> None:
+        started, ended, probabilities = await asyncio.get_running_loop().run_in_executor(
+            self._threads, self._call_backend, [item.pixels for item in batch]
+        )
+        self._metrics.batch_size.observe(len(batch))
+        per_image = (ended - started) / len(batch)
+        self.seconds_per_image += (per_image - self.seconds_per_image) * (
+            0.1 if self.seconds_per_image else 1
+        )
+        for item, probability in zip(batch, probabilities, strict=True):
+            if not item.result.done():
+                item.result.set_result(Inference(probability, started, ended, len(batch)))
+
+    def _call_backend(
+        self, images: Sequence[NDArray[np.uint8]]
+    ) -> tuple[float, float, NDArray[np.float32]]:
+        """In a thread: images → start, end (s), probabilities float32 [n, 128, 128]."""
+        started = time.perf_counter()
+        batch = np.stack(images)
+        bucket = next((size for size in self._buckets if size >= len(images)), len(images))
+        if bucket > len(images):
+            batch = np.pad(batch, [(0, bucket - len(images)), (0, 0), (0, 0), (0, 0)])
+        probabilities = self._backend.infer(batch)[: len(images)]
+        if len(probabilities) != len(images) or not np.isfinite(probabilities).all():
+            raise BackendError("The backend's answer is not one finite map for each image.")
+        return started, time.perf_counter(), probabilities
+
+
+_TOO_LATE = (
+    "The deadline passed before the photo reached the network. Send it again when the server is"
+    " less busy, or allow more time with X-Request-Timeout-Ms."
+)

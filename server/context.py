@@ -1,0 +1,71 @@
+"""What surrounds every request: its id, its stopwatch, and the headers and log line they end in."""
+
+import logging
+import re
+import uuid
+from collections.abc import Callable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.metrics import Metrics
+from server.stages import Stages
+
+__all__ = ["RequestContext"]
+
+log = logging.getLogger("slsnet.access")
+
+# What a client may choose as its own request id: it is echoed, and written to the log.
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+class RequestContext:
+    """
+    ASGI layer around the whole application, errors included.
+
+    Puts `request_id` and `stages` into the request's state. Every answer carries `X-Request-ID` and
+    `Server-Timing`, and while the server drains `Connection: close`, so that clients come back
+    somewhere else.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, is_draining: Callable[[], bool]) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._is_draining = is_draining
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        stages = Stages()
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        state["stages"] = stages
+        status = 0
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-ID"] = request_id
+                headers["Server-Timing"] = stages.header()
+                headers["X-Content-Type-Options"] = "nosniff"
+                headers.setdefault("Cache-Control", "no-store")
+                if self._is_draining():
+                    headers["Connection"] = "close"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_headers)
+        except Exception:
+            # It has been answered with 500 already; the framework passes it on to be logged.
+            log.exception("request %s failed", request_id)
+        # Only paths that exist become label values: a scanner must not grow the metrics.
+        path = scope["path"] if scope.get("route") is not None else "other"
+        self._metrics.requests.labels(path, str(status)).inc()
+        for stage, seconds in stages.seconds.items():
+            self._metrics.stage_seconds.labels(stage).observe(seconds)
+        log.info("%s %s %s %d %s", request_id, scope["method"], path, status, stages.header())

@@ -1,0 +1,60 @@
+"""What Prometheus scrapes at `GET /metrics`."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+__all__ = ["Metrics"]
+
+_STAGE_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+
+
+class Metrics:
+    """The server's counters, in a registry of their own so that several servers fit a process."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "slsnet_requests",
+            "Answers by path and status",
+            ["path", "status"],
+            registry=self.registry,
+        )
+        self.stage_seconds = Histogram(
+            "slsnet_stage_seconds",
+            "Time of a segmentation request by stage",
+            ["stage"],
+            buckets=_STAGE_SECONDS,
+            registry=self.registry,
+        )
+        self.batch_size = Histogram(
+            "slsnet_batch_size",
+            "Images that ran through the network together",
+            buckets=_BATCH_SIZES,
+            registry=self.registry,
+        )
+        self.dropped = Counter(
+            "slsnet_dropped",
+            "Requests dropped before inference, by reason",
+            ["reason"],
+            registry=self.registry,
+        )
+        self.batch_failures = Counter(
+            "slsnet_batch_failures",
+            "Batches that the backend failed on",
+            registry=self.registry,
+        )
+        self.admitted = Gauge(
+            "slsnet_requests_in_flight",
+            "Segmentation requests being worked on or waiting",
+            registry=self.registry,
+        )
+        self.bytes_in_flight = Gauge(
+            "slsnet_bytes_in_flight", "Bytes of request bodies held", registry=self.registry
+        )
+        self.ready = Gauge(
+            "slsnet_ready", "1 while requests are served and wanted", registry=self.registry
+        )
+
+    def render(self) -> bytes:
+        """The exposition in Prometheus' text format."""
+        return generate_latest(self.registry)

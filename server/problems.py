@@ -1,0 +1,197 @@
+"""
+What can go wrong with a request, and how it is told: RFC 9457 problem details.
+
+    Problem
+    ├── BadRequest 400            malformed multipart, no image in the request
+    ├── TooLarge 413              more bytes or more pixels than allowed
+    ├── UnsupportedType 415       not a type that is served
+    ├── Unprocessable 422         an image that does not decode, a parameter out of range
+    ├── Overloaded 429            queue full; carries Retry-After
+    ├── InferenceFailed 500       the network failed on this image, twice
+    ├── Unavailable 503           not ready, or draining
+    └── DeadlineExceeded 504      the request's deadline passed
+    ClientGone                    nobody is there to be told
+
+They are raised where the cause is known; `install` turns them, and everything that the framework
+itself refuses, into answers in one place.
+"""
+
+import logging
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from model.image import ImageError as PhotoError
+from model.image import ImageTooLargeError, UnsupportedImageError
+
+__all__ = [
+    "PROBLEM_JSON",
+    "BadRequest",
+    "ClientGone",
+    "DeadlineExceeded",
+    "InferenceFailed",
+    "Overloaded",
+    "Problem",
+    "TooLarge",
+    "Unavailable",
+    "Unprocessable",
+    "UnsupportedType",
+    "install",
+    "of_photo_error",
+]
+
+PROBLEM_JSON = "application/problem+json"
+
+log = logging.getLogger("slsnet.server")
+
+
+class Problem(Exception):
+    """A request that gets an error for an answer; `detail` says what its sender can do."""
+
+    status = HTTPStatus.INTERNAL_SERVER_ERROR
+
+    def __init__(self, detail: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.headers = dict(headers or {})
+
+
+class BadRequest(Problem):
+    """The request holds no image, or its form is malformed."""
+
+    status = HTTPStatus.BAD_REQUEST
+
+
+class TooLarge(Problem):
+    """More bytes or pixels than are allowed."""
+
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+
+
+class UnsupportedType(Problem):
+    """Not a type of image, or of body, that is served."""
+
+    status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
+
+
+class Unprocessable(Problem):
+    """An image that does not decode, or a parameter out of range."""
+
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+
+
+class Overloaded(Problem):
+    """The queue is full."""
+
+    status = HTTPStatus.TOO_MANY_REQUESTS
+
+    def __init__(self, detail: str, retry_after_s: int) -> None:
+        super().__init__(detail, {"Retry-After": str(retry_after_s)})
+
+
+class InferenceFailed(Problem):
+    """The backend failed on this image, in its batch and alone."""
+
+    status = HTTPStatus.INTERNAL_SERVER_ERROR
+
+
+class Unavailable(Problem):
+    """Not ready to serve."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail, {"Retry-After": "1"})
+
+
+class DeadlineExceeded(Problem):
+    """The request's deadline passed before its mask was ready."""
+
+    status = HTTPStatus.GATEWAY_TIMEOUT
+
+
+class ClientGone(Exception):
+    """The client hung up: its work is dropped, and there is nobody to answer."""
+
+
+def of_photo_error(error: PhotoError) -> Problem:
+    """The problem that a photo's error is to its sender."""
+    if isinstance(error, UnsupportedImageError):
+        return UnsupportedType(str(error))
+    if isinstance(error, ImageTooLargeError):
+        return TooLarge(str(error))
+    return Unprocessable(str(error))
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error with a problem document."""
+
+    async def problem(request: Request, error: Exception) -> Response:
+        assert isinstance(error, Problem)
+        return _answer(request, error.status, error.detail, error.headers)
+
+    async def refused(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        detail = str(error.detail)
+        if error.status_code == HTTPStatus.NOT_FOUND:
+            detail = (
+                f"There is nothing at {request.url.path}. Photos go to POST /segment; GET /docs"
+                " lists everything else."
+            )
+        elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            allowed = (error.headers or {}).get("Allow", "another method")
+            detail = f"{request.url.path} does not take {request.method}: use {allowed}."
+        return _answer(request, HTTPStatus(error.status_code), detail, error.headers)
+
+    async def invalid(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        details = [
+            f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']},"
+            f" got {str(item['input'])[:80]!r}"
+            for item in error.errors()
+        ]
+        return _answer(request, Unprocessable.status, "; ".join(details) + ".", None)
+
+    async def gone(_request: Request, _error: Exception) -> Response:
+        # Never sent: the connection is closed. The status is what proxies log for this.
+        return Response(status_code=499)
+
+    async def failed(request: Request, error: Exception) -> Response:
+        log.error("request %s failed", _request_id(request), exc_info=error)
+        return _answer(
+            request,
+            HTTPStatus.INTERNAL_SERVER_ERROR,
+            "The server failed on this request. Trying again may work; if it does not, report the"
+            " request_id.",
+            None,
+        )
+
+    app.add_exception_handler(Problem, problem)
+    app.add_exception_handler(HTTPException, refused)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(ClientGone, gone)
+    app.add_exception_handler(Exception, failed)
+
+
+def _request_id(request: Request) -> str | None:
+    return getattr(request.state, "request_id", None)
+
+
+def _answer(
+    request: Request, status: HTTPStatus, detail: str, headers: Mapping[str, str] | None
+) -> Response:
+    body: dict[str, Any] = {
+        "type": "about:blank",
+        "title": status.phrase,
+        "status": status.value,
+        "detail": detail,
+        "instance": request.url.path,
+    }
+    if request_id := _request_id(request):
+        body["request_id"] = request_id
+    return JSONResponse(body, status, headers, media_type=PROBLEM_JSON)

@@ -1,0 +1,199 @@
+"""
+The API's reference: what OpenAPI cannot infer, and the page at `GET /docs`.
+
+The page and its scripts are served from here: a hospital's browser has no way to fetch them from
+elsewhere.
+"""
+
+from functools import cache
+from http import HTTPStatus
+from importlib.resources import files
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from server.answers import ProblemAnswer, SegmentationAnswer
+from server.problems import PROBLEM_JSON
+from server.uploads import FIELD, RAW_TYPES
+
+__all__ = ["DESCRIPTION", "SEGMENT_BODY", "SEGMENT_RESPONSES", "problem_responses", "router"]
+
+DESCRIPTION = """\
+Send a photo of a skin lesion, get the lesion's mask at the photo's own size:
+
+    curl -F file=@lesion.jpg localhost:8000/segment -o mask.png
+
+Every answer carries `X-Request-ID` (yours, if you send one) and `Server-Timing` (milliseconds by
+stage). Errors are RFC 9457 problem documents whose `detail` says what to do. Photos are held in
+memory while they are worked on, and nowhere else. Not a medical device.
+"""
+
+_PROBLEMS = {
+    400: "The body is empty, the form is malformed, or it has no image.",
+    413: "More bytes or more pixels than allowed.",
+    415: "Not a type of image that is served.",
+    422: "An image that does not decode, or a parameter out of range.",
+    429: "The queue is full; Retry-After says when to come back.",
+    500: "The server failed on this request.",
+    503: "Not ready, or draining.",
+    504: "The request's deadline passed.",
+}
+
+_EXAMPLES = {
+    400: "The form has no field 'file': put the photo there. It has 'image'.",
+    413: "The image has 50000×50000 = 2500000000 pixels, 64000000 are allowed: send a smaller"
+    " version of it.",
+    415: "The bytes are not an image of a known format: send JPEG, PNG, WEBP, TIFF or BMP.",
+    422: "The JPEG image ends too early (truncated): send the whole file again.",
+    429: "The server is busy: the queue is full. Try again in about 3 s (Retry-After).",
+    500: "The network failed on this photo twice. Trying again later may work; if it does not,"
+    " report the request_id.",
+    503: "The network is still being loaded. Try again when GET /health/ready answers 200.",
+    504: "The deadline passed before the mask was ready. Send it again when the server is less"
+    " busy, or allow more time with X-Request-Timeout-Ms.",
+}
+
+_HEADERS: dict[str, Any] = {
+    "X-Request-ID": {
+        "description": "the request's id, yours if you sent one",
+        "schema": {"type": "string"},
+    },
+    "Server-Timing": {
+        "description": "milliseconds by stage: read, decode, queue, infer, encode, total",
+        "schema": {"type": "string"},
+        "example": "read;dur=0.4, decode;dur=2.9, queue;dur=0.1, infer;dur=50.2, encode;dur=0.8,"
+        ' batch;desc="1", total;dur=54.5',
+    },
+}
+
+SEGMENT_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "description": f"The photo: as the field `{FIELD}` of a form, or as the body itself. JPEG,"
+        " PNG, WebP, TIFF or BMP; the type is told by the bytes, not by a name.",
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": [FIELD],
+                    "properties": {
+                        FIELD: {"type": "string", "format": "binary", "description": "the photo"}
+                    },
+                }
+            },
+            **{kind: {"schema": {"type": "string", "format": "binary"}} for kind in RAW_TYPES},
+        },
+    }
+}
+
+
+def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI responses for errors, each with its headers and an example."""
+    responses: dict[int | str, dict[str, Any]] = {}
+    for status in statuses:
+        headers = dict(_HEADERS)
+        if status in (429, 503):
+            headers["Retry-After"] = {
+                "description": "seconds",
+                "schema": {"type": "integer", "minimum": 1},
+            }
+        responses[status] = {
+            "description": _PROBLEMS[status],
+            "headers": headers,
+            "content": {
+                PROBLEM_JSON: {
+                    "schema": ProblemAnswer.model_json_schema(),
+                    "example": {
+                        "type": "about:blank",
+                        "title": HTTPStatus(status).phrase,
+                        "status": status,
+                        "detail": _EXAMPLES[status],
+                        "instance": "/segment",
+                        "request_id": "6f1d4cb1f0a84a0f9f0e6a9fbb7c3d1e",
+                    },
+                }
+            },
+        }
+    return responses
+
+
+SEGMENT_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The mask: a 1-bit PNG with the lesion white, or JSON if `Accept` prefers"
+        " it or `format=json`.",
+        "headers": _HEADERS,
+        "model": SegmentationAnswer,
+        "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
+    },
+    **problem_responses(400, 413, 415, 422, 429, 500, 503, 504),
+}
+
+_PAGE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>SLSNet Server: API</title>
+<link rel="icon" href="data:,">
+<link rel="stylesheet" href="docs/swagger-ui.css">
+</head>
+<body>
+<div id="swagger-ui"></div>
+<script src="docs/swagger-ui-bundle.js"></script>
+<script src="docs/start.js"></script>
+</body>
+</html>
+"""
+
+_START = """\
+SwaggerUIBundle({
+  url: "openapi.json",
+  dom_id: "#swagger-ui",
+  deepLinking: true,
+  presets: [SwaggerUIBundle.presets.apis],
+  validatorUrl: null,
+});
+"""
+
+# Swagger UI sets style attributes and shows its icons as data URIs; all else comes from here.
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:"
+    " blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+_ASSETS = {
+    "swagger-ui.css": "text/css",
+    "swagger-ui-bundle.js": "text/javascript",
+}
+
+router = APIRouter(include_in_schema=False)
+
+
+@router.get("/docs")
+async def docs() -> Response:
+    """The reference as a page."""
+    return Response(_PAGE, media_type="text/html", headers={"Content-Security-Policy": _POLICY})
+
+
+@router.get("/docs/start.js")
+async def docs_start() -> Response:
+    """Starts the page's viewer."""
+    return Response(_START, media_type="text/javascript")
+
+
+@router.get("/docs/{name}")
+def docs_asset(name: str) -> Response:
+    """The viewer's own files."""
+    if name not in _ASSETS:
+        raise HTTPException(HTTPStatus.NOT_FOUND)
+    return Response(
+        _asset(name), media_type=_ASSETS[name], headers={"Cache-Control": "max-age=86400"}
+    )
+
+
+@cache
+def _asset(name: str) -> bytes:
+    return (files("fastapi_offline") / "static" / name).read_bytes()

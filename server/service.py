@@ -1,0 +1,196 @@
+"""
+One segmentation from bytes to mask: admission, decode, batch, mask. No HTTP in here.
+
+Decoding and masks run in a pool of threads, inference in the batcher's; the event loop only passes
+things on. Between any two stages work is dropped if nobody waits for it any more.
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar, TypeVarTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.image import ImageError as PhotoError
+from model.image import Photo, read_photo
+from server.backends import Backend, BackendInfo
+from server.batching import Batcher
+from server.metrics import Metrics
+from server.problems import ClientGone, Overloaded, Unavailable, of_photo_error
+from server.settings import Settings, available_cores
+from server.stages import Stages
+from server.uploads import ByteBudget, image_in_body
+
+__all__ = ["Segmentation", "Service"]
+
+Arguments = TypeVarTuple("Arguments")
+Result = TypeVar("Result")
+
+log = logging.getLogger("slsnet.service")
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """A photo's lesion probability, before it becomes a mask."""
+
+    probability: NDArray[np.float32]
+    """float32 [128, 128]"""
+    width: int
+    """Of the photo, pixels."""
+    height: int
+    batch_size: int
+
+
+class Service:
+    """Owns the threads, the limits and the backend in use."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self.settings = settings
+        self.metrics = metrics
+        self.draining = False
+        self.body_bytes = ByteBudget(settings.max_bytes_in_flight)
+        metrics.bytes_in_flight.set_function(lambda: self.body_bytes.used)
+        metrics.ready.set_function(lambda: self.is_ready)
+        metrics.admitted.set_function(lambda: self._admitted)
+        self.workers = ThreadPoolExecutor(
+            settings.decode_threads or available_cores(), thread_name_prefix="work"
+        )
+        self._admitted = 0
+        self._batcher: Batcher | None = None
+        self._backend: BackendInfo | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Warmed up, and not on the way out."""
+        return self._batcher is not None and not self.draining
+
+    @property
+    def backend(self) -> BackendInfo:
+        """
+        What runs the network.
+
+        Raises:
+            Unavailable: nothing does yet.
+        """
+        if self._backend is None:
+            raise Unavailable(_STARTING)
+        return self._backend
+
+    async def use(self, backend: Backend) -> None:
+        """
+        Warm `backend` up and let it serve from now on, in place of the one before.
+
+        Whatever the one before has accepted it still answers; then it is closed.
+        """
+        await asyncio.get_running_loop().run_in_executor(self.workers, backend.warm_up)
+        former = self._batcher
+        self._backend = backend.describe()
+        self._batcher = Batcher(
+            backend,
+            self.metrics,
+            max_batch=self.settings.max_batch,
+            max_wait_ms=self.settings.max_wait_ms,
+        )
+        log.info(
+            "ready: %s %s on %s, %s",
+            self._backend.name,
+            self._backend.version,
+            self._backend.device,
+            self._backend.precision,
+        )
+        if former is not None:
+            await former.close()
+
+    async def close(self) -> None:
+        """Finish what was accepted, then give threads and backend back."""
+        if self._batcher is not None:
+            await self._batcher.close()
+        self.workers.shutdown()
+
+    @contextlib.contextmanager
+    def admission(self) -> Iterator[Callable[[int], None]]:
+        """
+        A place among the requests being worked on; gives what takes bytes for its body.
+
+        Raises:
+            Unavailable: no backend is ready.
+            Overloaded: all places are taken.
+        """
+        if self._batcher is None:
+            raise Unavailable(_STARTING)
+        if self._admitted >= self.settings.max_queue:
+            raise self._overloaded("the queue is full")
+        self._admitted += 1
+        try:
+            with self.body_bytes.account(
+                lambda: self._overloaded("the photos in flight fill the memory set aside for them")
+            ) as take:
+                yield take
+        finally:
+            self._admitted -= 1
+
+    async def segment(
+        self,
+        body: bytes,
+        content_type: str,
+        *,
+        stages: Stages,
+        deadline: float,
+        is_gone: Callable[[], bool],
+    ) -> Segmentation:
+        """
+        A request's body → the lesion probability of its photo.
+
+        Args:
+            body: a form or an image, as `content_type` says.
+            stages: told when decode, queue and infer are over.
+            deadline: second of `time.perf_counter` after which the network is not run.
+            is_gone: whether the client hung up.
+
+        Raises:
+            Problem: whatever is wrong with the request or its photo.
+            ClientGone: `is_gone` said so between two stages.
+        """
+        batcher = self._batcher
+        if batcher is None:
+            raise Unavailable(_STARTING)
+        photo = await self.in_thread(self._decode, body, content_type)
+        stages.end("decode")
+        if is_gone():
+            raise ClientGone
+        inference = await batcher.infer(photo.pixels, deadline=deadline, is_gone=is_gone)
+        stages.end("queue", inference.started)
+        stages.end("infer", inference.ended)
+        if is_gone():
+            raise ClientGone
+        return Segmentation(inference.probability, photo.width, photo.height, inference.batch_size)
+
+    async def in_thread(
+        self, work: Callable[[*Arguments], Result], *arguments: *Arguments
+    ) -> Result:
+        """Run `work` in the pool, where it does not hold up the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self.workers, work, *arguments)
+
+    def _decode(self, body: bytes, content_type: str) -> Photo:
+        try:
+            return read_photo(
+                image_in_body(body, content_type), max_pixels=self.settings.max_pixels
+            )
+        except PhotoError as error:
+            raise of_photo_error(error) from error
+
+    def _overloaded(self, reason: str) -> Overloaded:
+        assert self._batcher is not None
+        wait_s = max(1, math.ceil(self._batcher.seconds_until_idle(self._admitted)))
+        return Overloaded(
+            f"The server is busy: {reason}. Try again in about {wait_s} s (Retry-After).", wait_s
+        )
+
+
+_STARTING = "The network is still being loaded. Try again when GET /health/ready answers 200."

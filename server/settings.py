@@ -1,0 +1,144 @@
+"""
+What can be set, from where, and how it is shown: flags win over `SLSNET_…` over defaults.
+
+`Settings` is the one source: environment names, flags, `--help` and the README's table come from
+its fields.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from model.image import DEFAULT_MAX_PIXELS
+
+__all__ = ["Settings", "available_cores", "read_settings", "settings_table"]
+
+_PREFIX = "SLSNET_"
+SHIPPED_MODEL = Path("model/weights/slsnet.onnx")
+
+
+def available_cores() -> int:
+    """Cores that this process may run on, which in a container can be fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class Settings(BaseSettings):
+    """The server's settings; each field is a flag and an environment variable."""
+
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, extra="forbid", frozen=True)
+
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 is every one")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    model: Path = Field(
+        Path(__file__).parent.parent / SHIPPED_MODEL, description="the network, an ONNX file"
+    )
+    backend: Literal["auto", "onnxruntime"] = Field(
+        "auto", description="what runs the network; auto is the best that works here"
+    )
+    threads: int = Field(
+        0, ge=0, description="CPU threads for one inference; 0 is one for each core"
+    )
+    decode_threads: int = Field(
+        0, ge=0, description="threads that decode photos and encode masks; 0 is one for each core"
+    )
+    max_batch: int = Field(
+        0,
+        ge=0,
+        description="most requests that run together when they had to wait; 0 leaves it to the"
+        " backend, 1 turns batching off",
+    )
+    max_wait_ms: float = Field(
+        0,
+        ge=0,
+        description="how long an idle network waits for a batch to fill; every lone request pays"
+        " this whole",
+    )
+    max_queue: int = Field(
+        256, ge=1, description="requests being worked on or waiting; more are refused with 429"
+    )
+    max_body_bytes: int = Field(
+        64 * 2**20, ge=1, description="largest request body; larger ones are refused with 413"
+    )
+    max_bytes_in_flight: int = Field(
+        512 * 2**20,
+        ge=1,
+        description="all request bodies together; beyond it requests are refused with 429",
+    )
+    max_pixels: int = Field(
+        DEFAULT_MAX_PIXELS,
+        ge=1,
+        description="largest photo, width × height; larger ones are refused with 413",
+    )
+    request_timeout_ms: float = Field(
+        30_000,
+        gt=0,
+        description="deadline of a request that brings no X-Request-Timeout-Ms, and the longest"
+        " that it may ask for",
+    )
+    drain_grace_s: float = Field(
+        1,
+        ge=0,
+        description="after SIGTERM, how long new requests are still served while readiness says"
+        " 503",
+    )
+    drain_timeout_s: float = Field(
+        60, gt=0, description="after that, how long what is in flight may take to finish"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least severe message that is logged"
+    )
+
+
+def read_settings(arguments: Sequence[str] | None = None) -> Settings:
+    """
+    Settings from flags (`arguments`, default `sys.argv`), then the environment.
+
+    Exits with 2 and a message that names the flag or variable if a value is out of range.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m server",
+        description="Serve SLSNet: a photo of a skin lesion in, its mask out.",
+        epilog="Each flag can also be given as the environment variable shown beside it; the flag"
+        " wins.",
+    )
+    for flag, variable, default, description in settings_table():
+        help_text = f"{description} (default {default}, {variable})".replace("%", "%%")
+        parser.add_argument(
+            flag, help=help_text, metavar="VALUE", default=argparse.SUPPRESS, dest=_field(flag)
+        )
+    given = vars(parser.parse_args(arguments))
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        parser.error(
+            "; ".join(
+                f"--{'-'.join(map(str, problem['loc'])).replace('_', '-')}"
+                f" ({_PREFIX}{str(problem['loc'][0]).upper()}): {problem['msg']},"
+                f" got {problem['input']!r}"
+                for problem in error.errors()
+            )
+        )
+
+
+def settings_table() -> list[tuple[str, str, str, str]]:
+    """Flag, environment variable, default and meaning of every setting."""
+    return [
+        (
+            f"--{name.replace('_', '-')}",
+            f"{_PREFIX}{name.upper()}",
+            str(SHIPPED_MODEL) if name == "model" else str(field.default).lower(),
+            field.description or "",
+        )
+        for name, field in Settings.model_fields.items()
+    ]
+
+
+def _field(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")

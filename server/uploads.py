@@ -1,0 +1,181 @@
+"""
+A request's body → the bytes of its image, in memory only.
+
+The framework's own form parser writes parts to temporary files, so it is not used: a patient's
+photo must never touch the disk.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import multipart
+from starlette.datastructures import Headers
+from starlette.types import Receive
+
+from server.problems import BadRequest, ClientGone, TooLarge, UnsupportedType
+
+__all__ = ["FIELD", "RAW_TYPES", "ByteBudget", "check_content_type", "image_in_body", "read_body"]
+
+FIELD = "file"
+"""Name of the form field that holds the photo."""
+
+MULTIPART = "multipart/form-data"
+
+RAW_TYPES = (
+    "image/jpeg",
+    "image/png",
+    "image/webp",
+    "image/tiff",
+    "image/bmp",
+    "application/octet-stream",
+)
+"""Content types of a body that is the image itself."""
+
+_RAW_ALIASES = ("image/jpg", "image/pjpeg", "image/x-png", "image/x-ms-bmp", "image/x-bmp", "")
+
+_MAX_PARTS = 16
+
+
+class ByteBudget:
+    """Bytes of all the bodies that are held at this moment, kept under a limit."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+
+    @contextlib.contextmanager
+    def account(self, full: Callable[[], Exception]) -> Iterator[Callable[[int], None]]:
+        """
+        Gives a function that takes bytes from the budget, which come back in the end.
+
+        Args:
+            full: makes the exception that is raised where the budget does not suffice.
+        """
+        taken = 0
+
+        def take(amount: int) -> None:
+            nonlocal taken
+            if self.used + amount > self.limit:
+                raise full()
+            self.used += amount
+            taken += amount
+
+        try:
+            yield take
+        finally:
+            self.used -= taken
+
+
+def check_content_type(content_type: str) -> None:
+    """
+    Refuse what is certainly not an image before its body is read.
+
+    Raises:
+        UnsupportedType: neither a form nor a type of image that is served.
+    """
+    kind = _media_type(content_type)
+    if kind != MULTIPART and kind not in RAW_TYPES and kind not in _RAW_ALIASES:
+        raise UnsupportedType(
+            f"A body of type {kind[:80]} is not served. Send the photo as the field {FIELD!r} of a"
+            f" {MULTIPART} form, or as the body itself with one of these types:"
+            f" {', '.join(RAW_TYPES)}."
+        )
+
+
+async def read_body(
+    receive: Receive, headers: Headers, *, max_bytes: int, take: Callable[[int], None]
+) -> bytes:
+    """
+    The whole body, refused as soon as it is known to be too large.
+
+    Args:
+        receive: the ASGI channel.
+        headers: the request's.
+        max_bytes: largest body that is read.
+        take: accounts for bytes that are about to be held; see `ByteBudget.account`.
+
+    Raises:
+        BadRequest: Content-Length is not a number.
+        TooLarge: the length announced, or the bytes that came, exceed `max_bytes`.
+        ClientGone: the client hung up before the end.
+    """
+    too_large = TooLarge(
+        f"The body is larger than the {max_bytes} bytes that are allowed. Send a smaller photo, or"
+        " one that is compressed more."
+    )
+    announced = headers.get("content-length")
+    if announced is not None:
+        if not (announced.isascii() and announced.isdigit()):
+            raise BadRequest("Content-Length is not a number of bytes.")
+        if int(announced) > max_bytes:
+            raise too_large
+        take(int(announced))
+    chunks: list[bytes] = []
+    size = 0
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        chunk = message.get("body", b"")
+        more = message.get("more_body", False)
+        size += len(chunk)
+        if size > max_bytes:
+            raise too_large
+        if announced is None:
+            take(len(chunk))
+        chunks.append(chunk)
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def image_in_body(body: bytes, content_type: str) -> bytes:
+    """
+    The image's bytes: the body itself, or the field `file` of a multipart form.
+
+    Raises:
+        BadRequest: the body is empty, the form is malformed, or has not exactly one such field.
+    """
+    if not body:
+        raise BadRequest(
+            "The request has no body. Send a photo, for example: curl -F file=@lesion.jpg"
+            " http://…/segment -o mask.png"
+        )
+    if _media_type(content_type) != MULTIPART:
+        return body
+    _, options = multipart.parse_options_header(content_type)
+    boundary = options.get("boundary")
+    if not boundary:
+        raise BadRequest(f"Content-Type: {MULTIPART} comes without its boundary.")
+    images: list[list[bytes]] = []
+    other_fields: list[str] = []
+    wanted: list[bytes] | None = None
+    try:
+        with multipart.PushMultipartParser(
+            boundary, content_length=len(body), max_segment_count=_MAX_PARTS
+        ) as parser:
+            for event in parser.parse(body):
+                if isinstance(event, multipart.MultipartSegment):
+                    wanted = [] if event.name == FIELD else None
+                    if wanted is not None:
+                        images.append(wanted)
+                    else:
+                        other_fields.append(repr((event.name or "")[:40]))
+                elif event is not None and wanted is not None:
+                    wanted.append(bytes(event))
+    except multipart.MultipartError as error:
+        raise BadRequest(f"The multipart form is malformed: {error}.") from error
+    if not images:
+        found = f" It has {', '.join(other_fields)}." if other_fields else ""
+        raise BadRequest(f"The form has no field {FIELD!r}: put the photo there.{found}")
+    if len(images) > 1:
+        raise BadRequest(
+            f"The form has {len(images)} fields {FIELD!r}: send one photo in a request."
+        )
+    image = b"".join(images[0])
+    if not image:
+        raise BadRequest(f"The field {FIELD!r} is empty: put the photo's bytes there.")
+    return image
+
+
+def _media_type(content_type: str) -> str:
+    return content_type.partition(";")[0].strip().lower()
