@@ -1,4 +1,5 @@
-"""Photo bytes → the network's square pixels, and its probability map → a mask at the photo's size.
+"""
+Photo bytes → the network's square pixels, and its probability map → a mask at the photo's size.
 
 Training, evaluation and serving all go through these functions, so a mask does not depend on which
 door its photo came through. Needs numpy and Pillow only.
@@ -49,7 +50,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
 
 DEFAULT_MAX_PIXELS = 64_000_000
 """Room for 61-megapixel sensors (9504×6336). A decoded photo takes up to 4 bytes a pixel, WebP
-five times that (libwebp's two canvases and their copies); a JPEG is decoded at reduced scale, but
+five times that (libwebp's two canvases and their copies), a turned PNG twice; a JPEG is decoded at reduced scale, but
 a progressive one holds its coefficients, up to 6 bytes a pixel."""
 
 # A progressive JPEG needs about ten scans. Each costs a pass over the whole picture, however few
@@ -117,7 +118,8 @@ class Photo:
 def read_photo(
     data: bytes, *, size: int = MODEL_SIZE, max_pixels: int = DEFAULT_MAX_PIXELS
 ) -> Photo:
-    """Decode a photo of any size to `size`×`size` RGB by area average (Pillow's BOX filter).
+    """
+    Decode a photo of any size to `size`×`size` RGB by area average (Pillow's BOX filter).
 
     The header alone decides on format and pixel count, before anything is decoded. JPEG is decoded
     at the smallest DCT scale whose sides are both ≥ `size`. EXIF orientation is applied, to the
@@ -150,7 +152,10 @@ def read_photo(
             image.load()
             # After loading: a PNG may store it behind the pixels, and TIFF is upright by then.
             orientation = _orientation(image)
-            square = _squash(image, size)
+            # Before averaging, as Pillow's BOX is not symmetric: the pixels are exactly those of the
+            # same photo stored upright. A JPEG is small by now.
+            upright = image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+            square = _squash(upright, size)
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -163,18 +168,16 @@ def read_photo(
         ) from error
     except Exception as error:
         raise CorruptImageError(_why_corrupt(name, error)) from error
-    if orientation in _UPRIGHT:
-        # Squashing the whole frame commutes with turning it, and the square costs next to nothing.
-        square = square.transpose(_UPRIGHT[orientation])
-        if orientation >= 5:
-            width, height = height, width
+    if orientation in _UPRIGHT and orientation >= 5:
+        width, height = height, width
     return Photo(np.array(square), width, height)
 
 
 def lesion_mask(
     probability: NDArray[np.float32], width: int, height: int, threshold: float = 0.5
 ) -> NDArray[np.uint8]:
-    """The mask at the photo's size: `probability` up-sampled, then `> threshold`.
+    """
+    The mask at the photo's size: `probability` up-sampled, then `> threshold`.
 
     Bilinear, with half-pixel centres and clamped edges. The probabilities at the photo's size are
     never formed: between two source rows a pixel's value lies between those of the two, so only
@@ -226,7 +229,8 @@ def unpack_mask(packed: NDArray[np.uint8], width: int) -> NDArray[np.bool_]:
 
 
 def encode_png(packed: NDArray[np.uint8], width: int, height: int) -> bytes:
-    """Packed bits as `lesion_mask` returns them → a 1-bit greyscale PNG, lesion white.
+    """
+    Packed bits as `lesion_mask` returns them → a 1-bit greyscale PNG, lesion white.
 
     Written here (PNG, W3C Recommendation, third edition) as the packed bits are already PNG's
     own sample layout: each line differs little from the one above, which the "Up" filter turns
@@ -302,7 +306,8 @@ def _orientation(image: ImageFile.ImageFile) -> int:
 
 
 def _squash(image: Image.Image, size: int) -> Image.Image:
-    """The whole frame at `size`×`size` RGB by area average.
+    """
+    The whole frame at `size`×`size` RGB by area average.
 
     What is not RGB is converted a strip at a time, so that no second picture of the photo's size
     is held.

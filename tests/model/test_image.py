@@ -161,7 +161,8 @@ def test_exif_orientation_turns_pixels_and_size(
     }
     upright = photo.transpose(turn[orientation]) if orientation > 1 else photo
     assert (read.width, read.height) == upright.size
-    assert difference(read.pixels, squashed(upright)) < 4
+    lossy = name in ("JPEG", "WEBP")
+    assert difference(read.pixels, squashed(upright)) <= (4 if lossy else 0)
 
 
 def test_damaged_exif_does_not_cost_the_photo(photo: Image.Image) -> None:
