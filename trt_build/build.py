@@ -1,0 +1,257 @@
+"""Builds one engine from the exported ONNX file, and refuses it where it is not what was asked."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from trt_build import layers as layer_reports
+from trt_build.convert import AttentionForm, convert, default_attention
+from trt_build.device import NoGpuError, current_gpu
+from trt_build.plan import (
+    BUCKETS,
+    PlanInfo,
+    PlanKey,
+    Precision,
+    check_buckets,
+    file_sha256,
+    write_atomically,
+)
+from trt_build.tensorrt_api import TensorRT, TensorRTError, find_tensorrt
+
+DEFAULT_WORKSPACE_BYTES = 2 << 30
+
+
+class BuildError(RuntimeError):
+    """No engine was made, or not the one that was asked for."""
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How to build; what an engine's key holds, and what only changes how it is made."""
+
+    precision: Precision = "fp16"
+    buckets: tuple[int, ...] = BUCKETS
+    attention: AttentionForm | None = None
+    """None takes the form that needs the least memory at this precision."""
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
+    """Most scratch memory that one kernel may ask for."""
+    timing_cache: Path | None = None
+    """Read where it exists, and rewritten with what this build timed."""
+    hardware_compatible: bool = False
+    """Run on any GPU from Ampere on, with some loss of speed (TensorRT alone; RTX always does)."""
+    version_compatible: bool = False
+    """Run under later TensorRT versions of the same major number."""
+    compute_capability: str | None = None
+    """Build for this GPU (``8.9``) instead of the machine's (TensorRT for RTX alone)."""
+
+    def __post_init__(self) -> None:
+        check_buckets(self.buckets)
+
+
+def plan_key(onnx_sha256: str, options: BuildOptions, trt: TensorRT) -> PlanKey:
+    """Return the key of the engine that ``options`` would build on this machine.
+
+    Raises NoGpuError where TensorRT needs a GPU to build for and there is none.
+    """
+    if options.compute_capability is not None:
+        capability = options.compute_capability
+    elif trt.is_rtx:
+        capability = "any"
+    elif options.hardware_compatible:
+        capability = "8.0+"
+    else:
+        capability = current_gpu().compute_capability
+    return PlanKey(onnx_sha256, trt.library, capability, options.precision, options.buckets)
+
+
+def build(
+    onnx_path: Path,
+    output: Path,
+    options: BuildOptions,
+    *,
+    ranges: Mapping[str, float] | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+    trt: TensorRT | None = None,
+) -> PlanInfo:
+    """Build ``output`` and its sidecar from the exported ``onnx_path``; both whole or not at all.
+
+    ``ranges``: for int8, from ``trt_build.calibrate``. ``progress`` gets one line a step.
+
+    Raises BuildError (the engine is not what was asked), ConversionError (the graph is not the
+    exported one), TensorRTError, NoGpuError, OSError (the disk).
+    """
+    started = time.monotonic()
+    trt = trt or find_tensorrt()
+    key = plan_key(file_sha256(onnx_path), options, trt)
+    attention = options.attention or default_attention(options.precision)
+    progress(f"{trt.library}: {options.precision}, {attention} attention")
+    model = convert(
+        onnx.load(onnx_path), options.precision, attention=attention, ranges=ranges
+    )
+    messages: list[tuple[str, str]] = []
+    logger = trt.logger(lambda severity, message: messages.append((severity, message)))
+    serialised = _serialise(trt, logger, messages, model, options, progress)
+    log = [message for _, message in messages]
+
+    layers, layers_from, scratch = _read_back(trt, logger, serialised, log)
+    expected = layer_reports.expected_types(model)
+    problems = layer_reports.disagreements(expected, layers)
+    if problems:
+        raise BuildError(
+            f"asked for {options.precision}, but the engine differs: " + "; ".join(problems[:8])
+        )
+    info = PlanInfo(
+        key=key,
+        gpu=_gpu_name(),
+        attention=attention,
+        hardware_compatible=options.hardware_compatible,
+        version_compatible=options.version_compatible,
+        build_seconds=round(time.monotonic() - started, 3),
+        engine_sha256=hashlib.sha256(serialised).hexdigest(),
+        engine_bytes=len(serialised),
+        scratch_bytes=dict(zip(options.buckets, scratch, strict=True)),
+        layers=layers,
+        layers_from=layers_from,
+    )
+    write_atomically(output, serialised)
+    info.write(output)
+    progress(
+        f"{output}: {len(serialised) / 1e6:.1f} MB in {info.build_seconds:.1f} s, scratch memory"
+        f" {max(scratch) / 1e9:.2f} GB at batch {options.buckets[-1]}, layers by what they read:"
+        f" {', '.join(f'{n} {name}' for name, n in info.precisions().items())} ({layers_from})"
+    )
+    return info
+
+
+def _serialise(
+    trt: TensorRT,
+    logger: Any,
+    messages: list[tuple[str, str]],
+    model: onnx.ModelProto,
+    options: BuildOptions,
+    progress: Callable[[str], None],
+) -> bytes:
+    module = trt.module
+    builder = module.Builder(logger)
+    network = trt.create_network(builder)
+    parser = module.OnnxParser(network, logger)
+    if not parser.parse(model.SerializeToString()):
+        errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+        raise BuildError(f"{trt.library} cannot read the graph: {'; '.join(errors)}")
+    config = builder.create_builder_config()
+    config.set_memory_pool_limit(module.MemoryPoolType.WORKSPACE, options.workspace_bytes)
+    config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
+    # In fp16 and bf16 the float32 islands read 16-bit values, which TF32 holds exactly.
+    if options.precision == "fp32":
+        config.clear_flag(module.BuilderFlag.TF32)
+    else:
+        config.set_flag(module.BuilderFlag.TF32)
+    if options.version_compatible:
+        config.set_flag(module.BuilderFlag.VERSION_COMPATIBLE)
+    if options.hardware_compatible and not trt.is_rtx:
+        config.hardware_compatibility_level = module.HardwareCompatibilityLevel.AMPERE_PLUS
+    if options.compute_capability is not None:
+        trt.target(config, options.compute_capability)
+    _add_profiles(builder, network, config, options.buckets)
+    cache = _load_timing_cache(config, options.timing_cache)
+    monitor = _progress_monitor(module, progress)
+    config.progress_monitor = monitor
+
+    progress(f"building {network.num_layers} layers for batches of {list(options.buckets)}")
+    serialised = builder.build_serialized_network(network, config)
+    if serialised is None:
+        errors = [text for severity, text in messages if severity in ("ERROR", "INTERNAL_ERROR")]
+        # Without a driver every build logs that; it is never what stopped this one.
+        errors = [e for e in errors if "cudaError 35" not in e] or ["it gives no reason"]
+        raise BuildError(f"{trt.library} did not build the engine: {errors[-1]}")
+    if options.timing_cache is not None and cache is not None:
+        write_atomically(options.timing_cache, bytes(memoryview(cache.serialize())))
+    return bytes(memoryview(serialised))
+
+
+def _add_profiles(builder: Any, network: Any, config: Any, buckets: tuple[int, ...]) -> None:
+    image = network.get_input(0)
+    rest = tuple(image.shape)[1:]
+    for bucket in buckets:
+        profile = builder.create_optimization_profile()
+        # A profile of batch 1 alone makes every shape static, and then the fused attention kernel
+        # does not take the smaller maps ("not supported by a dedicated kernel"); 1 to 2 does.
+        most = max(bucket, 2)
+        profile.set_shape(image.name, (bucket, *rest), (bucket, *rest), (most, *rest))
+        if config.add_optimization_profile(profile) < 0:
+            raise BuildError(f"TensorRT refuses an optimisation profile of batch {bucket}")
+
+
+def _load_timing_cache(config: Any, path: Path | None) -> Any:
+    if path is None:
+        return None
+    data = path.read_bytes() if path.exists() else b""
+    cache = config.create_timing_cache(data)
+    # One of another TensorRT version or GPU is refused: then start an empty one.
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        cache = config.create_timing_cache(b"")
+        config.set_timing_cache(cache, ignore_mismatch=False)
+    return cache
+
+
+def _progress_monitor(module: Any, progress: Callable[[str], None]) -> Any:
+    class Monitor(module.IProgressMonitor):  # type: ignore[misc, name-defined]
+        """Reports the outermost phase only: the inner ones are hundreds."""
+
+        def __init__(self) -> None:
+            module.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            if parent_phase is None:
+                self.steps[phase_name] = num_steps
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name in self.steps:
+                progress(f"{phase_name}: step {step + 1} of {self.steps[phase_name]}")
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.steps.pop(phase_name, None)
+
+    return Monitor()
+
+
+def _read_back(
+    trt: TensorRT, logger: Any, serialised: bytes, log: list[str]
+) -> tuple[tuple[Any, ...], str, list[int]]:
+    """Return the engine's layers, where they were read, and its scratch memory by profile."""
+    try:
+        current_gpu()
+    except NoGpuError:
+        return (
+            layer_reports.from_build_log(log),
+            "build log",
+            layer_reports.scratch_from_build_log(log),
+        )
+    module = trt.module
+    engine = module.Runtime(logger).deserialize_cuda_engine(serialised)
+    if engine is None:
+        raise TensorRTError(f"{trt.library} cannot load the engine that it has just built")
+    text = engine.create_engine_inspector().get_engine_information(
+        module.LayerInformationFormat.JSON
+    )
+    scratch = [
+        int(engine.get_device_memory_size_for_profile_v2(i))
+        for i in range(engine.num_optimization_profiles)
+    ]
+    return layer_reports.from_inspector(text), "inspector", scratch
+
+
+def _gpu_name() -> str | None:
+    try:
+        return current_gpu().name
+    except NoGpuError:
+        return None

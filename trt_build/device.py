@@ -1,0 +1,51 @@
+"""The GPU of this process, asked of CUDA through cuda-python."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class NoGpuError(RuntimeError):
+    """No GPU can be used here; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A CUDA device."""
+
+    name: str
+    compute_capability: str
+    """``9.0``"""
+    memory_bytes: int
+
+
+def current_gpu() -> Gpu:
+    """Return CUDA's current device. Raises NoGpuError."""
+    try:
+        from cuda.bindings import runtime
+    except ImportError as error:
+        raise NoGpuError("cuda-python is not installed: see requirements-gpu.txt") from error
+    try:
+        status, count = runtime.cudaGetDeviceCount()
+    except RuntimeError as error:  # cuda-python found no CUDA library to load
+        raise NoGpuError(f"no NVIDIA driver: {error}") from error
+    if status != runtime.cudaError_t.cudaSuccess:
+        reasons = {
+            runtime.cudaError_t.cudaErrorInsufficientDriver: "no NVIDIA driver, or one older than "
+            "this CUDA version needs",
+            runtime.cudaError_t.cudaErrorNoDevice: "no NVIDIA GPU is visible to this process",
+        }
+        raise NoGpuError(reasons.get(status, f"CUDA: {status.name}"))
+    if not count:
+        raise NoGpuError("no NVIDIA GPU is visible to this process")
+    status, device = runtime.cudaGetDevice()
+    if status == runtime.cudaError_t.cudaSuccess:
+        status, properties = runtime.cudaGetDeviceProperties(device)
+    if status != runtime.cudaError_t.cudaSuccess:
+        raise NoGpuError(f"CUDA: {status.name}")
+    name = properties.name
+    return Gpu(
+        name=name.decode() if isinstance(name, bytes) else str(name),
+        compute_capability=f"{properties.major}.{properties.minor}",
+        memory_bytes=int(properties.totalGlobalMem),
+    )

@@ -1,0 +1,174 @@
+"""What an engine file is good for: its key, and the sidecar JSON that lies beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+"""Batch sizes that an engine is built for: one optimisation profile each."""
+
+
+class PlanError(ValueError):
+    """An engine file or its sidecar cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class PlanKey:
+    """All that an engine depends on. Another value of any field needs another engine."""
+
+    onnx_sha256: str
+    library: str
+    """``tensorrt`` or ``tensorrt_rtx``, with its version: ``tensorrt 11.4.0.106``."""
+    compute_capability: str
+    """``9.0``; ``any`` for an engine that TensorRT for RTX compiles further where it runs."""
+    precision: Precision
+    buckets: tuple[int, ...]
+
+    def digest(self) -> str:
+        """Return a name for the engine's file: the same key gives the same on every machine."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+    def differences(self, other: PlanKey) -> list[str]:
+        """Say, field by field, how ``other`` (what is wanted) differs from this key."""
+        return [
+            f"{f.name} is {getattr(self, f.name)}, wanted {getattr(other, f.name)}"
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != getattr(other, f.name)
+        ]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of the built engine, as TensorRT's inspector reports it."""
+
+    name: str
+    kind: str
+    """TensorRT's name of it: ``correlation`` (a convolution), ``gemm``, ``kgen``, …"""
+    reads: tuple[str, ...]
+    """Types of its inputs: ``fp32``, ``fp16``, ``bf16``, ``int8``, …"""
+    writes: tuple[str, ...]
+    nodes: tuple[str, ...] = ()
+    """The ONNX nodes that went into it."""
+
+
+@dataclass(frozen=True)
+class PlanInfo:
+    """The sidecar of an engine file."""
+
+    key: PlanKey
+    gpu: str | None
+    """Name of the GPU it was built on; None where the builder had none."""
+    attention: str
+    """``fused``, ``chunked`` or ``plain``."""
+    hardware_compatible: bool
+    version_compatible: bool
+    build_seconds: float
+    engine_sha256: str
+    engine_bytes: int
+    scratch_bytes: Mapping[int, int]
+    """Activation memory of one execution context, by bucket."""
+    layers: tuple[Layer, ...]
+    layers_from: str
+    """``inspector``, or ``build log``: its text as the builder logs it, where no GPU can load the
+    engine."""
+    parity: Mapping[str, Any] | None = field(default=None)
+    """Result of the parity gate, once it has run (``trt_build.parity``)."""
+
+    def precisions(self) -> dict[str, int]:
+        """Count the layers by the type that they read."""
+        return dict(Counter(layer.reads[0] for layer in self.layers if layer.reads).most_common())
+
+    def write(self, engine: Path) -> None:
+        """Put the sidecar beside ``engine``, whole or not at all."""
+        payload = dataclasses.asdict(self)
+        payload["precisions"] = self.precisions()
+        write_atomically(sidecar_path(engine), json.dumps(payload, indent=1).encode())
+
+
+def sidecar_path(engine: Path) -> Path:
+    """Return where the sidecar of ``engine`` lies."""
+    return engine.with_name(engine.name + ".json")
+
+
+def read_plan_info(engine: Path) -> PlanInfo:
+    """Read the sidecar of ``engine``. Raises PlanError where it is missing or not one."""
+    path = sidecar_path(engine)
+    try:
+        payload: dict[str, Any] = json.loads(path.read_bytes())
+        payload.pop("precisions")
+        key = payload.pop("key")
+        layers = payload.pop("layers")
+        scratch = payload.pop("scratch_bytes")
+        return PlanInfo(
+            key=PlanKey(**{**key, "buckets": tuple(key["buckets"])}),
+            layers=tuple(
+                Layer(**{k: tuple(v) if isinstance(v, list) else v for k, v in layer.items()})
+                for layer in layers
+            ),
+            scratch_bytes={int(bucket): size for bucket, size in scratch.items()},
+            **payload,
+        )
+    except FileNotFoundError as error:
+        raise PlanError(f"{path} is missing: build the engine with python -m trt_build") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PlanError(f"{path} is not the sidecar of an engine: {error!r}") from error
+
+
+def read_engine(engine: Path, info: PlanInfo) -> bytes:
+    """Return the engine file's bytes. Raises PlanError where they are not what was built."""
+    try:
+        data = engine.read_bytes()
+    except OSError as error:
+        raise PlanError(f"{engine} cannot be read: {error.strerror}") from error
+    if len(data) != info.engine_bytes:
+        raise PlanError(f"{engine} is truncated: {len(data)} of {info.engine_bytes} bytes")
+    if hashlib.sha256(data).hexdigest() != info.engine_sha256:
+        raise PlanError(f"{engine} is corrupt: its bytes are not those that were built")
+    return data
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write ``path`` so that a reader sees the old bytes or the new ones, never a part of them."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def parse_buckets(text: str) -> tuple[int, ...]:
+    """Read ``1,2,4,8``. Raises ValueError unless the sizes are positive and ascend."""
+    buckets = tuple(int(part) for part in text.split(","))
+    check_buckets(buckets)
+    return buckets
+
+
+def check_buckets(buckets: Sequence[int]) -> None:
+    """Raise ValueError unless ``buckets`` are positive and ascend."""
+    if not buckets or buckets[0] < 1 or list(buckets) != sorted(set(buckets)):
+        raise ValueError(f"buckets must be positive and ascend, such as 1,2,4,8: {list(buckets)}")

@@ -1,0 +1,117 @@
+"""TensorRT 10, TensorRT 11 or TensorRT for RTX, behind the few calls in which they differ."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
+"""Tried in this order. ``tensorrt_rtx_bindings`` is what the plain RTX wheels install."""
+
+_NEEDED = {
+    "BuilderFlag": ("TF32", "VERSION_COMPATIBLE"),
+    "IAttention": ("decomposable",),  # the ONNX parser knows opset 23's Attention since 10.14
+    "ICudaEngine": ("device_memory_size_v2", "get_device_memory_size_for_profile_v2"),
+    "IExecutionContext": ("execute_async_v3", "set_optimization_profile_async"),
+    "NetworkDefinitionCreationFlag": ("STRONGLY_TYPED",),
+}
+
+
+class TensorRTError(RuntimeError):
+    """TensorRT is missing, too old, or refused; the message carries its own words."""
+
+
+@dataclass(frozen=True)
+class TensorRT:
+    """An imported TensorRT module. Typed ``Any``: none of the three ships types."""
+
+    module: Any
+
+    def __post_init__(self) -> None:
+        missing = [
+            f"{name}.{member}"
+            for name, members in _NEEDED.items()
+            for member in members
+            if not hasattr(getattr(self.module, name, None), member)
+        ]
+        if missing:
+            raise TensorRTError(
+                f"{self.module.__name__} {self.version} has no {', '.join(missing)}:"
+                " TensorRT 10.14 or newer is needed, or TensorRT for RTX"
+            )
+
+    @property
+    def version(self) -> str:
+        """Such as ``11.4.0.106``."""
+        return str(self.module.__version__)
+
+    @property
+    def is_rtx(self) -> bool:
+        """Whether it is TensorRT for RTX, which compiles kernels where the engine runs."""
+        return "rtx" in str(self.module.__name__)
+
+    @property
+    def library(self) -> str:
+        """Name and version, as an engine's key has them."""
+        return f"{'tensorrt_rtx' if self.is_rtx else 'tensorrt'} {self.version}"
+
+    def logger(self, write: Callable[[str, str], None]) -> Any:
+        """Return an ILogger that hands each message to ``write(severity, message)``."""
+        trt = self.module
+        names = {
+            getattr(trt.ILogger, name): name
+            for name in ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE")
+        }
+
+        class Logger(trt.ILogger):  # type: ignore[misc]
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                write(names.get(severity, "INFO"), message)
+
+        return Logger()
+
+    def create_network(self, builder: Any) -> Any:
+        """
+        Return an empty strongly typed network: the only kind that 11 and RTX have, and the one
+        in which 10 cannot choose another precision than the ONNX file's.
+        """
+        flag = self.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED
+        return builder.create_network(1 << int(flag))
+
+    def target(self, config: Any, compute_capability: str) -> None:
+        """
+        Build for another GPU than this machine's: TensorRT for RTX alone can.
+
+        Raises TensorRTError.
+        """
+        name = "SM" + compute_capability.replace(".", "")
+        kinds = getattr(self.module, "ComputeCapability", None)
+        if kinds is None or not hasattr(config, "set_compute_capability"):
+            raise TensorRTError("only TensorRT for RTX builds for another GPU than this machine's")
+        if not hasattr(kinds, name):
+            known = sorted(k for k in dir(kinds) if re.fullmatch(r"SM\d+", k))
+            raise TensorRTError(f"{self.library} has no {name}; it has {', '.join(known)}")
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(kinds, name), 0)
+
+
+def find_tensorrt() -> TensorRT:
+    """Import TensorRT, whichever of the three is installed. Raises TensorRTError."""
+    reasons = []
+    for name in MODULES:
+        try:
+            return TensorRT(importlib.import_module(name))
+        except ModuleNotFoundError as error:
+            if error.name != name:
+                reasons.append(f"{name}: {error}")
+        except (ImportError, OSError, RuntimeError) as error:
+            reasons.append(f"{name}: {error}")
+    raise TensorRTError(
+        "no usable TensorRT: install one of those in requirements-gpu.txt"
+        + (f" ({'; '.join(reasons)})" if reasons else "")
+    )
