@@ -49,9 +49,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
 """Formats that are read, by Pillow's names. Others that Pillow knows are never tried."""
 
 DEFAULT_MAX_PIXELS = 64_000_000
-"""Room for 61-megapixel sensors (9504×6336). A decoded photo takes up to 4 bytes a pixel, WebP
-five times that (libwebp's two canvases and their copies), a turned PNG twice; a JPEG is decoded at reduced scale, but
-a progressive one holds its coefficients, up to 6 bytes a pixel."""
+"""Room for 61-megapixel sensors (9504×6336). A decoded photo takes up to 4 bytes a pixel, twice
+that while it is turned, five times in WebP (libwebp's two canvases and their copies). A JPEG is
+decoded at reduced scale, but a progressive one holds its coefficients, up to 6 bytes a pixel."""
 
 # A progressive JPEG needs about ten scans. Each costs a pass over the whole picture, however few
 # bytes it holds, so thousands of them in a small file would keep a core busy for minutes.
@@ -152,8 +152,8 @@ def read_photo(
             image.load()
             # After loading: a PNG may store it behind the pixels, and TIFF is upright by then.
             orientation = _orientation(image)
-            # Before averaging, as Pillow's BOX is not symmetric: the pixels are exactly those of the
-            # same photo stored upright. A JPEG is small by now.
+            # Before averaging, as Pillow's BOX is not symmetric: so the pixels are exactly those of
+            # the same photo stored upright. A JPEG is small by now.
             upright = image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
             square = _squash(upright, size)
     except ImageError:
