@@ -13,29 +13,30 @@ import sys
 from types import FrameType
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.app import create_app
 from server.service import Service
 from server.settings import read_settings
 
-# Connections that were accepted when the port closes may have a request on its way to be read.
-_LAST_REQUESTS_S = 0.2
+# Who connected before the port closed may take this long to send what they connected for.
+_LAST_REQUESTS_S = 0.5
 
 
 class _Server(uvicorn.Server):
     """Uvicorn with a drain that loses no request, and exit code 0 after it."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
-        self.service: Service | None = None
+        self._service = service
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        if self.service is None or self.service.draining:
+        if self._service.draining:
             self.force_exit = True
             self.should_exit = True
             return
-        self.service.draining = True
-        grace_s = self.service.settings.drain_grace_s
+        self._service.draining = True
+        grace_s = self._service.settings.drain_grace_s
         self._loop.call_soon_threadsafe(self._loop.call_later, grace_s, self._stop)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -44,10 +45,29 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if not self.force_exit:
-            for server in self.servers:
-                server.close()
+            for listener in sockets or []:
+                await self._accept_backlog(listener)
             await asyncio.sleep(_LAST_REQUESTS_S)
         await super().shutdown(sockets)
+
+    async def _accept_backlog(self, listener: socket.socket) -> None:
+        """Take in who has connected already, then close: closing alone would reset them."""
+        waiting: list[socket.socket] = []
+        listener.setblocking(False)
+        try:
+            while True:
+                waiting.append(listener.accept()[0])
+        except BlockingIOError:
+            pass
+        for server in self.servers:
+            server.close()
+        listener.close()
+        for connection in waiting:
+            connection.setblocking(False)
+            await self._loop.connect_accepted_socket(self._protocol, connection)
+
+    def _protocol(self) -> asyncio.Protocol:
+        return HttpToolsProtocol(self.config, self.server_state, self.lifespan.state)
 
     def _stop(self) -> None:
         self.should_exit = True
@@ -69,21 +89,20 @@ def main() -> int:
         server.should_exit = True
 
     app, service = create_app(settings, on_failure)
-    server = _Server(
-        uvicorn.Config(
-            app,
-            host=settings.host,
-            port=settings.port,
-            ws="none",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=round(settings.drain_timeout_s),
-        )
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        http=HttpToolsProtocol,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=round(settings.drain_timeout_s),
     )
-    server.service = service
-    server.run()
-    return 1 if failed or not server.started else 0
+    server = _Server(config, service)
+    server.run([config.bind_socket()])
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

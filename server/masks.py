@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from model.image import unpack_mask
 
-__all__ = ["Lesion", "coco_rle", "measure", "polygons"]
+__all__ = ["Lesion", "Rings", "coco_rle", "measure", "polygons"]
 
 Rings = list[list[tuple[float, float]]]
+"""Closed lines of (x, y): the outer one of a part, then its holes."""
 
 # Outlines are traced on a grid this much finer than the network's, on which straight segments
 # follow the bilinear surface closely.

@@ -43,7 +43,7 @@ _PROBLEMS = {
 
 _EXAMPLES = {
     400: "The form has no field 'file': put the photo there. It has 'image'.",
-    413: "The image has 50000×50000 = 2500000000 pixels, 64000000 are allowed: send a smaller"
+    413: "The image has 12000×9000 = 108000000 pixels, 64000000 are allowed: send a smaller"
     " version of it.",
     415: "The bytes are not an image of a known format: send JPEG, PNG, WEBP, TIFF or BMP.",
     422: "The JPEG image ends too early (truncated): send the whole file again.",

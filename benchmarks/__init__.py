@@ -1,0 +1,1 @@
+"""Measurements of the served product, each run by `python -m benchmarks.NAME`."""

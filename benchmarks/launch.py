@@ -1,0 +1,105 @@
+"""Starts a server process of its own, for tests and benchmarks that measure the real thing."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["ServerProcess", "free_port", "serve"]
+
+_ROOT = Path(__file__).parent.parent
+_START_TIMEOUT_S = 60
+_STOP_TIMEOUT_S = 60
+
+
+@dataclass
+class ServerProcess:
+    """A running `python -m server`."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    log_file: Path
+    seconds_to_ready: float = 0
+
+    @property
+    def url(self) -> str:
+        """Without a slash at the end."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def log(self) -> str:
+        """What it has written so far."""
+        return self.log_file.read_text(encoding="utf-8")
+
+    def terminate(self) -> None:
+        """Ask it to drain and stop (SIGTERM)."""
+        self.process.send_signal(signal.SIGTERM)
+
+    def wait(self) -> int:
+        """Its exit code, once it is over."""
+        return self.process.wait(_STOP_TIMEOUT_S)
+
+
+def free_port() -> int:
+    """A port that nothing listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def serve(
+    *flags: str,
+    environment: dict[str, str] | None = None,
+    command: Sequence[str] = ("-m", "server"),
+) -> Iterator[ServerProcess]:
+    """
+    A server with these flags, ready; killed in the end if it still runs.
+
+    Args:
+        flags: of `python -m server`; the port is chosen here.
+        environment: variables beside those of this process.
+        command: what Python runs.
+
+    Raises:
+        RuntimeError: it ended, or was not ready in time; holds its output.
+    """
+    port = free_port()
+    arguments = [sys.executable, *command, "--port", str(port), *flags]
+    with tempfile.NamedTemporaryFile(suffix=".log") as output:
+        started = time.perf_counter()
+        with subprocess.Popen(
+            arguments,
+            cwd=_ROOT,
+            env={**os.environ, **(environment or {})},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        ) as process:
+            server = ServerProcess(process, port, Path(output.name))
+            try:
+                _wait_until_ready(server)
+                server.seconds_to_ready = time.perf_counter() - started
+                yield server
+            finally:
+                if process.poll() is None:
+                    process.kill()
+
+
+def _wait_until_ready(server: ServerProcess) -> None:
+    give_up = time.perf_counter() + _START_TIMEOUT_S
+    while time.perf_counter() < give_up and server.process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{server.url}/health/ready", timeout=5):
+                return
+        except (urllib.error.URLError, ConnectionError):
+            time.sleep(0.01)
+    raise RuntimeError(f"The server is not ready, its output:\n{server.log()}")

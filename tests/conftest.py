@@ -1,0 +1,104 @@
+"""Real photos where they are at hand, generated ones elsewhere; and a real server."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from benchmarks.launch import ServerProcess, serve
+from model.image import Photo, lesion_mask, read_photo, unpack_mask
+from tests.lesions import encode_photo, lesion_photo
+
+ROOT = Path(__file__).parent.parent
+MODEL = ROOT / "model/weights/slsnet.onnx"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A photo as a client sends it, with its true mask (bool [height, width])."""
+
+    name: str
+    data: bytes
+    mask: NDArray[np.bool_]
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path | None:
+    """Folder of real dermoscopic data sets, if this machine has one."""
+    folder = Path(os.environ.get("SLSNET_DATA", ROOT / "../shared/data"))
+    return folder if folder.is_dir() else None
+
+
+@pytest.fixture(scope="session")
+def photos(data_dir: Path | None) -> list[Sample]:
+    """A dozen photos at the size they were taken at."""
+    if data_dir is None:
+        sizes = [(600, 450), (1024, 768), (767, 1022), (2048, 1536)]
+        return [_generated(seed, *sizes[seed % len(sizes)]) for seed in range(12)]
+    return [_read_pair(path) for path in islice(_images(data_dir / "native"), 12)]
+
+
+@pytest.fixture(scope="session")
+def many_photos(data_dir: Path | None) -> list[Sample]:
+    """200 different photos."""
+    if data_dir is None:
+        return [_generated(seed, 256 + seed, 256) for seed in range(200)]
+    folders = [data_dir / "native", data_dir / "isic2017/ISIC-2017_Training_Data"]
+    paths = (path for folder in folders for path in _images(folder))
+    return [Sample(path.stem, path.read_bytes(), _NO_MASK) for path in islice(paths, 200)]
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[ServerProcess]:
+    """One server process for all tests that leave it as it was."""
+    with serve() as process:
+        yield process
+
+
+class Offline:
+    """The network without a server: what each answer must equal."""
+
+    def __init__(self) -> None:
+        self._session = onnxruntime.InferenceSession(MODEL, providers=["CPUExecutionProvider"])
+
+    def probability(self, photo: Photo) -> NDArray[np.float32]:
+        """float32 [128, 128]"""
+        probability: NDArray[np.float32] = self._session.run(
+            ["probability"], {"image": photo.pixels[None]}
+        )[0][0]
+        return probability
+
+    def mask(self, data: bytes, threshold: float = 0.5) -> NDArray[np.bool_]:
+        """bool [height, width]"""
+        photo = read_photo(data)
+        packed = lesion_mask(self.probability(photo), photo.width, photo.height, threshold)
+        return unpack_mask(packed, photo.width)
+
+
+@pytest.fixture(scope="session")
+def offline() -> Offline:
+    return Offline()
+
+
+_NO_MASK = np.zeros((0, 0), np.bool_)
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.jpg"))
+
+
+def _read_pair(path: Path) -> Sample:
+    with Image.open(path.with_name(f"{path.stem}_segmentation.png")) as mask:
+        return Sample(path.stem, path.read_bytes(), np.asarray(mask.convert("L")) > 127)
+
+
+def _generated(seed: int, width: int, height: int) -> Sample:
+    photo = lesion_photo(seed, width, height)
+    return Sample(f"lesion_{seed:03d}", encode_photo(photo.pixels), photo.mask)

@@ -1,0 +1,76 @@
+"""SIGTERM: what was accepted is answered, readiness says no, and the process ends with 0."""
+
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import httpx
+
+from benchmarks.launch import ServerProcess, serve
+from tests.conftest import Sample
+
+
+@dataclass
+class Ledger:
+    """What became of the requests of one client."""
+
+    answered: int = 0
+    refused: bool = False
+    lost: str = ""
+
+
+def keep_sending(server: ServerProcess, photo: Sample, started: threading.Event) -> Ledger:
+    """Send until the port is closed."""
+    ledger = Ledger()
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        while not ledger.refused and not ledger.lost:
+            try:
+                response = client.post("/segment", files={"file": photo.data})
+            except httpx.ConnectError:
+                ledger.refused = True
+            except httpx.HTTPError as error:
+                ledger.lost = repr(error)
+            else:
+                assert response.status_code == 200
+                ledger.answered += 1
+                started.set()
+    return ledger
+
+
+def test_sigterm_under_load_loses_nothing(photos: list[Sample]) -> None:
+    with serve("--drain-grace-s", "0.5") as server, ThreadPoolExecutor(8) as clients:
+        started = threading.Event()
+        ledgers = [
+            clients.submit(keep_sending, server, photos[index], started) for index in range(8)
+        ]
+        assert started.wait(30)
+        time.sleep(0.5)
+        server.terminate()
+        time.sleep(0.1)
+        ready = httpx.get(f"{server.url}/health/ready")
+        assert ready.status_code == 503
+        assert "going down" in ready.json()["detail"]
+        live = httpx.get(f"{server.url}/health/live")
+        assert live.status_code == 200
+        assert live.headers["connection"] == "close"
+        results = [ledger.result() for ledger in ledgers]
+        assert server.wait() == 0
+        assert [ledger.lost for ledger in results] == [""] * 8
+        assert all(ledger.answered for ledger in results)
+
+
+def test_idle_server_ends_with_0() -> None:
+    with serve("--drain-grace-s", "0") as server:
+        server.process.send_signal(signal.SIGINT)
+        assert server.wait() == 0
+
+
+def test_second_signal_ends_at_once() -> None:
+    with serve("--drain-grace-s", "600") as server:
+        server.terminate()
+        time.sleep(0.2)
+        assert server.process.poll() is None
+        server.terminate()
+        assert server.wait() == 0

@@ -1,0 +1,221 @@
+"""Bad input: each kind gets its row of the status table, and the next good request is served."""
+
+import json
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from benchmarks.launch import ServerProcess, serve
+from model.image import DEFAULT_MAX_PIXELS
+from server.settings import Settings
+from tests.conftest import Sample
+from tests.lesions import encode_photo
+
+
+@pytest.fixture
+def good(server: ServerProcess, photos: list[Sample]) -> Iterator[Sample]:
+    """A photo that is served, before and after whatever a test does to the server."""
+    yield photos[0]
+    response = httpx.post(f"{server.url}/segment", files={"file": photos[0].data})
+    assert response.status_code == 200
+
+
+def assert_problem(response: httpx.Response, status: int, *words: str) -> dict[str, Any]:
+    """An RFC 9457 document with this status, whose detail has these words."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    problem: dict[str, Any] = response.json()
+    assert problem["status"] == status
+    assert problem["title"]
+    assert problem["type"] == "about:blank"
+    assert problem["instance"] == httpx.URL(str(response.url)).path
+    assert problem["request_id"] == response.headers["x-request-id"]
+    for word in words:
+        assert word in problem["detail"]
+    return problem
+
+
+@pytest.mark.usefixtures("good")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, ["no body", "curl -F file="]),
+        ({"content": b""}, ["no body"]),
+        ({"content": b"", "headers": {"Content-Type": "image/jpeg"}}, ["no body"]),
+        ({"files": {"image": b"\xff\xd8\xff"}}, ["'file'", "It has 'image'"]),
+        ({"files": [("file", b"a"), ("file", b"b")]}, ["2 fields 'file'", "one photo"]),
+        ({"files": {"file": b""}}, ["'file' is empty"]),
+        (
+            {"content": b"x", "headers": {"Content-Type": "multipart/form-data"}},
+            ["boundary"],
+        ),
+        (
+            {"content": b"x", "headers": {"Content-Type": "multipart/form-data; boundary=b"}},
+            ["malformed"],
+        ),
+        (
+            {
+                "content": b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\ncut off',
+                "headers": {"Content-Type": "multipart/form-data; boundary=b"},
+            },
+            ["malformed"],
+        ),
+        (
+            {"files": [(f"field{index}", b"x") for index in range(40)]},
+            ["malformed"],
+        ),
+    ],
+)
+def test_400_no_image_in_the_request(
+    server: ServerProcess, options: dict[str, Any], words: list[str]
+) -> None:
+    assert_problem(httpx.post(f"{server.url}/segment", **options), 400, *words)
+
+
+@pytest.mark.usefixtures("good")
+@pytest.mark.parametrize(
+    "kind",
+    ["text/plain", "application/json", "application/x-www-form-urlencoded", "image/gif", "x"],
+)
+def test_415_a_body_that_is_no_image(server: ServerProcess, kind: str) -> None:
+    response = httpx.post(
+        f"{server.url}/segment", content=b"GIF89a", headers={"Content-Type": kind}
+    )
+    assert_problem(response, 415, kind, "image/jpeg", "multipart/form-data")
+
+
+@pytest.mark.usefixtures("good")
+@pytest.mark.parametrize("data", [b"just some text", b"GIF89a\1\0\1\0\0\0\0;", bytes(1000)])
+def test_415_an_image_that_is_none(server: ServerProcess, data: bytes) -> None:
+    files = {"file": ("lesion.jpg", data, "image/jpeg")}
+    assert_problem(httpx.post(f"{server.url}/segment", files=files), 415, "JPEG, PNG")
+    raw = httpx.post(f"{server.url}/segment", content=data, headers={"Content-Type": "image/jpeg"})
+    assert_problem(raw, 415, "JPEG, PNG")
+
+
+@pytest.mark.parametrize("tenths", range(10))
+def test_422_a_truncated_jpeg(server: ServerProcess, good: Sample, tenths: int) -> None:
+    cut = good.data[: 4 + (len(good.data) - 8) * tenths // 10]
+    response = httpx.post(f"{server.url}/segment", files={"file": cut})
+    assert_problem(response, 422, "send the ")
+
+
+@pytest.mark.usefixtures("good")
+@pytest.mark.parametrize(
+    ("query", "words"),
+    [
+        ("threshold=2", ["threshold", "less than or equal to 1", "2"]),
+        ("threshold=-0.1", ["threshold", "greater than or equal to 0"]),
+        ("threshold=nan", ["threshold"]),
+        ("threshold=half", ["threshold", "number"]),
+        ("size=huge", ["size", "original", "model"]),
+        ("format=gif", ["format", "png", "json"]),
+        ("format=json&mask=svg", ["mask", "polygons"]),
+    ],
+)
+def test_422_a_parameter_out_of_range(server: ServerProcess, query: str, words: list[str]) -> None:
+    response = httpx.post(f"{server.url}/segment?{query}", files={"file": b"x"})
+    assert_problem(response, 422, *words)
+
+
+@pytest.mark.usefixtures("good")
+@pytest.mark.parametrize("timeout", ["0", "-5", "soon", "nan"])
+def test_422_a_deadline_that_is_none(server: ServerProcess, timeout: str) -> None:
+    response = httpx.post(
+        f"{server.url}/segment",
+        files={"file": b"x"},
+        headers={"X-Request-Timeout-Ms": timeout},
+    )
+    assert_problem(response, 422, "x-request-timeout-ms")
+
+
+def test_413_more_pixels_than_allowed(server: ServerProcess, good: Sample) -> None:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        crc = zlib.crc32(kind + body)
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", crc)
+
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99))
+    response = httpx.post(f"{server.url}/segment", files={"file": bomb})
+    assert_problem(response, 413, "more pixels", str(DEFAULT_MAX_PIXELS))
+
+    large = encode_photo(np.zeros((8001, 8000, 3), np.uint8), "PNG")
+    response = httpx.post(f"{server.url}/segment", files={"file": large}, timeout=60)
+    assert_problem(response, 413, "8000×8001", str(DEFAULT_MAX_PIXELS), "smaller")
+
+
+def test_413_more_bytes_than_allowed(server: ServerProcess, good: Sample) -> None:
+    limit = Settings().max_body_bytes
+    body = bytes(100 * 2**20)
+    announced = httpx.post(
+        f"{server.url}/segment", content=body, headers={"Content-Type": "image/png"}
+    )
+    assert_problem(announced, 413, str(limit), "smaller")
+    form = httpx.post(f"{server.url}/segment", files={"file": body}, timeout=60)
+    assert_problem(form, 413, str(limit), "smaller")
+    pieces = (bytes(2**20) for _ in range(100))
+    streamed = httpx.post(
+        f"{server.url}/segment", content=pieces, headers={"Content-Type": "image/png"}, timeout=60
+    )
+    assert_problem(streamed, 413, str(limit), "smaller")
+
+
+@pytest.mark.usefixtures("good")
+@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH"])
+def test_405_wrong_method(server: ServerProcess, method: str) -> None:
+    response = httpx.request(method, f"{server.url}/segment")
+    assert_problem(response, 405, method, "use POST")
+    assert response.headers["allow"] == "POST"
+
+
+@pytest.mark.usefixtures("good")
+def test_404_nothing_there(server: ServerProcess) -> None:
+    response = httpx.post(f"{server.url}/segmentation", files={"file": b"x"})
+    assert_problem(response, 404, "/segmentation", "POST /segment")
+
+
+def test_504_the_deadline_passed(server: ServerProcess, good: Sample) -> None:
+    response = httpx.post(
+        f"{server.url}/segment",
+        files={"file": good.data},
+        headers={"X-Request-Timeout-Ms": "0.01"},
+    )
+    assert_problem(response, 504, "0.01 ms", "X-Request-Timeout-Ms")
+
+
+def test_429_more_requests_or_bytes_than_there_is_room_for(photos: list[Sample]) -> None:
+    data = photos[0].data
+    room = 2 * len(data)
+    with (
+        serve("--max-queue", "1", "--max-bytes-in-flight", str(room)) as server,
+        httpx.Client(base_url=server.url, timeout=60) as client,
+    ):
+        too_many_bytes = client.post("/segment", content=bytes(room + 1))
+        problem = assert_problem(too_many_bytes, 429, "memory")
+        assert int(too_many_bytes.headers["retry-after"]) >= 1
+        assert f"{too_many_bytes.headers['retry-after']} s" in problem["detail"]
+
+        def while_another_is_sent() -> Iterator[bytes]:
+            yield data[:1000]
+            refused = httpx.post(f"{server.url}/segment", content=data)
+            assert_problem(refused, 429, "queue is full")
+            assert int(refused.headers["retry-after"]) >= 1
+            yield data[1000:]
+
+        assert client.post("/segment", content=while_another_is_sent()).status_code == 200
+        assert client.post("/segment", content=data).status_code == 200
+
+
+def test_problems_are_told_in_the_reference(server: ServerProcess) -> None:
+    operation = httpx.get(f"{server.url}/openapi.json").json()["paths"]["/segment"]["post"]
+    for status in ("400", "413", "415", "422", "429", "500", "503", "504"):
+        content = operation["responses"][status]["content"]
+        assert list(content) == ["application/problem+json"]
+        example = content["application/problem+json"]["example"]
+        assert example["status"] == int(status)
+        assert json.dumps(example["detail"])

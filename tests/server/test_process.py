@@ -1,0 +1,138 @@
+"""The process: what it loads, what it can be told, what it leaves on the disk."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from benchmarks.launch import free_port, serve
+from server.settings import Settings, read_settings, settings_table
+from tests.conftest import ROOT, Sample
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_serving_loads_neither_torch_nor_onnx() -> None:
+    program = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from server.app import create_app
+from server.backends import open_backend
+from server.settings import Settings
+create_app(Settings())
+backend = open_backend("auto", Settings().model, threads=1)
+backend.warm_up()
+backend.infer(np.zeros((3, 128, 128, 3), np.uint8))
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+    result = python("-c", program)
+    assert result.returncode == 0, result.stderr
+    loaded = set(json.loads(result.stdout))
+    assert "onnxruntime" in loaded
+    assert not loaded & {"torch", "onnx", "matplotlib", "tensorrt", "onnxscript"}
+
+
+def test_help_lists_every_setting_with_its_variable() -> None:
+    result = python("-m", "server", "--help")
+    assert result.returncode == 0
+    shown = " ".join(result.stdout.split())
+    for flag, variable, default, description in settings_table():
+        assert f"{flag} VALUE" in shown
+        # argparse breaks lines at hyphens too.
+        assert variable in shown
+        assert description.replace("-", "") in shown.replace("- ", "").replace("-", "")
+        assert default in shown
+
+
+def test_readme_has_every_setting() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for flag, variable, default, description in settings_table():
+        assert f"| `{flag}` | `{variable}` | {default} | {description} |" in readme
+
+
+def test_flags_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLSNET_PORT", "9001")
+    monkeypatch.setenv("SLSNET_MAX_QUEUE", "7")
+    settings = read_settings(["--port", "9002"])
+    assert (settings.port, settings.max_queue) == (9002, 7)
+    assert read_settings([]).port == 9001
+    assert Settings().drain_timeout_s == 60
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--port", "99999"], ["--port", "SLSNET_PORT", "65535", "99999"]),
+        (["--backend", "abacus"], ["--backend", "onnxruntime"]),
+        (["--no-such-flag"], ["--no-such-flag"]),
+    ],
+)
+def test_a_wrong_setting_is_told(
+    arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        read_settings(arguments)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    for word in words:
+        assert word in said
+
+
+@pytest.mark.parametrize("content", [None, b"not a network"])
+def test_a_network_that_cannot_be_loaded_ends_the_process(
+    tmp_path: Path, content: bytes | None
+) -> None:
+    model = tmp_path / "model.onnx"
+    if content is not None:
+        model.write_bytes(content)
+    result = python("-m", "server", "--port", str(free_port()), "--model", str(model))
+    assert result.returncode == 1
+    assert str(model) in result.stderr
+
+
+def test_uploads_never_touch_the_disk(photos: list[Sample]) -> None:
+    # Every file that Python opens, and every temporary one, is reported by its audit events.
+    program = """
+import runpy, sys
+def watch(event, arguments):
+    if event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
+        print("WRITES", arguments[0], flush=True)
+    if event.startswith("tempfile."):
+        print("WRITES", arguments[0], flush=True)
+sys.addaudithook(watch)
+sys.argv[0] = "server"
+runpy.run_module("server", run_name="__main__", alter_sys=True)
+"""
+    with (
+        serve(command=["-c", program]) as server,
+        httpx.Client(base_url=server.url, timeout=60) as client,
+    ):
+        # Larger than any in-memory limit of the usual form parsers.
+        padded = photos[0].data + bytes(4 * 2**20)
+        assert client.post("/segment", files={"file": padded}).status_code == 200
+        assert client.post("/segment", content=padded).status_code == 200
+        assert client.post("/segment", files={"file": padded[:1000]}).status_code == 422
+        log = server.log()
+    assert "POST /segment 200" in log
+    assert "WRITES" not in log
+
+
+def test_log_has_nothing_of_the_photo(photos: list[Sample]) -> None:
+    with serve() as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        files = {"file": ("Jane-Doe.jpg", photos[0].data, "image/jpeg")}
+        assert client.post("/segment?note=Jane-Doe", files=files).status_code == 200
+        assert client.post("/Jane-Doe", files=files).status_code == 404
+        assert "Jane-Doe" not in server.log()
