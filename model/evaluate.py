@@ -1,0 +1,401 @@
+"""
+Score a network on any folder pair, at the size of the masks.
+
+    python -m model.evaluate --images DIR --masks DIR
+    python -m model.evaluate --images DIR --masks DIR --model runs/a/best.safetensors \
+        --report a.json --gallery a-gallery
+
+`X.jpg|png|bmp|…` belongs to `X_segmentation.png`; both may lie in one folder. Every image is
+squashed to the network's input, its probabilities are up-sampled to the mask's size and thresholded
+there. Figures are per image, then averaged (`model.metrics`). Everything is checked before the
+network runs.
+"""
+
+import argparse
+import csv
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from model.data import DataError, Sample, find_pairs
+from model.image import FORMATS, MODEL_SIZE, ImageError, Photo, lesion_mask, read_photo
+from model.metrics import (
+    METRICS,
+    Calibration,
+    Confusion,
+    count_packed,
+    jaccard,
+    macro_average,
+    stack,
+)
+
+WEIGHTS = Path(__file__).parent / "weights" / "slsnet.onnx"
+
+THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
+"""Where the Jaccard is looked at besides the threshold asked for."""
+
+# Official masks count as lesion above 128 (isic-challenge-scoring).
+_LESION_ABOVE = 128
+_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Network:
+    """A trained network, whatever runs it."""
+
+    path: Path
+    size: int
+    """Side of its input, pixels."""
+    metadata: dict[str, str]
+    predict: Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+    """uint8 [n, size, size, 3] RGB → probability float32 [n, size, size]."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image, what the network says about it and how large its truth is."""
+
+    sample: Sample
+    image_size: tuple[int, int]
+    """Width and height, pixels."""
+    mask_size: tuple[int, int]
+    lesion_share: float
+    """Share of the frame that is lesion, by the mask."""
+    probability: NDArray[np.float32]
+    """[size, size]."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All cases with their counts."""
+
+    network: Network
+    threshold: float
+    cases: list[Case]
+    confusion: Confusion
+    """At `threshold`; arrays [images]."""
+    sweep: dict[float, float]
+    """Mean Jaccard by threshold."""
+    calibration: Calibration
+
+    def report(self) -> dict[str, Any]:
+        """The figures as they go into a JSON report."""
+        figures = jaccard(self.confusion)
+        spread = figures.std(ddof=1) / np.sqrt(len(figures)) if len(figures) > 1 else 0.0
+        return {
+            **macro_average(self.confusion),
+            "count": len(self.cases),
+            "threshold": self.threshold,
+            "jaccard_standard_error": float(spread),
+            "calibration_error": self.calibration.error(),
+            "jaccard_by_threshold": {f"{t:.2f}": value for t, value in self.sweep.items()},
+            "model": {"file": self.network.path.name, **self.network.metadata},
+        }
+
+    def rows(self) -> Iterator[dict[str, str | int | float]]:
+        """One row a case, for a CSV."""
+        figures = {name: metric(self.confusion) for name, metric in METRICS.items()}
+        for index, case in enumerate(self.cases):
+            predicted = self.confusion.tp[index] + self.confusion.fp[index]
+            yield {
+                "id": case.sample.id,
+                "image_width": case.image_size[0],
+                "image_height": case.image_size[1],
+                "mask_width": case.mask_size[0],
+                "mask_height": case.mask_size[1],
+                "lesion_share": round(case.lesion_share, 6),
+                "predicted_share": round(predicted / np.prod(case.mask_size), 6),
+                **{name: round(float(values[index]), 9) for name, values in figures.items()},
+            }
+
+
+def load_network(path: Path, size: int = MODEL_SIZE) -> Network:
+    """
+    Load an ONNX graph with ONNX Runtime, or safetensors weights with PyTorch.
+
+    Args:
+        path: `.onnx` or `.safetensors`.
+        size: side of the input for safetensors, which fit any; an ONNX graph says its own.
+
+    Raises:
+        ValueError: not a file of these kinds, or not a network of this project.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: pass --model the file of a trained network")
+    if path.suffix == ".onnx":
+        return _load_onnx(path)
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path, size)
+    raise ValueError(f"{path} is neither .onnx nor .safetensors")
+
+
+def evaluate(
+    samples: Sequence[Sample], network: Network, threshold: float = 0.5, *, progress: bool = False
+) -> Evaluation:
+    """
+    Run the network on every image and count at every mask's size.
+
+    Args:
+        samples: images with their masks, as `model.data.find_pairs` returns them.
+        network: from `load_network`.
+        threshold: probability above which a pixel is lesion.
+        progress: whether to tell on stderr how far it is.
+
+    Raises:
+        DataError: an image or a mask cannot be used; told before the network runs.
+    """
+    with ThreadPoolExecutor() as pool, _progress(len(samples), progress) as step:
+        tell = step("checked")
+        photos = []
+        for photo in pool.map(lambda sample: _check(sample, network.size), samples):
+            photos.append(photo)
+            tell()
+        tell = step("evaluated")
+        cases: list[Case] = []
+        counts: list[list[Confusion]] = []
+        calibration = Calibration()
+        thresholds = (threshold, *THRESHOLDS)
+        for start in range(0, len(samples), _BATCH):
+            part = slice(start, start + _BATCH)
+            batch = np.stack([photo.pixels for photo in photos[part]])
+            probabilities = network.predict(batch)
+            scored = pool.map(
+                lambda sample, photo, probability: _score(sample, photo, probability, thresholds),
+                samples[part],
+                photos[part],
+                probabilities,
+            )
+            for case, confusions, truth_share in scored:
+                cases.append(case)
+                counts.append(confusions)
+                calibration.add(case.probability, truth_share)
+                tell()
+    at_thresholds = [stack(column) for column in zip(*counts, strict=True)]
+    sweep = {
+        t: float(jaccard(c).mean()) for t, c in zip(THRESHOLDS, at_thresholds[1:], strict=True)
+    }
+    return Evaluation(network, threshold, cases, at_thresholds[0], sweep, calibration)
+
+
+def read_truth(path: Path) -> NDArray[np.bool_]:
+    """
+    Read a mask: bool [height, width], lesion above 128 as the official scorer has it.
+
+    Raises:
+        DataError: it does not decode, or is no black and white picture with lesion in white.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as file:
+            if file.mode == "1":
+                return np.asarray(file)
+            grey = np.asarray(file.convert("L"))
+    except Exception as error:  # Pillow's errors on damaged files are an open list
+        raise DataError(f"{path} does not decode as a mask ({error}): replace it") from error
+    brightest = int(grey.max())
+    if 0 < brightest <= _LESION_ABOVE:
+        raise DataError(
+            f"{path} has no value above {_LESION_ABOVE}, the brightest is {brightest}: store lesion"
+            " as 255 and the rest as 0"
+        )
+    if np.mean((grey > 63) & (grey < 192)) > 0.1:  # resizing leaves some at the border
+        raise DataError(
+            f"{path} is not black and white, over 10 % of it is grey: a mask is expected,"
+            " lesion 255 and the rest 0"
+        )
+    return grey > _LESION_ABOVE
+
+
+def _check(sample: Sample, size: int) -> Photo:
+    """Read the image and look at its mask, so that a bad file shows before the long part."""
+    try:
+        photo = read_photo(sample.image.read_bytes(), size=size)
+    except (ImageError, OSError) as error:
+        raise DataError(f"{sample.image}: {error}") from error
+    height, width = read_truth(sample.mask).shape
+    if (width, height) == (photo.height, photo.width) and width != height:
+        raise DataError(
+            f"{sample.mask} is {width}×{height}, its image {photo.width}×{photo.height} after EXIF"
+            " orientation: turn the mask as the image is"
+        )
+    return photo
+
+
+def _score(
+    sample: Sample,
+    photo: Photo,
+    probability: NDArray[np.float32],
+    thresholds: Sequence[float],
+) -> tuple[Case, list[Confusion], NDArray[np.float32]]:
+    """One case, its counts at each threshold, and its truth as shares at the network's size."""
+    truth = read_truth(sample.mask)
+    height, width = truth.shape
+    packed = np.packbits(truth, axis=1)
+    confusions = [
+        count_packed(lesion_mask(probability, width, height, t), packed, truth.size)
+        for t in thresholds
+    ]
+    grey = Image.fromarray(truth.astype(np.uint8) * 255)
+    height, width = probability.shape
+    small = grey.resize((width, height), Image.Resampling.BOX)
+    share = np.asarray(small, np.float32) / np.float32(255)
+    case = Case(
+        sample,
+        (photo.width, photo.height),
+        (truth.shape[1], truth.shape[0]),
+        float(truth.mean()),
+        probability,
+    )
+    return case, confusions, share
+
+
+def _load_onnx(path: Path) -> Network:
+    import onnxruntime as ort
+
+    try:
+        session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime has an untyped error for each of its statuses
+        raise ValueError(f"{path} is not a readable ONNX model: {error}") from error
+    (image, *more_in), (probability, *more_out) = session.get_inputs(), session.get_outputs()
+    _, height, width, channels = image.shape if len(image.shape) == 4 else (None,) * 4
+    if (
+        more_in
+        or more_out
+        or image.type != "tensor(uint8)"
+        or not isinstance(height, int)
+        or (height, channels) != (width, 3)
+    ):
+        raise ValueError(
+            f"{path} takes {image.type} {image.shape}, not uint8 [n, size, size, 3]: export it with"
+            " python -m model.export"
+        )
+
+    def predict(batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        (found,) = session.run([probability.name], {image.name: batch})
+        return np.asarray(found, np.float32)
+
+    metadata = dict(session.get_modelmeta().custom_metadata_map)
+    return Network(path, height, metadata, predict)
+
+
+def _load_safetensors(path: Path, size: int) -> Network:
+    import torch
+
+    from model.generator import load_generator, load_metadata
+
+    generator = load_generator(path)
+
+    def predict(batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            image = torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 255
+            return np.asarray(torch.sigmoid(generator(image))[:, 0].numpy())
+
+    return Network(path, size, load_metadata(path), predict)
+
+
+@contextmanager
+def _progress(total: int, shown: bool) -> Iterator[Callable[[str], Callable[[], None]]]:
+    """Yields `step(verb)`: begins a stage, returns what to call after each of its images."""
+    live = sys.stderr.isatty()
+
+    def step(verb: str) -> Callable[[], None]:
+        start, done = time.monotonic(), 0
+
+        def tell() -> None:
+            nonlocal done
+            done += 1
+            if not shown or not (live or done == total or done % max(1, total // 10) == 0):
+                return
+            rate = done / max(time.monotonic() - start, 1e-9)
+            line = f"{verb} {done}/{total}, {rate:.1f} images/s, {(total - done) / rate:.0f} s left"
+            end = "\n" if not live or done == total else ""
+            sys.stderr.write(("\r\033[K" if live else "") + line + end)
+            sys.stderr.flush()
+
+        return tell
+
+    try:
+        yield step
+    except BaseException:
+        if shown and live:
+            sys.stderr.write("\n")
+        raise
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m model.evaluate",
+        description="Score a network on images and masks, at the size of the masks.",
+        epilog="X.jpg|png|bmp|… belongs to X_segmentation.png. Figures are per-image means.",
+    )
+    parser.add_argument("--images", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--masks", type=Path, required=True, metavar="DIR", help="may be the images' folder"
+    )
+    parser.add_argument(
+        "--model", type=Path, default=WEIGHTS, metavar="FILE", help=".onnx or .safetensors"
+    )
+    parser.add_argument("--threshold", type=float, default=0.5, help="0 to 1 (default: 0.5)")
+    parser.add_argument(
+        "--size",
+        type=int,
+        default=MODEL_SIZE,
+        metavar="PIXELS",
+        help=f"side of the input of .safetensors (default: {MODEL_SIZE})",
+    )
+    parser.add_argument(
+        "--report", type=Path, metavar="OUT.json", help="the figures; OUT.csv has them per image"
+    )
+    parser.add_argument("--csv", type=Path, metavar="OUT.csv", help="per image, somewhere else")
+    parser.add_argument(
+        "--gallery", type=Path, metavar="DIR", help="a page: worst, median, best cases, and plots"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if not 0 <= options.threshold <= 1:
+        parser.error(f"--threshold {options.threshold} is not within 0 and 1")
+    if options.size < 8 or options.size % 8:
+        parser.error(f"--size {options.size} is not a multiple of 8")
+    table = options.csv or (options.report and options.report.with_suffix(".csv"))
+    try:
+        for file in filter(None, (options.report, table)):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        network = load_network(options.model, options.size)
+        samples = find_pairs(options.images, options.masks)
+        evaluation = evaluate(samples, network, options.threshold, progress=True)
+        report = evaluation.report()
+        if options.report:
+            options.report.write_text(json.dumps(report, indent=2) + "\n")
+        if table:
+            with table.open("w", newline="") as file:
+                rows = list(evaluation.rows())
+                writer = csv.DictWriter(file, rows[0].keys())
+                writer.writeheader()
+                writer.writerows(rows)
+        if options.gallery:
+            from model.gallery import write_gallery
+
+            write_gallery(evaluation, options.gallery)
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
+    for name in (*METRICS, "calibration_error", "count"):
+        value = report[name]
+        print(f"{name:>18}  {value if name == 'count' else format(value, '.4f')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""
+An evaluation as a page: worst, median and best cases, and where the network is good or bad.
+
+`write_gallery` writes `index.html` and one PNG a case shown into a folder: plain files that open
+without a server. Truth is outlined in green, the prediction in red.
+"""
+
+import re
+from collections.abc import Sequence
+from html import escape
+from io import BytesIO
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+
+from model.evaluate import Case, Evaluation, read_truth
+from model.image import lesion_mask, read_photo, unpack_mask
+from model.metrics import METRICS, jaccard
+
+CASES_EACH = 6
+"""How many worst, median and best cases are shown."""
+
+LESION_SHARES = (0, 0.02, 0.05, 0.1, 0.2, 0.4, 1)
+WIDTHS = (0, 256, 640, 1024, 2048, 4096, 1_000_000)
+"""Bins of lesion area (share of the frame) and of image width (pixels); the right end belongs."""
+
+# Overlays are at most this wide and high, pixels.
+_OVERLAY = 480
+_GREEN, _RED, _BLUE = (0, 200, 70), (235, 40, 40), "#2b6cb0"
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1a202c; background: #f7fafc;
+       max-width: 1180px; margin: 2rem auto; padding: 0 1rem; }
+h1, h2 { line-height: 1.2; } h2 { margin-top: 2.2rem; }
+table { border-collapse: collapse; background: #fff; }
+td, th { padding: .25rem .8rem; border: 1px solid #e2e8f0; text-align: right; }
+td:first-child, th:first-child { text-align: left; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 1rem; }
+figure { margin: 0; background: #fff; border: 1px solid #e2e8f0; border-radius: 6px;
+         overflow: hidden; }
+figure img, figure svg { display: block; width: 100%; height: auto; }
+figcaption { padding: .5rem .8rem; font-size: 13px; overflow-wrap: anywhere; }
+.truth { color: #008a30; font-weight: 600; } .prediction { color: #d42020; font-weight: 600; }
+"""
+
+
+def write_gallery(evaluation: Evaluation, folder: Path) -> Path:
+    """
+    Write the page of an evaluation.
+
+    Args:
+        evaluation: from `model.evaluate.evaluate`; its images and masks are read again.
+        folder: made where missing. Nothing is written elsewhere.
+
+    Returns:
+        The page, `folder/index.html`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    scores = jaccard(evaluation.confusion)
+    order = np.argsort(scores, kind="stable")
+    each = min(CASES_EACH, len(order))
+    middle = (len(order) - each) // 2
+    groups = {
+        "Worst": order[:each],
+        "Median": order[middle : middle + each],
+        "Best": order[::-1][:each],
+    }
+    sections = []
+    for title, indices in groups.items():
+        figures = [
+            _case_figure(evaluation, int(index), folder, f"{title.lower()}-{rank}")
+            for rank, index in enumerate(indices, 1)
+        ]
+        sections.append(f'<h2>{title} cases</h2>\n<div class="grid">{"".join(figures)}</div>')
+    page = folder / "index.html"
+    page.write_text(_page(evaluation, scores, sections), encoding="utf-8")
+    return page
+
+
+def overlay(case: Case, threshold: float) -> Image.Image:
+    """The photo with the truth's outline in green and the prediction's in red."""
+    width, height = case.image_size
+    scale = min(1.0, _OVERLAY / max(width, height))
+    width, height = max(1, round(width * scale)), max(1, round(height * scale))
+    photo = read_photo(case.sample.image.read_bytes(), size=max(width, height))
+    pixels = np.array(Image.fromarray(photo.pixels).resize((width, height)))
+    truth = Image.fromarray(read_truth(case.sample.mask)).convert("L")
+    truth_mask = np.asarray(truth.resize((width, height), Image.Resampling.BOX)) > 127
+    predicted = unpack_mask(lesion_mask(case.probability, width, height, threshold), width)
+    pixels[_outline(truth_mask)] = _GREEN
+    pixels[_outline(predicted)] = _RED
+    return Image.fromarray(pixels)
+
+
+def _outline(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Pixels on both sides of the mask's border; a mask that leaves the frame stays open there."""
+    border = np.zeros_like(mask)
+    rows, columns = mask[1:] != mask[:-1], mask[:, 1:] != mask[:, :-1]
+    border[1:] |= rows
+    border[:-1] |= rows
+    border[:, 1:] |= columns
+    border[:, :-1] |= columns
+    return border
+
+
+def _case_figure(evaluation: Evaluation, index: int, folder: Path, label: str) -> str:
+    case = evaluation.cases[index]
+    name = f"{label}-{re.sub(r'[^A-Za-z0-9_-]', '_', case.sample.id)}.png"
+    overlay(case, evaluation.threshold).save(folder / name)
+    one = {key: float(metric(evaluation.confusion)[index]) for key, metric in METRICS.items()}
+    width, height = case.image_size
+    return (
+        f'<figure><img src="{name}" loading="lazy" alt="{escape(case.sample.id)}: truth in green,'
+        f' prediction in red"><figcaption><b>{escape(case.sample.id)}</b><br>'
+        f"Jaccard {one['jaccard']:.3f} · Dice {one['dice']:.3f} ·"
+        f" sensitivity {one['sensitivity']:.3f} · specificity {one['specificity']:.3f}<br>"
+        f"{width}×{height} pixels, lesion {case.lesion_share:.1%} of the frame"
+        "</figcaption></figure>\n"
+    )
+
+
+def _page(evaluation: Evaluation, scores: NDArray[np.float64], sections: list[str]) -> str:
+    report = evaluation.report()
+    shares = np.array([case.lesion_share for case in evaluation.cases])
+    widths = np.array([case.image_size[0] for case in evaluation.cases])
+    figures = "".join(
+        f"<tr><td>{name.replace('_', ' ')}</td><td>{report[name]:.4f}</td></tr>\n"
+        for name in (*METRICS, "calibration_error")
+    )
+    names = {key: report["model"][key] for key in ("file", "version") if key in report["model"]}
+    model = escape(" ".join(names.values()))
+    best = max(evaluation.sweep, key=lambda threshold: evaluation.sweep[threshold])
+    share_names = [f"{a:.0%}–{b:.0%}" for a, b in pairwise(LESION_SHARES)]
+    width_names = [f"{a + 1}–{b}" for a, b in pairwise(WIDTHS[:-1])] + [f"> {WIDTHS[-2]}"]
+    plots = [
+        (
+            _plot_bins(share_names, _bins(shares, LESION_SHARES, scores), "lesion, share of frame"),
+            "Jaccard by lesion size",
+        ),
+        (
+            _plot_bins(width_names, _bins(widths, WIDTHS, scores), "image width, pixels"),
+            "Jaccard by image width",
+        ),
+        (
+            _plot_sweep(evaluation),
+            f"Mean Jaccard against threshold: {report['jaccard']:.4f} at {evaluation.threshold:g};"
+            f" the best of the curve is {evaluation.sweep[best]:.4f} at {best:g}",
+        ),
+        (
+            _plot_calibration(evaluation),
+            "Calibration: how much of the pixels with a probability is lesion; expected"
+            f" calibration error {report['calibration_error']:.4f}. The bars are the shares of all"
+            " pixels",
+        ),
+    ]
+    drawn = "".join(
+        f"<figure>{svg}<figcaption>{escape(text)}</figcaption></figure>\n" for svg, text in plots
+    )
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>Evaluation of {model}</title>
+<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>
+<h1>Evaluation of {model}</h1>
+<p>{len(scores)} images, threshold {evaluation.threshold:g}; figures are means over the images, the
+Jaccard's standard error is {report["jaccard_standard_error"]:.4f}. On the overlays the
+<span class="truth">truth is green</span>, the <span class="prediction">prediction red</span>.</p>
+<table>{figures}</table>
+<h2>Where it is good, where bad</h2>
+<div class="grid" style="grid-template-columns: repeat(auto-fill, minmax(480px, 1fr))">{drawn}</div>
+{_table("Lesion", share_names, _bins(shares, LESION_SHARES, scores))}
+{_table("Width", width_names, _bins(widths, WIDTHS, scores))}
+{"".join(sections)}
+</body></html>
+"""
+
+
+def _bins(
+    values: NDArray[Any], edges: Sequence[float], scores: NDArray[np.float64]
+) -> list[NDArray[np.float64]]:
+    """The scores by the bin ]left, right] of their values; a value of 0 belongs to the first."""
+    where = np.searchsorted(edges, values, side="left")
+    where = np.clip(where, 1, len(edges) - 1) - 1
+    return [scores[where == index] for index in range(len(edges) - 1)]
+
+
+def _table(title: str, names: list[str], bins: list[NDArray[np.float64]]) -> str:
+    rows = "".join(
+        f"<tr><td>{name}</td><td>{len(scores)}</td><td>{scores.mean():.3f}</td>"
+        f"<td>{np.median(scores):.3f}</td></tr>\n"
+        for name, scores in zip(names, bins, strict=True)
+        if len(scores)
+    )
+    return (
+        f"<table style='margin-top: 1rem'><tr><th>{title}</th><th>images</th><th>mean Jaccard</th>"
+        f"<th>median</th></tr>\n{rows}</table>\n"
+    )
+
+
+def _axes() -> tuple[Figure, Any]:
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e2e8f0")
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """The plot as an element to put into the page; `name` keeps its ids apart from the others'."""
+    buffer = BytesIO()
+    # A fixed salt and no date: the same evaluation gives the same page.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue().decode()
+    return text[text.index("<svg") :]
+
+
+def _plot_bins(names: list[str], bins: list[NDArray[np.float64]], label: str) -> str:
+    figure, axes = _axes()
+    held = [(name, scores) for name, scores in zip(names, bins, strict=True) if len(scores)]
+    means = [scores.mean() for _, scores in held]
+    axes.bar(range(len(held)), means, 0.6, color=_BLUE, alpha=0.35)
+    jitter = np.random.default_rng(0)
+    for index, (_, scores) in enumerate(held):
+        x = index + jitter.uniform(-0.22, 0.22, len(scores))
+        axes.plot(x, scores, ".", color=_BLUE, markersize=3.5, alpha=0.6)
+        axes.annotate(
+            f"{means[index]:.3f}", (index, 1.02), ha="center", va="bottom", annotation_clip=False
+        )
+    axes.set_xticks(range(len(held)), [f"{name}\nn = {len(scores)}" for name, scores in held])
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set(ylim=(0, 1), ylabel="Jaccard", xlabel=label)
+    return _svg(figure, label)
+
+
+def _plot_sweep(evaluation: Evaluation) -> str:
+    figure, axes = _axes()
+    axes.plot(list(evaluation.sweep), list(evaluation.sweep.values()), "o-", color=_BLUE, ms=3)
+    axes.axvline(evaluation.threshold, color="#718096", linestyle="--", linewidth=1)
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="threshold", ylabel="mean Jaccard")
+    return _svg(figure, "sweep")
+
+
+def _plot_calibration(evaluation: Evaluation) -> str:
+    figure, axes = _axes()
+    confidence, lesion, share = evaluation.calibration.curve()
+    width = 0.9 / evaluation.calibration.bins
+    axes.bar(confidence, share, width, color="#a0aec0", alpha=0.5)
+    axes.plot([0, 1], [0, 1], color="#718096", linestyle="--", linewidth=1)
+    axes.plot(confidence, lesion, "o-", color=_BLUE, ms=3)
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="predicted probability", ylabel="share of lesion")
+    return _svg(figure, "calibration")
