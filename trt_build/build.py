@@ -56,7 +56,8 @@ class BuildOptions:
 
 
 def plan_key(onnx_sha256: str, options: BuildOptions, trt: TensorRT) -> PlanKey:
-    """Return the key of the engine that ``options`` would build on this machine.
+    """
+    Return the key of the engine that ``options`` would build on this machine.
 
     Raises NoGpuError where TensorRT needs a GPU to build for and there is none.
     """
@@ -80,7 +81,8 @@ def build(
     progress: Callable[[str], None] = lambda _: None,
     trt: TensorRT | None = None,
 ) -> PlanInfo:
-    """Build ``output`` and its sidecar from the exported ``onnx_path``; both whole or not at all.
+    """
+    Build ``output`` and its sidecar from the exported ``onnx_path``; both whole or not at all.
 
     ``ranges``: for int8, from ``trt_build.calibrate``. ``progress`` gets one line a step.
 
@@ -92,9 +94,8 @@ def build(
     key = plan_key(file_sha256(onnx_path), options, trt)
     attention = options.attention or default_attention(options.precision)
     progress(f"{trt.library}: {options.precision}, {attention} attention")
-    model = convert(
-        onnx.load(onnx_path), options.precision, attention=attention, ranges=ranges
-    )
+    exported = onnx.load(onnx_path)
+    model = convert(exported, options.precision, attention=attention, ranges=ranges)
     messages: list[tuple[str, str]] = []
     logger = trt.logger(lambda severity, message: messages.append((severity, message)))
     serialised = _serialise(trt, logger, messages, model, options, progress)
@@ -119,6 +120,7 @@ def build(
         scratch_bytes=dict(zip(options.buckets, scratch, strict=True)),
         layers=layers,
         layers_from=layers_from,
+        model={entry.key: entry.value for entry in exported.metadata_props},
     )
     write_atomically(output, serialised)
     info.write(output)
@@ -202,7 +204,7 @@ def _load_timing_cache(config: Any, path: Path | None) -> Any:
 
 
 def _progress_monitor(module: Any, progress: Callable[[str], None]) -> Any:
-    class Monitor(module.IProgressMonitor):  # type: ignore[misc, name-defined]
+    class Monitor(module.IProgressMonitor):  # type: ignore[misc]
         """Reports the outermost phase only: the inner ones are hundreds."""
 
         def __init__(self) -> None:

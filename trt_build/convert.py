@@ -2,7 +2,7 @@
 Rewrites the exported ONNX graph for TensorRT: attention form, then precision, both in the graph.
 
 TensorRT 11 and TensorRT for RTX know strongly typed networks only: a tensor has the type that the
-ONNX file gives it. So precision is decided here, tensor by tensor, for every TensorRT version alike.
+ONNX file gives it. So precision is decided here, tensor by tensor, for every TensorRT alike.
 
 Kept in float32 whatever is asked:
 
@@ -15,7 +15,7 @@ Kept in float32 whatever is asked:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,11 +48,11 @@ _MOVES = frozenset(
     {"Concat", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze"}
     | {"Transpose", "Unsqueeze", "MaxPool", "Relu"}
 )
-"""Operators that cannot leave the set of values they are given: they need no rounding after them."""
+"""Operators that only give back values they were given: no rounding is needed after them."""
 
 
 class ConversionError(ValueError):
-    """The graph cannot be put into the form asked for; the message names the node and the way out."""
+    """The graph cannot be put into the form asked for; the message says where and what to do."""
 
 
 def default_attention(precision: Precision) -> AttentionForm:
@@ -140,7 +140,9 @@ class _Graph:
         self.floats: set[str] = set()
         for info in [*inferred.value_info, *inferred.input, *inferred.output]:
             dims = info.type.tensor_type.shape.dim
-            self.shapes[info.name] = [d.dim_value if d.HasField("dim_value") else None for d in dims]
+            self.shapes[info.name] = [
+                d.dim_value if d.HasField("dim_value") else None for d in dims
+            ]
             if info.type.tensor_type.elem_type == TensorProto.FLOAT:
                 self.floats.add(info.name)
         self.constants: dict[str, NDArray[np.generic]] = {}
@@ -180,14 +182,18 @@ class _Graph:
             if node.op_type == "Cast":
                 break
             if node.op_type not in _MOVES:
-                raise ConversionError(f"{node.op_type} {node.name} reads uint8: cast the image first")
+                raise ConversionError(
+                    f"{node.op_type} {node.name} reads uint8: cast the image first"
+                )
             movers.append(node)
             tensor = node.output[0]
         if not movers:
             return
         old = node.output[0]
         self.nodes.remove(node)
-        first = helper.make_node("Cast", [self.input], [f"{self.input}_float"], to=TensorProto.FLOAT)
+        first = helper.make_node(
+            "Cast", [self.input], [f"{self.input}_float"], to=TensorProto.FLOAT
+        )
         movers[0].input[0] = first.output[0]
         self.nodes.insert(self.nodes.index(movers[0]), first)
         for consumer in self._consumers(old):
@@ -217,11 +223,13 @@ class _Graph:
                     between.append(node)
                     pending.extend(node.input)
             if len(energies) != 1:
-                raise ConversionError(f"Softmax {softmax.name}: no single MatMul gives its energies")
+                raise ConversionError(
+                    f"Softmax {softmax.name}: no single MatMul gives its energies"
+                )
             yield softmax, next(iter(energies.values())), between
 
     def position_attentions(self) -> list[_PositionAttention]:
-        """Find the attentions over positions. A Gram matrix (one tensor times itself) is not one."""
+        """Find the attentions over positions; a Gram matrix (one tensor times itself) is none."""
         producers = self._producers()
         found = []
         for softmax, energy, between in self._softmaxes():
@@ -445,7 +453,9 @@ class _Typing:
             with np.errstate(over="ignore"):
                 lowered = value.astype(dtype)
             if not np.isfinite(lowered.astype(np.float32)).all():
-                raise ConversionError(f"{name}: a weight does not fit {self._suffix(kind)}: use bf16")
+                raise ConversionError(
+                    f"{name}: a weight does not fit {self._suffix(kind)}: use bf16"
+                )
             stored = lowered.astype(np.float32) if self.simulate else lowered
             self.versions[key] = f"{name}_{self._suffix(kind)}"
             self.graph.constants[self.versions[key]] = stored
@@ -459,15 +469,15 @@ class _Typing:
         return name
 
     def quantise(self, node: onnx.NodeProto, ranges: Mapping[str, float]) -> None:
-        """Put quantise/dequantise around a convolution's input (per tensor) and weights (per channel)."""
+        """Quantise and dequantise a convolution's input (per tensor) and weights (per channel)."""
         source, weights = node.input[0], node.input[1]
         original = source.removesuffix(f"_to_{self._suffix(self.low)}")
         if original not in ranges:
             raise ConversionError(f"no range for {original}: calibrate with this ONNX file")
         if source not in self.quantised:
-            scale = self._scale(f"{source}_scale", np.float32(ranges[original] / 127))
+            scale = self._scale(f"{source}_scale", np.array(ranges[original] / 127, np.float32))
             zero = f"{source}_zero"
-            self.graph.constants[zero] = np.int8(0)
+            self.graph.constants[zero] = np.array(0, np.int8)
             q, dq = f"{source}_q", f"{source}_dq"
             self.nodes += [
                 helper.make_node("QuantizeLinear", [source, scale, zero], [q], name=q),
@@ -475,9 +485,9 @@ class _Typing:
             ]
             self.quantised[source] = dq
         node.input[0] = self.quantised[source]
-        exact = self.graph.constants[
-            weights.removesuffix(f"_{self._suffix(self.low)}")
-        ].astype(np.float32)
+        exact = self.graph.constants[weights.removesuffix(f"_{self._suffix(self.low)}")].astype(
+            np.float32
+        )
         steps = np.abs(exact).max(axis=(1, 2, 3)) / 127
         scale = self._scale(f"{weights}_scale", steps)
         steps = self.graph.constants[scale].astype(np.float32)
@@ -487,7 +497,9 @@ class _Typing:
         self.graph.constants[zero] = np.zeros(len(steps), np.int8)
         dq = f"{weights}_dq"
         self.nodes.append(
-            helper.make_node("DequantizeLinear", [f"{weights}_q", scale, zero], [dq], name=dq, axis=0)
+            helper.make_node(
+                "DequantizeLinear", [f"{weights}_q", scale, zero], [dq], name=dq, axis=0
+            )
         )
         node.input[1] = dq
 
@@ -500,6 +512,3 @@ def _rename_input(node: onnx.NodeProto, old: str, new: str) -> None:
 
 def _tensor(name: str, value: NDArray[np.generic]) -> onnx.TensorProto:
     return numpy_helper.from_array(np.asarray(value), name)
-
-
-Progress = Callable[[str], None]

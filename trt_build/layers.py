@@ -1,4 +1,5 @@
-"""Reads TensorRT's own account of a built engine, and holds it against what was asked.
+"""
+Reads TensorRT's own account of a built engine, and holds it against what was asked.
 
 TensorRT 10 writes a tensor's type as ``"Format/Datatype"``, 11 and RTX as ``"Datatype"``. Where no
 GPU can load the engine, the inspector cannot be asked, but the builder logs its text: the same
@@ -31,7 +32,8 @@ _TYPES = (
 _ONNX_NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 _TENSOR_TYPE = re.compile(r"Datatype: (\w+)")
 _LINE = re.compile(
-    r"^Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\](?:, Constants: .*?)?"
+    r"^Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\]"
+    r"(?:, Constants: .*?)?"
     r", Outputs: \[(?P<outputs>.*?)\], (?P<rest>(?:Tactic|StreamId|Metadata|Parameter).*)$"
 )
 _ARITHMETIC = frozenset({"Attention", "Conv", "ConvTranspose", "MatMul"})
@@ -51,7 +53,8 @@ def type_name(text: str) -> str:
 
 
 def from_inspector(text: str) -> tuple[Layer, ...]:
-    """Read ``EngineInspector.get_engine_information`` in JSON, of TensorRT 10 or 11.
+    """
+    Read ``EngineInspector.get_engine_information`` in JSON, of TensorRT 10 or 11.
 
     Raises ValueError where it holds no details (the engine was built without
     ``ProfilingVerbosity.DETAILED``).
@@ -101,7 +104,8 @@ def scratch_from_build_log(messages: Iterable[str]) -> list[int]:
 
 
 def expected_types(model: onnx.ModelProto) -> dict[str, frozenset[str]]:
-    """By name, the types in which every convolution, product and attention of ``model`` may read.
+    """
+    By name, the types in which every convolution, product and attention of ``model`` may read.
 
     A convolution behind a dequantisation is expected in int8: TensorRT takes the pair in. A
     deconvolution between casts may have taken those in and read the type before them.
@@ -126,7 +130,8 @@ def expected_types(model: onnx.ModelProto) -> dict[str, frozenset[str]]:
 
 
 def disagreements(expected: Mapping[str, frozenset[str]], layers: Iterable[Layer]) -> list[str]:
-    """Say which nodes the engine does not compute in a type that the graph gives them.
+    """
+    Say which nodes the engine does not compute in a type that the graph gives them.
 
     A node agrees where one of the layers made of it reads that type. What TensorRT merged away, so
     that no layer names it, cannot be judged; it is an error only if it is most.
@@ -137,7 +142,7 @@ def disagreements(expected: Mapping[str, frozenset[str]], layers: Iterable[Layer
             reads.setdefault(node, set()).update(layer.reads)
     known = [name for name in expected if name in reads]
     problems = [
-        f"{name} reads {'/'.join(sorted(reads[name]))}, asked for {'/'.join(sorted(expected[name]))}"
+        f"{name} reads {_either(reads[name])}, asked for {_either(expected[name])}"
         for name in known
         if reads[name].isdisjoint(expected[name])
     ]
@@ -147,3 +152,7 @@ def disagreements(expected: Mapping[str, frozenset[str]], layers: Iterable[Layer
             " by the engine: its precision cannot be read back"
         )
     return problems
+
+
+def _either(types: Iterable[str]) -> str:
+    return "/".join(sorted(types))

@@ -84,8 +84,11 @@ class PlanInfo:
     layers_from: str
     """``inspector``, or ``build log``: its text as the builder logs it, where no GPU can load the
     engine."""
-    parity: Mapping[str, Any] | None = field(default=None)
-    """Result of the parity gate, once it has run (``trt_build.parity``)."""
+    model: Mapping[str, str] = field(default_factory=dict)
+    """The ONNX file's metadata: name, version, weights' sha256, training data, …"""
+    parity: Mapping[str, Any] | None = None
+    """Result of the parity gate, once it has run: ``trt_build.parity.Parity``, and ``failures``,
+    which is empty where the engine may be served."""
 
     def precisions(self) -> dict[str, int]:
         """Count the layers by the type that they read."""
@@ -115,7 +118,13 @@ def read_plan_info(engine: Path) -> PlanInfo:
         return PlanInfo(
             key=PlanKey(**{**key, "buckets": tuple(key["buckets"])}),
             layers=tuple(
-                Layer(**{k: tuple(v) if isinstance(v, list) else v for k, v in layer.items()})
+                Layer(
+                    layer["name"],
+                    layer["kind"],
+                    tuple(layer["reads"]),
+                    tuple(layer["writes"]),
+                    tuple(layer["nodes"]),
+                )
                 for layer in layers
             ),
             scratch_bytes={int(bucket): size for bucket, size in scratch.items()},

@@ -66,7 +66,7 @@ class TensorRT:
             for name in ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE")
         }
 
-        class Logger(trt.ILogger):  # type: ignore[misc]
+        class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
             def __init__(self) -> None:
                 trt.ILogger.__init__(self)
 

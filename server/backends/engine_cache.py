@@ -1,0 +1,272 @@
+"""
+Engines that build and heal themselves while something else serves.
+
+An engine file's name holds its key (ONNX file, TensorRT version, GPU, precision, buckets), so one
+that does not fit is never found. What is missing or damaged is built again by a process of its own,
+under a lock that the builder holds too: two servers never build the same engine, not even where the
+one that began it is gone. A failed build is tried again, each time after twice the pause.
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+import trt_build
+from server.backends import Backend, BackendError
+from trt_build.plan import PlanError, PlanInfo, PlanKey, Precision, read_engine, read_plan_info
+
+__all__ = ["ENGINE_EVENTS", "EngineCache", "EngineEvent", "build_command"]
+
+log = logging.getLogger("slsnet.engine")
+
+EngineEvent = Literal[
+    "hit",
+    "miss",
+    "damaged",
+    "build_waiting",
+    "build_started",
+    "build_succeeded",
+    "build_failed",
+    "gate_failed",
+    "load_failed",
+    "serving",
+]
+"""Each is one log line and one count of the metric."""
+
+ENGINE_EVENTS: tuple[EngineEvent, ...] = get_args(EngineEvent)
+
+_LOCK_POLL_S = 0.5
+
+
+def build_command(
+    model: Path, engine: Path, precision: Precision, buckets: Sequence[int]
+) -> list[str]:
+    """The builder's command line: it writes `engine` and its sidecar, and runs the parity gate."""
+    return [
+        *("nice", "-n", "10", sys.executable, "-m", "trt_build"),
+        *("--onnx", str(model.resolve()), "--output", str(engine), "--parity"),
+        *("--precision", precision, "--buckets", ",".join(map(str, buckets))),
+        *("--timing-cache", str(engine.with_name("timing.cache"))),
+    ]
+
+
+class EngineCache:
+    """
+    The engine for one key, in a folder that servers on one machine may share.
+
+    Args:
+        folder: made where it is missing.
+        key: what the engine must have been built for.
+        command: command line of the builder, given the engine's path.
+        load: opens the engine; raises BackendError.
+        on_event: told of each step; counts it.
+        first_pause_s: before a failed build is tried again.
+        longest_pause_s: what the doubling stops at.
+        build_timeout_s: a build that takes longer is ended and counts as failed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        key: PlanKey,
+        *,
+        command: Callable[[Path], Sequence[str]],
+        load: Callable[[Path], Backend],
+        on_event: Callable[[EngineEvent], None] = lambda _: None,
+        first_pause_s: float = 30,
+        longest_pause_s: float = 3600,
+        build_timeout_s: float = 3600,
+    ) -> None:
+        self.engine = folder / f"slsnet-{key.precision}-{key.digest()}.engine"
+        self._key = key
+        self._command = command
+        self._load = load
+        self._on_event = on_event
+        self._first_pause_s = first_pause_s
+        self._longest_pause_s = longest_pause_s
+        self._build_timeout_s = build_timeout_s
+
+    def load(self) -> Backend | None:
+        """The engine, if one is there that fits, is whole, has passed the gate and loads."""
+        try:
+            info = self._checked()
+        except FileNotFoundError:
+            self._say("miss", f"no engine for {self._key.precision} on this GPU yet")
+            return None
+        except PlanError as error:
+            self._say("damaged", str(error))
+            return None
+        if _gate_failures(info):
+            self._say(
+                "gate_failed",
+                f"{self.engine} is not served, its masks differ: {_gate_failures(info)}",
+            )
+            return None
+        try:
+            backend = self._load(self.engine)
+        except BackendError as error:
+            self._say("load_failed", str(error))
+            return None
+        self._say("hit", f"{self.engine}")
+        return backend
+
+    def obtain(self, stop: threading.Event) -> Backend | None:
+        """
+        Build until there is an engine that may be served, and load it. Blocks for minutes.
+
+        Returns:
+            None once `stop` is set, or where the engine fails the parity gate: built again, it
+            would fail again.
+        """
+        pause_s = self._first_pause_s
+        while not stop.is_set():
+            if self._build(stop):
+                backend = self.load()
+                if backend is not None:
+                    self._say("serving", f"{self.engine} takes over")
+                    return backend
+                if self._failed_gate():
+                    return None
+            if stop.is_set():
+                return None
+            log.info("next try at the TensorRT engine in %g s", pause_s)
+            stop.wait(pause_s)
+            pause_s = min(2 * pause_s, self._longest_pause_s)
+        return None
+
+    def _checked(self) -> PlanInfo:
+        if not self.engine.exists():
+            raise FileNotFoundError(self.engine)
+        info = read_plan_info(self.engine)
+        if differences := info.key.differences(self._key):
+            raise PlanError(f"{self.engine} is another engine: {'; '.join(differences)}")
+        if info.parity is None:
+            raise PlanError(f"{self.engine} has not been through the parity gate")
+        read_engine(self.engine, info)
+        return info
+
+    def _failed_gate(self) -> bool:
+        try:
+            return bool(_gate_failures(self._checked()))
+        except (OSError, PlanError):
+            return False
+
+    def _build(self, stop: threading.Event) -> bool:
+        """Whether there is an engine now, built here or by another server meanwhile."""
+        try:
+            self.engine.parent.mkdir(parents=True, exist_ok=True)
+            with self._lock(stop) as lock:
+                if lock is None:
+                    return False
+                with contextlib.suppress(OSError, PlanError):
+                    self._checked()
+                    return True
+                self._remove_leftovers()
+                return self._run_builder(lock, stop)
+        except OSError as error:
+            self._say("build_failed", f"{self.engine.parent}: {error.strerror}")
+            return False
+
+    @contextlib.contextmanager
+    def _lock(self, stop: threading.Event) -> Iterator[int | None]:
+        """The engine's lock, as a file descriptor; None where `stop` came first."""
+        path = self.engine.with_name(self.engine.name + ".lock")
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        waiting = False
+        try:
+            while True:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if not waiting:
+                        self._say("build_waiting", "another server is building this engine")
+                        waiting = True
+                if stop.wait(_LOCK_POLL_S):
+                    yield None
+                    return
+            yield descriptor
+        finally:
+            # Releases the lock unless a builder that outlived its server still holds it.
+            os.close(descriptor)
+
+    def _remove_leftovers(self) -> None:
+        for path in self.engine.parent.glob(f".{self.engine.name}*"):
+            path.unlink(missing_ok=True)
+
+    def _run_builder(self, lock: int, stop: threading.Event) -> bool:
+        command = list(self._command(self.engine))
+        self._say("build_started", f"{self.engine}, in a process of its own")
+        with tempfile.TemporaryFile() as output:
+            builder = subprocess.Popen(
+                command,
+                cwd=Path(trt_build.__file__).parent.parent,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                # The builder holds the lock as well: it outlives a server that is killed.
+                pass_fds=[lock],
+            )
+            reason = self._wait(builder, stop)
+            output.seek(0)
+            last_lines = output.read().decode(errors="replace").strip().splitlines()[-3:]
+        if builder.returncode == 0:
+            self._say("build_succeeded", last_lines[-1] if last_lines else str(self.engine))
+            return True
+        if reason is None and self._failed_gate():
+            return True  # `load` says that it failed the gate
+        if reason is None:
+            code = builder.returncode
+            reason = f"the builder was killed by signal {-code}" if code < 0 else f"exit {code}"
+        self._say("build_failed", "; ".join([reason, *last_lines]))
+        return False
+
+    def _wait(self, builder: subprocess.Popen[bytes], stop: threading.Event) -> str | None:
+        """Wait for the builder; the reason why it was ended, if it was."""
+        done = threading.Event()
+
+        def watch() -> None:
+            builder.wait()
+            done.set()
+
+        threading.Thread(target=watch, name="engine-builder", daemon=True).start()
+        waited_s = 0.0
+        while not done.wait(0.1):
+            waited_s += 0.1
+            if stop.is_set():
+                reason = "the server stops"
+            elif waited_s > self._build_timeout_s:
+                reason = f"no engine within {self._build_timeout_s:g} s"
+            else:
+                continue
+            builder.terminate()
+            if not done.wait(5):
+                builder.kill()
+                done.wait()
+            return reason
+        return None
+
+    def _say(self, event: EngineEvent, text: str) -> None:
+        fine = event in (
+            "hit",
+            "miss",
+            "build_waiting",
+            "build_started",
+            "build_succeeded",
+            "serving",
+        )
+        log.log(logging.INFO if fine else logging.WARNING, "engine %s: %s", event, text)
+        self._on_event(event)
+
+
+def _gate_failures(info: PlanInfo) -> str:
+    failures = (info.parity or {}).get("failures", [])
+    return "; ".join(map(str, failures))

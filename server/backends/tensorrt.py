@@ -1,0 +1,57 @@
+"""TensorRT: an engine file built by `trt_build`, for one GPU and one TensorRT version."""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.image import MODEL_SIZE
+from server.backends import BackendError, BackendInfo
+from trt_build.device import NoGpuError
+from trt_build.plan import PlanError
+from trt_build.runtime import SLOTS, EngineError, EngineRunner
+from trt_build.tensorrt_api import TensorRTError
+
+__all__ = ["TensorRtBackend"]
+
+
+class TensorRtBackend:
+    """
+    An engine on the GPU. Loading runs and records every bucket, so the first request is as fast as
+    any.
+
+    Raises:
+        BackendError: no driver, no GPU, no TensorRT, not enough GPU memory, or an engine file that
+            is truncated, corrupt, or of another TensorRT version or GPU. Its cause says which.
+    """
+
+    def __init__(self, engine: Path) -> None:
+        try:
+            self._runner = EngineRunner(engine)
+        except (EngineError, NoGpuError, PlanError, TensorRTError) as error:
+            raise BackendError(f"TensorRT cannot serve {engine}: {error}") from error
+
+    def describe(self) -> BackendInfo:
+        key = self._runner.info.key
+        return BackendInfo(
+            name="tensorrt",
+            version=key.library,
+            device=self._runner.gpu.name,
+            precision=key.precision,
+            max_batch=key.buckets[-1],
+            slots=SLOTS,
+            buckets=key.buckets,
+            model=dict(self._runner.info.model),
+        )
+
+    def warm_up(self) -> None:
+        self.infer(np.zeros((1, MODEL_SIZE, MODEL_SIZE, 3), np.uint8))
+
+    def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        try:
+            return self._runner.infer(batch)
+        except EngineError as error:
+            raise BackendError(str(error)) from error
+
+    def close(self) -> None:
+        self._runner.close()

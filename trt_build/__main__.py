@@ -1,0 +1,112 @@
+"""
+Build a TensorRT engine.
+
+    python -m trt_build --onnx model/weights/slsnet.onnx --output slsnet.engine --precision fp16
+
+Writes the engine and, beside it, ``slsnet.engine.json``: what it was built for and what TensorRT
+made of it, layer by layer. Fails where the precision is not the one asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from trt_build.build import DEFAULT_WORKSPACE_BYTES, BuildError, BuildOptions, build
+from trt_build.calibrate import CalibrationError, read_ranges
+from trt_build.convert import ConversionError
+from trt_build.device import NoGpuError
+from trt_build.parity import GENERATED, gate_engine
+from trt_build.plan import BUCKETS, PRECISIONS, PlanError, parse_buckets
+from trt_build.runtime import EngineError
+from trt_build.samples import REFERENCE, load_samples
+from trt_build.tensorrt_api import TensorRTError
+
+GATE_FAILED = 3
+"""Exit code where the engine was built, but its masks differ too much to be served."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """
+    Command line. Returns 1, with one line on stderr, where no engine was made, and
+    GATE_FAILED where it must not be served.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m trt_build",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--onnx", type=Path, required=True, help="the exported model")
+    parser.add_argument("--output", type=Path, required=True, help="the engine file")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp16")
+    parser.add_argument(
+        "--buckets",
+        type=parse_buckets,
+        default=BUCKETS,
+        help=f"batch sizes, one profile each (default {','.join(map(str, BUCKETS))})",
+    )
+    parser.add_argument(
+        "--attention",
+        choices=["fused", "chunked", "plain"],
+        help="default: fused, or chunked for fp32 and tf32",
+    )
+    parser.add_argument("--calibration", type=Path, help="int8: default beside the ONNX file")
+    parser.add_argument(
+        "--workspace-mib", type=int, default=DEFAULT_WORKSPACE_BYTES >> 20, help="for one kernel"
+    )
+    parser.add_argument("--timing-cache", type=Path, help="read, and rewritten")
+    parser.add_argument("--hardware-compatible", action="store_true", help="any GPU from Ampere on")
+    parser.add_argument("--version-compatible", action="store_true", help="later TensorRTs run it")
+    parser.add_argument("--compute-capability", help="8.9: for another GPU (TensorRT for RTX)")
+    parser.add_argument(
+        "--parity",
+        action="store_true",
+        help="hold the engine against float32 on the shipped photos, note the result in the"
+        " sidecar, and fail where its masks differ",
+    )
+    args = parser.parse_args(arguments)
+    options = BuildOptions(
+        precision=args.precision,
+        buckets=args.buckets,
+        attention=args.attention,
+        workspace_bytes=args.workspace_mib << 20,
+        timing_cache=args.timing_cache,
+        hardware_compatible=args.hardware_compatible,
+        version_compatible=args.version_compatible,
+        compute_capability=args.compute_capability,
+    )
+    started = time.monotonic()
+
+    def progress(line: str) -> None:
+        print(f"{time.monotonic() - started:6.1f} s  {line}", flush=True)
+
+    try:
+        ranges = read_ranges(args.onnx, args.calibration) if args.precision == "int8" else None
+        build(args.onnx, args.output, options, ranges=ranges, progress=progress)
+        if args.parity:
+            result = gate_engine(args.onnx, args.output, load_samples(REFERENCE), GENERATED)
+            progress(f"parity on {result.photos} {GENERATED}: {result.failures() or 'passed'}")
+            if result.failures():
+                return GATE_FAILED
+    except (
+        BuildError,
+        CalibrationError,
+        ConversionError,
+        EngineError,
+        NoGpuError,
+        PlanError,
+        TensorRTError,
+    ) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

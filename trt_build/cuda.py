@@ -1,0 +1,137 @@
+"""
+Streams, memory and graphs through cuda-python, with errors as exceptions.
+
+Every call is one of CUDA's runtime API; numbers are addresses, sizes are bytes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from cuda.bindings import runtime
+from numpy.typing import NDArray
+
+
+class CudaError(RuntimeError):
+    """CUDA refused a call."""
+
+
+class CudaMemoryError(CudaError):
+    """The GPU, or the host's page-locked memory, has not enough left."""
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    status, *results = function(*arguments)
+    if status != runtime.cudaError_t.cudaSuccess:
+        # Clears the error where it is not a lasting one, so that the next call does not see it.
+        runtime.cudaGetLastError()
+        kind = (
+            CudaMemoryError
+            if status == runtime.cudaError_t.cudaErrorMemoryAllocation
+            else CudaError
+        )
+        text = runtime.cudaGetErrorString(status)[1]
+        words = text.decode() if isinstance(text, bytes) else str(text)
+        raise kind(f"{function.__name__}: {words} ({status.name})")
+    return results[0] if results else None
+
+
+def free_memory() -> int:
+    """Return the bytes of GPU memory that nobody has."""
+    status, free, _ = runtime.cudaMemGetInfo()
+    return int(free) if status == runtime.cudaError_t.cudaSuccess else 0
+
+
+class Stream:
+    """A stream of its own, independent of the default one (which cannot be captured)."""
+
+    def __init__(self) -> None:
+        self._stream = _call(runtime.cudaStreamCreateWithFlags, runtime.cudaStreamNonBlocking)
+
+    @property
+    def handle(self) -> int:
+        """What TensorRT takes as ``stream_handle``."""
+        return int(self._stream)
+
+    def synchronize(self) -> None:
+        """Wait until all that was queued is done; other Python threads run meanwhile."""
+        _call(runtime.cudaStreamSynchronize, self._stream)
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Queue a copy; CUDA tells host from device by the addresses."""
+        kind = runtime.cudaMemcpyKind.cudaMemcpyDefault
+        _call(runtime.cudaMemcpyAsync, target, source, size, kind, self._stream)
+
+    def capture(self, enqueue: Callable[[], None]) -> Graph:
+        """
+        Record what ``enqueue`` queues on this stream, without running it.
+
+        Raises CudaError where something in it cannot be recorded.
+        """
+        # Thread-local: another thread may allocate at the same time without breaking the capture.
+        mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        _call(runtime.cudaStreamBeginCapture, self._stream, mode)
+        try:
+            enqueue()
+        except BaseException:
+            # Leaves the stream usable; the broken recording is of no use.
+            _, broken = runtime.cudaStreamEndCapture(self._stream)
+            if broken is not None and int(broken):
+                runtime.cudaGraphDestroy(broken)
+            runtime.cudaGetLastError()
+            raise
+        graph = _call(runtime.cudaStreamEndCapture, self._stream)
+        try:
+            return Graph(_call(runtime.cudaGraphInstantiate, graph, 0), self._stream)
+        finally:
+            runtime.cudaGraphDestroy(graph)
+
+    def close(self) -> None:
+        """Destroy the stream once its work is done."""
+        runtime.cudaStreamDestroy(self._stream)
+
+
+class Graph:
+    """Recorded work that one call queues again."""
+
+    def __init__(self, executable: Any, stream: Any) -> None:
+        self._executable = executable
+        self._stream = stream
+
+    def launch(self) -> None:
+        """Queue it on the stream it was recorded on."""
+        _call(runtime.cudaGraphLaunch, self._executable, self._stream)
+
+    def close(self) -> None:
+        """Free the recording."""
+        runtime.cudaGraphExecDestroy(self._executable)
+
+
+class DeviceMemory:
+    """GPU memory, aligned to 256 bytes at least."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.address = int(_call(runtime.cudaMalloc, max(size, 1)))
+
+    def close(self) -> None:
+        """Give it back."""
+        runtime.cudaFree(self.address)
+
+
+class PinnedArray:
+    """A numpy array in page-locked memory, which copies to the GPU at full speed and in a graph."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        size = int(np.prod(shape)) * dtype.itemsize
+        self.address = int(_call(runtime.cudaMallocHost, size))
+        memory = (ctypes.c_uint8 * size).from_address(self.address)
+        self.array: NDArray[Any] = np.ctypeslib.as_array(memory).view(dtype).reshape(shape)
+        self.array[...] = 0
+
+    def close(self) -> None:
+        """Give it back; ``array`` must not be touched afterwards."""
+        runtime.cudaFreeHost(self.address)

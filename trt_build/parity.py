@@ -1,0 +1,278 @@
+"""
+Holds an engine, or any backend, against the float32 ONNX file on photos: the gate to serving.
+
+    python -m trt_build.parity --onnx model/weights/slsnet.onnx --engine slsnet.engine
+    python -m trt_build.parity --onnx model/weights/slsnet.onnx --simulate fp16 bf16 int8
+
+``--simulate`` runs on CPU without TensorRT: float32 arithmetic with every value rounded as the
+engine would store it. Exits with 1 where the gate is not passed, with 2 where
+nothing could be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from model.image import lesion_mask, unpack_mask
+from model.metrics import count, jaccard
+from trt_build.plan import Precision, write_atomically
+from trt_build.samples import REFERENCE, Sample, batches, load_samples
+
+GENERATED = "generated lesions"
+
+Infer = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a precision may change at most."""
+
+    mask_iou: float
+    """Least mean overlap between its masks and those of float32."""
+    jaccard: float
+    """Most loss of mean Jaccard against the true masks."""
+
+
+GATES: Mapping[Precision, Gate] = {
+    "fp32": Gate(0.995, 0.002),
+    "tf32": Gate(0.995, 0.002),
+    "fp16": Gate(0.995, 0.002),
+    "bf16": Gate(0.995, 0.002),
+    "int8": Gate(0.985, 0.005),
+}
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far a candidate is from the float32 ONNX file."""
+
+    candidate: str
+    precision: Precision
+    photos: int
+    source: str
+    """Folder that the photos came from."""
+    max_difference: float
+    """Of probability, over all pixels."""
+    mean_difference: float
+    mask_iou_mean: float
+    """Overlap of the two masks at the photos' own size; 1 where both are empty."""
+    mask_iou_min: float
+    jaccard_reference: float | None
+    """Mean over photos, against the truth; None without true masks."""
+    jaccard_candidate: float | None
+
+    def failures(self) -> list[str]:
+        """Say what the gate of this precision finds wrong; empty where it passes."""
+        gate = GATES[self.precision]
+        found = []
+        if not np.isfinite(self.max_difference):
+            found.append("probabilities are not finite")
+        if not self.mask_iou_mean >= gate.mask_iou:
+            found.append(f"mean mask IoU {self.mask_iou_mean:.4f} < {gate.mask_iou}")
+        if self.jaccard_reference is not None and self.jaccard_candidate is not None:
+            change = self.jaccard_candidate - self.jaccard_reference
+            if not abs(change) <= gate.jaccard:
+                found.append(f"Jaccard changes by {change:+.4f}, more than {gate.jaccard}")
+        return found
+
+
+def compare(
+    reference: Infer,
+    candidate: Infer,
+    samples: Sequence[Sample],
+    *,
+    name: str,
+    precision: Precision,
+    source: str,
+    threshold: float = 0.5,
+) -> Parity:
+    """Run both on ``samples`` and compare probabilities and masks."""
+    differences: list[float] = []
+    means: list[float] = []
+    overlaps: list[float] = []
+    truths: list[tuple[float, float]] = []
+    position = 0
+    for batch in batches(samples):
+        expected, found = reference(batch), candidate(batch)
+        if found.shape != expected.shape:
+            raise ValueError(f"{name} gives {found.shape}, expected {expected.shape}")
+        for one, other in zip(expected, found, strict=True):
+            sample = samples[position]
+            position += 1
+            error = np.abs(one - other)
+            differences.append(float(error.max()))
+            means.append(float(error.mean()))
+            masks = [
+                unpack_mask(
+                    lesion_mask(np.nan_to_num(p), sample.width, sample.height, threshold),
+                    sample.width,
+                )
+                for p in (one, other)
+            ]
+            overlaps.append(mask_iou(*masks))
+            if sample.truth is not None:
+                truths.append((mask_iou(masks[0], sample.truth), mask_iou(masks[1], sample.truth)))
+    jaccards = np.mean(truths, axis=0) if truths else (None, None)
+    return Parity(
+        candidate=name,
+        precision=precision,
+        photos=len(samples),
+        source=source,
+        max_difference=float(np.max(differences)),
+        mean_difference=float(np.mean(means)),
+        mask_iou_mean=float(np.mean(overlaps)),
+        mask_iou_min=float(np.min(overlaps)),
+        jaccard_reference=None if jaccards[0] is None else float(jaccards[0]),
+        jaccard_candidate=None if jaccards[1] is None else float(jaccards[1]),
+    )
+
+
+def mask_iou(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
+    """Intersection over union of two masks; 1 where both are empty."""
+    return float(jaccard(count(a, b)))
+
+
+def onnx_runner(
+    model: Path | bytes,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+    *,
+    exact: bool = False,
+) -> Infer:
+    """Return what runs an ONNX file; ``exact`` without optimisation, which may drop rounding."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if exact:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model, options, providers=list(providers))
+
+    def infer(batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        result: NDArray[np.float32] = session.run(["probability"], {"image": batch})[0]
+        return result
+
+    return infer
+
+
+def simulated_runner(onnx_path: Path, precision: Precision) -> Infer:
+    """Return what runs ``precision`` on CPU: float32 arithmetic, values rounded as stored."""
+    import onnx
+
+    from trt_build.calibrate import read_ranges
+    from trt_build.convert import convert
+
+    ranges = read_ranges(onnx_path) if precision == "int8" else None
+    model = convert(onnx.load(onnx_path), precision, ranges=ranges, simulate=True)
+    return onnx_runner(model.SerializeToString(), exact=True)
+
+
+def gate_engine(onnx_path: Path, engine: Path, samples: Sequence[Sample], source: str) -> Parity:
+    """
+    Hold an engine against its ONNX file on this machine's GPU, and note it in the sidecar.
+
+    Raises what trt_build.runtime.EngineRunner does.
+    """
+    from trt_build.runtime import EngineRunner
+
+    runner = EngineRunner(engine)
+    try:
+        key = runner.info.key
+        result = compare(
+            onnx_runner(onnx_path),
+            runner.infer,
+            samples,
+            name=f"{key.library}, {key.precision}, on {runner.gpu.name}",
+            precision=key.precision,
+            source=source,
+        )
+    finally:
+        runner.close()
+    noted = {**asdict(result), "failures": result.failures()}
+    replace(runner.info, parity=noted).write(engine)
+    return result
+
+
+def table(results: Sequence[Parity]) -> str:
+    """Return the results as a Markdown table."""
+
+    def number(value: float | None) -> str:
+        return "–" if value is None else f"{value:.4f}"
+
+    rows = [
+        "| candidate | photos | max difference | mean difference | mask IoU mean | min "
+        "| Jaccard fp32 | Jaccard | gate |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        failures = r.failures()
+        rows.append(
+            f"| {r.candidate} | {r.photos} | {number(r.max_difference)} | {r.mean_difference:.1e} "
+            f"| {number(r.mask_iou_mean)} | {number(r.mask_iou_min)} "
+            f"| {number(r.jaccard_reference)} | {number(r.jaccard_candidate)} "
+            f"| {'; '.join(failures) or 'passed'} |"
+        )
+    return "\n".join(rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m trt_build.parity",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--onnx", type=Path, required=True, help="the float32 reference")
+    parser.add_argument("--engine", type=Path, help="an engine built from it; needs its GPU")
+    parser.add_argument(
+        "--simulate", nargs="+", choices=["fp16", "bf16", "int8"], default=[], help="on CPU"
+    )
+    parser.add_argument("--cuda", action="store_true", help="ONNX Runtime's CUDA provider")
+    parser.add_argument("--images", type=Path, default=REFERENCE, help="folder of photos")
+    parser.add_argument("--masks", type=Path, help="folder of true masks, where it is another")
+    parser.add_argument("--limit", type=int, help="most photos to use")
+    parser.add_argument("--json", type=Path, help="also write the results here")
+    args = parser.parse_args(arguments)
+    if not (args.engine or args.simulate or args.cuda):
+        parser.error("nothing to compare: give --engine, --simulate or --cuda")
+
+    try:
+        results = _results(args)
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table(results))
+    if args.json:
+        write_atomically(args.json, json.dumps([asdict(r) for r in results], indent=1).encode())
+    return int(any(result.failures() for result in results))
+
+
+def _results(args: argparse.Namespace) -> list[Parity]:
+    samples = load_samples(args.images, args.masks, args.limit)
+    source = GENERATED if args.images == REFERENCE else args.images.name
+    candidates: list[tuple[str, Precision, Infer]] = [
+        (f"{precision}, simulated on CPU", precision, simulated_runner(args.onnx, precision))
+        for precision in args.simulate
+    ]
+    if args.cuda:
+        providers = ("CUDAExecutionProvider", "CPUExecutionProvider")
+        candidates.append(("ONNX Runtime CUDA", "fp32", onnx_runner(args.onnx, providers)))
+    results = [
+        compare(
+            onnx_runner(args.onnx), infer, samples, name=name, precision=precision, source=source
+        )
+        for name, precision, infer in candidates
+    ]
+    if args.engine:
+        results.append(gate_engine(args.onnx, args.engine, samples, source))
+    return results
+
+
+if __name__ == "__main__":
+    sys.exit(main())

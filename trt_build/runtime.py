@@ -1,0 +1,315 @@
+"""
+Runs a built engine: pinned buffers, one context and one captured CUDA graph for each bucket.
+
+Two slots, each with its own stream, buffers and contexts, so that one batch's copies hide behind
+the other's compute. The contexts of a slot never run at the same time and share its scratch memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trt_build.device import Gpu, current_gpu
+from trt_build.plan import PlanError, PlanInfo, read_engine, read_plan_info, write_atomically
+from trt_build.tensorrt_api import TensorRT, TensorRTError, find_tensorrt
+
+SLOTS = 2
+
+log = logging.getLogger("slsnet.tensorrt")
+
+
+class EngineError(RuntimeError):
+    """An engine that cannot run here, or an inference that failed."""
+
+
+def check_fits(info: PlanInfo, trt: TensorRT, gpu: Gpu) -> None:
+    """Raise PlanError where the engine is of another TensorRT version or GPU than these."""
+    if not _same_library(info, trt):
+        raise PlanError(
+            f"the engine was built by {info.key.library}, this is {trt.library}: build it again"
+        )
+    built_for = info.key.compute_capability
+    here = gpu.compute_capability
+    portable = built_for == "any" or (
+        built_for.endswith("+") and _version(here) >= _version(built_for[:-1])
+    )
+    if not portable and built_for != here:
+        raise PlanError(
+            f"the engine was built for compute capability {built_for}, {gpu.name} has {here}:"
+            " build it here"
+        )
+
+
+def _same_library(info: PlanInfo, trt: TensorRT) -> bool:
+    if info.key.library == trt.library:
+        return True
+    built_name, built_version = info.key.library.split(" ")
+    name, version = trt.library.split(" ")
+    return (
+        info.version_compatible
+        and built_name == name
+        and built_version.split(".")[0] == version.split(".")[0]
+        and _version(version) >= _version(built_version)
+    )
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".") if part.isdigit())
+
+
+class EngineRunner:
+    """
+    An engine file, loaded and ready. ``infer`` may be called from any number of threads.
+
+    Raises PlanError (file missing, truncated, of another version or GPU), NoGpuError,
+    TensorRTError, EngineError (out of memory).
+    """
+
+    def __init__(self, engine: Path) -> None:
+        self.info = read_plan_info(engine)
+        self.gpu = current_gpu()
+        trt = find_tensorrt()
+        check_fits(self.info, trt, self.gpu)
+        data = read_engine(engine, self.info)
+        # cuda-python is there, or current_gpu() would have said so.
+        from trt_build import cuda
+
+        self._cuda = cuda
+        self._errors: list[str] = []
+        self._logger = trt.logger(self._log)
+        self._runtime = trt.module.Runtime(self._logger)
+        if self.info.version_compatible:
+            self._runtime.engine_host_code_allowed = True
+        self._engine = self._runtime.deserialize_cuda_engine(data)
+        if self._engine is None:
+            raise PlanError(f"{trt.library} cannot load {engine}: {self._last_error()}")
+        self._slots: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
+        self._opened: list[_Slot] = []
+        configure = _RtxRuntime(trt, engine) if trt.is_rtx else None
+        try:
+            for _ in range(SLOTS):
+                slot = _Slot(trt, self._engine, self.info.key.buckets, configure)
+                self._opened.append(slot)
+                self._slots.put(slot)
+        except cuda.CudaMemoryError as error:
+            self.close()
+            need = SLOTS * int(self._engine.device_memory_size_v2)
+            raise EngineError(
+                f"out of GPU memory: {SLOTS} contexts need {need / 1e9:.2f} GB of scratch memory,"
+                f" {cuda.free_memory() / 1e9:.2f} GB are free on {self.gpu.name} ({error})"
+            ) from error
+        except (cuda.CudaError, TensorRTError) as error:
+            self.close()
+            raise EngineError(f"{error}; TensorRT says: {self._last_error()}") from error
+        if configure is not None:
+            configure.save()
+
+    @property
+    def graphs(self) -> int:
+        """How many of the contexts run as a captured CUDA graph."""
+        return sum(lane.graph is not None for slot in self._opened for lane in slot.lanes)
+
+    def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """
+        uint8 [n, 128, 128, 3] → float32 [n, 128, 128]; any n, in steps of the largest bucket.
+
+        Raises EngineError.
+        """
+        most = self.info.key.buckets[-1]
+        if len(batch) > most:
+            parts = [self.infer(batch[i : i + most]) for i in range(0, len(batch), most)]
+            return np.concatenate(parts)
+        slot = self._slots.get()
+        try:
+            return slot.infer(batch)
+        except (self._cuda.CudaError, TensorRTError) as error:
+            raise EngineError(f"a batch of {len(batch)} failed: {error}") from error
+        finally:
+            self._slots.put(slot)
+
+    def close(self) -> None:
+        """Free contexts, graphs and memory. No ``infer`` may be running or follow."""
+        for slot in self._opened:
+            slot.close()
+        self._opened.clear()
+        self._engine = None
+
+    def _log(self, severity: str, message: str) -> None:
+        if severity in ("ERROR", "INTERNAL_ERROR"):
+            self._errors.append(message)
+            log.error("%s", message)
+        elif severity == "WARNING":
+            log.warning("%s", message)
+
+    def _last_error(self) -> str:
+        return self._errors[-1] if self._errors else "nothing"
+
+
+class _Lane:
+    """One bucket of a slot: a context whose shapes never change, and its graph."""
+
+    def __init__(
+        self, context: Any, bucket: int, slot: _Slot, profile: int, image: str, probability: str
+    ) -> None:
+        self.bucket = bucket
+        self._context = context
+        self._slot = slot
+        handle = slot.stream.handle
+        done = context.set_optimization_profile_async(profile, handle)
+        slot.stream.synchronize()
+        done = done and context.set_input_shape(image, (bucket, *slot.image.array.shape[1:]))
+        done = done and context.set_tensor_address(image, slot.device_image.address)
+        done = done and context.set_tensor_address(probability, slot.device_probability.address)
+        if not done:
+            raise TensorRTError(f"TensorRT refuses a batch of {bucket}")
+        # The first run allocates and, in RTX, compiles: it must not be the one that is recorded.
+        self._enqueue()
+        slot.stream.synchronize()
+        self.graph = self._capture()
+
+    def _enqueue(self) -> None:
+        slot = self._slot
+        image, probability = slot.image.array[: self.bucket], slot.probability.array[: self.bucket]
+        slot.stream.copy(slot.device_image.address, slot.image.address, image.nbytes)
+        if not self._context.execute_async_v3(slot.stream.handle):
+            raise TensorRTError(f"TensorRT did not run a batch of {self.bucket}")
+        slot.stream.copy(
+            slot.probability.address, slot.device_probability.address, probability.nbytes
+        )
+
+    def _capture(self) -> Any:
+        from trt_build import cuda
+
+        try:
+            return self._slot.stream.capture(self._enqueue)
+        except (cuda.CudaError, TensorRTError) as error:
+            log.warning("no CUDA graph for batches of %d: %s", self.bucket, error)
+            return None
+
+    def run(self) -> None:
+        if self.graph is not None:
+            self.graph.launch()
+        else:
+            self._enqueue()
+        self._slot.stream.synchronize()
+
+    def close(self) -> None:
+        if self.graph is not None:
+            self.graph.close()
+        self._context = None
+
+
+class _Slot:
+    """A stream with buffers for the largest bucket, and a lane for every bucket."""
+
+    def __init__(
+        self,
+        trt: TensorRT,
+        engine: Any,
+        buckets: tuple[int, ...],
+        configure: Callable[[Any], Any] | None,
+    ) -> None:
+        from trt_build import cuda
+
+        image, probability = _tensor_names(trt, engine)
+        self.lanes: list[_Lane] = []
+        self._held: list[Any] = []
+        try:
+            self.stream = self._hold(cuda.Stream())
+            most = buckets[-1]
+            pixels = (most, *tuple(engine.get_tensor_shape(image))[1:])
+            maps = (most, *pixels[1:3])
+            self.image = self._hold(cuda.PinnedArray(pixels, np.dtype(np.uint8)))
+            self.probability = self._hold(cuda.PinnedArray(maps, np.dtype(np.float32)))
+            self.device_image = self._hold(cuda.DeviceMemory(self.image.array.nbytes))
+            self.device_probability = self._hold(cuda.DeviceMemory(self.probability.array.nbytes))
+            scratch = self._hold(cuda.DeviceMemory(int(engine.device_memory_size_v2)))
+            for profile, bucket in enumerate(buckets):
+                strategy = trt.module.ExecutionContextAllocationStrategy.USER_MANAGED
+                context = (
+                    configure(engine)
+                    if configure is not None
+                    else engine.create_execution_context(strategy)
+                )
+                if context is None:
+                    raise TensorRTError(f"TensorRT gives no context for batches of {bucket}")
+                context.set_device_memory(scratch.address, scratch.size)
+                self.lanes.append(_Lane(context, bucket, self, profile, image, probability))
+        except BaseException:
+            self.close()
+            raise
+
+    def _hold(self, resource: Any) -> Any:
+        self._held.append(resource)
+        return resource
+
+    def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        lane = next(lane for lane in self.lanes if lane.bucket >= len(batch))
+        self.image.array[: len(batch)] = batch
+        lane.run()
+        result: NDArray[np.float32] = self.probability.array[: len(batch)].copy()
+        return result
+
+    def close(self) -> None:
+        for lane in self.lanes:
+            lane.close()
+        self.lanes.clear()
+        for resource in reversed(self._held):
+            resource.close()
+        self._held.clear()
+
+
+def _tensor_names(trt: TensorRT, engine: Any) -> tuple[str, str]:
+    inputs: list[str] = []
+    outputs: list[str] = []
+    for i in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(i)
+        is_input = engine.get_tensor_mode(name) == trt.module.TensorIOMode.INPUT
+        (inputs if is_input else outputs).append(name)
+    if inputs != ["image"] or outputs != ["probability"]:
+        raise TensorRTError(f"not an engine of the exported graph: it has {inputs} → {outputs}")
+    return inputs[0], outputs[0]
+
+
+class _RtxRuntime:
+    """
+    Contexts of TensorRT for RTX, which compiles its kernels here, at the first run.
+
+    They are compiled at once rather than lazily (a kernel swapped in later would miss the recorded
+    graph) and kept beside the engine, so that the next start finds them.
+    """
+
+    def __init__(self, trt: TensorRT, engine_path: Path) -> None:
+        self._module = trt.module
+        self._path = engine_path.with_name(engine_path.name + ".kernels")
+        self._cache: Any = None
+
+    def __call__(self, engine: Any) -> Any:
+        config = engine.create_runtime_config()
+        strategies = self._module.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+        config.set_execution_context_allocation_strategy(
+            self._module.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
+        if self._cache is None:
+            self._cache = config.create_runtime_cache()
+            # Refused, and left empty, where driver, GPU or version are others.
+            if self._path.exists() and not self._cache.deserialize(self._path.read_bytes()):
+                log.info("%s is of another GPU or driver: compiling kernels again", self._path)
+        config.set_runtime_cache(self._cache)
+        return engine.create_execution_context(config)
+
+    def save(self) -> None:
+        if self._cache is None:
+            return
+        try:
+            write_atomically(self._path, bytes(memoryview(self._cache.serialize())))
+        except OSError as error:  # the kernels still run; only the next start compiles again
+            log.warning("%s could not be written: %s", self._path, error.strerror)

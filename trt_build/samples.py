@@ -1,0 +1,74 @@
+"""
+Photos to calibrate on and to hold an engine against, with their true masks where there are any.
+
+A folder in the ISIC layout: ``NAME.jpg`` (or ``.png``), and the truth as ``NAME_segmentation.png``
+in the same folder or another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from model.image import read_photo
+
+REFERENCE = Path(__file__).parent / "reference"
+"""Generated lesions with their masks, shipped: the gate runs on them where no folder is given."""
+
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One photo as the network sees it."""
+
+    name: str
+    pixels: NDArray[np.uint8]
+    """[128, 128, 3], RGB."""
+    width: int
+    """Of the photo, pixels."""
+    height: int
+    truth: NDArray[np.bool_] | None
+    """[height, width], lesion true."""
+
+
+def load_samples(images: Path, masks: Path | None = None, limit: int | None = None) -> list[Sample]:
+    """
+    Read up to ``limit`` photos of a folder, spread evenly over its sorted names.
+
+    Raises FileNotFoundError where the folder holds none, model.image.ImageError for a bad one.
+    """
+    files = sorted(
+        path
+        for pattern in ("*.jpg", "*.jpeg", "*.png")
+        for path in images.glob(pattern)
+        if not path.stem.endswith(("_segmentation", "_superpixels"))
+    )
+    if not files:
+        raise FileNotFoundError(f"{images} holds no .jpg or .png photo")
+    if limit is not None and limit < len(files):
+        files = [files[i * len(files) // limit] for i in range(limit)]
+    return [_load(path, (masks or images) / f"{path.stem}_segmentation.png") for path in files]
+
+
+def _load(path: Path, mask: Path) -> Sample:
+    photo = read_photo(path.read_bytes())
+    truth = None
+    if mask.exists():
+        with Image.open(mask) as picture:
+            grey = picture.convert("L").resize(
+                (photo.width, photo.height), Image.Resampling.NEAREST
+            )
+        truth = np.asarray(grey) > 127
+    return Sample(path.stem, photo.pixels, photo.width, photo.height, truth)
+
+
+def batches(samples: Sequence[Sample], size: int = BATCH) -> Iterator[NDArray[np.uint8]]:
+    """Yield the samples' pixels as uint8 [n, 128, 128, 3] with n ≤ ``size``."""
+    for start in range(0, len(samples), size):
+        yield np.stack([sample.pixels for sample in samples[start : start + size]])
