@@ -62,8 +62,7 @@ def serve(
     environment: dict[str, str] | None = None,
     command: Sequence[str] = ("-m", "server"),
 ) -> Iterator[ServerProcess]:
-    """
-    A server with these flags, ready; killed in the end if it still runs.
+    """A server with these flags, ready; killed in the end if it still runs.
 
     Args:
         flags: of `python -m server`; the port is chosen here.

@@ -1,5 +1,4 @@
-"""
-`python -m server`: serve until SIGTERM or SIGINT, then finish what is in flight and exit 0.
+"""`python -m server`: serve until SIGTERM or SIGINT, then finish what is in flight and exit 0.
 
 The first signal turns readiness off; new requests are still served for a grace period, so that
 whoever routes them here can notice. Then the port closes and what is in flight is finished. A

@@ -47,8 +47,7 @@ _PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 def create_app(
     settings: Settings, on_failure: Callable[[], None] = lambda: None
 ) -> tuple[ASGIApp, Service]:
-    """
-    The ASGI application, and the service behind it.
+    """The ASGI application, and the service behind it.
 
     The network is loaded in the background from the application's start on; until then liveness
     answers 200 and readiness 503.

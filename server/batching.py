@@ -1,5 +1,4 @@
-"""
-Idle-aware batching: start at once while the network is idle, gather while it is busy.
+"""Idle-aware batching: start at once while the network is idle, gather while it is busy.
 
 A request that finds a free slot of the backend runs immediately, alone. Those that come while all
 slots are busy wait together, and the slot that comes free next takes up to `max_batch` of them. So
@@ -58,12 +57,11 @@ class Batcher:
         max_batch: int = 0,
         max_wait_ms: float = 0,
     ) -> None:
-        """
-        Args:
-            backend: loaded and warmed up.
-            metrics: told of batch sizes, drops and failures.
-            max_batch: 0 for the backend's own.
-            max_wait_ms: how long an idle backend waits for a batch to fill.
+        """Args:
+        backend: loaded and warmed up.
+        metrics: told of batch sizes, drops and failures.
+        max_batch: 0 for the backend's own.
+        max_wait_ms: how long an idle backend waits for a batch to fill.
         """
         info = backend.describe()
         self._backend = backend
@@ -88,8 +86,7 @@ class Batcher:
         deadline: float,
         is_gone: Callable[[], bool] = lambda: False,
     ) -> Inference:
-        """
-        Run one image, with others if the backend is busy.
+        """Run one image, with others if the backend is busy.
 
         Args:
             pixels: uint8 [128, 128, 3].

@@ -20,8 +20,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class RequestContext:
-    """
-    ASGI layer around the whole application, errors included.
+    """ASGI layer around the whole application, errors included.
 
     Puts `request_id` and `stages` into the request's state. Every answer carries `X-Request-ID` and
     `Server-Timing`, and while the server drains `Connection: close`, so that clients come back

@@ -59,8 +59,7 @@ def measure(packed: NDArray[np.uint8], width: int) -> Lesion:
 
 
 def coco_rle(packed: NDArray[np.uint8], width: int) -> dict[str, Any]:
-    """
-    COCO's compressed run-length encoding: `pycocotools.mask.decode` reads it.
+    """COCO's compressed run-length encoding: `pycocotools.mask.decode` reads it.
 
     Runs go down the columns, and alternate background and lesion from a background run that may be
     empty. Each is written as the difference from the run two before it (from the fourth run on), in
@@ -88,8 +87,7 @@ def coco_rle(packed: NDArray[np.uint8], width: int) -> dict[str, Any]:
 def polygons(
     probability: NDArray[np.float32], width: int, height: int, threshold: float
 ) -> list[Rings]:
-    """
-    Outlines of the lesion at a photo's size, traced on the probability itself.
+    """Outlines of the lesion at a photo's size, traced on the probability itself.
 
     Args:
         probability: float32 [rows, columns].

@@ -1,5 +1,4 @@
-"""
-What can go wrong with a request, and how it is told: RFC 9457 problem details.
+"""What can go wrong with a request, and how it is told: RFC 9457 problem details.
 
     Problem
     ├── BadRequest 400            malformed multipart, no image in the request

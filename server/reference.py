@@ -1,5 +1,4 @@
-"""
-The API's reference: what OpenAPI cannot infer, and the page at `GET /docs`.
+"""The API's reference: what OpenAPI cannot infer, and the page at `GET /docs`.
 
 The page and its scripts are served from here: a hospital's browser has no way to fetch them from
 elsewhere.

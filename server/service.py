@@ -1,5 +1,4 @@
-"""
-One segmentation from bytes to mask: admission, decode, batch, mask. No HTTP in here.
+"""One segmentation from bytes to mask: admission, decode, batch, mask. No HTTP in here.
 
 Decoding and masks run in a pool of threads, inference in the batcher's; the event loop only passes
 things on. Between any two stages work is dropped if nobody waits for it any more.
@@ -72,8 +71,7 @@ class Service:
 
     @property
     def backend(self) -> BackendInfo:
-        """
-        What runs the network.
+        """What runs the network.
 
         Raises:
             Unavailable: nothing does yet.
@@ -83,8 +81,7 @@ class Service:
         return self._backend
 
     async def use(self, backend: Backend) -> None:
-        """
-        Warm `backend` up and let it serve from now on, in place of the one before.
+        """Warm `backend` up and let it serve from now on, in place of the one before.
 
         Whatever the one before has accepted it still answers; then it is closed.
         """
@@ -115,8 +112,7 @@ class Service:
 
     @contextlib.contextmanager
     def admission(self) -> Iterator[Callable[[int], None]]:
-        """
-        A place among the requests being worked on; gives what takes bytes for its body.
+        """A place among the requests being worked on; gives what takes bytes for its body.
 
         Raises:
             Unavailable: no backend is ready.
@@ -144,8 +140,7 @@ class Service:
         deadline: float,
         is_gone: Callable[[], bool],
     ) -> Segmentation:
-        """
-        A request's body → the lesion probability of its photo.
+        """A request's body → the lesion probability of its photo.
 
         Args:
             body: a form or an image, as `content_type` says.

@@ -1,5 +1,4 @@
-"""
-What can be set, from where, and how it is shown: flags win over `SLSNET_…` over defaults.
+"""What can be set, from where, and how it is shown: flags win over `SLSNET_…` over defaults.
 
 `Settings` is the one source: environment names, flags, `--help` and the README's table come from
 its fields.
@@ -97,8 +96,7 @@ class Settings(BaseSettings):
 
 
 def read_settings(arguments: Sequence[str] | None = None) -> Settings:
-    """
-    Settings from flags (`arguments`, default `sys.argv`), then the environment.
+    """Settings from flags (`arguments`, default `sys.argv`), then the environment.
 
     Exits with 2 and a message that names the flag or variable if a value is out of range.
     """

@@ -1,5 +1,4 @@
-"""
-A request's body → the bytes of its image, in memory only.
+"""A request's body → the bytes of its image, in memory only.
 
 The framework's own form parser writes parts to temporary files, so it is not used: a patient's
 photo must never touch the disk.
@@ -45,8 +44,7 @@ class ByteBudget:
 
     @contextlib.contextmanager
     def account(self, full: Callable[[], Exception]) -> Iterator[Callable[[int], None]]:
-        """
-        Gives a function that takes bytes from the budget, which come back in the end.
+        """Gives a function that takes bytes from the budget, which come back in the end.
 
         Args:
             full: makes the exception that is raised where the budget does not suffice.
@@ -67,8 +65,7 @@ class ByteBudget:
 
 
 def check_content_type(content_type: str) -> None:
-    """
-    Refuse what is certainly not an image before its body is read.
+    """Refuse what is certainly not an image before its body is read.
 
     Raises:
         UnsupportedType: neither a form nor a type of image that is served.
@@ -85,8 +82,7 @@ def check_content_type(content_type: str) -> None:
 async def read_body(
     receive: Receive, headers: Headers, *, max_bytes: int, take: Callable[[int], None]
 ) -> bytes:
-    """
-    The whole body, refused as soon as it is known to be too large.
+    """The whole body, refused as soon as it is known to be too large.
 
     Args:
         receive: the ASGI channel.
@@ -129,8 +125,7 @@ async def read_body(
 
 
 def image_in_body(body: bytes, content_type: str) -> bytes:
-    """
-    The image's bytes: the body itself, or the field `file` of a multipart form.
+    """The image's bytes: the body itself, or the field `file` of a multipart form.
 
     Raises:
         BadRequest: the body is empty, the form is malformed, or has not exactly one such field.

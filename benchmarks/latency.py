@@ -1,0 +1,192 @@
+"""Where a lone request's time goes, by photo size: `python -m benchmarks.latency`.
+
+Starts real servers, sends one photo at a time over HTTP, and prints Markdown tables:
+
+- p50 of the whole request as the client sees it, split by the server's own stages, and everything
+  that is not the network, which is the whole less `infer`;
+- a lone request with batching on and off (`--max-batch 1`), two servers asked in turn;
+- time from process start to ready, and whether torch was loaded for it.
+
+Photos are resized from `--images` (default: SLSNET_DATA's native ones) or generated. `--cores 1`
+pins server and client to one core each; figures hold for the machine they are printed with.
+"""
+
+import argparse
+import http.client
+import os
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image
+
+from benchmarks.launch import ServerProcess, serve
+from server.settings import available_cores
+from server.stages import STAGES
+
+SIZES = ((600, 450), (1024, 768), (3024, 2016), (6000, 4000))
+JPEG_QUALITY = 92
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One request: milliseconds as the client saw it, and by stage as the server did."""
+
+    whole: float
+    stages: dict[str, float]
+
+    @property
+    def not_network(self) -> float:
+        """Everything but inference, the way over the loopback included."""
+        return self.whole - self.stages["infer"]
+
+
+class Client:
+    """One connection that is kept, posting the raw image."""
+
+    def __init__(self, server: ServerProcess) -> None:
+        self._connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+
+    def segment(self, photo: bytes) -> Timing:
+        """Send one photo and read its whole mask."""
+        started = time.perf_counter()
+        self._connection.request("POST", "/segment", photo, {"Content-Type": "image/jpeg"})
+        response = self._connection.getresponse()
+        body = response.read()
+        whole = (time.perf_counter() - started) * 1000
+        if response.status != 200:
+            raise RuntimeError(body.decode())
+        timing = response.headers["Server-Timing"]
+        entries = (entry.split(";dur=") for entry in timing.split(", ") if ";dur=" in entry)
+        return Timing(whole, {stage: float(value) for stage, value in entries})
+
+
+def photos_at_all_sizes(images: Path | None) -> dict[tuple[int, int], bytes]:
+    """One JPEG for each of `SIZES`: the largest image at hand resized, or a generated one."""
+    photos = {}
+    source = _largest(images)
+    for width, height in SIZES:
+        if source is None:
+            from tests.lesions import lesion_photo
+
+            picture = Image.fromarray(lesion_photo(3, width, height).pixels)
+        else:
+            picture = source.resize((width, height), Image.Resampling.LANCZOS)
+        buffer = BytesIO()
+        picture.save(buffer, "JPEG", quality=JPEG_QUALITY)
+        photos[width, height] = buffer.getvalue()
+    return photos
+
+
+def stage_table(server: ServerProcess, photos: dict[tuple[int, int], bytes], count: int) -> str:
+    """p50 by photo size and stage, as Markdown."""
+    client = Client(server)
+    lines = [
+        f"| photo | JPEG, MB | whole | {' | '.join(STAGES)} | not the network | of the whole |",
+        "|---|---" + "|--:" * (len(STAGES) + 3) + "|",
+    ]
+    for (width, height), photo in photos.items():
+        client.segment(photo)
+        timings = [client.segment(photo) for _ in range(count)]
+        stages = [_p50([timing.stages[stage] for timing in timings]) for stage in STAGES]
+        whole = _p50([timing.whole for timing in timings])
+        rest = _p50([timing.not_network for timing in timings])
+        lines.append(
+            f"| {width}×{height} | {len(photo) / 1e6:.1f} | {whole:.1f} | "
+            + " | ".join(f"{stage:.1f}" for stage in stages)
+            + f" | **{rest:.1f}** | {rest / whole:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def batching_table(flags: Sequence[str], photo: bytes, count: int) -> str:
+    """A lone request with batching on and off, asked in turn, as Markdown."""
+    with serve(*flags) as batching, serve(*flags, "--max-batch", "1") as single:
+        clients = {"on": Client(batching), "off": Client(single)}
+        timings: dict[str, list[Timing]] = {name: [] for name in clients}
+        for turn in range(count + 1):
+            for name in clients if turn % 2 else reversed(clients):
+                timing = clients[name].segment(photo)
+                if turn:
+                    timings[name].append(timing)
+    lines = ["| batching | whole | queue |", "|---|--:|--:|"]
+    whole = {name: _p50([timing.whole for timing in series]) for name, series in timings.items()}
+    for name, series in timings.items():
+        queue = _p50([timing.stages["queue"] for timing in series])
+        lines.append(f"| {name} | {whole[name]:.2f} | {queue:.2f} |")
+    lines.append(f"| ratio | **{whole['on'] / whole['off']:.3f}** | |")
+    return "\n".join(lines)
+
+
+def start_table(flags: Sequence[str], count: int) -> str:
+    """Process start to ready, and what was loaded, as Markdown."""
+    seconds = []
+    torch_loaded = False
+    for _ in range(count):
+        with serve(*flags) as server:
+            seconds.append(server.seconds_to_ready)
+            maps = Path(f"/proc/{server.process.pid}/maps")
+            torch_loaded |= maps.exists() and "torch" in maps.read_text(encoding="utf-8")
+    return "\n".join(
+        [
+            "| ready after, s (p50) | worst | torch loaded |",
+            "|--:|--:|---|",
+            f"| **{_p50(seconds):.2f}** | {max(seconds):.2f} | {'yes' if torch_loaded else 'no'} |",
+        ]
+    )
+
+
+def machine() -> str:
+    """What the figures were measured on."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), name)
+    load = os.getloadavg()[0]
+    return f"{name}, {available_cores()} cores, Python {platform.python_version()}, load {load:.1f}"
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.latency",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    default = Path(os.environ.get("SLSNET_DATA", "../shared/data")) / "native"
+    parser.add_argument("--images", type=Path, default=default, help="folder of JPEGs")
+    parser.add_argument("--requests", type=int, default=30, help="measured, for each size")
+    parser.add_argument("--starts", type=int, default=5, help="servers started for time to ready")
+    parser.add_argument("--cores", type=int, help="run on this many cores only")
+    parser.add_argument("flags", nargs="*", help="more flags for the server, after --")
+    options = parser.parse_args()
+    if options.cores:
+        os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[: options.cores]))
+    photos = photos_at_all_sizes(options.images if options.images.is_dir() else None)
+    print(
+        f"Machine: {machine()}. Milliseconds, p50 of {options.requests}, one request at a time.\n"
+    )
+    with serve(*options.flags) as server:
+        print(stage_table(server, photos, options.requests), flush=True)
+    print("\nA lone 1024×768 photo with batching on and off, in turn:\n")
+    print(batching_table(options.flags, photos[1024, 768], 2 * options.requests), flush=True)
+    print("\nProcess start to ready:\n")
+    print(start_table(options.flags, options.starts))
+
+
+def _largest(folder: Path | None) -> Image.Image | None:
+    files = sorted(folder.glob("*.jpg"), key=lambda file: file.stat().st_size) if folder else []
+    return Image.open(files[-1]).convert("RGB") if files else None
+
+
+def _p50(values: Sequence[float]) -> float:
+    return statistics.median(values)
+
+
+if __name__ == "__main__":
+    main()
