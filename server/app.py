@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Literal
 
@@ -16,11 +17,11 @@ from server.answers import (
     StatusAnswer,
     json_answer,
     model_answer,
-    model_id,
     png_answer,
 )
-from server.backends import BackendError, open_backend
+from server.backends import BackendError
 from server.context import RequestContext
+from server.loading import bring_up
 from server.metrics import Metrics
 from server.problems import DeadlineExceeded, Unavailable, install
 from server.reference import (
@@ -31,7 +32,7 @@ from server.reference import (
     router,
 )
 from server.service import Service
-from server.settings import Settings, available_cores
+from server.settings import Settings
 from server.stages import Stages
 from server.uploads import check_content_type, read_body
 
@@ -58,14 +59,11 @@ def create_app(
     """
     metrics = Metrics()
     service = Service(settings, metrics)
+    stop = threading.Event()
 
     async def load() -> None:
-        threads = settings.threads or available_cores()
         try:
-            backend = await service.in_thread(
-                lambda: open_backend(settings.backend, settings.model, threads=threads)
-            )
-            await service.use(backend)
+            await bring_up(service, stop)
         except BackendError as error:
             log.error("%s", error)
             on_failure()
@@ -74,6 +72,7 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         loading = asyncio.create_task(load())
         yield
+        stop.set()
         await loading
         await service.close()
 
@@ -173,7 +172,6 @@ def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
                                 threshold,
                                 original,
                                 mask,
-                                model=model_id(service.backend),
                                 request_id=request.state.request_id,
                                 timings_ms=stages.milliseconds(),
                             )

@@ -43,6 +43,12 @@ class Metrics:
             "Batches that the backend failed on",
             registry=self.registry,
         )
+        self.engine_events = Counter(
+            "slsnet_engine_events",
+            "Steps in the life of the TensorRT engine: found, missing, damaged, built, refused, …",
+            ["event"],
+            registry=self.registry,
+        )
         self.admitted = Gauge(
             "slsnet_requests_in_flight",
             "Segmentation requests being worked on or waiting",

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from model.image import DEFAULT_MAX_PIXELS
+from trt_build.plan import Precision
 
 __all__ = ["Settings", "available_cores", "read_settings", "settings_table"]
 
@@ -38,8 +39,15 @@ class Settings(BaseSettings):
     model: Path = Field(
         Path(__file__).parent.parent / SHIPPED_MODEL, description="the network, an ONNX file"
     )
-    backend: Literal["auto", "onnxruntime"] = Field(
+    backend: Literal["auto", "onnxruntime", "tensorrt"] = Field(
         "auto", description="what runs the network; auto is the best that works here"
+    )
+    precision: Precision = Field(
+        "fp16", description="of the TensorRT engine: fp32, tf32, fp16, bf16 or int8"
+    )
+    engine_dir: Path = Field(
+        Path("~/.cache/slsnet"),
+        description="where TensorRT engines are kept; servers on one machine may share it",
     )
     threads: int = Field(
         0, ge=0, description="CPU threads for one inference; 0 is one for each core"

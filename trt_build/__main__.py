@@ -1,5 +1,4 @@
-"""
-Build a TensorRT engine.
+"""Build a TensorRT engine.
 
     python -m trt_build --onnx model/weights/slsnet.onnx --output slsnet.engine --precision fp16
 
@@ -30,8 +29,7 @@ GATE_FAILED = 3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """
-    Command line. Returns 1, with one line on stderr, where no engine was made, and
+    """Command line. Returns 1, with one line on stderr, where no engine was made, and
     GATE_FAILED where it must not be served.
     """
     parser = argparse.ArgumentParser(

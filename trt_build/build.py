@@ -17,13 +17,12 @@ from trt_build.device import NoGpuError, current_gpu
 from trt_build.plan import (
     BUCKETS,
     PlanInfo,
-    PlanKey,
     Precision,
     check_buckets,
     file_sha256,
     write_atomically,
 )
-from trt_build.tensorrt_api import TensorRT, TensorRTError, find_tensorrt
+from trt_build.tensorrt_api import TensorRT, TensorRTError, find_tensorrt, plan_key
 
 DEFAULT_WORKSPACE_BYTES = 2 << 30
 
@@ -55,23 +54,6 @@ class BuildOptions:
         check_buckets(self.buckets)
 
 
-def plan_key(onnx_sha256: str, options: BuildOptions, trt: TensorRT) -> PlanKey:
-    """
-    Return the key of the engine that ``options`` would build on this machine.
-
-    Raises NoGpuError where TensorRT needs a GPU to build for and there is none.
-    """
-    if options.compute_capability is not None:
-        capability = options.compute_capability
-    elif trt.is_rtx:
-        capability = "any"
-    elif options.hardware_compatible:
-        capability = "8.0+"
-    else:
-        capability = current_gpu().compute_capability
-    return PlanKey(onnx_sha256, trt.library, capability, options.precision, options.buckets)
-
-
 def build(
     onnx_path: Path,
     output: Path,
@@ -81,8 +63,7 @@ def build(
     progress: Callable[[str], None] = lambda _: None,
     trt: TensorRT | None = None,
 ) -> PlanInfo:
-    """
-    Build ``output`` and its sidecar from the exported ``onnx_path``; both whole or not at all.
+    """Build ``output`` and its sidecar from the exported ``onnx_path``; both whole or not at all.
 
     ``ranges``: for int8, from ``trt_build.calibrate``. ``progress`` gets one line a step.
 
@@ -91,7 +72,14 @@ def build(
     """
     started = time.monotonic()
     trt = trt or find_tensorrt()
-    key = plan_key(file_sha256(onnx_path), options, trt)
+    key = plan_key(
+        file_sha256(onnx_path),
+        options.precision,
+        options.buckets,
+        trt,
+        compute_capability=options.compute_capability,
+        hardware_compatible=options.hardware_compatible,
+    )
     attention = options.attention or default_attention(options.precision)
     progress(f"{trt.library}: {options.precision}, {attention} attention")
     exported = onnx.load(onnx_path)

@@ -1,5 +1,4 @@
-"""
-Measures the range of every convolution's input on real photos, for int8 engines.
+"""Measures the range of every convolution's input on real photos, for int8 engines.
 
     python -m trt_build.calibrate --onnx model/weights/slsnet.onnx --images FOLDER
 
@@ -41,8 +40,7 @@ def calibration_path(onnx_path: Path) -> Path:
 def measure_ranges(
     onnx_path: Path, samples: Sequence[Sample], percentile: float = PERCENTILE
 ) -> dict[str, float]:
-    """
-    Return, by tensor name, the magnitude that int8's 127 is to stand for.
+    """Return, by tensor name, the magnitude that int8's 127 is to stand for.
 
     The largest ``percentile`` of any batch, over all convolutions' inputs.
     """

@@ -1,5 +1,4 @@
-"""
-Rewrites the exported ONNX graph for TensorRT: attention form, then precision, both in the graph.
+"""Rewrites the exported ONNX graph for TensorRT: attention form, then precision, both in the graph.
 
 TensorRT 11 and TensorRT for RTX know strongly typed networks only: a tensor has the type that the
 ONNX file gives it. So precision is decided here, tensor by tensor, for every TensorRT alike.
@@ -56,8 +55,7 @@ class ConversionError(ValueError):
 
 
 def default_attention(precision: Precision) -> AttentionForm:
-    """
-    Return the form that avoids the [HW, HW] matrix at ``precision``.
+    """Return the form that avoids the [HW, HW] matrix at ``precision``.
 
     TensorRT's fused attention kernels exist for 16-bit types. In float32 the queries are taken in
     chunks instead.
@@ -73,8 +71,7 @@ def convert(
     ranges: Mapping[str, float] | None = None,
     simulate: bool = False,
 ) -> onnx.ModelProto:
-    """
-    Return a copy of the exported float32 ``model`` with ``precision`` and attention form in it.
+    """Return a copy of the exported float32 ``model`` with ``precision`` and attention form in it.
 
     ``ranges``: largest magnitude of each convolution's input by tensor name, for ``int8``
     (``trt_build.calibrate``).
@@ -332,8 +329,7 @@ class _Graph:
             self._replace(pam, new)
 
     def quantisable(self, pams: Iterable[_PositionAttention]) -> frozenset[str]:
-        """
-        Convolutions (by output) to run in int8: not the stem, not what makes queries and keys.
+        """Convolutions (by output) to run in int8: not the stem, not what makes queries and keys.
 
         Position attention's logits are unscaled products of those two, so an int8 step there would
         be a step of several units in the exponent.

@@ -1,5 +1,4 @@
-"""
-Streams, memory and graphs through cuda-python, with errors as exceptions.
+"""Streams, memory and graphs through cuda-python, with errors as exceptions.
 
 Every call is one of CUDA's runtime API; numbers are addresses, sizes are bytes.
 """
@@ -66,8 +65,7 @@ class Stream:
         _call(runtime.cudaMemcpyAsync, target, source, size, kind, self._stream)
 
     def capture(self, enqueue: Callable[[], None]) -> Graph:
-        """
-        Record what ``enqueue`` queues on this stream, without running it.
+        """Record what ``enqueue`` queues on this stream, without running it.
 
         Raises CudaError where something in it cannot be recorded.
         """

@@ -1,5 +1,4 @@
-"""
-Reads TensorRT's own account of a built engine, and holds it against what was asked.
+"""Reads TensorRT's own account of a built engine, and holds it against what was asked.
 
 TensorRT 10 writes a tensor's type as ``"Format/Datatype"``, 11 and RTX as ``"Datatype"``. Where no
 GPU can load the engine, the inspector cannot be asked, but the builder logs its text: the same
@@ -53,8 +52,7 @@ def type_name(text: str) -> str:
 
 
 def from_inspector(text: str) -> tuple[Layer, ...]:
-    """
-    Read ``EngineInspector.get_engine_information`` in JSON, of TensorRT 10 or 11.
+    """Read ``EngineInspector.get_engine_information`` in JSON, of TensorRT 10 or 11.
 
     Raises ValueError where it holds no details (the engine was built without
     ``ProfilingVerbosity.DETAILED``).
@@ -104,8 +102,7 @@ def scratch_from_build_log(messages: Iterable[str]) -> list[int]:
 
 
 def expected_types(model: onnx.ModelProto) -> dict[str, frozenset[str]]:
-    """
-    By name, the types in which every convolution, product and attention of ``model`` may read.
+    """By name, the types in which every convolution, product and attention of ``model`` may read.
 
     A convolution behind a dequantisation is expected in int8: TensorRT takes the pair in. A
     deconvolution between casts may have taken those in and read the type before them.
@@ -130,8 +127,7 @@ def expected_types(model: onnx.ModelProto) -> dict[str, frozenset[str]]:
 
 
 def disagreements(expected: Mapping[str, frozenset[str]], layers: Iterable[Layer]) -> list[str]:
-    """
-    Say which nodes the engine does not compute in a type that the graph gives them.
+    """Say which nodes the engine does not compute in a type that the graph gives them.
 
     A node agrees where one of the layers made of it reads that type. What TensorRT merged away, so
     that no layer names it, cannot be judged; it is an error only if it is most.

@@ -1,5 +1,4 @@
-"""
-Holds an engine, or any backend, against the float32 ONNX file on photos: the gate to serving.
+"""Holds an engine, or any backend, against the float32 ONNX file on photos: the gate to serving.
 
     python -m trt_build.parity --onnx model/weights/slsnet.onnx --engine slsnet.engine
     python -m trt_build.parity --onnx model/weights/slsnet.onnx --simulate fp16 bf16 int8
@@ -174,8 +173,7 @@ def simulated_runner(onnx_path: Path, precision: Precision) -> Infer:
 
 
 def gate_engine(onnx_path: Path, engine: Path, samples: Sequence[Sample], source: str) -> Parity:
-    """
-    Hold an engine against its ONNX file on this machine's GPU, and note it in the sidecar.
+    """Hold an engine against its ONNX file on this machine's GPU, and note it in the sidecar.
 
     Raises what trt_build.runtime.EngineRunner does.
     """

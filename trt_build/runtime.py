@@ -1,5 +1,4 @@
-"""
-Runs a built engine: pinned buffers, one context and one captured CUDA graph for each bucket.
+"""Runs a built engine: pinned buffers, one context and one captured CUDA graph for each bucket.
 
 Two slots, each with its own stream, buffers and contexts, so that one batch's copies hide behind
 the other's compute. The contexts of a slot never run at the same time and share its scratch memory.
@@ -65,8 +64,7 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 class EngineRunner:
-    """
-    An engine file, loaded and ready. ``infer`` may be called from any number of threads.
+    """An engine file, loaded and ready. ``infer`` may be called from any number of threads.
 
     Raises PlanError (file missing, truncated, of another version or GPU), NoGpuError,
     TensorRTError, EngineError (out of memory).
@@ -117,8 +115,7 @@ class EngineRunner:
         return sum(lane.graph is not None for slot in self._opened for lane in slot.lanes)
 
     def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """
-        uint8 [n, 128, 128, 3] → float32 [n, 128, 128]; any n, in steps of the largest bucket.
+        """uint8 [n, 128, 128, 3] → float32 [n, 128, 128]; any n, in steps of the largest bucket.
 
         Raises EngineError.
         """
@@ -279,8 +276,7 @@ def _tensor_names(trt: TensorRT, engine: Any) -> tuple[str, str]:
 
 
 class _RtxRuntime:
-    """
-    Contexts of TensorRT for RTX, which compiles its kernels here, at the first run.
+    """Contexts of TensorRT for RTX, which compiles its kernels here, at the first run.
 
     They are compiled at once rather than lazily (a kernel swapped in later would miss the recorded
     graph) and kept beside the engine, so that the next start finds them.

@@ -1,5 +1,4 @@
-"""
-Photos to calibrate on and to hold an engine against, with their true masks where there are any.
+"""Photos to calibrate on and to hold an engine against, with their true masks where there are any.
 
 A folder in the ISIC layout: ``NAME.jpg`` (or ``.png``), and the truth as ``NAME_segmentation.png``
 in the same folder or another.
@@ -38,8 +37,7 @@ class Sample:
 
 
 def load_samples(images: Path, masks: Path | None = None, limit: int | None = None) -> list[Sample]:
-    """
-    Read up to ``limit`` photos of a folder, spread evenly over its sorted names.
+    """Read up to ``limit`` photos of a folder, spread evenly over its sorted names.
 
     Raises FileNotFoundError where the folder holds none, model.image.ImageError for a bad one.
     """

@@ -8,6 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from trt_build.device import current_gpu
+from trt_build.plan import PlanKey, Precision
+
 MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
 """Tried in this order. ``tensorrt_rtx_bindings`` is what the plain RTX wheels install."""
 
@@ -76,16 +79,14 @@ class TensorRT:
         return Logger()
 
     def create_network(self, builder: Any) -> Any:
-        """
-        Return an empty strongly typed network: the only kind that 11 and RTX have, and the one
+        """Return an empty strongly typed network: the only kind that 11 and RTX have, and the one
         in which 10 cannot choose another precision than the ONNX file's.
         """
         flag = self.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED
         return builder.create_network(1 << int(flag))
 
     def target(self, config: Any, compute_capability: str) -> None:
-        """
-        Build for another GPU than this machine's: TensorRT for RTX alone can.
+        """Build for another GPU than this machine's: TensorRT for RTX alone can.
 
         Raises TensorRTError.
         """
@@ -115,3 +116,29 @@ def find_tensorrt() -> TensorRT:
         "no usable TensorRT: install one of those in requirements-gpu.txt"
         + (f" ({'; '.join(reasons)})" if reasons else "")
     )
+
+
+def plan_key(
+    onnx_sha256: str,
+    precision: Precision,
+    buckets: tuple[int, ...],
+    trt: TensorRT,
+    *,
+    compute_capability: str | None = None,
+    hardware_compatible: bool = False,
+) -> PlanKey:
+    """Return the key of the engine that would be built here.
+
+    ``compute_capability`` is that of another GPU to build for.
+
+    Raises NoGpuError where TensorRT needs a GPU to build for and there is none.
+    """
+    if compute_capability is not None:
+        capability = compute_capability
+    elif trt.is_rtx:
+        capability = "any"
+    elif hardware_compatible:
+        capability = "8.0+"
+    else:
+        capability = current_gpu().compute_capability
+    return PlanKey(onnx_sha256, trt.library, capability, precision, buckets)

@@ -5,6 +5,7 @@ A backend is loaded by its constructor. All its methods block, so the server cal
 `infer` from at most `BackendInfo.slots` threads at a time.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = ["Backend", "BackendError", "BackendInfo", "open_backend"]
+
+log = logging.getLogger("slsnet.backends")
 
 
 class BackendError(RuntimeError):
@@ -74,7 +77,8 @@ def open_backend(name: str, model: Path, *, threads: int) -> Backend:
     Load `model` (an ONNX file) into the backend called `name`.
 
     Args:
-        name: `onnxruntime`, or `auto` for the best one that works here.
+        name: `onnxruntime`, or `auto` or `tensorrt`: then this is what serves until an engine
+            does (`server.backends.engine_cache`).
         model: the ONNX file.
         threads: CPU threads for one inference; 0 is one for each core.
 
@@ -82,8 +86,17 @@ def open_backend(name: str, model: Path, *, threads: int) -> Backend:
         BackendError: the backend is unknown or cannot be loaded.
     """
     # Imported here, so that only the runtime that is used is loaded.
-    if name in ("auto", "onnxruntime"):
-        from server.backends.onnxruntime import OnnxRuntimeBackend
+    if name not in ("auto", "onnxruntime", "tensorrt"):
+        raise BackendError(f"There is no backend called {name!r}.")
+    import onnxruntime
 
-        return OnnxRuntimeBackend(model, threads=threads)
-    raise BackendError(f"There is no backend called {name!r}.")
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        from server.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
+
+        try:
+            return OnnxRuntimeCudaBackend(model)
+        except BackendError as error:
+            log.warning("serving on the CPU: %s", error)
+    from server.backends.onnxruntime import OnnxRuntimeBackend
+
+    return OnnxRuntimeBackend(model, threads=threads)

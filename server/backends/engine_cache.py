@@ -1,5 +1,4 @@
-"""
-Engines that build and heal themselves while something else serves.
+"""Engines that build and heal themselves while something else serves.
 
 An engine file's name holds its key (ONNX file, TensorRT version, GPU, precision, buckets), so one
 that does not fit is never found. What is missing or damaged is built again by a process of its own,
@@ -15,15 +14,28 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
 import trt_build
 from server.backends import Backend, BackendError
-from trt_build.plan import PlanError, PlanInfo, PlanKey, Precision, read_engine, read_plan_info
+from server.backends.tensorrt import TensorRtBackend
+from trt_build.device import NoGpuError, current_gpu
+from trt_build.plan import (
+    BUCKETS,
+    PlanError,
+    PlanInfo,
+    PlanKey,
+    Precision,
+    file_sha256,
+    read_engine,
+    read_plan_info,
+)
+from trt_build.tensorrt_api import TensorRTError, find_tensorrt, plan_key
 
-__all__ = ["ENGINE_EVENTS", "EngineCache", "EngineEvent", "build_command"]
+__all__ = ["ENGINE_EVENTS", "EngineCache", "EngineEvent", "open_engine_cache"]
 
 log = logging.getLogger("slsnet.engine")
 
@@ -43,24 +55,12 @@ EngineEvent = Literal[
 
 ENGINE_EVENTS: tuple[EngineEvent, ...] = get_args(EngineEvent)
 
-_LOCK_POLL_S = 0.5
-
-
-def build_command(
-    model: Path, engine: Path, precision: Precision, buckets: Sequence[int]
-) -> list[str]:
-    """The builder's command line: it writes `engine` and its sidecar, and runs the parity gate."""
-    return [
-        *("nice", "-n", "10", sys.executable, "-m", "trt_build"),
-        *("--onnx", str(model.resolve()), "--output", str(engine), "--parity"),
-        *("--precision", precision, "--buckets", ",".join(map(str, buckets))),
-        *("--timing-cache", str(engine.with_name("timing.cache"))),
-    ]
+_POLL_S = 0.2
+_TERMINATION_S = 5
 
 
 class EngineCache:
-    """
-    The engine for one key, in a folder that servers on one machine may share.
+    """The engine for one key, in a folder that servers on one machine may share.
 
     Args:
         folder: made where it is missing.
@@ -119,8 +119,7 @@ class EngineCache:
         return backend
 
     def obtain(self, stop: threading.Event) -> Backend | None:
-        """
-        Build until there is an engine that may be served, and load it. Blocks for minutes.
+        """Build until there is an engine that may be served, and load it. Blocks for minutes.
 
         Returns:
             None once `stop` is set, or where the engine fails the parity gate: built again, it
@@ -190,7 +189,7 @@ class EngineCache:
                     if not waiting:
                         self._say("build_waiting", "another server is building this engine")
                         waiting = True
-                if stop.wait(_LOCK_POLL_S):
+                if stop.wait(_POLL_S):
                     yield None
                     return
             yield descriptor
@@ -231,28 +230,24 @@ class EngineCache:
 
     def _wait(self, builder: subprocess.Popen[bytes], stop: threading.Event) -> str | None:
         """Wait for the builder; the reason why it was ended, if it was."""
-        done = threading.Event()
-
-        def watch() -> None:
-            builder.wait()
-            done.set()
-
-        threading.Thread(target=watch, name="engine-builder", daemon=True).start()
-        waited_s = 0.0
-        while not done.wait(0.1):
-            waited_s += 0.1
+        deadline = time.monotonic() + self._build_timeout_s
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                builder.wait(_POLL_S)
+                return None
             if stop.is_set():
                 reason = "the server stops"
-            elif waited_s > self._build_timeout_s:
+            elif time.monotonic() > deadline:
                 reason = f"no engine within {self._build_timeout_s:g} s"
             else:
                 continue
             builder.terminate()
-            if not done.wait(5):
-                builder.kill()
-                done.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                builder.wait(_TERMINATION_S)
+                return reason
+            builder.kill()
+            builder.wait()
             return reason
-        return None
 
     def _say(self, event: EngineEvent, text: str) -> None:
         fine = event in (
@@ -265,6 +260,37 @@ class EngineCache:
         )
         log.log(logging.INFO if fine else logging.WARNING, "engine %s: %s", event, text)
         self._on_event(event)
+
+
+def open_engine_cache(
+    folder: Path, model: Path, precision: Precision, on_event: Callable[[EngineEvent], None]
+) -> EngineCache:
+    """The cache of engines of `model` (an ONNX file) for this process's GPU.
+
+    Raises:
+        BackendError: no TensorRT, no driver, no GPU, or no such file.
+    """
+    try:
+        gpu = current_gpu()
+        trt = find_tensorrt()
+        key = plan_key(file_sha256(model), precision, BUCKETS, trt)
+    except (NoGpuError, TensorRTError) as error:
+        raise BackendError(f"TensorRT cannot be used: {error}") from error
+    except OSError as error:
+        raise BackendError(f"{model} cannot be read: {error.strerror}") from error
+    log.info("%s on %s, compute capability %s", trt.library, gpu.name, gpu.compute_capability)
+
+    def command(engine: Path) -> list[str]:
+        return [
+            *("nice", "-n", "10", sys.executable, "-m", "trt_build"),
+            *("--onnx", str(model.resolve()), "--output", str(engine), "--parity"),
+            *("--precision", key.precision, "--buckets", ",".join(map(str, key.buckets))),
+            *("--timing-cache", str(engine.with_name("timing.cache"))),
+        ]
+
+    return EngineCache(
+        folder.resolve(), key, command=command, load=TensorRtBackend, on_event=on_event
+    )
 
 
 def _gate_failures(info: PlanInfo) -> str:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from model.image import MODEL_SIZE
 from server.backends import BackendError, BackendInfo
 
-__all__ = ["OnnxRuntimeBackend"]
+__all__ = ["OnnxRuntimeBackend", "check_contract"]
 
 # On CPU a batch takes as long as its images one by one, so it only saves hand-offs; a large one
 # would make those who come next wait for all of it.
@@ -33,7 +33,7 @@ class OnnxRuntimeBackend:
             )
         except Exception as error:
             raise BackendError(f"ONNX Runtime cannot load {model}: {error}") from error
-        self._check_contract(model)
+        check_contract(self._session, model)
 
     def describe(self) -> BackendInfo:
         return BackendInfo(
@@ -62,15 +62,17 @@ class OnnxRuntimeBackend:
     def close(self) -> None:
         del self._session
 
-    def _check_contract(self, model: Path) -> None:
-        inputs = [(node.name, node.type, node.shape[1:]) for node in self._session.get_inputs()]
-        outputs = [(node.name, node.type, node.shape[1:]) for node in self._session.get_outputs()]
-        side = MODEL_SIZE
-        if inputs != [("image", "tensor(uint8)", [side, side, 3])] or outputs != [
-            ("probability", "tensor(float)", [side, side])
-        ]:
-            raise BackendError(
-                f"{model} does not keep the served contract (image: uint8 [n, {side}, {side}, 3]"
-                f" → probability: float32 [n, {side}, {side}]); it has {inputs} → {outputs}."
-                " Export it with `python -m model.export`."
-            )
+
+def check_contract(session: onnxruntime.InferenceSession, model: Path) -> None:
+    """Raise BackendError unless `session` takes and gives what is served."""
+    inputs = [(node.name, node.type, node.shape[1:]) for node in session.get_inputs()]
+    outputs = [(node.name, node.type, node.shape[1:]) for node in session.get_outputs()]
+    side = MODEL_SIZE
+    if inputs != [("image", "tensor(uint8)", [side, side, 3])] or outputs != [
+        ("probability", "tensor(float)", [side, side])
+    ]:
+        raise BackendError(
+            f"{model} does not keep the served contract (image: uint8 [n, {side}, {side}, 3]"
+            f" → probability: float32 [n, {side}, {side}]); it has {inputs} → {outputs}."
+            " Export it with `python -m model.export`."
+        )

@@ -16,9 +16,9 @@ __all__ = ["TensorRtBackend"]
 
 
 class TensorRtBackend:
-    """
-    An engine on the GPU. Loading runs and records every bucket, so the first request is as fast as
-    any.
+    """An engine on the GPU.
+
+    Loading runs and records every bucket, so the first request is as fast as any.
 
     Raises:
         BackendError: no driver, no GPU, no TensorRT, not enough GPU memory, or an engine file that
