@@ -2,11 +2,12 @@
 
 The first signal turns readiness off; new requests are still served for a grace period, so that
 whoever routes them here can notice. Then the port closes and what is in flight is finished. A
-second signal ends at once.
+second signal ends at once, with what a shell says of a process ended by it.
 """
 
 import asyncio
 import logging
+import os
 import socket
 import sys
 from types import FrameType
@@ -17,6 +18,10 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from server.app import create_app
 from server.service import Service
 from server.settings import read_settings
+
+# Longer than the minute that load balancers keep connections for: whoever closes an idle connection
+# last may close it on a request that is on its way.
+_KEEP_ALIVE_S = 75
 
 # Who connected before the port closed may take this long to send what they connected for.
 _LAST_REQUESTS_S = 0.5
@@ -31,22 +36,19 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         if self._service.draining:
-            self.force_exit = True
-            self.should_exit = True
-            return
+            os._exit(128 + sig)
         self._service.draining = True
         grace_s = self._service.settings.drain_grace_s
         self._loop.call_soon_threadsafe(self._loop.call_later, grace_s, self._stop)
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
-        await super().startup(sockets)
+        await super().serve(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        if not self.force_exit:
-            for listener in sockets or []:
-                await self._accept_backlog(listener)
-            await asyncio.sleep(_LAST_REQUESTS_S)
+        for listener in sockets or []:
+            await self._accept_backlog(listener)
+        await asyncio.sleep(_LAST_REQUESTS_S)
         await super().shutdown(sockets)
 
     async def _accept_backlog(self, listener: socket.socket) -> None:
@@ -97,6 +99,7 @@ def main() -> int:
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=round(settings.drain_timeout_s),
     )
     server = _Server(config, service)

@@ -20,7 +20,6 @@ __all__ = [
     "StatusAnswer",
     "json_answer",
     "model_answer",
-    "model_id",
     "png_answer",
 ]
 
@@ -171,7 +170,6 @@ def json_answer(
     original: bool,
     mask_format: MaskFormat,
     *,
-    model: ModelId,
     request_id: str,
     timings_ms: dict[str, float],
 ) -> bytes:
@@ -188,7 +186,7 @@ def json_answer(
     lesion = measure(packed, width)
     answer = SegmentationAnswer(
         request_id=request_id,
-        model=model,
+        model=_model_id(segmentation.backend),
         image=ImageSize(width=segmentation.width, height=segmentation.height),
         threshold=threshold,
         mask=mask,
@@ -206,8 +204,7 @@ def json_answer(
     return answer.model_dump_json(exclude=absent).encode()
 
 
-def model_id(backend: BackendInfo) -> ModelId:
-    """Which network `backend` runs."""
+def _model_id(backend: BackendInfo) -> ModelId:
     return ModelId(**{key: backend.model.get(key, "unknown") for key in ModelId.model_fields})
 
 

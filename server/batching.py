@@ -63,7 +63,7 @@ class Batcher:
         max_batch: 0 for the backend's own.
         max_wait_ms: how long an idle backend waits for a batch to fill.
         """
-        info = backend.describe()
+        self.info = info = backend.describe()
         self._backend = backend
         self._metrics = metrics
         self._max_batch = max_batch or info.max_batch
@@ -105,6 +105,8 @@ class Batcher:
 
     async def close(self) -> None:
         """Finish what is queued and running, then close the backend."""
+        self._max_wait_s = 0
+        self._dispatch()
         while self._running:
             await asyncio.wait(self._running)
         self._threads.shutdown()

@@ -44,6 +44,9 @@ class Segmentation:
     """Of the photo, pixels."""
     height: int
     batch_size: int
+    """Photos that ran through the network together."""
+    backend: BackendInfo
+    """What ran it."""
 
 
 class Service:
@@ -62,7 +65,6 @@ class Service:
         )
         self._admitted = 0
         self._batcher: Batcher | None = None
-        self._backend: BackendInfo | None = None
 
     @property
     def is_ready(self) -> bool:
@@ -76,9 +78,9 @@ class Service:
         Raises:
             Unavailable: nothing does yet.
         """
-        if self._backend is None:
+        if self._batcher is None:
             raise Unavailable(_STARTING)
-        return self._backend
+        return self._batcher.info
 
     async def use(self, backend: Backend) -> None:
         """Warm `backend` up and let it serve from now on, in place of the one before.
@@ -87,20 +89,14 @@ class Service:
         """
         await asyncio.get_running_loop().run_in_executor(self.workers, backend.warm_up)
         former = self._batcher
-        self._backend = backend.describe()
         self._batcher = Batcher(
             backend,
             self.metrics,
             max_batch=self.settings.max_batch,
             max_wait_ms=self.settings.max_wait_ms,
         )
-        log.info(
-            "ready: %s %s on %s, %s",
-            self._backend.name,
-            self._backend.version,
-            self._backend.device,
-            self._backend.precision,
-        )
+        info = self._batcher.info
+        log.info("ready: %s %s on %s, %s", info.name, info.version, info.device, info.precision)
         if former is not None:
             await former.close()
 
@@ -152,19 +148,25 @@ class Service:
             Problem: whatever is wrong with the request or its photo.
             ClientGone: `is_gone` said so between two stages.
         """
-        batcher = self._batcher
-        if batcher is None:
-            raise Unavailable(_STARTING)
         photo = await self.in_thread(self._decode, body, content_type)
         stages.end("decode")
         if is_gone():
             raise ClientGone
+        # Looked up only now: while the photo was decoded another backend may have come into use.
+        batcher = self._batcher
+        assert batcher is not None
         inference = await batcher.infer(photo.pixels, deadline=deadline, is_gone=is_gone)
         stages.end("queue", inference.started)
         stages.end("infer", inference.ended)
         if is_gone():
             raise ClientGone
-        return Segmentation(inference.probability, photo.width, photo.height, inference.batch_size)
+        return Segmentation(
+            inference.probability,
+            photo.width,
+            photo.height,
+            inference.batch_size,
+            batcher.info,
+        )
 
     async def in_thread(
         self, work: Callable[[*Arguments], Result], *arguments: *Arguments

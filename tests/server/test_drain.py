@@ -73,4 +73,4 @@ def test_second_signal_ends_at_once() -> None:
         time.sleep(0.2)
         assert server.process.poll() is None
         server.terminate()
-        assert server.wait() == 0
+        assert server.wait() == 128 + signal.SIGTERM

@@ -1,5 +1,7 @@
 """Many clients at once: nobody gets another's mask, and load makes batches."""
 
+import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -13,14 +15,18 @@ from tests.server.test_segment import read_png
 CLIENTS = 8
 
 
+def figures(server: ServerProcess) -> dict[str, float]:
+    """The server's metrics, those of one name added up."""
+    values: dict[str, float] = {}
+    for family in text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text):
+        for sample in family.samples:
+            values[sample.name] = values.get(sample.name, 0) + sample.value
+    return values
+
+
 def batch_statistics(server: ServerProcess) -> tuple[float, float]:
     """Images and batches that ran so far."""
-    text = httpx.get(f"{server.url}/metrics").text
-    values = {
-        sample.name: sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
+    values = figures(server)
     return values["slsnet_batch_size_sum"], values["slsnet_batch_size_count"]
 
 
@@ -46,3 +52,29 @@ def test_200_photos_from_8_clients_equal_the_offline_prediction(
     for photos, masks in zip(shares, answers, strict=True):
         for photo, mask in zip(photos, masks, strict=True):
             np.testing.assert_array_equal(read_png(mask), offline.mask(photo.data), photo.name)
+
+
+def test_photos_of_clients_that_hung_up_are_not_run(
+    server: ServerProcess, photos: list[Sample]
+) -> None:
+    clients = 24
+    data = photos[0].data
+    request = (
+        b"POST /segment HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/jpeg\r\n"
+        b"Content-Length: %d\r\n\r\n" % len(data)
+    )
+    before = figures(server)
+    connections = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(clients)]
+    for connection in connections:
+        connection.sendall(request + data)
+    for connection in connections:
+        connection.close()
+
+    # Whoever comes after them is served, and by then all of them are done with.
+    assert httpx.post(f"{server.url}/segment", content=data, timeout=60).status_code == 200
+    give_up = time.perf_counter() + 30
+    while (after := figures(server))["slsnet_requests_in_flight"] and time.perf_counter() < give_up:
+        time.sleep(0.02)
+    assert after["slsnet_requests_in_flight"] == after["slsnet_bytes_in_flight"] == 0
+    run = after["slsnet_batch_size_sum"] - before["slsnet_batch_size_sum"] - 1
+    assert run < clients / 2
