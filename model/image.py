@@ -50,7 +50,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
 
 DEFAULT_MAX_PIXELS = 64_000_000
 """Room for 61-megapixel sensors (9504×6336). A decoded photo takes up to 4 bytes a pixel, twice
-that while it is turned, five times in WebP (libwebp's two canvases and their copies). A JPEG is
+that while it is turned, four times in WebP (libwebp's two canvases and their copies). A JPEG is
 decoded at reduced scale, but a progressive one holds its coefficients, up to 6 bytes a pixel."""
 
 # A progressive JPEG needs about ten scans. Each costs a pass over the whole picture, however few
@@ -168,7 +168,7 @@ def read_photo(
         ) from error
     except Exception as error:
         raise CorruptImageError(_why_corrupt(name, error)) from error
-    if orientation in _UPRIGHT and orientation >= 5:
+    if 5 <= orientation <= 8:
         width, height = height, width
     return Photo(np.array(square), width, height)
 

@@ -24,6 +24,7 @@ from model.image import (
     read_photo,
     unpack_mask,
 )
+from tests.conftest import Sample
 
 WIDTH, HEIGHT = 320, 240
 
@@ -203,6 +204,18 @@ def test_jpeg_scaled_while_decoding_is_the_same_picture(photo: Image.Image) -> N
     read = read_photo(encode(large, "JPEG", quality=95))
     assert (read.width, read.height) == (1920, 1440)
     assert difference(read.pixels, squashed(large)) < 2
+
+
+def test_photos_from_cameras(photos: list[Sample]) -> None:
+    differences = []
+    for sample in photos:
+        read = read_photo(sample.data)
+        assert (read.height, read.width) == sample.mask.shape
+        with Image.open(BytesIO(sample.data)) as image:
+            differences.append(difference(read.pixels, squashed(image)))
+    # Decoding at reduced scale costs a little: hairs and skin lines are thinner than its pixels.
+    assert max(differences) < 4
+    assert np.mean(differences) < 2
 
 
 @pytest.mark.parametrize("name", FORMATS)

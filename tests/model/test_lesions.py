@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model.image import read_photo
+from model.evaluate import WEIGHTS, load_network
+from model.image import lesion_mask, read_photo, unpack_mask
 from tests.lesions import SKIN_TONES, encode_photo, lesion_photo, write_pairs
 
 
@@ -82,3 +83,17 @@ def test_pairs_on_disk_are_laid_out_like_a_challenge(tmp_path: Path) -> None:
         assert mask.mode == "1"
         assert np.array_equal(np.asarray(mask), lesion_photo(1, 120, 90).mask)
     assert read_photo((tmp_path / "lesion_001.jpg").read_bytes()).height == 90
+
+
+def test_the_shipped_network_finds_most_lesions() -> None:
+    network = load_network(WEIGHTS)
+    if float(network.metadata["validation_jaccard"]) < 0.7:
+        pytest.skip("the weights are not trained")
+    scenes = [lesion_photo(seed, 480, 360) for seed in range(24)]
+    batch = np.stack([read_photo(encode_photo(scene.pixels)).pixels for scene in scenes])
+    scores = []
+    for scene, probability in zip(scenes, network.predict(batch), strict=True):
+        mask = unpack_mask(lesion_mask(probability, 480, 360), 480)
+        scores.append((mask & scene.mask).sum() / (mask | scene.mask).sum())
+    assert np.mean(np.array(scores) > 0.65) >= 0.8  # found, by the challenge's own measure
+    assert np.median(scores) > 0.8
