@@ -63,7 +63,7 @@ class RequestContext:
             # It has been answered with 500 already; the framework passes it on to be logged.
             log.exception("request %s failed", request_id)
         # Only paths that exist become label values: a scanner must not grow the metrics.
-        path = scope["path"] if scope.get("route") is not None else "other"
+        path = getattr(scope.get("route"), "path", "other")
         self._metrics.requests.labels(path, str(status)).inc()
         for stage, seconds in stages.seconds.items():
             self._metrics.stage_seconds.labels(stage).observe(seconds)
