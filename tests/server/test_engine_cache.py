@@ -1,0 +1,337 @@
+"""The engine cache with real processes, and builders that are slow, killed and broken."""
+
+import dataclasses
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from server.backends import Backend, BackendError, BackendInfo
+from server.backends.engine_cache import EngineCache, EngineEvent
+from tests.server.fake_builder import CONTENT, KEY, plan_info
+from trt_build.plan import sidecar_path
+
+BUILDER = Path(__file__).parent / "fake_builder.py"
+ROOT = Path(__file__).parent.parent.parent
+
+
+class EngineStub:
+    """What loading an engine gives where there is no GPU."""
+
+    def __init__(self, engine: Path) -> None:
+        self.engine = engine
+
+    def describe(self) -> BackendInfo:
+        return BackendInfo("tensorrt", "11.4.0", "a GPU", "fp16", 4, buckets=(1, 2, 4))
+
+    def warm_up(self) -> None: ...
+
+    def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return np.ones(batch.shape[:3], np.float32)
+
+    def close(self) -> None: ...
+
+
+class Harness:
+    """A cache in a folder of its own, its events, and the journal of its builds."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.journal = folder / "journal"
+        self.events: list[EngineEvent] = []
+
+    def cache(
+        self,
+        behaviour: str | Callable[[], str] = "good",
+        load: Callable[[Path], Backend] = EngineStub,
+        **options: float,
+    ) -> EngineCache:
+        def command(engine: Path) -> list[str]:
+            how = behaviour if isinstance(behaviour, str) else behaviour()
+            return [sys.executable, str(BUILDER), str(engine), str(self.journal), how]
+
+        return EngineCache(
+            self.folder / "engines",
+            KEY,
+            command=command,
+            load=load,
+            on_event=self.events.append,
+            **{"first_pause_s": 0.05, **options},
+        )
+
+    def builds(self) -> int:
+        return self.journal.read_text().count("start") if self.journal.exists() else 0
+
+
+@pytest.fixture
+def harness(tmp_path: Path) -> Harness:
+    return Harness(tmp_path)
+
+
+@pytest.fixture
+def stop() -> Iterator[threading.Event]:
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def test_a_miss_is_built_and_the_next_start_finds_it(
+    harness: Harness, stop: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "slsnet.engine")
+    cache = harness.cache()
+
+    assert cache.load() is None
+    backend = cache.obtain(stop)
+
+    assert backend is not None
+    assert backend.describe().name == "tensorrt"
+    assert harness.events == ["miss", "build_started", "build_succeeded", "hit", "serving"]
+    steps = [record.getMessage().split(":")[0] for record in caplog.records]
+    assert steps == [f"engine {event}" for event in harness.events], "one log line for each step"
+
+    assert harness.cache().load() is not None
+    assert harness.builds() == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("onnx_sha256", "1" * 64),
+        ("library", "tensorrt 10.16.1"),
+        ("compute_capability", "8.9"),
+        ("precision", "bf16"),
+        ("buckets", (1, 2)),
+    ],
+)
+def test_every_field_of_the_key_asks_for_an_engine_of_its_own(
+    harness: Harness, field: str, value: object
+) -> None:
+    other = dataclasses.replace(KEY, **{field: value})  # type: ignore[arg-type]
+    mine = harness.cache()
+    theirs = EngineCache(harness.folder / "engines", other, command=lambda _: [], load=EngineStub)
+    assert mine.engine != theirs.engine
+
+    # And where a file lies under a name that is not its own, it is not taken for what it is not.
+    mine.engine.parent.mkdir()
+    mine.engine.write_bytes(CONTENT)
+    plan_info(other).write(mine.engine)
+    assert mine.load() is None
+    assert harness.events == ["damaged"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["truncated", "flipped", "no sidecar", "sidecar of noise", "sidecar of a list", "not gated"],
+)
+def test_damage_is_noticed_and_built_over(
+    harness: Harness, stop: threading.Event, damage: str
+) -> None:
+    cache = harness.cache()
+    assert cache.obtain(stop) is not None
+    harness.events.clear()
+    sidecar = sidecar_path(cache.engine)
+    if damage == "truncated":
+        cache.engine.write_bytes(CONTENT[:-1])
+    elif damage == "flipped":
+        cache.engine.write_bytes(b"A" + CONTENT[1:])
+    elif damage == "no sidecar":
+        sidecar.unlink()
+    elif damage == "sidecar of noise":
+        sidecar.write_bytes(b"\xff{")
+    elif damage == "sidecar of a list":
+        sidecar.write_text("[]")
+    else:
+        plan_info(failures=None).write(cache.engine)
+
+    assert cache.load() is None
+    assert harness.events == ["damaged"]
+    assert cache.obtain(stop) is not None
+    assert cache.load() is not None
+
+
+def test_two_servers_never_build_the_same_engine(harness: Harness, stop: threading.Event) -> None:
+    caches = [harness.cache("slow") for _ in range(3)]
+    found: list[Backend | None] = []
+    threads = [
+        threading.Thread(target=lambda cache=cache: found.append(cache.obtain(stop)))
+        for cache in caches
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+
+    assert len(found) == 3
+    assert all(backend is not None for backend in found)
+    assert harness.builds() == 1
+    assert harness.events.count("build_waiting") == 2
+    assert harness.events.count("serving") == 3
+
+
+SERVER = """
+import sys, threading
+from pathlib import Path
+from tests.server.test_engine_cache import Harness
+harness = Harness(Path(sys.argv[1]))
+backend = harness.cache("slow").obtain(threading.Event())
+print("served" if backend is not None else "nothing", *harness.events, flush=True)
+"""
+
+
+def _server(folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", SERVER, str(folder)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_build_outlives_its_server_and_is_not_begun_again(harness: Harness) -> None:
+    first = _server(harness.folder)
+    _until(lambda: harness.builds() == 1)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    second = _server(harness.folder)
+    output, _ = second.communicate(timeout=60)
+    if first.stdout is not None:
+        first.stdout.close()
+
+    assert output.startswith("served")
+    assert harness.builds() == 1, "the second server waited for the orphaned build"
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "message"),
+    [
+        ("broken", "conv_1 reads fp32"),
+        ("killed", "killed by signal 9"),
+        ("dies half-way", "killed by signal 9"),
+        ("disk full", "File too large"),
+    ],
+)
+def test_a_failed_build_is_said_and_tried_again_later(
+    harness: Harness,
+    stop: threading.Event,
+    caplog: pytest.LogCaptureFixture,
+    behaviour: str,
+    message: str,
+) -> None:
+    behaviours = iter([behaviour, behaviour, "good"])
+    cache = harness.cache(lambda: next(behaviours))
+    started = time.monotonic()
+
+    assert cache.obtain(stop) is not None
+
+    assert harness.events.count("build_failed") == 2
+    assert harness.builds() == 3
+    assert message in caplog.text
+    assert time.monotonic() - started >= 0.05 + 0.1, "the pause doubles"
+    names = {path.name for path in cache.engine.parent.iterdir()}
+    engine = cache.engine.name
+    assert names == {engine, f"{engine}.json", f"{engine}.lock"}, "nothing half-made is left"
+
+
+def test_pauses_double_up_to_the_longest(
+    harness: Harness, stop: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+
+    def wait(timeout: float | None = None) -> bool:
+        assert timeout is not None
+        pauses.append(timeout)
+        if len(pauses) == 5:
+            stop.set()
+        return stop.is_set()
+
+    monkeypatch.setattr(stop, "wait", wait)
+    cache = harness.cache("broken", first_pause_s=30, longest_pause_s=100)
+    assert cache.obtain(stop) is None
+    assert pauses == [30, 60, 100, 100, 100]
+
+
+def test_an_engine_whose_masks_differ_is_not_served_nor_built_again(
+    harness: Harness, stop: threading.Event
+) -> None:
+    cache = harness.cache("differs")
+    assert cache.obtain(stop) is None
+    assert harness.events == ["build_started", "gate_failed"]
+
+    harness.events.clear()
+    again = harness.cache()
+    assert again.load() is None
+    assert again.obtain(stop) is None
+    assert harness.builds() == 1
+    assert set(harness.events) == {"gate_failed"}
+
+
+def test_a_build_that_hangs_is_ended(harness: Harness, stop: threading.Event) -> None:
+    behaviours = iter(["hangs", "good"])
+    cache = harness.cache(lambda: next(behaviours), build_timeout_s=0.5)
+    assert cache.obtain(stop) is not None
+    assert harness.events.count("build_failed") == 1
+
+
+def test_a_server_that_stops_takes_its_builder_along(
+    harness: Harness, stop: threading.Event
+) -> None:
+    cache = harness.cache("hangs")
+    found: list[Backend | None] = []
+    thread = threading.Thread(target=lambda: found.append(cache.obtain(stop)))
+    thread.start()
+    _until(lambda: harness.builds() == 1)
+    builder = int(harness.journal.read_text().split()[1])
+    stop.set()
+    thread.join(10)
+
+    assert found == [None]
+    with pytest.raises(ProcessLookupError):
+        os.kill(builder, 0)
+
+
+def test_an_engine_that_does_not_load_is_loaded_again_not_built_again(
+    harness: Harness, stop: threading.Event
+) -> None:
+    refusals = iter([True, True, False])
+
+    def load(engine: Path) -> Backend:
+        if next(refusals):
+            raise BackendError("out of GPU memory: 2 contexts need 0.62 GB")
+        return EngineStub(engine)
+
+    cache = harness.cache(load=load)
+    assert cache.obtain(stop) is not None
+    assert harness.events.count("load_failed") == 2
+    assert harness.builds() == 1
+
+
+def test_a_folder_that_cannot_be_written_is_said(
+    harness: Harness, stop: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    (harness.folder / "engines").write_text("a file is in the way")
+    cache = harness.cache()
+    timer = threading.Timer(0.3, stop.set)
+    timer.start()
+    assert cache.load() is None
+    assert cache.obtain(stop) is None
+    timer.join()
+    assert harness.events[:2] == ["miss", "build_failed"]
+    assert "engines: File exists" in caplog.text
+    assert harness.builds() == 0
+
+
+def _until(condition: Callable[[], bool], timeout_s: float = 20) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

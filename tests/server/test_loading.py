@@ -1,0 +1,142 @@
+"""The server starts on ONNX Runtime and hands over to the engine without losing a request."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+from numpy.typing import NDArray
+from starlette.types import ASGIApp
+
+from server import loading
+from server.app import create_app
+from server.backends import BackendError
+from server.backends.engine_cache import EngineCache, EngineEvent
+from server.settings import Settings
+from tests.lesions import encode_photo, lesion_photo
+from tests.server.test_engine_cache import EngineStub, Harness
+from trt_build.plan import Precision
+
+PHOTO = encode_photo(lesion_photo(0, 200, 150).pixels)
+
+
+def _use(monkeypatch: pytest.MonkeyPatch, cache: EngineCache) -> None:
+    def opened(
+        folder: Path, model: Path, precision: Precision, on_event: Callable[[EngineEvent], None]
+    ) -> EngineCache:
+        cache._on_event = on_event
+        return cache
+
+    monkeypatch.setattr(loading, "open_engine_cache", opened)
+
+
+@contextmanager
+def _serve(app: ASGIApp) -> Iterator[httpx.Client]:
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        _until(lambda: server.started)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def _backend(client: httpx.Client) -> str:
+    answer = client.get("/health/ready")
+    return str(answer.json()["backend"]) if answer.status_code == 200 else "none"
+
+
+def _until(condition: Callable[[], bool], timeout_s: float = 30) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_onnx_runtime_serves_while_the_engine_is_built_and_no_request_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _use(monkeypatch, Harness(tmp_path).cache("slow"))
+    app, _ = create_app(Settings(backend="auto", threads=1))
+    seen: list[str] = []
+    with _serve(app) as client:
+        _until(lambda: _backend(client) == "onnxruntime")
+        while "tensorrt" not in seen[-3:]:
+            answer = client.post("/segment", content=PHOTO, headers={"content-type": "image/jpeg"})
+            assert answer.status_code == 200
+            seen.append(_backend(client))
+        assert seen[0] == "onnxruntime"
+        metrics = client.get("/metrics").text
+
+    for event in ("miss", "build_started", "build_succeeded", "hit", "serving"):
+        assert f'slsnet_engine_events_total{{event="{event}"}} 1.0' in metrics
+
+
+def test_an_engine_that_is_there_serves_from_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = Harness(tmp_path)
+    assert harness.cache().obtain(threading.Event()) is not None
+    _use(monkeypatch, harness.cache())
+    monkeypatch.setattr(loading, "open_backend", lambda *_, **__: pytest.fail("not needed"))
+    app, _ = create_app(Settings(backend="auto"))
+    with _serve(app) as client:
+        _until(lambda: _backend(client) == "tensorrt")
+
+
+def test_an_engine_that_fails_its_warm_up_does_not_take_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(EngineStub):
+        def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+            raise BackendError("cudaErrorIllegalAddress")
+
+        def warm_up(self) -> None:
+            self.infer(np.zeros((1, 128, 128, 3), np.uint8))
+
+    _use(monkeypatch, Harness(tmp_path).cache(load=Broken))
+    app, _ = create_app(Settings(backend="auto", threads=1))
+    with _serve(app) as client:
+        _until(lambda: "does not take over" in caplog.text)
+        assert _backend(client) == "onnxruntime"
+        answer = client.post("/segment", content=PHOTO, headers={"content-type": "image/jpeg"})
+        assert answer.status_code == 200
+
+
+def test_the_server_stops_while_an_engine_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = Harness(tmp_path)
+    _use(monkeypatch, harness.cache("hangs"))
+    app, _ = create_app(Settings(backend="auto", threads=1))
+    with _serve(app) as client:
+        _until(lambda: harness.builds() == 1)
+        assert _backend(client) == "onnxruntime"
+
+
+def test_tensorrt_that_cannot_be_used_fails_only_where_it_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> EngineCache:
+        raise BackendError("TensorRT cannot be used: no NVIDIA driver")
+
+    monkeypatch.setattr(loading, "open_engine_cache", refuse)
+    failed = threading.Event()
+    app, _ = create_app(Settings(backend="tensorrt"), failed.set)
+    with _serve(app) as client:
+        _until(failed.is_set)
+        assert _backend(client) == "none"
+
+    app, _ = create_app(Settings(backend="auto", threads=1))
+    with _serve(app) as client:
+        _until(lambda: _backend(client) == "onnxruntime")
