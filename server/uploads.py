@@ -146,7 +146,11 @@ def image_in_body(body: bytes, content_type: str) -> bytes:
     wanted: list[bytes] | None = None
     try:
         with multipart.PushMultipartParser(
-            boundary, content_length=len(body), max_segment_count=_MAX_PARTS
+            boundary,
+            content_length=len(body),
+            max_segment_count=_MAX_PARTS,
+            # Never fails to decode: file names come in any charset, and are not looked at.
+            header_charset="latin-1",
         ) as parser:
             for event in parser.parse(body):
                 if isinstance(event, multipart.MultipartSegment):
@@ -158,7 +162,7 @@ def image_in_body(body: bytes, content_type: str) -> bytes:
                 elif event is not None and wanted is not None:
                     wanted.append(bytes(event))
     except multipart.MultipartError as error:
-        raise BadRequest(f"The multipart form is malformed: {error}.") from error
+        raise BadRequest(f"The multipart form is malformed: {error.args[0]}.") from error
     if not images:
         found = f" It has {', '.join(other_fields)}." if other_fields else ""
         raise BadRequest(f"The form has no field {FIELD!r}: put the photo there.{found}")

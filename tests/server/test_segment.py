@@ -52,6 +52,21 @@ def test_form_and_raw_body_get_the_same_answer(server: ServerProcess, photos: li
     assert chunked.content == form.content
 
 
+def test_a_file_name_may_be_in_any_charset(server: ServerProcess, photos: list[Sample]) -> None:
+    for name in (b"l\xe4sion.jpg", "läsion.jpg".encode()):
+        form = (
+            b'--b\r\nContent-Disposition: form-data; name="file"; filename="%s"\r\n\r\n' % name
+            + photos[0].data
+            + b"\r\n--b--\r\n"
+        )
+        response = httpx.post(
+            f"{server.url}/segment",
+            content=form,
+            headers={"Content-Type": "multipart/form-data; boundary=b"},
+        )
+        assert response.content == post(server, photos[0].data).content
+
+
 def test_other_form_fields_are_passed_over(server: ServerProcess, photos: list[Sample]) -> None:
     data = photos[0].data
     response = httpx.post(
