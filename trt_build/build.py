@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from trt_build import layers as layer_reports
-from trt_build.convert import AttentionForm, convert, default_attention
+from trt_build.convert import AttentionForm, ConversionError, convert, default_attention
 from trt_build.device import NoGpuError, current_gpu
 from trt_build.plan import (
     BUCKETS,
@@ -42,11 +43,11 @@ class BuildOptions:
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
     """Most scratch memory that one kernel may ask for."""
     timing_cache: Path | None = None
-    """Read where it exists, and rewritten with what this build timed."""
+    """Read where it exists, and rewritten with what this build timed (TensorRT; RTX times none)."""
     hardware_compatible: bool = False
     """Run on any GPU from Ampere on, with some loss of speed (TensorRT alone; RTX always does)."""
     version_compatible: bool = False
-    """Run under later TensorRT versions of the same major number."""
+    """Run under later TensorRT versions of the same major number (TensorRT alone)."""
     compute_capability: str | None = None
     """Build for this GPU (``8.9``) instead of the machine's (TensorRT for RTX alone)."""
 
@@ -82,7 +83,10 @@ def build(
     )
     attention = options.attention or default_attention(options.precision)
     progress(f"{trt.library}: {options.precision}, {attention} attention")
-    exported = onnx.load(onnx_path)
+    try:
+        exported = onnx.load(onnx_path)
+    except DecodeError as error:
+        raise ConversionError(f"{onnx_path} is not an ONNX file") from error
     model = convert(exported, options.precision, attention=attention, ranges=ranges)
     messages: list[tuple[str, str]] = []
     logger = trt.logger(lambda severity, message: messages.append((severity, message)))
@@ -144,13 +148,17 @@ def _serialise(
     else:
         config.set_flag(module.BuilderFlag.TF32)
     if options.version_compatible:
+        if trt.is_rtx:
+            raise BuildError("TensorRT for RTX has no version-compatible engines")
         config.set_flag(module.BuilderFlag.VERSION_COMPATIBLE)
     if options.hardware_compatible and not trt.is_rtx:
         config.hardware_compatibility_level = module.HardwareCompatibilityLevel.AMPERE_PLUS
     if options.compute_capability is not None:
         trt.target(config, options.compute_capability)
     _add_profiles(builder, network, config, options.buckets)
-    cache = _load_timing_cache(config, options.timing_cache)
+    # TensorRT for RTX times nothing when it builds, and deprecates these calls.
+    timing_cache = None if trt.is_rtx else options.timing_cache
+    cache = _load_timing_cache(config, timing_cache)
     monitor = _progress_monitor(module, progress)
     config.progress_monitor = monitor
 
@@ -161,8 +169,8 @@ def _serialise(
         # Without a driver every build logs that; it is never what stopped this one.
         errors = [e for e in errors if "cudaError 35" not in e] or ["it gives no reason"]
         raise BuildError(f"{trt.library} did not build the engine: {errors[-1]}")
-    if options.timing_cache is not None and cache is not None:
-        write_atomically(options.timing_cache, bytes(memoryview(cache.serialize())))
+    if timing_cache is not None and cache is not None:
+        write_atomically(timing_cache, bytes(memoryview(cache.serialize())))
     return bytes(memoryview(serialised))
 
 

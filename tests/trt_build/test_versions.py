@@ -1,0 +1,228 @@
+"""TensorRT 10 and 11 as they are: modules that have exactly the attributes of the real ones.
+
+The surfaces were recorded from the bindings of NVIDIA's wheels (``dir()`` of each class). Whatever
+the builder or the runtime touches that a version does not have, fails here as it would there.
+"""
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+import onnx
+import pytest
+
+from tests.conftest import MODEL
+from trt_build import build as build_module
+from trt_build.build import BuildOptions, build
+from trt_build.convert import convert
+from trt_build.device import Gpu
+from trt_build.layers import expected_types
+from trt_build.tensorrt_api import TensorRT, TensorRTError, plan_key
+
+SURFACES = Path(__file__).parent / "surfaces"
+GPU = Gpu("NVIDIA H100 80GB HBM3", "9.0", 80 << 30)
+
+
+class Recorded:
+    """An object of one recorded class: its attributes, and the behaviour given; nothing else."""
+
+    def __init__(
+        self, members: frozenset[str], behaviour: dict[str, Any], calls: list[Any]
+    ) -> None:
+        unknown = behaviour.keys() - members
+        assert not unknown, f"the real class has no {unknown}"
+        object.__setattr__(self, "_members", members)
+        object.__setattr__(self, "_behaviour", behaviour)
+        object.__setattr__(self, "_calls", calls)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self._members:
+            raise AttributeError(name)
+        if name in self._behaviour:
+            return self._behaviour[name]
+
+        def call(*arguments: Any) -> bool:
+            self._calls.append((name, arguments))
+            return True
+
+        return call
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self._members:
+            raise AttributeError(name)
+        self._calls.append((name, value))
+
+
+class FakeTensorRT:
+    """A module ``tensorrt`` of one version, whose builder gives a made-up engine."""
+
+    def __init__(self, surface: str, layers: str) -> None:
+        recorded = json.loads((SURFACES / f"{surface}.json").read_text())
+        self.classes = {name: frozenset(members) for name, members in recorded["classes"].items()}
+        self.calls: list[Any] = []
+        self.layers = layers
+        self.timing_cache: bytes = b""
+        self.log: Any = None
+        self.module = cast("Any", ModuleType("tensorrt"))
+        self.module.__version__ = recorded["version"]
+        for name, members in self.classes.items():
+            setattr(self.module, name, type(name, (), {member: member for member in members}))
+        for name in ("BuilderFlag", "NetworkDefinitionCreationFlag"):
+            values = {member: i for i, member in enumerate(sorted(self.classes[name]))}
+            setattr(self.module, name, type(name, (), values))
+        self.module.Builder = self._builder
+        self.module.OnnxParser = lambda *_: self._object("OnnxParser")
+        self.module.Runtime = self._runtime
+
+    def _object(self, name: str, /, **behaviour: Any) -> Recorded:
+        return Recorded(self.classes[name], behaviour, self.calls)
+
+    def _builder(self, logger: Any) -> Recorded:
+        image = self._object("ITensor", name="image", shape=(-1, 128, 128, 3))
+        network = self._object("INetworkDefinition", get_input=lambda _: image, num_layers=600)
+        config = self._object(
+            "IBuilderConfig",
+            add_optimization_profile=lambda _: 0,
+            create_timing_cache=self._timing_cache,
+            set_timing_cache=lambda cache, **_: cache.serialize() != b"mismatch",
+        )
+
+        def serialise(_network: Any, _config: Any) -> bytes:
+            self.timing_cache += b"timed"
+            return b"an engine"
+
+        return self._object(
+            "Builder",
+            create_network=self._network(network),
+            create_builder_config=lambda: config,
+            create_optimization_profile=lambda: self._object("IOptimizationProfile"),
+            build_serialized_network=serialise,
+        )
+
+    def _network(self, network: Recorded) -> Any:
+        def create(flags: int) -> Recorded:
+            strongly = self.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED
+            assert flags == 1 << strongly
+            return network
+
+        return create
+
+    def _timing_cache(self, data: bytes) -> Recorded:
+        self.timing_cache = data
+        return self._object("ITimingCache", serialize=lambda: self.timing_cache)
+
+    def _runtime(self, logger: Any) -> Recorded:
+        inspector = self._object("EngineInspector", get_engine_information=lambda _: self.layers)
+        engine = self._object(
+            "ICudaEngine",
+            create_engine_inspector=lambda: inspector,
+            num_optimization_profiles=2,
+            get_device_memory_size_for_profile_v2=lambda i: 1000 * (i + 1),
+        )
+        return self._object("Runtime", deserialize_cuda_engine=lambda _: engine)
+
+
+def _inspector_json(surface: str, wrong: str | None = None) -> str:
+    """What the inspector says of a faithful fp16 engine, in that version's words."""
+    names = {"fp16": "Half", "fp32": "Float"}
+    layers = []
+    for node, types in expected_types(convert(onnx.load(MODEL), "fp16")).items():
+        (kind,) = types
+        kind = "fp32" if node == wrong else kind
+        tensor: dict[str, Any] = {"Name": node, "Dimensions": [1, 16, 64, 64]}
+        if surface.startswith("tensorrt-10"):
+            tensor["Format/Datatype"] = names[kind]
+        else:
+            tensor |= {"Datatype": names[kind], "Format": "(NHWC) Channel major format"}
+        layers.append(
+            {
+                "Name": f"{node}_myl0_1",
+                "LayerType": "gemm",
+                "Inputs": [tensor],
+                "Outputs": [tensor],
+                "Metadata": f"[ONNX Layer: {node}]",
+            }
+        )
+    return json.dumps({"Layers": layers, "Bindings": []})
+
+
+@pytest.fixture(params=["tensorrt-10.16", "tensorrt-11.4"])
+def fake(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
+    monkeypatch.setattr(build_module, "current_gpu", lambda: GPU)
+    monkeypatch.setattr("trt_build.tensorrt_api.current_gpu", lambda: GPU)
+    return FakeTensorRT(request.param, _inspector_json(request.param))
+
+
+def test_an_engine_is_built_with_what_the_version_has(fake: FakeTensorRT, tmp_path: Path) -> None:
+    output = tmp_path / "x.engine"
+    options = BuildOptions(buckets=(1, 64), hardware_compatible=True, version_compatible=True)
+    info = build(MODEL, output, options, trt=TensorRT(fake.module))
+
+    assert info.layers_from == "inspector"
+    assert info.gpu == GPU.name
+    assert info.scratch_bytes == {1: 1000, 64: 2000}
+    assert info.key.library == f"tensorrt {fake.module.__version__}"
+    assert info.key.compute_capability == "8.0+"
+    assert output.read_bytes() == b"an engine"
+    assert ("hardware_compatibility_level", "AMPERE_PLUS") in fake.calls
+    flags = fake.module.BuilderFlag
+    assert ("set_flag", (flags.VERSION_COMPATIBLE,)) in fake.calls
+    assert ("set_flag", (flags.TF32,)) in fake.calls
+    shapes = [arguments[1:] for name, arguments in fake.calls if name == "set_shape"]
+    assert [shape[1][0] for shape in shapes] == [1, 64]
+
+
+def test_float32_turns_tf32_off(fake: FakeTensorRT, tmp_path: Path) -> None:
+    options = BuildOptions(precision="fp32", buckets=(1, 2))
+    with pytest.raises(build_module.BuildError, match="asked for fp32"):  # the fake says fp16
+        build(MODEL, tmp_path / "x.engine", options, trt=TensorRT(fake.module))
+    assert ("clear_flag", (fake.module.BuilderFlag.TF32,)) in fake.calls
+
+
+def test_a_node_in_another_precision_fails_the_build(fake: FakeTensorRT, tmp_path: Path) -> None:
+    victim = next(iter(expected_types(convert(onnx.load(MODEL), "fp16"))))
+    fake.layers = _inspector_json("tensorrt-11.4", wrong=victim)
+    with pytest.raises(build_module.BuildError, match=f"{victim} reads fp32, asked for fp16"):
+        build(MODEL, tmp_path / "x.engine", BuildOptions(buckets=(1, 2)), trt=TensorRT(fake.module))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_engine_with_layer_names_only_is_refused(fake: FakeTensorRT, tmp_path: Path) -> None:
+    fake.layers = json.dumps({"Layers": ["conv1", "conv2"]})
+    with pytest.raises(ValueError, match="layer names only"):
+        build(MODEL, tmp_path / "x.engine", BuildOptions(buckets=(1, 2)), trt=TensorRT(fake.module))
+
+
+def test_the_timing_cache_is_kept_reused_and_replaced(fake: FakeTensorRT, tmp_path: Path) -> None:
+    cache = tmp_path / "timing.cache"
+    options = BuildOptions(buckets=(1, 2), timing_cache=cache)
+    for expected in (b"timed", b"timedtimed"):
+        build(MODEL, tmp_path / "x.engine", options, trt=TensorRT(fake.module))
+        assert cache.read_bytes() == expected
+    cache.write_bytes(b"mismatch")
+    build(MODEL, tmp_path / "x.engine", options, trt=TensorRT(fake.module))
+    assert cache.read_bytes() == b"timed", "one of another version is started anew"
+
+
+def test_a_key_names_this_gpu_and_version(fake: FakeTensorRT) -> None:
+    key = plan_key("0" * 64, "fp16", (1, 2), TensorRT(fake.module))
+    assert key.compute_capability == "9.0"
+    assert key.library == f"tensorrt {fake.module.__version__}"
+
+
+def test_a_version_without_attention_is_refused_by_name() -> None:
+    old = FakeTensorRT("tensorrt-10.13", "")
+    with pytest.raises(
+        TensorRTError, match=r"tensorrt 10\.13.* has no IAttention\.decomposable.*10\.14 or newer"
+    ):
+        TensorRT(old.module)
+
+
+def test_what_version_11_removed_is_not_there() -> None:
+    """The fake would not notice a use of what 11 removed if its record were incomplete."""
+    classes = json.loads((SURFACES / "tensorrt-11.4.json").read_text())["classes"]
+    assert "FP16" not in classes["BuilderFlag"]
+    assert "EXPLICIT_BATCH" not in classes["NetworkDefinitionCreationFlag"]
+    assert "device_memory_size" not in classes["ICudaEngine"]
+    assert "execute_async_v3" in classes["IExecutionContext"]
