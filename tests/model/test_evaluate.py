@@ -233,6 +233,22 @@ def test_the_command_line_says_what_is_wrong(
     assert "Traceback" not in captured
 
 
+def test_all_outputs_at_once(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    outputs = ["--report", str(tmp_path / "r.json"), "--csv", str(tmp_path / "per-image.csv")]
+    gallery = ["--gallery", str(tmp_path / "gallery")]
+    main(["--images", str(pairs), "--masks", str(pairs), *outputs, *gallery])
+    assert {path.name for path in tmp_path.iterdir()} == {"r.json", "per-image.csv", "gallery"}
+    assert (tmp_path / "gallery/index.html").is_file()
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert printed["count"] == "6"
+    assert float(printed["jaccard"]) == pytest.approx(
+        json.loads((tmp_path / "r.json").read_text())["jaccard"], abs=1e-4
+    )
+
+
 def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
     for name in ("model.onnx", "model.safetensors"):
         (tmp_path / name).write_bytes(b"not a model")
