@@ -97,8 +97,8 @@ class EngineRunner:
                 self._opened.append(slot)
                 self._slots.put(slot)
         except cuda.CudaMemoryError as error:
-            self.close()
             need = SLOTS * int(self._engine.device_memory_size_v2)
+            self.close()
             raise EngineError(
                 f"out of GPU memory: {SLOTS} contexts need {need / 1e9:.2f} GB of scratch memory,"
                 f" {cuda.free_memory() / 1e9:.2f} GB are free on {self.gpu.name} ({error})"

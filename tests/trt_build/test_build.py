@@ -10,6 +10,7 @@ import onnx
 import pytest
 
 from tests.conftest import MODEL, ROOT
+from tests.trt_build.devices import has_gpu
 from trt_build.__main__ import main
 from trt_build.build import BuildError, BuildOptions, build
 from trt_build.calibrate import CalibrationError, read_ranges
@@ -141,7 +142,7 @@ def test_the_command_builds_with_progress(tmp_path: Path) -> None:
 def test_the_command_says_what_is_wrong_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    if message == "no NVIDIA driver" and _has_gpu():
+    if message == "no NVIDIA driver" and has_gpu():
         pytest.skip("there is a GPU")
     output = tmp_path / "x.engine"
     code = main(["--onnx", str(MODEL), "--output", str(output), *arguments])
@@ -190,13 +191,3 @@ def test_tensorrt_alone_cannot_build_for_another_gpu() -> None:
     trt = find_tensorrt()
     with pytest.raises(TensorRTError, match="only TensorRT for RTX"):
         trt.target(SimpleNamespace(), "8.9")
-
-
-def _has_gpu() -> bool:
-    from trt_build.device import NoGpuError, current_gpu
-
-    try:
-        current_gpu()
-    except NoGpuError:
-        return False
-    return True

@@ -1,0 +1,233 @@
+"""CUDA's runtime and an engine, on the host: what is queued runs at once or goes into a graph.
+
+Keeps count of what is allocated, and fails on what would be an error on a GPU: an address that is
+none, a copy beyond a buffer, a run on scratch memory that is too small, a capture that does work.
+"""
+
+# ruff: noqa: N802, N815 - CUDA's own names
+
+import ctypes
+import threading
+from collections.abc import Callable
+from enum import Enum
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+SIDE = 8
+
+
+class Status(Enum):
+    cudaSuccess = 0
+    cudaErrorMemoryAllocation = 2
+    cudaErrorInsufficientDriver = 35
+    cudaErrorNoDevice = 100
+    cudaErrorStreamCaptureUnsupported = 900
+    cudaErrorInvalidValue = 1
+
+
+OK = Status.cudaSuccess
+Queued = Callable[[], None]
+
+
+class FakeStream:
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.recording: list[Queued] | None = None
+        self.launches = 0
+
+    def __int__(self) -> int:
+        return self.number
+
+    def queue(self, work: Queued) -> None:
+        if self.recording is not None:
+            self.recording.append(work)
+        else:
+            work()
+
+
+class FakeCuda:
+    """Stands for ``cuda.bindings.runtime``."""
+
+    cudaError_t = Status
+    cudaStreamNonBlocking = 1
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyDefault=4)
+    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
+
+    def __init__(self, capacity: int = 1 << 30, *, captures: bool = True) -> None:
+        self.capacity = capacity
+        self.captures = captures
+        self.memory: dict[int, Any] = {}
+        self.streams: dict[int, FakeStream] = {}
+        self.graphs = 0
+        self.copies = 0
+
+    def used(self) -> int:
+        return sum(ctypes.sizeof(buffer) for buffer in self.memory.values())
+
+    def held(self) -> int:
+        """Allocations, streams and graphs that nobody has given back."""
+        return len(self.memory) + len(self.streams) + self.graphs
+
+    def view(self, address: int, size: int) -> Any:
+        base = max((a for a in self.memory if a <= address), default=-1)
+        assert base >= 0
+        assert address + size <= base + ctypes.sizeof(self.memory[base]), "beyond the buffer"
+        return (ctypes.c_uint8 * size).from_address(address)
+
+    def _allocate(self, size: int) -> tuple[Status, int]:
+        if self.used() + size > self.capacity:
+            return Status.cudaErrorMemoryAllocation, 0
+        buffer = (ctypes.c_uint8 * size)()
+        self.memory[ctypes.addressof(buffer)] = buffer
+        return OK, ctypes.addressof(buffer)
+
+    def _free(self, address: int) -> tuple[Status]:
+        del self.memory[address]
+        return (OK,)
+
+    cudaMalloc = cudaMallocHost = _allocate
+    cudaFree = cudaFreeHost = _free
+
+    def cudaMemGetInfo(self) -> tuple[Status, int, int]:
+        return OK, self.capacity - self.used(), self.capacity
+
+    def cudaGetLastError(self) -> tuple[Status]:
+        return (OK,)
+
+    def cudaGetErrorString(self, status: Status) -> tuple[Status, bytes]:
+        return OK, status.name.encode()
+
+    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Status, FakeStream]:
+        assert flags == self.cudaStreamNonBlocking
+        stream = FakeStream(1000 + len(self.streams))
+        self.streams[stream.number] = stream
+        return OK, stream
+
+    def cudaStreamDestroy(self, stream: FakeStream) -> tuple[Status]:
+        del self.streams[stream.number]
+        return (OK,)
+
+    def cudaStreamSynchronize(self, stream: FakeStream) -> tuple[Status]:
+        assert stream.recording is None, "synchronising breaks a capture"
+        return (OK,)
+
+    def cudaMemcpyAsync(
+        self, target: int, source: int, size: int, kind: int, stream: FakeStream
+    ) -> tuple[Status]:
+        assert kind == 4
+        to, of = self.view(target, size), self.view(source, size)
+
+        def copy() -> None:
+            self.copies += 1
+            ctypes.memmove(to, of, size)
+
+        stream.queue(copy)
+        return (OK,)
+
+    def cudaStreamBeginCapture(self, stream: FakeStream, mode: int) -> tuple[Status]:
+        assert mode == 1
+        if not self.captures:
+            return (Status.cudaErrorStreamCaptureUnsupported,)
+        stream.recording = []
+        return (OK,)
+
+    def cudaStreamEndCapture(self, stream: FakeStream) -> tuple[Status, Any]:
+        recorded, stream.recording = stream.recording, None
+        return OK, recorded
+
+    def cudaGraphInstantiate(self, graph: list[Queued], flags: int) -> tuple[Status, Any]:
+        assert flags == 0
+        self.graphs += 1
+        return OK, list(graph)
+
+    def cudaGraphDestroy(self, graph: Any) -> tuple[Status]:
+        return (OK,)
+
+    def cudaGraphLaunch(self, executable: list[Queued], stream: FakeStream) -> tuple[Status]:
+        stream.launches += 1
+        for work in executable:
+            work()
+        return (OK,)
+
+    def cudaGraphExecDestroy(self, executable: Any) -> tuple[Status]:
+        self.graphs -= 1
+        return (OK,)
+
+
+class FakeContext:
+    """Gives the red channel as probability; refuses what TensorRT would refuse."""
+
+    def __init__(self, engine: "FakeEngine") -> None:
+        self.engine = engine
+        self.profile: int | None = None
+        self.batch = 0
+        self.addresses: dict[str, int] = {}
+        self.scratch = (0, 0)
+        self.runs = 0
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        assert size >= self.engine.device_memory_size_v2
+        self.engine.cuda.view(address, size)
+        self.scratch = (address, size)
+
+    def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+        assert stream in self.engine.cuda.streams
+        self.profile = profile
+        return True
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        assert self.profile is not None
+        self.batch = shape[0]
+        return name == "image" and self.engine.buckets[self.profile] == shape[0]
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.addresses[name] = address
+        return True
+
+    def execute_async_v3(self, stream: int) -> bool:
+        assert self.scratch[0]
+        self.runs += 1
+        pixels = self.batch * SIDE * SIDE
+        cuda = self.engine.cuda
+
+        def work() -> None:
+            with self.engine.using(self.scratch[0]):
+                source = cuda.view(self.addresses["image"], 3 * pixels)
+                target = cuda.view(self.addresses["probability"], 4 * pixels)
+                red = np.ctypeslib.as_array(source).reshape(-1, 3)[:, 0]
+                np.ctypeslib.as_array(target).view(np.float32)[:] = red / np.float32(255)
+
+        cuda.streams[stream].queue(work)
+        return True
+
+
+class FakeEngine:
+    num_io_tensors = 2
+
+    def __init__(self, cuda: FakeCuda, buckets: tuple[int, ...], scratch: int) -> None:
+        self.cuda = cuda
+        self.buckets = buckets
+        self.device_memory_size_v2 = scratch
+        self.contexts: list[FakeContext] = []
+        self._locks: dict[int, threading.Lock] = {}
+
+    def using(self, scratch: int) -> threading.Lock:
+        lock = self._locks.setdefault(scratch, threading.Lock())
+        assert not lock.locked(), "two contexts run on the same scratch memory"
+        return lock
+
+    def create_execution_context(self, strategy: str) -> FakeContext:
+        assert strategy == "USER_MANAGED"
+        self.contexts.append(FakeContext(self))
+        return self.contexts[-1]
+
+    def get_tensor_name(self, i: int) -> str:
+        return ("image", "probability")[i]
+
+    def get_tensor_mode(self, name: str) -> str:
+        return "INPUT" if name == "image" else "OUTPUT"
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return (-1, SIDE, SIDE, 3) if name == "image" else (-1, SIDE, SIDE)

@@ -1,0 +1,38 @@
+"""The GPU's requirements are the CPU's, with another ONNX Runtime and TensorRT beside it."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def _pins(name: str) -> dict[str, str]:
+    lines = (ROOT / name).read_text().splitlines()
+    pins = {}
+    for line in lines:
+        if line[:1] not in ("", "#", "-"):
+            name, _, version = re.split("[;#]", line)[0].strip().partition("==")
+            pins[name] = version
+    return pins
+
+
+def test_gpu_requirements_follow_the_cpus() -> None:
+    cpu, gpu = _pins("requirements.txt"), _pins("requirements-gpu.txt")
+    assert gpu.keys() - cpu.keys() == {
+        "cuda-python",
+        "onnx",
+        "onnxruntime-gpu[cuda,cudnn]",
+        "tensorrt-cu13",
+    }
+    assert {name: gpu.get(name) for name in cpu if name != "onnxruntime"} == {
+        name: pin for name, pin in cpu.items() if name != "onnxruntime"
+    }
+    assert "onnxruntime" not in gpu
+
+
+@pytest.mark.parametrize("package", ["cuda-python", "onnx"])
+def test_what_is_tested_is_what_is_served(package: str) -> None:
+    tested = _pins("requirements-dev.txt") | _pins("requirements-train.txt")
+    assert _pins("requirements-gpu.txt")[package] == tested[package]
