@@ -79,7 +79,7 @@ def photos_at_all_sizes(images: Path | None) -> dict[tuple[int, int], bytes]:
             picture = Image.fromarray(lesion_photo(3, width, height).pixels)
         else:
             picture = source.resize((width, height), Image.Resampling.LANCZOS)
-        # An enlarged picture is smoother than what a sensor of that size gives, and its JPEG quicker
+        # An enlarged picture is smoother than what a sensor of that size gives and its JPEG quicker
         # to decode: noise brings it nearer to a camera's bytes a pixel.
         noise = np.random.default_rng(0).normal(0, SENSOR_NOISE, (height, width, 1))
         grainy = np.clip(np.asarray(picture) + noise, 0, 255).astype(np.uint8)
