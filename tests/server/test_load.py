@@ -78,3 +78,20 @@ def test_photos_of_clients_that_hung_up_are_not_run(
     assert after["slsnet_requests_in_flight"] == after["slsnet_bytes_in_flight"] == 0
     run = after["slsnet_batch_size_sum"] - before["slsnet_batch_size_sum"] - 1
     assert run < clients / 2
+
+
+def test_a_bad_photo_among_good_ones_fails_alone(
+    server: ServerProcess, photos: list[Sample], offline: Offline
+) -> None:
+    def send(index: int) -> httpx.Response:
+        data = photos[index].data
+        if index == 3:
+            data = data[: len(data) // 2]
+        return httpx.post(f"{server.url}/segment", content=data, timeout=60)
+
+    with ThreadPoolExecutor(8) as clients:
+        answers = list(clients.map(send, range(8)))
+    assert [answer.status_code for answer in answers] == [422 if n == 3 else 200 for n in range(8)]
+    for index in (2, 4):
+        mask = read_png(answers[index].content)
+        np.testing.assert_array_equal(mask, offline.mask(photos[index].data))

@@ -1,6 +1,7 @@
 """Bad input: each kind gets its row of the status table, and the next good request is served."""
 
 import json
+import socket
 import struct
 import zlib
 from collections.abc import Iterator
@@ -186,6 +187,17 @@ def test_504_the_deadline_passed(server: ServerProcess, good: Sample) -> None:
         headers={"X-Request-Timeout-Ms": "0.01"},
     )
     assert_problem(response, 504, "0.01 ms", "X-Request-Timeout-Ms")
+
+
+@pytest.mark.usefixtures("good")
+def test_504_a_body_that_does_not_come(server: ServerProcess) -> None:
+    head = (
+        b"POST /segment HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/jpeg\r\n"
+        b"X-Request-Timeout-Ms: 200\r\nContent-Length: 1000\r\n\r\n\xff\xd8\xff"
+    )
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(head)
+        assert connection.recv(100).startswith(b"HTTP/1.1 504 Gateway Timeout\r\n")
 
 
 def test_429_more_requests_or_bytes_than_there_is_room_for(photos: list[Sample]) -> None:
