@@ -55,7 +55,7 @@ def _first(settings: Settings) -> Backend:
 
 def _engines(settings: Settings, count: Callable[[EngineEvent], None]) -> EngineCache | None:
     """The engine cache; None where TensorRT is not wanted, or cannot be used and need not be."""
-    if settings.backend == "onnxruntime":
+    if settings.backend not in ("auto", "tensorrt"):
         return None
     try:
         folder = settings.engine_dir.expanduser()

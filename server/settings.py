@@ -39,7 +39,7 @@ class Settings(BaseSettings):
     model: Path = Field(
         Path(__file__).parent.parent / SHIPPED_MODEL, description="the network, an ONNX file"
     )
-    backend: Literal["auto", "onnxruntime", "tensorrt"] = Field(
+    backend: Literal["auto", "onnxruntime", "tensorrt", "torch"] = Field(
         "auto", description="what runs the network; auto is the best that works here"
     )
     precision: Precision = Field(

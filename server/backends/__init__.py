@@ -77,8 +77,8 @@ def open_backend(name: str, model: Path, *, threads: int) -> Backend:
     Load `model` (an ONNX file) into the backend called `name`.
 
     Args:
-        name: `onnxruntime`, or `auto` or `tensorrt`: then this is what serves until an engine
-            does (`server.backends.engine_cache`).
+        name: `torch` or `onnxruntime`; for `auto` and `tensorrt` this is what serves until an
+            engine does (`server.backends.engine_cache`).
         model: the ONNX file.
         threads: CPU threads for one inference; 0 is one for each core.
 
@@ -86,6 +86,14 @@ def open_backend(name: str, model: Path, *, threads: int) -> Backend:
         BackendError: the backend is unknown or cannot be loaded.
     """
     # Imported here, so that only the runtime that is used is loaded.
+    if name == "torch":
+        try:
+            from server.backends.torch import TorchBackend
+        except ImportError as error:
+            raise BackendError(
+                f"PyTorch cannot be loaded, install requirements-train.txt: {error}"
+            ) from error
+        return TorchBackend(model)
     if name not in ("auto", "onnxruntime", "tensorrt"):
         raise BackendError(f"There is no backend called {name!r}.")
     import onnxruntime

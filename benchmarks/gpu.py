@@ -1,0 +1,295 @@
+"""Images a second and latency on a GPU, by batch size: `python -m benchmarks.gpu`.
+
+PyTorch eager, PyTorch with CUDA graphs, `torch.compile`, ONNX Runtime's CUDA provider and TensorRT,
+one after another in one process, each from bytes in host memory to probabilities in host memory,
+and each held against float32 ONNX Runtime on the CPU first. What is not installed or does not run
+is skipped, with the reason printed.
+
+Writes Markdown to standard output and, with `--output NAME`, NAME.json and NAME.md. "Share of the
+roofline" is images/s × 5.94 GFLOP (2.97 GMAC an image) over the GPU's dense peak in that precision.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.image import MODEL_SIZE
+from server.backends import Backend, BackendError
+from trt_build.device import Gpu, NoGpuError, current_gpu
+from trt_build.parity import compare, onnx_runner
+from trt_build.plan import BUCKETS, Precision, parse_buckets
+from trt_build.samples import REFERENCE, load_samples
+
+MODEL = Path(__file__).parent.parent / "model/weights/slsnet.onnx"
+
+FLOP_PER_IMAGE = 2 * 2.97e9
+
+PEAK_TFLOPS: dict[str, dict[str, float]] = {
+    # Dense tensor-core peaks from NVIDIA's data sheets; float32 outside the tensor cores.
+    "H100": {"fp32": 67, "tf32": 495, "fp16": 989, "bf16": 989, "int8": 1979},
+    "H200": {"fp32": 67, "tf32": 495, "fp16": 989, "bf16": 989, "int8": 1979},
+    "A100": {"fp32": 19.5, "tf32": 156, "fp16": 312, "bf16": 312, "int8": 624},
+    "L40S": {"fp32": 91.6, "tf32": 183, "fp16": 362, "bf16": 362, "int8": 733},
+    "L4": {"fp32": 30.3, "tf32": 60, "fp16": 121, "bf16": 121, "int8": 242},
+    "T4": {"fp32": 8.1, "fp16": 65, "int8": 130},
+}
+
+PAPER = "The paper: 110 images/s (8 ms) at 128×128 on a GTX 1080 Ti."
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One candidate at one batch size."""
+
+    batch: int
+    images_per_s: float
+    """With as many batches in flight as the candidate takes."""
+    p50_ms: float
+    """Of a lone batch, host to host."""
+    p99_ms: float
+    roofline_share: float | None
+    """None where the GPU's peak is not in the table."""
+
+
+@dataclass
+class Result:
+    """A candidate: its figures, or why there are none."""
+
+    name: str
+    precision: str
+    skipped: str = ""
+    ready_s: float = 0.0
+    """From nothing to warm on every batch size: building or compiling included."""
+    mask_iou: float | None = None
+    """Mean overlap with float32's masks, on the shipped generated lesions."""
+    figures: list[Figure] = field(default_factory=list)
+
+
+Open = Callable[[], Backend]
+
+
+def candidates(model: Path, work: Path, buckets: tuple[int, ...]) -> Iterator[tuple[Result, Open]]:
+    """Every candidate, and what opens it."""
+    for precision in ("fp32", "fp16"):
+        for run, name in (
+            ("eager", "PyTorch eager"),
+            ("graph", "PyTorch CUDA graphs"),
+            ("compile", "torch.compile"),
+        ):
+            yield Result(name, precision), _torch(model, precision, run)
+    yield Result("ONNX Runtime CUDA", "fp32"), lambda: _onnxruntime(model)
+    for precision in ("tf32", "fp16", "bf16", "int8"):
+        yield (
+            Result("TensorRT", precision),
+            _tensorrt(model, work, buckets, cast("Precision", precision)),
+        )
+
+
+def _torch(model: Path, precision: str, run: str) -> Open:
+    def opened() -> Backend:
+        try:
+            import torch
+
+            from server.backends.torch import TorchBackend
+        except ImportError as error:
+            raise BackendError(f"not installed: {error}") from error
+        if not torch.cuda.is_available():
+            raise BackendError("this PyTorch sees no GPU")
+        return TorchBackend(model, precision=precision, run=run)  # type: ignore[arg-type]
+
+    return opened
+
+
+def _onnxruntime(model: Path) -> Backend:
+    from server.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
+
+    return OnnxRuntimeCudaBackend(model)
+
+
+def _tensorrt(model: Path, work: Path, buckets: tuple[int, ...], precision: Precision) -> Open:
+    def opened() -> Backend:
+        from server.backends.tensorrt import TensorRtBackend
+        from trt_build.build import BuildError, BuildOptions, build
+        from trt_build.calibrate import CalibrationError, measure_ranges, read_ranges
+        from trt_build.tensorrt_api import TensorRTError
+
+        engine = work / f"{precision}.engine"
+        ranges = None
+        if precision == "int8":
+            try:
+                ranges = read_ranges(model)
+            except CalibrationError:
+                ranges = measure_ranges(model, load_samples(REFERENCE))
+        try:
+            build(model, engine, BuildOptions(precision=precision, buckets=buckets), ranges=ranges)
+        except (BuildError, TensorRTError) as error:
+            raise BackendError(str(error)) from error
+        return TensorRtBackend(engine)
+
+    return opened
+
+
+@contextmanager
+def _closing(backend: Backend) -> Iterator[Backend]:
+    try:
+        yield backend
+    finally:
+        backend.close()
+
+
+def measure(
+    result: Result, opened: Open, buckets: Sequence[int], seconds: float, gpu: Gpu, model: Path
+) -> None:
+    """Fill `result` in, or say why it is skipped."""
+    started = time.perf_counter()
+    try:
+        with _closing(opened()) as backend:
+            samples = load_samples(REFERENCE)
+            for bucket in buckets:
+                for _ in range(3):
+                    backend.infer(_pixels(bucket))
+            result.ready_s = time.perf_counter() - started
+            parity = compare(
+                onnx_runner(model),
+                backend.infer,
+                samples,
+                name=result.name,
+                precision="fp16",
+                source="generated",
+            )
+            result.mask_iou = parity.mask_iou_mean
+            slots = backend.describe().slots
+            for bucket in buckets:
+                result.figures.append(_figure(backend, bucket, slots, seconds, gpu, result))
+    except BackendError as error:
+        result.skipped = " ".join(str(error).split())
+
+
+def _pixels(batch: int) -> NDArray[np.uint8]:
+    size = (batch, MODEL_SIZE, MODEL_SIZE, 3)
+    return np.random.default_rng(batch).integers(0, 256, size, np.uint8)
+
+
+def _figure(
+    backend: Backend, batch: int, slots: int, seconds: float, gpu: Gpu, result: Result
+) -> Figure:
+    pixels = _pixels(batch)
+    latencies: list[float] = []
+    until = time.perf_counter() + seconds
+    while (now := time.perf_counter()) < until or len(latencies) < 20:
+        backend.infer(pixels)
+        latencies.append(time.perf_counter() - now)
+    images_per_s = batch / statistics.fmean(latencies)
+    if slots > 1:
+        images_per_s = max(images_per_s, _together(backend, pixels, slots, seconds))
+    peak = next(
+        (p.get(result.precision) for name, p in PEAK_TFLOPS.items() if name in gpu.name.split()),
+        None,
+    )
+    ordered = sorted(latencies)
+    return Figure(
+        batch=batch,
+        images_per_s=images_per_s,
+        p50_ms=1e3 * statistics.median(ordered),
+        p99_ms=1e3 * ordered[int(0.99 * len(ordered))],
+        roofline_share=images_per_s * FLOP_PER_IMAGE / (peak * 1e12) if peak else None,
+    )
+
+
+def _together(backend: Backend, pixels: NDArray[np.uint8], slots: int, seconds: float) -> float:
+    """Images a second with one thread for each slot."""
+    counts = [0] * slots
+    until = time.perf_counter() + seconds
+
+    def work(i: int) -> None:
+        while time.perf_counter() < until:
+            backend.infer(pixels)
+            counts[i] += 1
+
+    started = time.perf_counter()
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(slots)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(counts) * len(pixels) / (time.perf_counter() - started)
+
+
+def report(results: Sequence[Result], environment: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    lines = [f"{name}: {value}  " for name, value in environment.items()]
+    lines += [
+        PAPER,
+        "",
+        "| backend | precision | ready, s | mask IoU | batch | images/s | p50, ms | p99, ms "
+        "| share of the roofline |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        for f in r.figures:
+            share = "–" if f.roofline_share is None else f"{f.roofline_share:.1%}"
+            lines.append(
+                f"| {r.name} | {r.precision} | {r.ready_s:.1f} | {r.mask_iou:.4f} | {f.batch} "
+                f"| {f.images_per_s:,.0f} | {f.p50_ms:.2f} | {f.p99_ms:.2f} | {share} |"
+            )
+    lines += ["", *(f"- {r.name} {r.precision} skipped: {r.skipped}" for r in results if r.skipped)]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--onnx", type=Path, default=MODEL)
+    parser.add_argument("--buckets", type=parse_buckets, default=BUCKETS)
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each figure")
+    parser.add_argument("--only", nargs="+", help="words that a candidate's name must contain")
+    parser.add_argument("--output", type=Path, help="NAME of NAME.json and NAME.md")
+    args = parser.parse_args(arguments)
+    try:
+        gpu = current_gpu()
+    except NoGpuError as error:
+        print(f"nothing to measure: {error}", file=sys.stderr)
+        return 1
+    environment = {
+        "GPU": f"{gpu.name}, compute capability {gpu.compute_capability}",
+        "Python": platform.python_version(),
+        "Date": time.strftime("%Y-%m-%d"),
+    }
+    results = []
+    with tempfile.TemporaryDirectory() as work:
+        for result, opened in candidates(args.onnx, Path(work), args.buckets):
+            if args.only and not any(word in result.name for word in args.only):
+                continue
+            measure(result, opened, args.buckets, args.seconds, gpu, args.onnx)
+            results.append(result)
+            last = result.figures[-1] if result.figures else None
+            speed = f"{last.images_per_s:,.0f} images/s at {last.batch}" if last else result.skipped
+            print(f"{result.name} {result.precision}: {speed}", file=sys.stderr, flush=True)
+    markdown = report(results, environment)
+    print(markdown)
+    if args.output:
+        payload = {"environment": environment, "results": [asdict(r) for r in results]}
+        args.output.with_suffix(".json").write_text(json.dumps(payload, indent=1))
+        args.output.with_suffix(".md").write_text(markdown + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""PyTorch: the reference that the exported graph is held against. The one backend with torch."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model.export import Contract
+from model.generator import load_generator, load_metadata
+from model.image import MODEL_SIZE
+from server.backends import BackendError, BackendInfo
+
+__all__ = ["TorchBackend"]
+
+_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+_CPU_MAX_BATCH = 8
+_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class _Lane:
+    """A batch size whose work is recorded as a CUDA graph."""
+
+    image: torch.Tensor
+    probability: torch.Tensor
+    graph: Any
+
+
+class TorchBackend:
+    """The generator itself, on the GPU where there is one.
+
+    Args:
+        model: the ONNX file; the weights lie beside it as `.safetensors`.
+        precision: of autocast; channel attention's energies are float32 in any.
+        run: on a GPU `graph` records one CUDA graph for each bucket; `compile` is `torch.compile`,
+            which takes minutes and answers only in the thread that first asked; `eager` is neither.
+
+    Raises:
+        BackendError: no such weights, or not this network's.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        *,
+        precision: Literal["fp32", "fp16", "bf16"] = "fp32",
+        run: Literal["eager", "graph", "compile"] = "graph",
+    ) -> None:
+        weights = model.with_suffix(".safetensors")
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            network = Contract(load_generator(weights)).eval().to(self._device)
+            self._metadata = load_metadata(weights)
+        except (OSError, ValueError) as error:
+            raise BackendError(f"PyTorch cannot load {weights}: {error}") from error
+        self._precision = precision
+        self._graphs = run == "graph" and self._device.type == "cuda"
+        self._network = network
+        if run == "compile":
+            network.compile(mode="reduce-overhead", dynamic=False)
+        self._lock = Lock()
+        self._lanes: dict[int, _Lane] = {}
+
+    def describe(self) -> BackendInfo:
+        on_gpu = self._device.type == "cuda"
+        return BackendInfo(
+            name="torch",
+            version=str(torch.__version__),
+            device=torch.cuda.get_device_name() if on_gpu else "cpu",
+            precision=self._precision,
+            max_batch=_BUCKETS[-1] if on_gpu else _CPU_MAX_BATCH,
+            buckets=_BUCKETS if self._graphs else (),
+            model=self._metadata,
+        )
+
+    def warm_up(self) -> None:
+        for bucket in _BUCKETS if self._graphs else (1,):
+            self.infer(np.zeros((bucket, MODEL_SIZE, MODEL_SIZE, 3), np.uint8))
+
+    def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        try:
+            with self._lock, torch.inference_mode():
+                if self._graphs and len(batch) <= _BUCKETS[-1]:
+                    return self._replay(batch)
+                image = torch.from_numpy(np.ascontiguousarray(batch)).to(self._device)
+                return self._forward(image).cpu().numpy()
+        except RuntimeError as error:  # torch's out-of-memory and CUDA errors among them
+            raise BackendError(f"PyTorch failed on a batch of {len(batch)}: {error}") from error
+
+    def close(self) -> None:
+        self._lanes.clear()
+        del self._network
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(
+            self._device.type,
+            _TYPES[self._precision],
+            enabled=self._precision != "fp32",
+            # A weight cast once and kept would be freed under a recorded graph.
+            cache_enabled=False,
+        )
+
+    def _forward(self, image: torch.Tensor) -> torch.Tensor:
+        with self._autocast():
+            probability: torch.Tensor = self._network(image)
+        return probability.float()
+
+    def _replay(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        bucket = next(size for size in _BUCKETS if size >= len(batch))
+        if bucket not in self._lanes:
+            self._lanes[bucket] = self._record(bucket)
+        lane = self._lanes[bucket]
+        lane.image[: len(batch)].copy_(torch.from_numpy(np.ascontiguousarray(batch)))
+        lane.graph.replay()
+        return lane.probability[: len(batch)].cpu().numpy()
+
+    def _record(self, bucket: int) -> _Lane:
+        image = torch.zeros(
+            (bucket, MODEL_SIZE, MODEL_SIZE, 3), dtype=torch.uint8, device=self._device
+        )
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            # Libraries choose and allocate in the first runs, which cannot be recorded.
+            for _ in range(3):
+                self._forward(image)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            probability = self._forward(image)
+        return _Lane(image, probability, graph)

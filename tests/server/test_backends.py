@@ -1,0 +1,68 @@
+"""The other ways to run the network: PyTorch, and ONNX Runtime where a GPU is or is not."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+
+from server import backends
+from server.backends import BackendError, open_backend
+from tests.conftest import MODEL, ROOT, Offline
+from trt_build.samples import REFERENCE, batches, load_samples
+
+
+@pytest.fixture(scope="module")
+def pixels() -> NDArray[np.uint8]:
+    return next(batches(load_samples(REFERENCE, limit=3)))
+
+
+def test_pytorch_gives_what_the_exported_graph_gives(pixels: NDArray[np.uint8]) -> None:
+    torch = open_backend("torch", MODEL, threads=1)
+    onnx = open_backend("onnxruntime", MODEL, threads=1)
+    torch.warm_up()
+    np.testing.assert_allclose(torch.infer(pixels), onnx.infer(pixels), atol=1e-4)
+    info = torch.describe()
+    assert (info.name, info.precision) == ("torch", "fp32")
+    for backend in (torch, onnx):
+        backend.close()
+
+
+def test_weights_that_are_not_there_are_said(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match=r"PyTorch cannot load .*nothing\.safetensors"):
+        open_backend("torch", tmp_path / "nothing.onnx", threads=1)
+
+
+def test_a_backend_that_does_not_exist_is_said() -> None:
+    with pytest.raises(BackendError, match="There is no backend called 'tensorflow'"):
+        open_backend("tensorflow", MODEL, threads=1)
+
+
+def test_a_cuda_provider_that_does_not_load_leaves_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, offline: Offline
+) -> None:
+    """As with onnxruntime-gpu on a machine without a driver, or without CUDA's libraries."""
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
+    monkeypatch.setattr(backends.log, "disabled", False)
+    backend = open_backend("auto", MODEL, threads=1)
+    assert backend.describe().device == "cpu"
+    assert "serving on the CPU: " in caplog.text
+    backend.close()
+
+
+def test_choosing_a_backend_loads_no_other() -> None:
+    """Serving starts without torch, without onnx, and without touching CUDA where it need not."""
+    script = (
+        "import sys; from pathlib import Path; from server.backends import open_backend;"
+        "import server.loading;"
+        f"open_backend('auto', Path({str(MODEL)!r}), threads=1).warm_up();"
+        "print(*{'torch', 'onnx', 'tensorrt_rtx_bindings', 'ml_dtypes'} & sys.modules.keys())"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == ""
