@@ -88,6 +88,8 @@ def convert(
     form = attention or default_attention(precision)
     graph = _Graph(model)
     graph.cast_input_first()
+    if precision in _LOW_TYPES:
+        graph.centre_keys(graph.position_attentions())
     pams = graph.position_attentions()
     fragile = graph.fragile_nodes()
     if simulate:
@@ -286,6 +288,28 @@ class _Graph:
         self.nodes = [n for n in self.nodes if n in new or n.output[0] not in gone]
         self.floats.update(name for node in new for name in node.output)
 
+    def centre_keys(self, pams: Iterable[_PositionAttention]) -> None:
+        """Take the mean key from every key, which changes no attention and bounds its logits.
+
+        It adds the same to all logits of a query, which a softmax does not see. Keys and queries
+        come out of a ReLU and their products are unscaled: without it, what all keys share would
+        use up float16's range and digits.
+        """
+        axis = "attention_key_axis"
+        self._constant(axis, np.array([2], np.int64))
+        producers = self._producers()
+        for pam in pams:
+            energy = producers[pam.energy]
+            mean, centred = f"{pam.energy}_mean_key", f"{pam.energy}_centred_keys"
+            new = [
+                helper.make_node("ReduceMean", [pam.keys, axis], [mean], name=mean),
+                helper.make_node("Sub", [pam.keys, mean], [centred], name=centred),
+            ]
+            position = self.nodes.index(energy)
+            self.nodes[position:position] = new
+            self.floats.update((mean, centred))
+            energy.input[1] = centred
+
     def fuse(self, pams: Iterable[_PositionAttention]) -> None:
         """Use opset 23's ``Attention`` with one head and scale 1: TensorRT has a kernel for it."""
         axis = "attention_head_axis"
@@ -419,7 +443,9 @@ class _Typing:
         stored = f"{target}_{self._suffix(self.low)}"
         self.nodes += [
             helper.make_node("Cast", [source], [stored], name=stored, to=self.low),
-            helper.make_node("Cast", [stored], [target], name=target, to=TensorProto.FLOAT),
+            helper.make_node(
+                "Cast", [stored], [target], name=f"{stored}_back", to=TensorProto.FLOAT
+            ),
         ]
 
     def typed(self, name: str, kind: int) -> str:

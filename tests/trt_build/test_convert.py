@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
@@ -167,3 +168,23 @@ def test_the_file_is_still_the_contract(tmp_path: Path, exported: onnx.ModelProt
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     assert metadata["name"] == "slsnet"
     assert metadata["converted"] == "bf16, fused attention"
+
+
+def test_centred_keys_leave_the_network_as_it_is(exported: onnx.ModelProto) -> None:
+    """What all keys share is taken out first: the attention is the same, its range is not."""
+    from trt_build.convert import _Graph
+
+    graph = _Graph(exported)
+    graph.centre_keys(graph.position_attentions())
+    pams = graph.position_attentions()
+    model = graph.finish("centred")
+    del model.graph.output[:]
+    keys = [pam.keys for pam in pams]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in ["probability", *keys])
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    batch = next(batches(load_samples(REFERENCE, limit=2)))
+    probability, *centred = session.run(None, {"image": batch})
+    np.testing.assert_allclose(probability, onnx_runner(MODEL)(batch), atol=2e-4)
+    assert len(centred) == 6
+    for key in centred:
+        assert np.abs(key.mean(axis=2)).max() < 1e-4 * max(1, np.abs(key).max())
