@@ -25,7 +25,7 @@ from trt_build.plan import (
 )
 from trt_build.tensorrt_api import TensorRT, TensorRTError, find_tensorrt, plan_key
 
-DEFAULT_WORKSPACE_BYTES = 2 << 30
+DEFAULT_WORKSPACE_BYTES = 4 << 30
 
 
 class BuildError(RuntimeError):
@@ -41,7 +41,8 @@ class BuildOptions:
     attention: AttentionForm | None = None
     """None takes the form that needs the least memory at this precision."""
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
-    """Most scratch memory that one kernel may ask for."""
+    """Most scratch memory that one fused part of the network may need. What needs more does not
+    build: 2.1 GB for the chunked float32 attention at batch 64, 0.3 GB for the fused one."""
     timing_cache: Path | None = None
     """Read where it exists, and rewritten with what this build timed (TensorRT; RTX times none)."""
     hardware_compatible: bool = False
@@ -168,7 +169,8 @@ def _serialise(
         errors = [text for severity, text in messages if severity in ("ERROR", "INTERNAL_ERROR")]
         # Without a driver every build logs that; it is never what stopped this one.
         errors = [e for e in errors if "cudaError 35" not in e] or ["it gives no reason"]
-        raise BuildError(f"{trt.library} did not build the engine: {errors[-1]}")
+        hint = "; allow more --workspace-mib" if "OutOfMemory" in errors[-1] else ""
+        raise BuildError(f"{trt.library} did not build the engine: {errors[-1]}{hint}")
     if timing_cache is not None and cache is not None:
         write_atomically(timing_cache, bytes(memoryview(cache.serialize())))
     return bytes(memoryview(serialised))

@@ -85,6 +85,12 @@ def test_the_parsers_verdict_on_each_attention_form(tmp_path: Path) -> None:
     assert info.scratch_bytes[8] > 5 * 46_989_312, "several times the fused form's"
 
 
+def test_a_workspace_that_is_too_small_is_said(tmp_path: Path) -> None:
+    options = BuildOptions(attention="plain", buckets=(8,), workspace_bytes=64 << 20)
+    with pytest.raises(BuildError, match="OutOfMemory.*allow more --workspace-mib"):
+        build(MODEL, tmp_path / "x.engine", options)
+
+
 def test_an_engine_of_another_precision_than_asked_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
