@@ -40,7 +40,9 @@ class Settings(BaseSettings):
         Path(__file__).parent.parent / SHIPPED_MODEL, description="the network, an ONNX file"
     )
     backend: Literal["auto", "onnxruntime", "tensorrt", "torch"] = Field(
-        "auto", description="what runs the network; auto is the best that works here"
+        "auto",
+        description="what runs the network: onnxruntime, tensorrt or torch; auto is the best that works"
+        " here",
     )
     precision: Precision = Field(
         "fp16", description="of the TensorRT engine: fp32, tf32, fp16, bf16 or int8"
@@ -99,7 +101,7 @@ class Settings(BaseSettings):
         60, gt=0, description="after that, how long what is in flight may take to finish"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="least severe message that is logged"
+        "info", description="least severe message that is logged: debug, info, warning or error"
     )
 
 
