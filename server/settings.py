@@ -41,8 +41,8 @@ class Settings(BaseSettings):
     )
     backend: Literal["auto", "onnxruntime", "tensorrt", "torch"] = Field(
         "auto",
-        description="what runs the network: onnxruntime, tensorrt or torch; auto is the best that works"
-        " here",
+        description="what runs the network: onnxruntime, tensorrt or torch; auto is the best that"
+        " works here",
     )
     precision: Precision = Field(
         "fp16", description="of the TensorRT engine: fp32, tf32, fp16, bf16 or int8"
