@@ -34,9 +34,9 @@ OPSET = 23
 CHUNK_ELEMENTS = 1 << 19
 """Logits of one image that the chunked form holds at a time: 128 MiB in float32 at batch 64."""
 
-INT8_MIN_CHANNELS = 16
-"""Convolutions that read fewer channels stay in float16: the three-channel stem costs nothing and
-carries every colour."""
+INT8_MIN_CHANNELS = 32
+"""Convolutions that read fewer channels stay in float16: the stem and the last stage are a small
+part of the work and most of what int8 would do to a mask's border."""
 
 _LOW_TYPES: dict[Precision, int] = {
     "fp16": TensorProto.FLOAT16,
@@ -88,8 +88,6 @@ def convert(
     form = attention or default_attention(precision)
     graph = _Graph(model)
     graph.cast_input_first()
-    if precision in _LOW_TYPES:
-        graph.centre_keys(graph.position_attentions())
     pams = graph.position_attentions()
     fragile = graph.fragile_nodes()
     if simulate:
@@ -288,28 +286,6 @@ class _Graph:
         self.nodes = [n for n in self.nodes if n in new or n.output[0] not in gone]
         self.floats.update(name for node in new for name in node.output)
 
-    def centre_keys(self, pams: Iterable[_PositionAttention]) -> None:
-        """Take the mean key from every key, which changes no attention and bounds its logits.
-
-        It adds the same to all logits of a query, which a softmax does not see. Keys and queries
-        come out of a ReLU and their products are unscaled: without it, what all keys share would
-        use up float16's range and digits.
-        """
-        axis = "attention_key_axis"
-        self._constant(axis, np.array([2], np.int64))
-        producers = self._producers()
-        for pam in pams:
-            energy = producers[pam.energy]
-            mean, centred = f"{pam.energy}_mean_key", f"{pam.energy}_centred_keys"
-            new = [
-                helper.make_node("ReduceMean", [pam.keys, axis], [mean], name=mean),
-                helper.make_node("Sub", [pam.keys, mean], [centred], name=centred),
-            ]
-            position = self.nodes.index(energy)
-            self.nodes[position:position] = new
-            self.floats.update((mean, centred))
-            energy.input[1] = centred
-
     def fuse(self, pams: Iterable[_PositionAttention]) -> None:
         """Use opset 23's ``Attention`` with one head and scale 1: TensorRT has a kernel for it."""
         axis = "attention_head_axis"
@@ -353,15 +329,16 @@ class _Graph:
             self._replace(pam, new)
 
     def quantisable(self, pams: Iterable[_PositionAttention]) -> frozenset[str]:
-        """Convolutions (by output) to run in int8: not the stem, not what makes queries and keys.
+        """Convolutions (by output) to run in int8: not those of few channels, nor a PAM's three.
 
-        Position attention's logits are unscaled products of those two, so an int8 step there would
-        be a step of several units in the exponent.
+        Position attention's logits are unscaled products of queries and keys, so an int8 step there
+        would be a step of several units in the exponent; and its values are spread over the whole
+        map. Keeping the three takes a third off the difference in masks, for 1×1 convolutions.
         """
         producers = self._producers()
         sensitive: set[str] = set()
         for pam in pams:
-            for tensor in (pam.queries, pam.keys):
+            for tensor in (pam.queries, pam.keys, pam.values):
                 node = producers.get(tensor)
                 while node is not None and node.op_type != "Conv":
                     node = producers.get(node.input[0])

