@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -124,7 +124,7 @@ def _tensorrt(model: Path, work: Path, buckets: tuple[int, ...], precision: Prec
         from server.backends.tensorrt import TensorRtBackend
         from trt_build.build import BuildError, BuildOptions, build
         from trt_build.calibrate import CalibrationError, measure_ranges, read_ranges
-        from trt_build.tensorrt_api import TensorRTError
+        from trt_build.tensorrt_api import TensorRTError, find_tensorrt
 
         engine = work / f"{precision}.engine"
         ranges = None
@@ -133,8 +133,12 @@ def _tensorrt(model: Path, work: Path, buckets: tuple[int, ...], precision: Prec
                 ranges = read_ranges(model)
             except CalibrationError:
                 ranges = measure_ranges(model, load_samples(REFERENCE))
+        options = BuildOptions(precision=precision, buckets=buckets)
         try:
-            build(model, engine, BuildOptions(precision=precision, buckets=buckets), ranges=ranges)
+            if find_tensorrt().is_rtx:
+                # A portable engine does not run on every data-centre GPU; one built for it may.
+                options = replace(options, compute_capability="current")
+            build(model, engine, options, ranges=ranges)
         except (BuildError, TensorRTError) as error:
             raise BackendError(str(error)) from error
         return TensorRtBackend(engine)

@@ -58,7 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--timing-cache", type=Path, help="read, and rewritten")
     parser.add_argument("--hardware-compatible", action="store_true", help="any GPU from Ampere on")
     parser.add_argument("--version-compatible", action="store_true", help="later TensorRTs run it")
-    parser.add_argument("--compute-capability", help="8.9: for another GPU (TensorRT for RTX)")
+    parser.add_argument(
+        "--compute-capability", help="TensorRT for RTX: for one GPU alone, such as 8.9, or current"
+    )
     parser.add_argument(
         "--parity",
         action="store_true",

@@ -50,7 +50,8 @@ class BuildOptions:
     version_compatible: bool = False
     """Run under later TensorRT versions of the same major number (TensorRT alone)."""
     compute_capability: str | None = None
-    """Build for this GPU (``8.9``) instead of the machine's (TensorRT for RTX alone)."""
+    """Build for this GPU alone, such as ``8.9``, or ``current`` for the machine's own (TensorRT for
+    RTX; its engines run on any RTX GPU otherwise)."""
 
     def __post_init__(self) -> None:
         check_buckets(self.buckets)

@@ -86,11 +86,13 @@ class TensorRT:
         return builder.create_network(1 << int(flag))
 
     def target(self, config: Any, compute_capability: str) -> None:
-        """Build for another GPU than this machine's: TensorRT for RTX alone can.
+        """Build for one GPU alone, this machine's (``current``) or another: RTX alone can.
 
         Raises TensorRTError.
         """
-        name = "SM" + compute_capability.replace(".", "")
+        name = "CURRENT"
+        if compute_capability != "current":
+            name = "SM" + compute_capability.replace(".", "")
         kinds = getattr(self.module, "ComputeCapability", None)
         if kinds is None or not hasattr(config, "set_compute_capability"):
             raise TensorRTError("only TensorRT for RTX builds for another GPU than this machine's")
@@ -129,13 +131,13 @@ def plan_key(
 ) -> PlanKey:
     """Return the key of the engine that would be built here.
 
-    ``compute_capability`` is that of another GPU to build for.
+    ``compute_capability`` is that of another GPU to build for, or ``current`` for this one alone.
 
     Raises NoGpuError where TensorRT needs a GPU to build for and there is none.
     """
-    if compute_capability is not None:
+    if compute_capability is not None and compute_capability != "current":
         capability = compute_capability
-    elif trt.is_rtx:
+    elif trt.is_rtx and compute_capability is None:
         capability = "any"
     elif hardware_compatible:
         capability = "8.0+"
