@@ -1,0 +1,271 @@
+"""
+What is trained and how: every choice that the paper leaves open or ablates, as frozen values.
+
+Presets are named configurations; `load_config` refuses keys that do not exist.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from model.augment import Recipe
+
+CamForm = Literal["danet", "eq1"]
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key and the fix."""
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """
+    Architecture of the generator (Sarker et al. 2019, section 3; 2,347,900 parameters).
+
+    A field exists where the text is open or where Tables 4 and 5 vary the network.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    multiscale: bool = True  # four input scales averaged (Table 4: "w/o MS" is False)
+    pam: bool = True  # position attention after every down- and up-sampling (Table 4)
+    cam: bool = True  # channel attention after every factorised layer (Table 4)
+    cam_form: CamForm = "danet"  # eq. 1 saturates to an arg-max on real features; see MODEL_CARD.md
+    widths: tuple[int, int, int, int] = (16, 32, 64, 128)  # stem, 1/2, 1/4 and 1/8 resolution
+    encoder_blocks: int = 4  # FCMs at 1/4 resolution
+    dilations: tuple[int, ...] = (2, 4, 8, 16, 2, 4, 8, 16)  # one FCM each at 1/8 (ERFNet's)
+    decoder_blocks: int = 2  # FCMs after each up-sampling
+    encoder_dropout: tuple[float, float] = (0.03, 0.3)  # at 1/4 and 1/8 resolution (ERFNet's)
+    decoder_dropout: float = 0.0  # the paper's noise z
+
+    def __post_init__(self) -> None:
+        # YAML and JSON know no tuples; equality and hashing need them.
+        for name in ("widths", "dilations", "encoder_dropout"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if len(self.widths) != 4:
+            raise ValueError(f"widths are four channel counts, not {self.widths}")
+        if any(a >= b for a, b in itertools.pairwise(self.widths)):
+            # The down-sampler's convolution adds the channels its max-pool lacks.
+            raise ValueError(f"widths must grow, not {self.widths}")
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    """Architecture of the discriminator (section 3.0.3; 715,075 parameters as it stands)."""
+
+    __pydantic_config__ = _STRICT
+
+    width: int = 64  # pix2pix's ndf
+    pam: bool = True  # after the second layer
+    cam: bool = True  # after the third layer
+    cam_form: CamForm = "danet"
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the terms of the generator's loss; a term of weight 0 is not computed."""
+
+    __pydantic_config__ = _STRICT
+
+    adversarial: float = 0.0  # eq. 7, first term; 1 in the paper
+    l1: float = 0.0  # eq. 7, second term, λ
+    jaccard: float = 1.0  # eq. 7, third term, α
+    bce: float = 1.0  # pixel-wise; not in the paper's equation
+    teacher: float = 0.0  # share of the target that is a teacher's probability (model.distill)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images come from and which are held out."""
+
+    __pydantic_config__ = _STRICT
+
+    allow_uniform_masks: bool = False  # accept masks that are empty or all lesion
+    folds: int = 0  # >0: hold out fold `fold` of so many of the training ids for selection
+    fold: int = 0
+    teacher: str | None = None  # file written by model.distill
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run."""
+
+    __pydantic_config__ = _STRICT
+
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    network: Literal["slsnet", "teacher"] = "slsnet"  # teacher: a larger network to distil from
+    init: str | None = None  # weights (.safetensors) to start from, for fine-tuning
+    size: int = 128  # side of the network's input, pixels (Table 5)
+    augment: Recipe = "strong"
+    epochs: int = 60
+    batch_size: int = 16  # over all processes
+    optimizer: Literal["adam", "adamw"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-2
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup: float = 0.05  # share of the schedule with a rising rate; cosine only
+    clip_norm: float = 1.0  # 0: no clipping
+    ema_decay: float = 0.998  # exponential average of the weights, which is what is kept; 0: none
+    pam_wake: float = 0.6  # share of the schedule with the 1/2-resolution PAMs asleep at η = 0
+    precision: Literal["fp32", "bf16"] = "bf16"
+    early_stop: int = 0  # epochs without a better validation Jaccard; 0: never
+    validate_every: int = 1  # epochs
+    seed: int = 0
+    deterministic: bool = False
+    compile: bool = False  # torch.compile; pays on a GPU
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
+        for name in ("size", "epochs", "batch_size", "validate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.size % 32:
+            raise ValueError(f"size must be a multiple of 32, not {self.size}")
+        if self.loss.teacher and not self.data.teacher:
+            raise ValueError("loss.teacher needs data.teacher, a file written by model.distill")
+
+
+_ADAPTER = TypeAdapter(TrainConfig)
+
+
+def _paper() -> TrainConfig:
+    """Section 4: Adam 0.5/0.999, 2e-4, batch 8, λ 0.1, α 0.5; flips, gamma, CLAHE."""
+    return TrainConfig(
+        generator=GeneratorConfig(cam_form="eq1", decoder_dropout=0.1),
+        discriminator=DiscriminatorConfig(cam_form="eq1"),
+        loss=LossConfig(adversarial=1.0, l1=0.1, jaccard=0.5, bce=0.0),
+        augment="paper",
+        batch_size=8,
+        optimizer="adam",
+        betas=(0.5, 0.999),
+        learning_rate=2e-4,
+        weight_decay=0.0,
+        schedule="constant",
+        clip_norm=0.0,
+        ema_decay=0.0,
+        pam_wake=0.0,
+        precision="fp32",
+    )
+
+
+def _paper_with(**changes: Any) -> TrainConfig:
+    """The paper's preset with fields of its generator or loss replaced."""
+    paper = _paper()
+    names = {f.name for f in dataclasses.fields(LossConfig)}
+    loss = {k: v for k, v in changes.items() if k in names}
+    generator = {k: v for k, v in changes.items() if k not in names}
+    return dataclasses.replace(
+        paper,
+        generator=dataclasses.replace(paper.generator, **generator),
+        loss=dataclasses.replace(paper.loss, **loss),
+    )
+
+
+PRESETS: dict[str, TrainConfig] = {
+    "best": TrainConfig(),
+    "paper": _paper(),
+    # Table 4: the network's parts
+    "base": _paper_with(multiscale=False, pam=False, cam=False),
+    "base+pam": _paper_with(multiscale=False, cam=False),
+    "base+cam": _paper_with(multiscale=False, pam=False),
+    "no-multiscale": _paper_with(multiscale=False),
+    # Table 5: the input's side
+    "input-64": dataclasses.replace(_paper(), size=64),
+    "input-256": dataclasses.replace(_paper(), size=256),
+    # Table 6: the losses
+    "loss-bce": _paper_with(l1=0.0, jaccard=0.0),
+    "loss-bce+l1": _paper_with(jaccard=0.0),
+    "loss-bce+jaccard": _paper_with(l1=0.0),
+    # eq. 1 against DANet's form
+    "cam-danet": _paper_with(cam_form="danet"),
+}
+
+
+def config_dict(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as plain values, for YAML and checkpoints."""
+    return _ADAPTER.dump_python(config, mode="json")  # type: ignore[no-any-return]
+
+
+def parse_config(values: Mapping[str, Any]) -> TrainConfig:
+    """
+    Build a configuration from plain values; what is not given keeps its default.
+
+    Raises:
+        ConfigError: a key does not exist or a value does not fit; the message names it.
+    """
+    try:
+        return _ADAPTER.validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "unexpected_keyword_argument":
+            known = _keys(config_dict(TrainConfig()))
+            close = difflib.get_close_matches(key, known, 3) or [
+                k for k in known if k.split(".")[-1] == key.split(".")[-1]
+            ]
+            hint = f"did you mean {' or '.join(close)}?" if close else f"keys: {', '.join(known)}"
+            raise ConfigError(f"config key {key!r} does not exist; {hint}") from error
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"config key {key!r}: {message}" if key else message) from error
+
+
+def load_config(
+    preset: str = "best", file: Path | None = None, overrides: Mapping[str, Any] | None = None
+) -> TrainConfig:
+    """
+    A preset, changed by a YAML file, changed by dotted `key: value` overrides.
+
+    Raises:
+        ConfigError: no such preset, an unreadable file, an unknown key, or a value that does
+            not fit.
+    """
+    if preset not in PRESETS:
+        raise ConfigError(f"no preset {preset!r}; presets: {', '.join(PRESETS)}")
+    values = config_dict(PRESETS[preset])
+    if file is not None:
+        try:
+            changes = yaml.safe_load(file.read_text()) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"{file} is not a readable YAML file: {error}") from error
+        if not isinstance(changes, dict):
+            raise ConfigError(f"{file} must hold keys and values")
+        _merge(values, changes)
+    for key, value in (overrides or {}).items():
+        change: Any = value
+        for part in reversed(key.split(".")):
+            change = {part: change}
+        _merge(values, change)
+    return parse_config(values)
+
+
+def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(values.get(key), dict):
+            _merge(values[key], value)
+        else:
+            values[key] = value
+
+
+def _keys(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            keys += _keys(value, f"{prefix}{key}.")
+        else:
+            keys.append(prefix + key)
+    return keys

@@ -1,0 +1,278 @@
+"""
+Dermoscopic data sets: finding image and mask pairs, splitting them by id, caching them as pixels.
+
+Official layouts (ISIC 2016, 2017, 2018, PH2) are recognised by their folder names; any other folder
+pair holds `X.jpg|png|bmp|...` and `X_segmentation.png`. The whole set is decoded once, by the very
+function that serving uses, and kept as uint8, so that an epoch never waits for the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from model.files import replacing
+from model.image import ImageError, read_photo
+
+Split = Literal["training", "validation", "test"]
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+MASK_ENDINGS = ("_segmentation.png", "_Segmentation.png", "_lesion.bmp", "_segmentation.bmp")
+
+_PARTS_2017: tuple[tuple[Split, str], ...] = (
+    ("training", "Training"),
+    ("validation", "Validation"),
+    ("test", "Test_v2"),
+)
+_PARTS_2018: tuple[tuple[Split, str], ...] = (*_PARTS_2017[:2], ("test", "Test"))
+# set, split, image folder, mask folder; a later set's masks are preferred where ids repeat
+_ISIC_2016 = "ISBI2016_ISIC_Part1"
+_LAYOUTS: tuple[tuple[str, Split, str, str], ...] = (
+    ("isic2016", "training", f"{_ISIC_2016}_Training_Data", f"{_ISIC_2016}_Training_GroundTruth"),
+    ("isic2016", "test", f"{_ISIC_2016}_Test_Data", f"{_ISIC_2016}_Test_GroundTruth"),
+    *(
+        ("isic2017", split, f"ISIC-2017_{part}_Data", f"ISIC-2017_{part}_Part1_GroundTruth")
+        for split, part in _PARTS_2017
+    ),
+    *(
+        ("isic2018", split, f"ISIC2018_Task1-2_{part}_Input", f"ISIC2018_Task1_{part}_GroundTruth")
+        for split, part in _PARTS_2018
+    ),
+)
+
+
+class DataError(ValueError):
+    """The data cannot be used as it is; the message names the file or id, and the fix."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image and its mask, still on disk."""
+
+    id: str
+    image: Path
+    mask: Path
+    origin: str = "folder"
+    split: Split = "training"
+
+
+def find_pairs(
+    images: Path, masks: Path, origin: str = "folder", split: Split = "training"
+) -> list[Sample]:
+    """
+    Pair the images of one folder with the masks of another (or the same) folder, sorted by id.
+
+    Raises:
+        DataError: a folder is missing or holds no images, or an image has no mask.
+    """
+    for folder in (images, masks):
+        if not folder.is_dir():
+            raise DataError(f"{folder} is not a folder")
+    by_id: dict[str, Path] = {}
+    for path in sorted(masks.iterdir()):
+        for ending in MASK_ENDINGS:
+            if path.name.endswith(ending):
+                by_id[path.name.removesuffix(ending)] = path
+    samples, missing = [], []
+    for path in sorted(images.iterdir()):
+        is_mask = path.name.endswith((*MASK_ENDINGS, "_superpixels.png"))
+        if is_mask or path.suffix.lower() not in IMAGE_SUFFIXES:
+            continue
+        if path.stem in by_id:
+            samples.append(Sample(path.stem, path, by_id[path.stem], origin, split))
+        else:
+            missing.append(path)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise DataError(
+            f"{missing[0]}{more} has no mask: expected {masks / missing[0].stem}_segmentation.png; "
+            "add the mask or remove the image"
+        )
+    if not samples:
+        raise DataError(f"{images} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+    repeated = [name for name, count in Counter(s.id for s in samples).items() if count > 1]
+    if repeated:
+        raise DataError(f"{images} holds {repeated[0]} more than once, in different formats")
+    return samples
+
+
+def find_samples(root: Path) -> list[Sample]:
+    """
+    Find every official data set at or below `root` (two levels), or else one plain folder pair.
+
+    Raises:
+        DataError: nothing is found, or an image has no mask.
+    """
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder: pass the folder that holds the data sets")
+    parents = [root, *sorted(p for p in root.iterdir() if p.is_dir())]
+    parents += [q for p in parents[1:] for q in sorted(p.iterdir()) if q.is_dir()]
+    samples: list[Sample] = []
+    for parent in parents:
+        for origin, split, images, masks in _LAYOUTS:
+            if (parent / images).is_dir():
+                samples += find_pairs(parent / images, parent / masks, origin, split)
+        if (ph2 := parent / "PH2 Dataset images").is_dir():
+            samples += _find_ph2(ph2)
+    if samples:
+        return samples
+    for images, masks in (("images", "masks"), ("images", "images"), (".", ".")):
+        if (root / images).is_dir() and (root / masks).is_dir():
+            try:
+                return find_pairs(root / images, root / masks)
+            except DataError:
+                if images == ".":
+                    raise
+    raise DataError(f"{root} holds no data set: no official layout, no images/ beside masks/")
+
+
+def _find_ph2(root: Path) -> list[Sample]:
+    """PH2: a folder a case; a collection for testing on, as its licence is not commercial."""
+    samples = []
+    for case in sorted(p for p in root.iterdir() if re.fullmatch(r"IMD\d+", p.name)):
+        image = case / f"{case.name}_Dermoscopic_Image" / f"{case.name}.bmp"
+        mask = case / f"{case.name}_lesion" / f"{case.name}_lesion.bmp"
+        for path in (image, mask):
+            if not path.is_file():
+                raise DataError(f"{path} is missing: unpack PH2 again")
+        samples.append(Sample(case.name, image, mask, "ph2", "test"))
+    return samples
+
+
+def select(samples: Iterable[Sample], split: Split) -> list[Sample]:
+    """
+    The samples of one split, one an id, sorted by id.
+
+    Where an id is in several data sets the newest set's mask is taken (ISIC 2018 redrew some).
+    Ids of validation and test sets of any data set are kept out of training: 2018's training set
+    contains most of 2017's validation and test sets.
+    """
+    samples = list(samples)
+    held_out = {s.id for s in samples if s.split != "training"}
+    chosen: dict[str, Sample] = {}
+    for sample in sorted(samples, key=lambda s: (s.origin, s.id)):
+        if sample.split == split and not (split == "training" and sample.id in held_out):
+            chosen[sample.id] = sample
+    return sorted(chosen.values(), key=lambda s: s.id)
+
+
+def refuse_leakage(**splits: Sequence[Sample]) -> None:
+    """
+    Make sure that no id is in two splits.
+
+    Raises:
+        DataError: naming the id and both splits.
+    """
+    owner: dict[str, str] = {}
+    for name, samples in splits.items():
+        for sample in samples:
+            other = owner.setdefault(sample.id, name)
+            if other != name:
+                raise DataError(
+                    f"{sample.id} is in both {other} and {name}: remove it from one of them, "
+                    "or the score means nothing"
+                )
+
+
+def hold_out(samples: Sequence[Sample], fold: int, folds: int) -> tuple[list[Sample], list[Sample]]:
+    """Split by a hash of the id: everything but one of `folds` folds, and that fold."""
+    inside = [int(hashlib.sha256(s.id.encode()).hexdigest(), 16) % folds == fold for s in samples]
+    return (
+        [s for s, held in zip(samples, inside, strict=True) if not held],
+        [s for s, held in zip(samples, inside, strict=True) if held],
+    )
+
+
+@dataclass(frozen=True)
+class PixelSet:
+    """Decoded samples: uint8 images [n, 3, side, side], masks [n, 1, side, side]; 255 is lesion."""
+
+    ids: tuple[str, ...]
+    images: NDArray[np.uint8]
+    masks: NDArray[np.uint8]
+
+
+def read_mask(
+    path: Path, side: int, frame: tuple[int, int], allow_uniform: bool
+) -> NDArray[np.uint8]:
+    """
+    Read a ground-truth mask, area-averaged to side × side; uint8, 255 is lesion.
+
+    Args:
+        path: a black and white image.
+        side: side of the result, pixels.
+        frame: width and height of the image that it belongs to, pixels.
+        allow_uniform: whether a mask without lesion, or without skin, is accepted.
+
+    Raises:
+        DataError: unreadable, of another size than its image, or uniform.
+    """
+    try:
+        with Image.open(path) as file:
+            if file.size != frame:
+                raise DataError(
+                    f"{path} is {file.size[0]}×{file.size[1]}, its image {frame[0]}×{frame[1]}: "
+                    "resize the mask to its image"
+                )
+            mask = np.asarray(file.convert("L")) > 127
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise DataError(f"{path} does not decode as a mask: {error}; replace it") from error
+    if not allow_uniform and mask.all() == mask.any():
+        what = "all lesion" if mask.any() else "empty"
+        raise DataError(
+            f"{path} is {what}: redraw it, remove the pair, or set data.allow_uniform_masks=true"
+        )
+    picture = Image.fromarray(mask.astype(np.uint8) * 255)
+    return np.asarray(picture.resize((side, side), Image.Resampling.BOX))
+
+
+def load_pixels(
+    samples: Sequence[Sample], side: int, cache: Path | None = None, allow_uniform: bool = False
+) -> PixelSet:
+    """
+    Decode every sample once; from `cache`, a folder, when the same files were decoded before.
+
+    Raises:
+        DataError: an image or mask cannot be used; the message names the file.
+    """
+    ids = tuple(s.id for s in samples)
+    entry = None
+    if cache is not None:
+        key = hashlib.sha256(f"2 {side} {allow_uniform}".encode())
+        for sample in samples:
+            for path in (sample.image, sample.mask):
+                stat = path.stat()
+                key.update(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        entry = cache / f"{key.hexdigest()[:16]}-{side}px.npz"
+        if entry.is_file():
+            with np.load(entry) as stored:
+                return PixelSet(ids, stored["images"], stored["masks"])
+
+    def decode(sample: Sample) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        try:
+            photo = read_photo(sample.image.read_bytes(), size=side)
+        except (ImageError, OSError) as error:
+            raise DataError(f"{sample.image} cannot be used: {error}") from error
+        mask = read_mask(sample.mask, side, (photo.width, photo.height), allow_uniform)
+        return photo.pixels.transpose(2, 0, 1), mask[None]
+
+    with ThreadPoolExecutor() as pool:
+        pairs = list(pool.map(decode, samples))
+    shape = (0, 3, side, side)
+    images = np.stack([p[0] for p in pairs]) if pairs else np.empty(shape, np.uint8)
+    masks = np.stack([p[1] for p in pairs]) if pairs else np.empty((0, 1, side, side), np.uint8)
+    if cache is not None and entry is not None:
+        cache.mkdir(parents=True, exist_ok=True)
+        with replacing(entry) as path:
+            np.savez(path, images=images, masks=masks)
+    return PixelSet(ids, images, masks)

@@ -1,0 +1,146 @@
+r"""Soft targets from an ensemble that has not seen the image it judges.
+
+    for f in 0 1 2 3 4; do python -m model.train --out runs/t$f --set network=teacher \
+        --set data.folds=5 --set data.fold=$f; done
+    python -m model.distill --runs runs/t? --out runs/teacher.npz
+    python -m model.train --out runs/best --set data.teacher=runs/teacher.npz --set loss.teacher=0.5
+
+Each run held out one fold of the training ids; each image is judged only by the runs that held it
+out, so that its target says where annotators and networks agree rather than what a network has
+memorised. Predictions are averaged over the eight symmetries of the square. (Hinton et al. 2015.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor, nn
+
+from model.config import ConfigError, TrainConfig, parse_config
+from model.data import DataError, find_samples, load_pixels, select
+from model.files import replacing
+from model.generator import Generator
+from model.image import MODEL_SIZE
+from model.teacher import Teacher
+from model.train import STORED_SIZE, split_samples
+
+
+def load_run(run: Path, device: torch.device) -> tuple[TrainConfig, nn.Module]:
+    """A finished run's configuration and averaged network, in evaluation mode.
+
+    Raises:
+        ConfigError: the folder holds no finished run.
+    """
+    try:
+        config = parse_config(yaml.safe_load((run / "config.yaml").read_text()))
+        state = torch.load(run / "last.pt", map_location=device, weights_only=True)
+    except OSError as error:
+        raise ConfigError(f"{run} holds no run of model.train: {error}") from error
+    if state["progress"]["epoch"] < config.epochs and not config.early_stop:
+        raise ConfigError(f"{run} is not finished: resume it first")
+    network: nn.Module
+    network = Teacher() if config.network == "teacher" else Generator(config.generator)
+    network.load_state_dict(state["average"])
+    return config, network.to(device).eval()
+
+
+@torch.inference_mode()
+def predict(network: nn.Module, images: Tensor, size: int, side: int) -> Tensor:
+    """Probability averaged over flips and quarter turns.
+
+    Args:
+        network: images in [0, 1] → logits.
+        images: uint8 [n, 3, stored, stored].
+        size: side of the network's input, pixels.
+        side: side of the result, pixels.
+
+    Returns:
+        float32 [n, side, side].
+    """
+    x = F.interpolate(images.float() / 255, size=size, mode="area")
+    total = torch.zeros(len(x), 1, size, size, device=x.device)
+    for turns in range(4):
+        for flip in (False, True):
+            view = torch.rot90(x, turns, (2, 3))
+            view = view.flip(3) if flip else view
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+                found = network(view).float().sigmoid()
+            found = found.flip(3) if flip else found
+            total += torch.rot90(found, -turns, (2, 3))
+    mean = total / 8
+    return F.interpolate(mean, size=(side, side), mode="bilinear", align_corners=False)[:, 0]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m model.distill",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    data = Path(os.environ.get("SLSNET_DATA", "../shared/data"))
+    parser.add_argument("--data", type=Path, default=data)
+    parser.add_argument("--runs", type=Path, nargs="+", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, default=Path("runs/cache"))
+    args = parser.parse_args(argv)
+    try:
+        distil(args.data, args.runs, args.out, args.cache)
+    except (ConfigError, DataError) as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+def distil(data: Path, runs: list[Path], out: Path, cache: Path) -> None:
+    """Write every training id's held-out probability: `ids`, `probability` uint8 [n, 128, 128].
+
+    Raises:
+        ConfigError: a run is unfinished or held nothing out, or an id was held out by no run.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    samples = find_samples(data)
+    training = select(samples, "training")
+    pixels = load_pixels(training, STORED_SIZE, cache)
+    row = {name: i for i, name in enumerate(pixels.ids)}
+    total = np.zeros((len(row), STORED_SIZE, STORED_SIZE), np.float32)
+    votes = np.zeros(len(row), np.int64)
+    for run in runs:
+        config, network = load_run(run, device)
+        _, held = split_samples(config, samples)
+        if "holdout" not in held:
+            raise ConfigError(f"{run} held nothing out: train it with data.folds")
+        rows = np.array([row[s.id] for s in held["holdout"]])
+        scores = []
+        for chunk in np.array_split(rows, max(1, len(rows) // 64)):
+            images = torch.from_numpy(pixels.images[chunk]).to(device)
+            found = predict(network, images, config.size, STORED_SIZE).cpu().numpy()
+            total[chunk] += found
+            truth = pixels.masks[chunk][:, 0] > 127
+            both = ((found > 0.5) & truth).sum((1, 2))
+            scores += (both / np.maximum(((found > 0.5) | truth).sum((1, 2)), 1)).tolist()
+        votes[rows] += 1
+        print(f"{run}: {len(rows)} held-out images, Jaccard {np.mean(scores):.4f}", file=sys.stderr)
+    if (votes == 0).any():
+        missing = pixels.ids[int(votes.argmin())]
+        raise ConfigError(f"{missing} was held out by no run: train every fold")
+    mean = total / votes[:, None, None]
+    truth = pixels.masks[:, 0] > 127
+    both = ((mean > 0.5) & truth).sum((1, 2))
+    jaccard = float((both / np.maximum(((mean > 0.5) | truth).sum((1, 2)), 1)).mean())
+    print(f"ensemble, held out: Jaccard {jaccard:.4f}", file=sys.stderr)
+    factor = STORED_SIZE // MODEL_SIZE
+    small = mean.reshape(len(mean), MODEL_SIZE, factor, MODEL_SIZE, factor).mean((2, 4))
+    with replacing(out) as path:
+        np.savez_compressed(
+            path, ids=np.array(pixels.ids), probability=np.rint(small * 255).astype(np.uint8)
+        )
+
+
+if __name__ == "__main__":
+    main()

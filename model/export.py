@@ -1,0 +1,130 @@
+"""
+Export a trained generator to the ONNX graph that every backend serves.
+
+    python -m model.export --weights runs/best/best.safetensors --output slsnet.onnx
+
+The graph is the contract between training and serving: `image` uint8 [n, 128, 128, 3] RGB in,
+`probability` float32 [n, 128, 128] out; normalisation, layout and sigmoid are inside. Attention is
+exported in its plain MatMul-Softmax-MatMul form, the fastest in ONNX Runtime on a CPU; `trt_build`
+rewrites it for TensorRT.
+"""
+
+from __future__ import annotations
+
+import argparse
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from torch import Tensor, nn
+
+from model.files import replacing
+from model.generator import Generator, load_generator, load_metadata
+from model.image import MODEL_SIZE
+from model.layers import PositionAttention
+
+WEIGHTS = Path(__file__).parent / "weights" / "slsnet.safetensors"
+OPSET = 20
+MAX_DIFFERENCE = 1e-4  # probability; float32 kernels of two libraries differ by about 1e-6
+METADATA = ("training_data", "validation_jaccard", "threshold")  # of the weights, if they say
+
+
+class Contract(nn.Module):
+    """The generator as it is served: bytes in, probabilities out."""
+
+    def __init__(self, generator: Generator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def forward(self, image: Tensor) -> Tensor:
+        """uint8 [n, H, W, 3] → float32 [n, H, W]."""
+        x = image.permute(0, 3, 1, 2).float() / 255
+        return torch.sigmoid(self.generator(x))[:, 0]
+
+
+def export(
+    weights: Path, output: Path, version: str, licence: str, size: int = MODEL_SIZE
+) -> float:
+    """
+    Write the contract graph of `weights` to `output` and check it against PyTorch.
+
+    Returns:
+        The largest difference in probability between PyTorch and ONNX Runtime.
+
+    Raises:
+        ValueError: the weights are unreadable, or the exported graph computes something else.
+    """
+    generator = load_generator(weights)
+    for module in generator.modules():
+        if isinstance(module, PositionAttention):
+            module.mode = "plain"
+    contract = Contract(generator).eval()
+    rng = np.random.default_rng(0)
+    # Smooth images: on white noise every activation is small and an error could hide.
+    coarse = rng.integers(0, 256, (3, 8, 8, 3)).astype(np.float32)
+    smooth = np.kron(coarse, np.ones((1, size // 8, size // 8, 1)))
+    images = np.clip(smooth + rng.normal(0, 12, smooth.shape), 0, 255).astype(np.uint8)
+    program = torch.onnx.export(
+        contract,
+        (torch.from_numpy(images),),
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=["image"],
+        output_names=["probability"],
+        dynamic_shapes={"image": {0: torch.export.Dim("n", min=1)}},
+        verbose=False,
+    )
+    assert program is not None
+    model = program.model_proto
+    model.graph.name = "slsnet"
+    metadata = load_metadata(weights)
+    onnx.helper.set_model_props(
+        model,
+        {
+            "name": "slsnet",
+            "version": version,
+            "licence": licence,
+            "parameters": str(sum(p.numel() for p in generator.parameters())),
+            "weights_sha256": sha256(weights.read_bytes()).hexdigest(),
+            **{key: metadata[key] for key in METADATA if key in metadata},
+        },
+    )
+    onnx.checker.check_model(model, full_check=True)
+
+    with replacing(output) as path:
+        path.write_bytes(model.SerializeToString())
+        session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+        with torch.inference_mode():
+            expected = contract(torch.from_numpy(images)).numpy()
+        difference = 0.0
+        for n in (1, len(images)):
+            (found,) = session.run(["probability"], {"image": images[:n]})
+            difference = max(difference, float(np.abs(found - expected[:n]).max()))
+        if not difference <= MAX_DIFFERENCE:
+            raise ValueError(
+                f"the exported graph differs from PyTorch by {difference:.2e} in probability, "
+                f"more than {MAX_DIFFERENCE:.0e}: {output} was not written"
+            )
+    return difference
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m model.export", description=__doc__)
+    parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--output", type=Path, default=WEIGHTS.with_suffix(".onnx"))
+    parser.add_argument("--version", default="1.0.0", help="of the weights, for the model card")
+    parser.add_argument("--licence", default="Apache-2.0", help="of the weights")
+    args = parser.parse_args()
+    try:
+        difference = export(args.weights, args.output, args.version, args.licence)
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+    print(f"{args.output}: largest difference from PyTorch {difference:.1e} in probability")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""
+The paper's losses (eqs. 7, 9 and 11), and pixel-wise cross-entropy, which it leaves out.
+
+Probabilities, logits and ground truth are [n, 1, H, W]; every loss is a mean over images.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def jaccard_loss(probability: Tensor, truth: Tensor) -> Tensor:
+    """
+    Eq. 9, per image: ``1 - Σgp / (Σg² + Σp² - Σgp)``.
+
+    Where truth and prediction are both empty the ratio is 0/0: the loss is 0, as nothing is missed.
+    """
+    p, g = probability.flatten(1), truth.flatten(1)
+    intersection = (g * p).sum(1)
+    union = g.square().sum(1) + p.square().sum(1) - intersection
+    tiny = torch.finfo(p.dtype).tiny
+    ratio = torch.where(union > tiny, intersection / union.clamp_min(tiny), torch.ones_like(union))
+    return (1 - ratio).mean()
+
+
+def l1_loss(probability: Tensor, truth: Tensor) -> Tensor:
+    """The second term of eq. 7: mean absolute difference."""
+    return F.l1_loss(probability, truth)
+
+
+def adversarial_loss(fake_logits: Tensor) -> Tensor:
+    """The first term of eq. 7: ``-log D(x, G(x, z))``, averaged over D's map."""
+    return F.softplus(-fake_logits).mean()
+
+
+def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Eq. 11: ``-log D(x, y) - log(1 - D(x, G(x, z)))``, averaged over D's map."""
+    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+
+
+def bce_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Pixel-wise binary cross-entropy; the target may be soft (a teacher's probability)."""
+    return F.binary_cross_entropy_with_logits(logits, target)
