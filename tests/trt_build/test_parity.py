@@ -187,3 +187,8 @@ def test_the_command_says_what_cannot_be_compared(
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith("error: ")
+
+
+def test_the_shipped_ranges_belong_to_the_shipped_model() -> None:
+    """After new weights: python -m trt_build.calibrate --onnx … --images …"""
+    assert len(read_ranges(MODEL)) > 60
