@@ -50,6 +50,7 @@ EngineEvent = Literal[
     "gate_failed",
     "load_failed",
     "serving",
+    "lost",
 ]
 """Each is one log line and one count of the metric."""
 

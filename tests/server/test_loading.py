@@ -140,3 +140,54 @@ def test_tensorrt_that_cannot_be_used_fails_only_where_it_was_asked_for(
     app, _ = create_app(Settings(backend="auto", threads=1))
     with _serve(app) as client:
         _until(lambda: _backend(client) == "onnxruntime")
+
+
+def test_an_engine_that_is_found_but_fails_leaves_onnx_runtime_serving(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(EngineStub):
+        def warm_up(self) -> None:
+            raise BackendError("cudaErrorIllegalAddress")
+
+    harness = Harness(tmp_path)
+    assert harness.cache().obtain(threading.Event()) is not None
+    _use(monkeypatch, harness.cache(load=Broken))
+    failed = threading.Event()
+    app, _ = create_app(Settings(backend="auto", threads=1), failed.set)
+    with _serve(app) as client:
+        _until(lambda: _backend(client) == "onnxruntime")
+        assert 'event="load_failed"} 1.0' in client.get("/metrics").text
+    assert not failed.is_set()
+
+
+def test_a_gpu_that_is_lost_leaves_the_cpu_serving(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    works = threading.Event()
+    works.set()
+
+    class Fragile(EngineStub):
+        def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+            if not works.is_set():
+                raise BackendError("a batch of 1 failed: cudaErrorIllegalAddress")
+            return super().infer(batch)
+
+    harness = Harness(tmp_path)
+    assert harness.cache().obtain(threading.Event()) is not None
+    _use(monkeypatch, harness.cache(load=Fragile))
+    app, _ = create_app(Settings(backend="auto", threads=1))
+    with _serve(app) as client:
+
+        def segment() -> int:
+            headers = {"content-type": "image/jpeg"}
+            return client.post("/segment", content=PHOTO, headers=headers).status_code
+
+        _until(lambda: _backend(client) == "tensorrt")
+        assert segment() == 200
+        works.clear()
+        assert segment() == 500
+        while _backend(client) == "tensorrt":
+            segment()
+        assert [segment() for _ in range(3)] == [200] * 3
+        assert 'event="lost"} 1.0' in client.get("/metrics").text
+    assert "engine lost: 5 batches failed in a row" in caplog.text
