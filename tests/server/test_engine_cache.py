@@ -15,10 +15,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from server.backends import Backend, BackendError, BackendInfo
-from server.backends.engine_cache import EngineCache, EngineEvent
+from server.backends import Backend, BackendError, BackendInfo, engine_cache
+from server.backends.engine_cache import EngineCache, EngineEvent, open_engine_cache
+from tests.conftest import MODEL
 from tests.server.fake_builder import CONTENT, KEY, plan_info
-from trt_build.plan import sidecar_path
+from tests.trt_build.devices import has_gpu
+from trt_build import tensorrt_api
+from trt_build.device import Gpu, NoGpuError
+from trt_build.plan import BUCKETS, read_plan_info, sidecar_path
 
 BUILDER = Path(__file__).parent / "fake_builder.py"
 ROOT = Path(__file__).parent.parent.parent
@@ -328,6 +332,53 @@ def test_a_folder_that_cannot_be_written_is_said(
     assert harness.events[:2] == ["miss", "build_failed"]
     assert "engines: File exists" in caplog.text
     assert harness.builds() == 0
+
+
+@pytest.mark.slow
+def test_the_real_builder_runs_as_the_server_starts_it(
+    tmp_path: Path,
+    stop: threading.Event,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Up to the gate, which needs the GPU that this machine does not have."""
+    pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT for RTX is not installed")
+    if has_gpu():
+        pytest.skip("there is a GPU: test_gpu.py goes on to the end")
+    gpu = Gpu("a GPU that will be gone", "8.9", 24 << 30)
+    monkeypatch.setattr(engine_cache, "current_gpu", lambda: gpu)
+    events: list[EngineEvent] = []
+
+    def on_event(event: EngineEvent) -> None:
+        events.append(event)
+        if event == "build_failed":
+            stop.set()
+
+    cache = open_engine_cache(tmp_path, MODEL, "fp16", on_event)
+    assert cache.load() is None
+    assert cache.obtain(stop) is None
+
+    assert events == ["miss", "build_started", "build_failed"]
+    assert "error: no NVIDIA driver" in caplog.text
+    assert read_plan_info(cache.engine).key.buckets == BUCKETS, "it was built"
+    assert cache.load() is None, "and is not served, for it has not been through the gate"
+    assert events[-1] == "damaged"
+
+
+def test_a_cache_without_gpu_or_tensorrt_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_gpu() -> Gpu:
+        raise NoGpuError("no NVIDIA GPU is visible to this process")
+
+    monkeypatch.setattr(engine_cache, "current_gpu", no_gpu)
+    with pytest.raises(BackendError, match="TensorRT cannot be used: no NVIDIA GPU is visible"):
+        open_engine_cache(tmp_path, MODEL, "fp16", lambda _: None)
+
+    monkeypatch.setattr(engine_cache, "current_gpu", lambda: Gpu("a GPU", "9.0", 1 << 30))
+    monkeypatch.setattr(tensorrt_api, "MODULES", ("no_such_tensorrt",))
+    with pytest.raises(BackendError, match="no usable TensorRT: install one of those in req"):
+        open_engine_cache(tmp_path, MODEL, "fp16", lambda _: None)
 
 
 def _until(condition: Callable[[], bool], timeout_s: float = 20) -> None:
