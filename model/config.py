@@ -96,6 +96,10 @@ class DataConfig:
     fold: int = 0
     teacher: str | None = None  # file written by model.distill
 
+    def __post_init__(self) -> None:
+        if self.folds and not 0 <= self.fold < self.folds:
+            raise ValueError(f"fold {self.fold} is none of 0 to {self.folds - 1}")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -227,9 +231,8 @@ def parse_config(values: Mapping[str, Any]) -> TrainConfig:
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "unexpected_keyword_argument":
             known = _keys(config_dict(TrainConfig()))
-            close = difflib.get_close_matches(key, known, 3) or [
-                k for k in known if k.split(".")[-1] == key.split(".")[-1]
-            ]
+            elsewhere = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+            close = elsewhere or difflib.get_close_matches(key, known, 3)
             hint = f"did you mean {' or '.join(close)}?" if close else f"keys: {', '.join(known)}"
             raise ConfigError(f"config key {key!r} does not exist; {hint}") from error
         message = first["msg"].removeprefix("Value error, ")

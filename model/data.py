@@ -8,10 +8,12 @@ function that serving uses, and kept as uint8, so that an epoch never waits for 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
+import zipfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from model.files import replacing
 from model.image import ImageError, read_photo
@@ -126,14 +128,15 @@ def find_samples(root: Path) -> list[Sample]:
             samples += _find_ph2(ph2)
     if samples:
         return samples
-    for images, masks in (("images", "masks"), ("images", "images"), (".", ".")):
+    for images, masks in (("images", "masks"), ("images", "images")):
         if (root / images).is_dir() and (root / masks).is_dir():
-            try:
-                return find_pairs(root / images, root / masks)
-            except DataError:
-                if images == ".":
-                    raise
-    raise DataError(f"{root} holds no data set: no official layout, no images/ beside masks/")
+            return find_pairs(root / images, root / masks)
+    if any(path.name.endswith(MASK_ENDINGS) for path in root.iterdir()):
+        return find_pairs(root, root)
+    raise DataError(
+        f"{root} holds no data set: no folders of an official layout, no images/ beside masks/, "
+        "and no X_segmentation.png beside X.jpg"
+    )
 
 
 def _find_ph2(root: Path) -> list[Sample]:
@@ -166,7 +169,7 @@ def select(samples: Iterable[Sample], split: Split) -> list[Sample]:
     return sorted(chosen.values(), key=lambda s: s.id)
 
 
-def refuse_leakage(**splits: Sequence[Sample]) -> None:
+def refuse_leakage(splits: Mapping[str, Sequence[Sample]]) -> None:
     """
     Make sure that no id is in two splits.
 
@@ -225,7 +228,9 @@ def read_mask(
                     "resize the mask to its image"
                 )
             mask = np.asarray(file.convert("L")) > 127
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # Pillow's errors on damaged files are an open list
         raise DataError(f"{path} does not decode as a mask: {error}; replace it") from error
     if not allow_uniform and mask.all() == mask.any():
         what = "all lesion" if mask.any() else "empty"
@@ -255,7 +260,8 @@ def load_pixels(
                 key.update(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
         entry = cache / f"{key.hexdigest()[:16]}-{side}px.npz"
         if entry.is_file():
-            with np.load(entry) as stored:
+            damaged = contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile)
+            with damaged, entry.open("rb") as file, np.load(file) as stored:
                 return PixelSet(ids, stored["images"], stored["masks"])
 
     def decode(sample: Sample) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:

@@ -43,7 +43,8 @@ def load_run(run: Path, device: torch.device) -> tuple[TrainConfig, nn.Module]:
         state = torch.load(run / "last.pt", map_location=device, weights_only=True)
     except OSError as error:
         raise ConfigError(f"{run} holds no run of model.train: {error}") from error
-    if state["progress"]["epoch"] < config.epochs and not config.early_stop:
+    progress = state["progress"]
+    if progress["epoch"] < config.epochs and not progress.get("stopped"):
         raise ConfigError(f"{run} is not finished: resume it first")
     network: nn.Module
     network = Teacher() if config.network == "teacher" else Generator(config.generator)

@@ -69,6 +69,7 @@ class Progress:
     step: int = 0
     best: float = -1.0
     best_epoch: int = 0
+    stopped: bool = False  # early
     history: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -161,8 +162,8 @@ class Trainer:
         config, progress = self.config, self.progress
         self.network.train()
         writer = self._tensorboard()
-        started, first, saved = time.monotonic(), progress.epoch, 0.0
-        while progress.epoch < config.epochs:
+        started, first, saved = time.monotonic(), progress.epoch, -math.inf
+        while progress.epoch < config.epochs and not progress.stopped:
             begun = time.monotonic()
             order = torch.from_numpy(
                 np.random.default_rng((config.seed, progress.epoch)).permutation(len(self.ids))
@@ -178,6 +179,9 @@ class Trainer:
                 for name, value in terms.items():
                     sums[name] = sums.get(name, 0) + value
                 progress.step += 1
+            # the last step's loss was a number before it; are the weights after it?
+            finite = torch.stack([t.isfinite().all() for t in self._averages]).all()
+            bad = torch.where((bad < 0) & ~finite, progress.step - 1, bad)
             if self.world > 1:
                 dist.all_reduce(bad, dist.ReduceOp.MAX)
             if bad >= 0:
@@ -196,7 +200,6 @@ class Trainer:
             }
             for name, value in sums.items():
                 row[name] = float(self._mean(value)) / self.steps_per_epoch
-            stop = False
             if progress.epoch % config.validate_every == 0 or progress.epoch == config.epochs:
                 row |= self.validate()
                 if row["selection"] > progress.best:
@@ -204,7 +207,7 @@ class Trainer:
                     if self.rank == 0:
                         self._save_best(row)
                 waited = progress.epoch - progress.best_epoch
-                stop = 0 < config.early_stop <= waited
+                progress.stopped = 0 < config.early_stop <= waited
             progress.history.append(row)
             if self.rank == 0:
                 elapsed = time.monotonic() - started
@@ -212,12 +215,10 @@ class Trainer:
                 _report(row, config.epochs, left)
                 if writer is not None:
                     self._log(writer, row)
-                done = stop or progress.epoch == config.epochs
+                done = progress.stopped or progress.epoch == config.epochs
                 if done or time.monotonic() - saved > SAVE_EVERY_S:
                     self.save()
                     saved = time.monotonic()
-            if stop:
-                break
         if writer is not None:
             writer.close()
         return progress
@@ -403,6 +404,8 @@ class Trainer:
         }
         with replacing(self.out / "last.pt") as path:
             torch.save(state, path)
+        if not progress.history:
+            return
         columns = list(dict.fromkeys(k for row in progress.history for k in row))
         with replacing(self.out / "history.csv") as path, path.open("w", newline="") as file:
             table = csv.DictWriter(file, columns)
@@ -429,7 +432,9 @@ class Trainer:
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
         except FileNotFoundError as error:
-            raise TrainingError(f"nothing to resume: {path} does not exist") from error
+            raise TrainingError(
+                f"nothing to resume: {path} does not exist; start the run without --resume"
+            ) from error
         except Exception as error:  # torch.load raises whatever its unpickler and zip reader do
             raise TrainingError(f"{path} is not a readable checkpoint: {error}") from error
         theirs, ours = _flat(state["config"]), _flat(config_dict(self.config))
@@ -592,7 +597,7 @@ def prepare(
     """
     samples = find_samples(data)
     training, selections = split_samples(config, samples)
-    side = max(STORED_SIZE, config.size)
+    side = math.ceil(STORED_SIZE / config.size) * config.size
     load: Callable[[list[Sample]], PixelSet] = lambda chosen: load_pixels(  # noqa: E731
         chosen, side, cache, config.data.allow_uniform_masks
     )
@@ -621,7 +626,14 @@ def split_samples(
             "there is no validation set beside the training images: "
             "set data.folds=10 to hold out a tenth"
         )
-    refuse_leakage(training=training, **selections)
+    # between data sets ids repeat and are sorted out above; within one they are a mistake
+    for origin in {sample.origin for sample in samples}:
+        splits: dict[str, list[Sample]] = {}
+        for sample in samples:
+            if sample.origin == origin:
+                splits.setdefault(f"{origin}'s {sample.split} set", []).append(sample)
+        refuse_leakage(splits)
+    refuse_leakage({"the training set": training, **selections})
     return training, selections
 
 
@@ -660,14 +672,26 @@ def _run(args: argparse.Namespace) -> Progress:
         try:
             config = parse_config(yaml.safe_load(saved.read_text()))
         except OSError as error:
-            raise TrainingError(f"nothing to resume: {saved} does not exist") from error
+            raise TrainingError(
+                f"nothing to resume: {saved} does not exist; start the run without --resume"
+            ) from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{saved} is not a readable YAML file: {error}") from error
+        if args.config or args.set:
+            raise ConfigError(
+                f"--resume takes the run's own {saved}: leave --config and --set out, "
+                "or start another run"
+            )
     else:
         overrides = {}
         for item in args.set:
             key, separator, value = item.partition("=")
             if not separator:
                 raise ConfigError(f"--set takes KEY=VALUE, not {item!r}")
-            overrides[key] = yaml.safe_load(value)
+            try:
+                overrides[key] = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise ConfigError(f"--set {item}: the value is not readable: {error}") from error
         config = load_config(args.preset, args.config, overrides)
         if (args.out / "last.pt").exists():
             raise ConfigError(f"{args.out} holds a run: pass --resume, or another --out")
@@ -676,9 +700,13 @@ def _run(args: argparse.Namespace) -> Progress:
     trainer = Trainer(config, args.out, pixels, selections, origin)
     if args.resume:
         trainer.load()
-    elif trainer.rank == 0:
-        with replacing(saved) as path:
-            path.write_text(yaml.safe_dump(config_dict(config), sort_keys=False))
+    else:
+        if trainer.world > 1:
+            dist.barrier()  # every process has seen that no run was there
+        if trainer.rank == 0:
+            with replacing(saved) as path:
+                path.write_text(yaml.safe_dump(config_dict(config), sort_keys=False))
+            trainer.save()  # so that a kill in the first epoch can be resumed too
     return trainer.run()
 
 

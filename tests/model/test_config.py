@@ -1,0 +1,109 @@
+"""Presets, files and flags; and what a wrong key or value is answered with."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from model.config import (
+    PRESETS,
+    ConfigError,
+    GeneratorConfig,
+    TrainConfig,
+    config_dict,
+    load_config,
+    parse_config,
+)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_a_file(name: str) -> None:
+    text = yaml.safe_dump(config_dict(PRESETS[name]))
+    again = parse_config(yaml.safe_load(text))
+    assert again == PRESETS[name] and hash(again) == hash(PRESETS[name])
+
+
+def test_papers_protocol() -> None:
+    paper = PRESETS["paper"]
+    assert (paper.optimizer, paper.betas, paper.learning_rate) == ("adam", (0.5, 0.999), 2e-4)
+    assert (paper.batch_size, paper.size, paper.augment) == (8, 128, "paper")
+    assert (paper.loss.adversarial, paper.loss.l1, paper.loss.jaccard) == (1, 0.1, 0.5)
+    assert paper.loss.bce == 0 and paper.generator.decoder_dropout > 0  # z
+
+
+def test_ablations_differ_from_the_paper_in_what_they_are_named_for() -> None:
+    def changes(name: str) -> dict[str, object]:
+        paper, other = PRESETS["paper"], PRESETS[name]
+        found: dict[str, object] = {}
+        for part in ("generator", "loss"):
+            for field in dataclasses.fields(getattr(paper, part)):
+                value = getattr(getattr(other, part), field.name)
+                if value != getattr(getattr(paper, part), field.name):
+                    found[field.name] = value
+        if other.size != paper.size:
+            found["size"] = other.size
+        same = {"generator": paper.generator, "loss": paper.loss, "size": paper.size}
+        assert dataclasses.replace(other, **same) == paper  # type: ignore[arg-type]
+        return found
+
+    assert changes("base") == {"multiscale": False, "pam": False, "cam": False}
+    assert changes("base+pam") == {"multiscale": False, "cam": False}
+    assert changes("base+cam") == {"multiscale": False, "pam": False}
+    assert changes("no-multiscale") == {"multiscale": False}
+    assert changes("input-64") == {"size": 64} and changes("input-256") == {"size": 256}
+    assert changes("loss-bce") == {"l1": 0, "jaccard": 0}
+    assert changes("loss-bce+l1") == {"jaccard": 0}
+    assert changes("loss-bce+jaccard") == {"l1": 0}
+    assert changes("cam-danet") == {"cam_form": "danet"}
+
+
+def test_file_then_flags(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("epochs: 7\nloss:\n  l1: 0.25\ngenerator: {widths: [8, 16, 32, 64]}\n")
+    config = load_config("paper", file, {"epochs": 9, "loss.jaccard": 2, "learning_rate": "1e-3"})
+    assert config.epochs == 9 and config.learning_rate == 1e-3
+    assert (config.loss.adversarial, config.loss.l1, config.loss.jaccard) == (1, 0.25, 2)
+    assert config.generator.widths == (8, 16, 32, 64) and config.generator.cam_form == "eq1"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("epoch", 3, "config key 'epoch' does not exist; did you mean epochs"),
+        ("loss.jacard", 1, "config key 'loss.jacard' does not exist; did you mean loss.jaccard"),
+        ("generator.jaccard", 1, r"'generator.jaccard' does not exist; did you mean loss.jaccard"),
+        ("zzz", 1, "config key 'zzz' does not exist; keys: generator.multiscale, "),
+        ("epochs", "many", "config key 'epochs'"),
+        ("epochs", 0, "epochs must be at least 1, not 0"),
+        ("size", 100, "size must be a multiple of 32, not 100"),
+        ("optimizer", "sgd", "config key 'optimizer'.*'adam' or 'adamw'"),
+        ("generator.widths", [16, 32], "config key 'generator.widths.2'"),
+        ("generator.widths", [16, 16, 32, 64], "config key 'generator': widths must grow"),
+        ("loss.teacher", 0.5, "loss.teacher needs data.teacher"),
+        ("data", {"folds": 5, "fold": 5}, "config key 'data': fold 5 is none of 0 to 4"),
+        ("loss", 3, "config key 'loss'"),
+    ],
+)
+def test_wrong_keys_and_values_are_named(key: str, value: object, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load_config(overrides={key: value})
+
+
+def test_wrong_presets_and_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no preset 'papre'; presets: best, .*paper, base"):
+        load_config("papre")
+    with pytest.raises(ConfigError, match=r"none\.yaml is not a readable YAML file"):
+        load_config(file=tmp_path / "none.yaml")
+    file = tmp_path / "bad.yaml"
+    file.write_text("a: [1,")
+    with pytest.raises(ConfigError, match=r"bad\.yaml is not a readable YAML file"):
+        load_config(file=file)
+    file.write_text("- 1")
+    with pytest.raises(ConfigError, match="must hold keys and values"):
+        load_config(file=file)
+
+
+def test_configurations_are_values() -> None:
+    assert PRESETS["best"] == load_config() and hash(TrainConfig()) == hash(parse_config({}))
+    assert GeneratorConfig(widths=[1, 2, 3, 4]) == GeneratorConfig(widths=(1, 2, 3, 4))  # type: ignore[arg-type]
