@@ -7,7 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Literal
 
-from fastapi import FastAPI, Header, Query, Request
+from fastapi import FastAPI, Query, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
@@ -23,7 +23,17 @@ from server.backends import BackendError
 from server.context import RequestContext
 from server.loading import bring_up
 from server.metrics import Metrics
-from server.problems import DeadlineExceeded, Unavailable, install
+from server.parameters import (
+    MaskForm,
+    MaskSize,
+    Priority,
+    Threshold,
+    TimeoutMs,
+    deadline,
+    is_bulk,
+    preferred,
+)
+from server.problems import Unavailable, install
 from server.reference import (
     DESCRIPTION,
     SEGMENT_BODY,
@@ -34,7 +44,7 @@ from server.reference import (
 from server.service import Service
 from server.settings import Settings
 from server.stages import Stages
-from server.uploads import check_content_type, read_body
+from server.uploads import check_content_type, hang_up, read_body
 
 __all__ = ["create_app"]
 
@@ -105,90 +115,58 @@ def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
     )
     async def segment(
         request: Request,
-        threshold: Annotated[
-            float,
-            Query(
-                ge=0,
-                le=1,
-                allow_inf_nan=False,
-                description="lesion is where the probability is above it",
-            ),
-        ] = 0.5,
-        size: Annotated[
-            Literal["original", "model"],
-            Query(description="of the mask: the photo's, or the network's 128×128"),
-        ] = "original",
+        threshold: Threshold = 0.5,
+        size: MaskSize = "original",
         answer_format: Annotated[
             Literal["png", "json"] | None,
             Query(alias="format", description="of the answer; default: what `Accept` prefers"),
         ] = None,
-        mask: Annotated[
-            MaskFormat, Query(description="how a JSON answer holds the mask")
-        ] = MaskFormat.PNG,
-        x_request_timeout_ms: Annotated[
-            float | None,
-            Header(
-                gt=0,
-                allow_inf_nan=False,
-                description="milliseconds within which the answer is of use; at most the server's"
-                f" own {settings.request_timeout_ms:g}",
-            ),
-        ] = None,
+        mask: MaskForm = MaskFormat.PNG,
+        x_request_timeout_ms: TimeoutMs = None,
+        priority: Priority = "",
     ) -> Response:
         stages: Stages = request.state.stages
-        timeout_s = (
-            min(x_request_timeout_ms or settings.request_timeout_ms, settings.request_timeout_ms)
-            / 1000
-        )
+        timeout_s = settings.timeout_s(x_request_timeout_ms)
+        bulk = is_bulk(priority)
         content_type = request.headers.get("content-type", "")
         check_content_type(content_type)
-        try:
-            async with asyncio.timeout(timeout_s):
-                with service.admission() as take:
-                    body = await read_body(
-                        request.receive,
-                        request.headers,
-                        max_bytes=settings.max_body_bytes,
-                        take=take,
+        media_type = preferred(request.headers.get("accept", ""), ("image/png", "application/json"))
+        if answer_format is not None:
+            media_type = {"png": "image/png", "json": "application/json"}[answer_format]
+        async with deadline(timeout_s):
+            with service.admission(bulk=bulk) as take:
+                body = await read_body(
+                    request.receive,
+                    request.headers,
+                    max_bytes=settings.max_body_bytes,
+                    take=take,
+                )
+                stages.end("read")
+                with hang_up(request.receive) as gone:
+                    segmentation = await service.segment(
+                        body,
+                        content_type,
+                        stages=stages,
+                        deadline=stages.started + timeout_s,
+                        is_gone=gone.done,
+                        bulk=bulk,
                     )
-                    stages.end("read")
-                    hang_up = asyncio.ensure_future(request.receive())
-                    try:
-                        segmentation = await service.segment(
-                            body,
-                            content_type,
-                            stages=stages,
-                            deadline=stages.started + timeout_s,
-                            is_gone=hang_up.done,
+                stages.notes["batch"] = str(segmentation.batch_size)
+                original = size == "original"
+                if media_type == "application/json":
+                    content = await service.in_thread(
+                        lambda: json_answer(
+                            segmentation,
+                            threshold,
+                            original,
+                            mask,
+                            request_id=request.state.request_id,
+                            timings_ms=stages.milliseconds(),
                         )
-                    finally:
-                        hang_up.cancel()
-                    stages.notes["batch"] = str(segmentation.batch_size)
-                    original = size == "original"
-                    if (answer_format or _preferred(request.headers.get("accept", ""))) == "json":
-                        content = await service.in_thread(
-                            lambda: json_answer(
-                                segmentation,
-                                threshold,
-                                original,
-                                mask,
-                                request_id=request.state.request_id,
-                                timings_ms=stages.milliseconds(),
-                            )
-                        )
-                        media_type = "application/json"
-                    else:
-                        content = await service.in_thread(
-                            png_answer, segmentation, threshold, original
-                        )
-                        media_type = "image/png"
-                    stages.end("encode")
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"The deadline of {timeout_s * 1000:g} ms passed before the mask was ready. Send it"
-                " again when the server is less busy, or allow more time with"
-                " X-Request-Timeout-Ms."
-            ) from None
+                    )
+                else:
+                    content = await service.in_thread(png_answer, segmentation, threshold, original)
+                stages.end("encode")
         return Response(content, media_type=media_type, headers={"Vary": "Accept"})
 
     @app.get("/health/live", tags=["health"], summary="Whether the process works")
@@ -224,29 +202,3 @@ def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
     )
     async def prometheus() -> Response:
         return Response(metrics.render(), headers={"Content-Type": _PROMETHEUS_TEXT})
-
-
-def _preferred(accept: str) -> Literal["png", "json"]:
-    """What an `Accept` header prefers (RFC 9110, 12.5.1); PNG where it does not care."""
-    qualities: dict[str, float] = {}
-    for entry in accept.lower().split(","):
-        media_type, *parameters = (part.strip() for part in entry.split(";"))
-        quality = next((part[2:] for part in parameters if part.startswith("q=")), "1")
-        try:
-            qualities[media_type] = float(quality)
-        except ValueError:
-            qualities[media_type] = 0
-
-    def quality_of(kind: str, group: str) -> float:
-        return next(
-            (
-                qualities[key]
-                for key in (f"{group}/{kind}", f"{group}/*", "*/*")
-                if key in qualities
-            ),
-            0,
-        )
-
-    if quality_of("json", "application") > quality_of("png", "image"):
-        return "json"
-    return "png"

@@ -4,6 +4,10 @@ A request that finds a free slot of the backend runs immediately, alone. Those t
 slots are busy wait together, and the slot that comes free next takes up to `max_batch` of them. So
 a lone request pays nothing for batching, and load fills the batches by itself. Nothing is polled:
 work is handed out when a request arrives and when a slot comes free.
+
+Interactive photos go before bulk ones. Bulk gets the seats that a batch would be padded with, the
+slots that nobody else wants (in runs so short that whoever comes next hardly waits), and, so that
+it never starves, one photo for every eight interactive ones.
 """
 
 import asyncio
@@ -24,6 +28,12 @@ from server.problems import ClientGone, DeadlineExceeded, InferenceFailed
 __all__ = ["Batcher", "Inference"]
 
 log = logging.getLogger("slsnet.batching")
+
+# While both kinds wait, so many interactive photos run for one bulk photo.
+_INTERACTIVE_PER_BULK = 8
+
+# A run of bulk photos alone is kept about this short: it cannot be interrupted.
+_BULK_RUN_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,9 @@ class Batcher:
         self._buckets = info.buckets
         self._slots = info.slots
         self._max_wait_s = max_wait_ms / 1000
-        self._queue: deque[_Item] = deque()
+        self._interactive: deque[_Item] = deque()
+        self._bulk: deque[_Item] = deque()
+        self._interactive_since_bulk = 0
         self._running: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._threads = ThreadPoolExecutor(info.slots, thread_name_prefix="infer")
@@ -98,10 +110,31 @@ class Batcher:
             ClientGone: `is_gone` said so.
             InferenceFailed: the backend failed on this image in its batch and again alone.
         """
-        result: asyncio.Future[Inference] = asyncio.get_running_loop().create_future()
-        self._queue.append(_Item(pixels, deadline, is_gone, result))
+        return await self.submit([pixels], deadline=deadline, is_gone=is_gone)[0]
+
+    def submit(
+        self,
+        images: Sequence[NDArray[np.uint8]],
+        *,
+        deadline: float,
+        is_gone: Callable[[], bool] = lambda: False,
+        bulk: bool = False,
+    ) -> list[asyncio.Future[Inference]]:
+        """Queue images, each for itself; arguments and errors are those of `infer`.
+
+        Args:
+            images: each uint8 [128, 128, 3].
+            deadline, is_gone: as for `infer`.
+            bulk: let interactive images go first.
+
+        Returns:
+            A future for each; cancelling it takes the image out of the queue.
+        """
+        loop = asyncio.get_running_loop()
+        items = [_Item(pixels, deadline, is_gone, loop.create_future()) for pixels in images]
+        (self._bulk if bulk else self._interactive).extend(items)
         self._dispatch()
-        return await result
+        return [item.result for item in items]
 
     async def close(self) -> None:
         """Finish what is queued and running, then close the backend."""
@@ -117,7 +150,7 @@ class Batcher:
         return images * self.seconds_per_image / self._slots
 
     def _dispatch(self) -> None:
-        while len(self._running) < self._slots and self._queue:
+        while len(self._running) < self._slots and (self._interactive or self._bulk):
             if self._should_wait():
                 return
             batch = self._next_batch()
@@ -134,9 +167,11 @@ class Batcher:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if len(self._queue) >= self._max_batch:
+        queues = [queue for queue in (self._interactive, self._bulk) if queue]
+        if sum(len(queue) for queue in queues) >= self._max_batch:
             return False
-        remaining = self._queue[0].arrived + self._max_wait_s - time.perf_counter()
+        oldest = min(queue[0].arrived for queue in queues)
+        remaining = oldest + self._max_wait_s - time.perf_counter()
         if remaining <= 0:
             return False
         self._timer = asyncio.get_running_loop().call_later(remaining, self._dispatch)
@@ -144,11 +179,35 @@ class Batcher:
 
     def _next_batch(self) -> list[_Item]:
         batch: list[_Item] = []
-        while self._queue and len(batch) < self._max_batch:
-            item = self._queue.popleft()
+        if self._interactive_since_bulk >= _INTERACTIVE_PER_BULK:
+            self._fill(batch, self._bulk, 1)
+        turn = len(batch)
+        self._fill(batch, self._interactive, self._max_batch)
+        interactive = len(batch) - turn
+        seats = min(self._bucket(len(batch)), self._max_batch) if batch else self._bulk_run()
+        self._fill(batch, self._bulk, seats)
+        if len(batch) > interactive or not self._bulk:
+            self._interactive_since_bulk = 0
+        else:
+            self._interactive_since_bulk += interactive
+        return batch
+
+    def _fill(self, batch: list[_Item], queue: deque[_Item], size: int) -> None:
+        while queue and len(batch) < size:
+            item = queue.popleft()
             if self._is_wanted(item):
                 batch.append(item)
-        return batch
+
+    def _bulk_run(self) -> int:
+        """Images that take about `_BULK_RUN_S`; one while it is not known."""
+        if not self.seconds_per_image:
+            return 1
+        size = max(1, min(self._max_batch, int(_BULK_RUN_S / self.seconds_per_image)))
+        return max((bucket for bucket in self._buckets if bucket <= size), default=size)
+
+    def _bucket(self, images: int) -> int:
+        """The size of batch that so many images run in."""
+        return next((size for size in self._buckets if size >= images), images)
 
     def _is_wanted(self, item: _Item) -> bool:
         """Whether someone still waits for this image; who waits in vain is told so."""
@@ -209,7 +268,7 @@ class Batcher:
         """In a thread: images → start, end (s), probabilities float32 [n, 128, 128]."""
         started = time.perf_counter()
         batch = np.stack(images)
-        bucket = next((size for size in self._buckets if size >= len(images)), len(images))
+        bucket = self._bucket(len(images))
         if bucket > len(images):
             batch = np.pad(batch, [(0, bucket - len(images)), (0, 0), (0, 0), (0, 0)])
         probabilities = self._backend.infer(batch)[: len(images)]

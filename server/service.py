@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar, TypeVarTuple
@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from model.image import ImageError as PhotoError
 from model.image import Photo, read_photo
 from server.backends import Backend, BackendInfo
-from server.batching import Batcher
+from server.batching import Batcher, Inference
 from server.metrics import Metrics
 from server.problems import ClientGone, Overloaded, Unavailable, of_photo_error
 from server.settings import Settings, available_cores
 from server.stages import Stages
-from server.uploads import ByteBudget, image_in_body
+from server.uploads import ByteBudget, PixelBudget, image_in_body
 
 __all__ = ["Segmentation", "Service"]
 
@@ -57,12 +57,15 @@ class Service:
         self.metrics = metrics
         self.draining = False
         self.body_bytes = ByteBudget(settings.max_bytes_in_flight)
+        self._pixels = PixelBudget(settings.max_pixels_decoding)
+        metrics.pixels_decoding.set_function(lambda: self._pixels.used)
         metrics.bytes_in_flight.set_function(lambda: self.body_bytes.used)
         metrics.ready.set_function(lambda: self.is_ready)
         metrics.admitted.set_function(lambda: self._admitted)
-        self.workers = ThreadPoolExecutor(
-            settings.decode_threads or available_cores(), thread_name_prefix="work"
-        )
+        threads = settings.decode_threads or available_cores()
+        self.workers = ThreadPoolExecutor(threads, thread_name_prefix="work")
+        # Of their own, so that no photo that somebody waits for queues up behind bulk's.
+        self._bulk_workers = ThreadPoolExecutor(max(1, threads // 2), thread_name_prefix="bulk")
         self._admitted = 0
         self._batcher: Batcher | None = None
 
@@ -105,10 +108,14 @@ class Service:
         if self._batcher is not None:
             await self._batcher.close()
         self.workers.shutdown()
+        self._bulk_workers.shutdown()
 
     @contextlib.contextmanager
-    def admission(self) -> Iterator[Callable[[int], None]]:
+    def admission(self, *, bulk: bool = False) -> Iterator[Callable[[int], None]]:
         """A place among the requests being worked on; gives what takes bytes for its body.
+
+        Args:
+            bulk: the half of the places that was free last is not for this one.
 
         Raises:
             Unavailable: no backend is ready.
@@ -116,16 +123,29 @@ class Service:
         """
         if self._batcher is None:
             raise Unavailable(_STARTING)
-        if self._admitted >= self.settings.max_queue:
-            raise self._overloaded("the queue is full")
-        self._admitted += 1
-        try:
-            with self.body_bytes.account(
+        with (
+            self.places(1, bulk=bulk),
+            self.body_bytes.account(
                 lambda: self._overloaded("the photos in flight fill the memory set aside for them")
-            ) as take:
-                yield take
+            ) as take,
+        ):
+            yield take
+
+    @contextlib.contextmanager
+    def places(self, count: int, *, bulk: bool = False) -> Iterator[None]:
+        """So many places; a request with several photos takes some beside its own.
+
+        Raises:
+            Overloaded: fewer are free.
+        """
+        limit = self.settings.bulk_queue if bulk else self.settings.max_queue
+        if self._admitted + count > limit:
+            raise self._overloaded("the queue is full")
+        self._admitted += count
+        try:
+            yield
         finally:
-            self._admitted -= 1
+            self._admitted -= count
 
     async def segment(
         self,
@@ -135,6 +155,7 @@ class Service:
         stages: Stages,
         deadline: float,
         is_gone: Callable[[], bool],
+        bulk: bool = False,
     ) -> Segmentation:
         """A request's body → the lesion probability of its photo.
 
@@ -143,19 +164,19 @@ class Service:
             stages: told when decode, queue and infer are over.
             deadline: second of `time.perf_counter` after which the network is not run.
             is_gone: whether the client hung up.
+            bulk: others go first.
 
         Raises:
             Problem: whatever is wrong with the request or its photo.
             ClientGone: `is_gone` said so between two stages.
         """
-        photo = await self.in_thread(self._decode, body, content_type)
+        photo = await self.in_thread(self._decode, body, content_type, bulk=bulk)
         stages.end("decode")
         if is_gone():
             raise ClientGone
-        # Looked up only now: while the photo was decoded another backend may have come into use.
-        batcher = self._batcher
-        assert batcher is not None
-        inference = await batcher.infer(photo.pixels, deadline=deadline, is_gone=is_gone)
+        (inference,), backend = await self.infer(
+            [photo.pixels], deadline=deadline, is_gone=is_gone, bulk=bulk
+        )
         stages.end("queue", inference.started)
         stages.end("infer", inference.ended)
         if is_gone():
@@ -165,19 +186,52 @@ class Service:
             photo.width,
             photo.height,
             inference.batch_size,
-            batcher.info,
+            backend,
         )
 
+    async def infer(
+        self,
+        images: Sequence[NDArray[np.uint8]],
+        *,
+        deadline: float,
+        is_gone: Callable[[], bool],
+        bulk: bool,
+    ) -> tuple[list[Inference], BackendInfo]:
+        """Images of one request through the network, and what ran all of them.
+
+        Args:
+            images: each uint8 [128, 128, 3].
+            deadline, is_gone, bulk: as for `Batcher.submit`.
+
+        Raises:
+            DeadlineExceeded, ClientGone, InferenceFailed: of whichever image it was first.
+        """
+        # Looked up only now: while a photo was decoded another backend may have come into use.
+        batcher = self._batcher
+        assert batcher is not None
+        results = batcher.submit(images, deadline=deadline, is_gone=is_gone, bulk=bulk)
+        try:
+            return await asyncio.gather(*results), batcher.info
+        finally:
+            for result in results:
+                result.cancel()
+
     async def in_thread(
-        self, work: Callable[[*Arguments], Result], *arguments: *Arguments
+        self,
+        work: Callable[[*Arguments], Result],
+        *arguments: *Arguments,
+        bulk: bool = False,
     ) -> Result:
         """Run `work` in the pool, where it does not hold up the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self.workers, work, *arguments)
+        pool = self._bulk_workers if bulk else self.workers
+        return await asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
 
     def _decode(self, body: bytes, content_type: str) -> Photo:
         try:
             return read_photo(
-                image_in_body(body, content_type), max_pixels=self.settings.max_pixels
+                image_in_body(body, content_type),
+                max_pixels=self.settings.max_pixels,
+                room=self._pixels.room,
             )
         except PhotoError as error:
             raise of_photo_error(error) from error

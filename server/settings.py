@@ -104,6 +104,15 @@ class Settings(BaseSettings):
         "info", description="least severe message that is logged: debug, info, warning or error"
     )
 
+    @property
+    def bulk_queue(self) -> int:
+        """Of `max_queue`, how much bulk requests may fill; also the most images of one request."""
+        return max(1, self.max_queue // 2)
+
+    def timeout_s(self, asked_ms: float | None) -> float:
+        """Seconds that a request has which asks for `asked_ms` (`X-Request-Timeout-Ms`)."""
+        return min(asked_ms or self.request_timeout_ms, self.request_timeout_ms) / 1000
+
 
 def read_settings(arguments: Sequence[str] | None = None) -> Settings:
     """Settings from flags (`arguments`, default `sys.argv`), then the environment.

@@ -4,16 +4,26 @@ The framework's own form parser writes parts to temporary files, so it is not us
 photo must never touch the disk.
 """
 
+import asyncio
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 
 import multipart
 from starlette.datastructures import Headers
-from starlette.types import Receive
+from starlette.types import Message, Receive
 
 from server.problems import BadRequest, ClientGone, TooLarge, UnsupportedType
 
-__all__ = ["FIELD", "RAW_TYPES", "ByteBudget", "check_content_type", "image_in_body", "read_body"]
+__all__ = [
+    "FIELD",
+    "RAW_TYPES",
+    "ByteBudget",
+    "check_content_type",
+    "hang_up",
+    "image_in_body",
+    "read_body",
+]
 
 FIELD = "file"
 """Name of the form field that holds the photo."""
@@ -62,6 +72,31 @@ class ByteBudget:
             yield take
         finally:
             self.used -= taken
+
+
+class PixelBudget:
+    """Pixels of all the photos that are being decoded: threads wait until there is room for more.
+
+    A photo larger than the limit is let in when it is alone, so that every photo's turn comes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+        self._freed = threading.Condition()
+
+    @contextlib.contextmanager
+    def room(self, pixels: int) -> Iterator[None]:
+        """Wait for room, and hold it."""
+        with self._freed:
+            self._freed.wait_for(lambda: not self.used or self.used + pixels <= self.limit)
+            self.used += pixels
+        try:
+            yield
+        finally:
+            with self._freed:
+                self.used -= pixels
+                self._freed.notify_all()
 
 
 def check_content_type(content_type: str) -> None:
@@ -122,6 +157,16 @@ async def read_body(
             take(len(chunk))
         chunks.append(chunk)
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+@contextlib.contextmanager
+def hang_up(receive: Receive) -> Iterator[asyncio.Future[Message]]:
+    """What is done when the client hangs up; to be used once the whole body has come."""
+    gone = asyncio.ensure_future(receive())
+    try:
+        yield gone
+    finally:
+        gone.cancel()
 
 
 def image_in_body(body: bytes, content_type: str) -> bytes:

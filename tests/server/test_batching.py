@@ -71,7 +71,11 @@ def ask(batcher: Batcher, value: int, **options: Any) -> asyncio.Task[Inference]
     return asyncio.create_task(batcher.infer(image(value), **options))
 
 
-def value_of(task: asyncio.Task[Inference]) -> int:
+def submit(batcher: Batcher, *values: int, bulk: bool) -> list[asyncio.Future[Inference]]:
+    return batcher.submit([image(value) for value in values], deadline=FAR, bulk=bulk)
+
+
+def value_of(task: asyncio.Future[Inference]) -> int:
     return round(float(task.result().probability[0, 0]) * 255)
 
 
@@ -225,6 +229,64 @@ def test_max_wait_fills_a_batch_of_an_idle_backend() -> None:
         await settle()
         assert backend.batches[-1] == [3, 4, 5, 6]
         await asyncio.gather(*started)
+
+    run(scenario)
+
+
+def test_interactive_goes_first_and_bulk_does_not_starve() -> None:
+    async def scenario() -> None:
+        backend = HeldBackend()
+        batcher = Batcher(backend, Metrics(), max_batch=3)
+        results = submit(batcher, 100, bulk=True)
+        await settle()
+        # While one bulk photo runs more of both kinds come.
+        results += submit(batcher, 101, 102, 103, bulk=True)
+        results += submit(batcher, *range(1, 13), bulk=False)
+        backend.gate.release(100)
+        await asyncio.gather(*results)
+        assert backend.batches[:7] == [
+            [100],
+            [1, 2, 3],
+            [4, 5, 6],
+            [7, 8, 9],
+            [101, 10, 11],
+            [12],
+            [102, 103],
+        ]
+        assert [value_of(result) for result in results] == [100, 101, 102, 103, *range(1, 13)]
+        await batcher.close()
+
+    run(scenario)
+
+
+def test_bulk_takes_the_seats_that_would_be_padding() -> None:
+    async def scenario() -> None:
+        backend = HeldBackend(buckets=(1, 4))
+        batcher = Batcher(backend, Metrics())
+        results = submit(batcher, 1, bulk=False)
+        await settle()
+        results += submit(batcher, 101, 102, 103, bulk=True) + submit(batcher, 2, 3, bulk=False)
+        backend.gate.release(100)
+        await asyncio.gather(*results)
+        assert backend.batches == [[1], [2, 3, 101, 102], [103]]
+        await batcher.close()
+
+    run(scenario)
+
+
+def test_a_run_of_bulk_alone_is_short() -> None:
+    async def scenario() -> None:
+        class Slow(HeldBackend):
+            def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+                time.sleep(0.06 * len(batch))
+                return super().infer(batch)
+
+        backend = Slow()
+        backend.gate.release(100)
+        batcher = Batcher(backend, Metrics())
+        await asyncio.gather(*submit(batcher, *range(100, 104), bulk=True))
+        assert [len(batch) for batch in backend.batches] == [1, 1, 1, 1]
+        await batcher.close()
 
     run(scenario)
 

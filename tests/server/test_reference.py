@@ -45,7 +45,7 @@ def test_document_is_complete(server: ServerProcess) -> None:
     }
     assert set(segment["responses"]["200"]["content"]) == {"image/png", "application/json"}
     names = {parameter["name"] for parameter in segment["parameters"]}
-    assert names == {"threshold", "size", "format", "mask", "x-request-timeout-ms"}
+    assert names == {"threshold", "size", "format", "mask", "x-request-timeout-ms", "priority"}
     assert all(parameter["description"] for parameter in segment["parameters"])
     for response in segment["responses"].values():
         assert {"X-Request-ID", "Server-Timing"} <= set(response["headers"])
