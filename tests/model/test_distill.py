@@ -1,0 +1,132 @@
+"""Soft targets come from runs that did not see the image, and are learnt from."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model import distill, train
+from model.config import ConfigError, DataConfig, LossConfig
+from model.data import find_samples, load_pixels, select
+from model.distill import distil, load_run, predict
+from model.generator import Generator
+from model.train import STORED_SIZE, split_samples
+from tests.model.tiny import tiny_config, tiny_flags, write_isic2017
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`data`, and two finished runs `t0` and `t1` that held out one fold each."""
+    folder = tmp_path_factory.mktemp("distil")
+    write_isic2017(folder / "data", training=9, validation=2)
+    for fold in (0, 1):
+        flags = tiny_flags(epochs=1, batch_size=2, data__folds=2, data__fold=fold, seed=fold)
+        run(folder, f"t{fold}", *flags)
+    return folder
+
+
+def run(folder: Path, name: str, *flags: str) -> None:
+    where = ["--data", str(folder / "data"), "--cache", str(folder / "cache")]
+    train.main([*where, "--out", str(folder / name), *flags])
+
+
+def test_targets_are_held_out_predictions_and_are_learnt_from(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = folder / "teacher.npz"
+    runs = [folder / "t0", folder / "t1"]
+    where = ["--data", str(folder / "data"), "--cache", str(folder / "cache")]
+    distill.main([*where, "--runs", *map(str, runs), "--out", str(out)])
+    printed = capsys.readouterr().err
+    assert "held-out images, Jaccard 0." in printed and "ensemble, held out: Jaccard 0." in printed
+
+    samples = find_samples(folder / "data")
+    training = select(samples, "training")
+    with np.load(out) as stored:
+        assert stored["ids"].tolist() == [s.id for s in training]
+        found = stored["probability"]
+    assert found.shape == (9, 128, 128) and found.dtype == np.uint8
+    pixels = load_pixels(training, STORED_SIZE)
+    judged: list[str] = []
+    for folder_of_run in runs:
+        config, network = load_run(folder_of_run, torch.device("cpu"))
+        kept, held = split_samples(config, samples)
+        judged += [s.id for s in held["holdout"]]
+        rows = [pixels.ids.index(s.id) for s in held["holdout"]]
+        assert not {s.id for s in kept} & {s.id for s in held["holdout"]}
+        expected = predict(network, torch.from_numpy(pixels.images[rows]), 32, 128).numpy() * 255
+        # by way of 256 pixels and bytes
+        assert np.abs(found[rows] - expected).max() < 2
+    assert sorted(judged) == sorted(pixels.ids)
+
+    flags = tiny_flags(epochs=1, data__teacher=out, loss__teacher=0.5)
+    run(folder, "student", *flags)
+    assert (folder / "student" / "best.safetensors").is_file()
+    # an image that the teacher has not judged
+    with np.load(out) as stored:
+        np.savez(out, ids=stored["ids"][1:], probability=stored["probability"][1:])
+    with pytest.raises(SystemExit):
+        run(folder, "other", *flags)
+    assert "lacks ISIC_0000000; run model.distill on this data" in capsys.readouterr().err
+
+
+def test_the_target_is_a_mixture_of_mask_and_teacher(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With no augmentation a batch's target is (1 − share) · mask + share · teacher."""
+    file = folder / "flat.npz"
+    ids = [s.id for s in select(find_samples(folder / "data"), "training")]
+    np.savez(file, ids=np.array(ids), probability=np.full((len(ids), 128, 128), 51, np.uint8))
+    config = tiny_config(
+        augment="none",
+        loss=LossConfig(teacher=0.25),
+        data=DataConfig(teacher=str(file)),
+        batch_size=9,
+    )
+    pixels, selections, _ = train.prepare(config, folder / "data", folder / "cache")
+    trainer = train.Trainer(config, folder, pixels, selections)
+    seen = {}
+
+    def update(
+        x: torch.Tensor, truth: torch.Tensor, target: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        seen.update(truth=truth, target=target)
+        return {}
+
+    monkeypatch.setattr(trainer, "update", update)
+    trainer.step(torch.arange(9))
+    torch.testing.assert_close(seen["target"], 0.75 * seen["truth"] + 0.25 * 0.2)
+
+
+def test_predictions_average_the_squares_symmetries() -> None:
+    torch.manual_seed(0)
+    network = Generator(tiny_config().generator).eval()
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    found = predict(network, images, 32, 32)
+    assert found.shape == (2, 32, 32)
+    for turns in (1, 2, 3):
+        turned = predict(network, torch.rot90(images, turns, (2, 3)), 32, 32)
+        torch.testing.assert_close(turned, torch.rot90(found, turns, (1, 2)))
+    torch.testing.assert_close(predict(network, images.flip(3), 32, 32), found.flip(2))
+
+
+def test_runs_that_cannot_judge_are_named(folder: Path) -> None:
+    def refused(*runs: str) -> pytest.ExceptionInfo[ConfigError]:
+        paths = [folder / name for name in runs]
+        with pytest.raises(ConfigError) as error:
+            distil(folder / "data", paths, folder / "none.npz", folder / "cache")
+        assert not (folder / "none.npz").exists()
+        return error
+
+    refused("t0").match("ISIC_.* was held out by no run: train every fold")
+    refused("nowhere").match("nowhere holds no run of model.train")
+    run(folder, "whole", *tiny_flags(epochs=1))
+    refused("whole").match("whole held nothing out: train it with data.folds")
+    last = folder / "t1" / "last.pt"
+    complete = last.read_bytes()
+    saved = torch.load(last, weights_only=True)
+    saved["progress"]["epoch"] = 0
+    torch.save(saved, last)
+    refused("t0", "t1").match("t1 is not finished: resume it first")
+    last.write_bytes(complete)

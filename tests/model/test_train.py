@@ -1,0 +1,620 @@
+"""Whole runs in small: what they leave behind, and that a kill or another process changes nothing.
+
+Given a few drawn lesions and a network of some thousand parameters, a run takes seconds.
+"""
+
+import csv
+import dataclasses
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+import model.train
+from model.config import PRESETS, ConfigError, LossConfig, TrainConfig, parse_config
+from model.generator import Generator, load_generator, load_metadata, save_generator
+from model.teacher import Teacher
+from model.train import Trainer, TrainingError, main
+from tests.model.tiny import GENERATOR, pixel_set, tiny_config, tiny_flags, write_isic2017
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_isic2017(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _undeterministic() -> Iterator[None]:
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def trainer(out: Path, config: TrainConfig, images: int = 8, **selections: int) -> Trainer:
+    out.mkdir(parents=True, exist_ok=True)
+    chosen = selections or {"validation": 3}
+    return Trainer(
+        config,
+        out,
+        pixel_set(images, config.size),
+        {name: pixel_set(n, config.size, 700) for name, n in chosen.items()},
+        "drawn lesions",
+    )
+
+
+def history(out: Path) -> list[dict[str, float]]:
+    with (out / "history.csv").open() as file:
+        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+
+def figures(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """All but what the clock says."""
+    return [{k: v for k, v in row.items() if k != "images_per_s"} for row in rows]
+
+
+def state(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = torch.load(out / "last.pt", weights_only=True)
+    return found
+
+
+def same_state(one: Path, other: Path) -> None:
+    """Bit for bit: weights, averages, moments, history, and the best weights."""
+    a, b = state(one), state(other)
+    for part in ("network", "average", "discriminator"):
+        assert a[part].keys() == b[part].keys()
+        assert all(torch.equal(a[part][k], b[part][k]) for k in a[part]), part
+    for part in ("optimizer", "discriminator_optimizer"):
+        flat_a, flat_b = _tensors(a[part]), _tensors(b[part])
+        assert all(torch.equal(x, y) for x, y in zip(flat_a, flat_b, strict=True)), part
+    assert figures(a["progress"].pop("history")) == figures(b["progress"].pop("history"))
+    assert a["progress"] == b["progress"]
+    assert figures(history(one)) == figures(history(other))
+    best_a, best_b = (load_file(p / "best.safetensors") for p in (one, other))
+    assert all(torch.equal(best_a[k], best_b[k]) for k in best_a)
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    if isinstance(values, Tensor):
+        return [values]
+    if isinstance(values, dict):
+        values = list(values.values())
+    return [t for v in values for t in _tensors(v)] if isinstance(values, list) else []
+
+
+def events(out: Path) -> EventAccumulator:
+    accumulator = EventAccumulator(str(out), size_guidance={"images": 0, "scalars": 0})
+    accumulator.Reload()  # type: ignore[no-untyped-call]
+    return accumulator
+
+
+# One command
+
+
+def test_a_run_from_the_command_line(
+    data: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "runs" / "a"
+    flags = ["--data", str(data), "--cache", str(cache), "--out", str(out)]
+    main([*flags, *tiny_flags(epochs=3, seed=5)])
+
+    printed = capsys.readouterr()
+    assert "best selection Jaccard 0." in printed.out
+    assert "epoch 3/3 loss=" in printed.err and "validation_jaccard=" in printed.err
+    assert "images/s left 0:00" in printed.err
+    saved = parse_config(yaml.safe_load((out / "config.yaml").read_text()))
+    assert (saved.epochs, saved.seed, saved.generator.widths) == (3, 5, (4, 6, 8, 10))
+    rows = history(out)
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert {"loss", "bce", "jaccard_loss", "learning_rate", "selection"} <= rows[0].keys()
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    metadata = load_metadata(out / "best.safetensors")
+    best = max(rows, key=lambda row: row["selection"])
+    assert metadata["validation_jaccard"] == f"{best['validation_jaccard']:.4f}"
+    assert metadata["training_data"] == "10 images of isic2017"
+    assert load_generator(out / "best.safetensors").config == saved.generator
+    assert not list(out.glob(".*")), "temporary files were left"
+
+    # finished: nothing is left to do, and nothing is overwritten by accident
+    before = (out / "last.pt").read_bytes()
+    main([*flags, "--resume"])
+    assert (out / "last.pt").read_bytes() == before
+    refused(capsys, [*flags, *tiny_flags()], "holds a run: pass --resume, or another --out")
+    refused(capsys, [*flags, "--resume", "--set", "epochs=9"], "leave --config and --set out")
+
+
+def test_tensorboard_has_scalars_and_pictures(tmp_path: Path) -> None:
+    run = trainer(tmp_path, tiny_config(epochs=2))
+    run.run()
+    found = events(tmp_path)
+    tags = found.Tags()["scalars"]  # type: ignore[no-untyped-call]
+    assert {
+        "train/loss",
+        "train/bce",
+        "train/jaccard_loss",
+        "train/learning_rate",
+        "train/images_per_s",
+        "metric/validation_jaccard",
+        "metric/validation_threshold_jaccard",
+        "metric/selection",
+    } <= set(tags)
+    losses = found.Scalars("train/loss")  # type: ignore[no-untyped-call]
+    assert [e.step for e in losses] == [1, 2]
+    assert losses[1].value == pytest.approx(run.progress.history[1]["loss"])
+    grid = found.Images("image, truth, prediction")[-1]  # type: ignore[no-untyped-call]
+    assert (grid.width, grid.height) == (3 * 32, 3 * 32)  # three images; image, truth, prediction
+
+
+# Bad input: named, with the fix, before the first epoch, and without a traceback
+
+
+def refused(capsys: pytest.CaptureFixture[str], flags: list[str], says: str) -> None:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        main(flags)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and says in error
+    assert "Traceback" not in error and "epoch 1/" not in error
+
+
+def spoil(data: Path, case: str) -> str:
+    """Spoil one file; returns what the error must say."""
+    images, masks = data / "ISIC-2017_Training_Data", data / "ISIC-2017_Training_Part1_GroundTruth"
+    image, mask = images / "ISIC_0000003.jpg", masks / "ISIC_0000003_segmentation.png"
+    match case:
+        case "missing mask":
+            mask.unlink()
+            return "ISIC_0000003.jpg has no mask: expected"
+        case "unreadable image":
+            image.write_bytes(b"\xff\xd8\xff")
+            return "ISIC_0000003.jpg cannot be used"
+        case "mask of another size":
+            Image.new("1", (8, 8)).save(mask)
+            return "ISIC_0000003_segmentation.png is 8×8, its image 40×40: resize the mask"
+        case "empty mask":
+            Image.new("1", (40, 40)).save(mask)
+            return "ISIC_0000003_segmentation.png is empty"
+        case "all-lesion mask":
+            Image.new("1", (40, 40), 1).save(mask)
+            return "ISIC_0000003_segmentation.png is all lesion"
+        case "id in two splits":
+            for folder, name in (("Data", image.name), ("Part1_GroundTruth", mask.name)):
+                source = data / f"ISIC-2017_Training_{folder}" / name
+                (data / f"ISIC-2017_Validation_{folder}" / name).write_bytes(source.read_bytes())
+            return "ISIC_0000003 is in both isic2017's training set and isic2017's validation set"
+        case _:
+            for folder in data.glob("ISIC-2017_Validation*"):
+                for file in folder.iterdir():
+                    file.unlink()
+                folder.rmdir()
+            return "there is no validation set beside the training images: set data.folds=10"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "missing mask",
+        "unreadable image",
+        "mask of another size",
+        "empty mask",
+        "all-lesion mask",
+        "id in two splits",
+        "no validation set",
+    ],
+)
+def test_bad_data_stops_before_the_first_epoch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    says = spoil(write_isic2017(tmp_path / "data", 6, 2), case)
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    flags = ["--data", str(tmp_path / "data"), "--cache", str(cache), "--out", str(out)]
+    refused(capsys, [*flags, *tiny_flags()], says)
+    assert not out.exists()
+
+
+def test_uniform_masks_can_be_allowed(tmp_path: Path) -> None:
+    data, out = write_isic2017(tmp_path / "data", 4, 2), tmp_path / "out"
+    spoil(data, "empty mask")
+    flags = ["--data", str(data), "--cache", str(tmp_path / "cache"), "--out", str(out)]
+    main([*flags, *tiny_flags(epochs=1, data__allow_uniform_masks=True)])
+    assert history(out)[0]["loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--set", "epoch=3"], "config key 'epoch' does not exist; did you mean epochs?"),
+        (["--set", "generator.camform=eq1"], "did you mean generator.cam_form"),
+        (["--set", "epochs"], "--set takes KEY=VALUE, not 'epochs'"),
+        (["--set", "epochs=[1"], "--set epochs=[1: the value is not readable"),
+        (["--preset", "bets"], "no preset 'bets'; presets: best"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml is not a readable YAML file"),
+        (["--resume"], "config.yaml does not exist; start the run without --resume"),
+        (["--data", "nowhere"], "nowhere is not a folder"),
+        ([*tiny_flags(), "--set", "batch_size=64"], "batch_size 64 is larger than the training se"),
+        ([*tiny_flags(), "--set", "init=no.safetensors"], "init: no.safetensors does not fit"),
+        (
+            [*tiny_flags(), "--set", "data.teacher=no.npz", "--set", "loss.teacher=0.5"],
+            "data.teacher: no.npz was not written by model.distill",
+        ),
+    ],
+)
+def test_bad_flags_name_the_fix(
+    data: Path,
+    cache: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    says: str,
+) -> None:
+    out = tmp_path / "out"
+    given = ["--data", str(data), "--cache", str(cache), "--out", str(out)]
+    refused(capsys, [*given, *flags], says)
+
+
+def test_checkpoints_of_something_else_are_refused(tmp_path: Path) -> None:
+    config = tiny_config(epochs=1)
+    trainer(tmp_path, config).save()
+
+    other = dataclasses.replace(config.generator, multiscale=False)
+    with pytest.raises(ConfigError, match=r"made with generator\.multiscale=True, not False: res"):
+        trainer(tmp_path, dataclasses.replace(config, generator=other)).load()
+    with pytest.raises(ConfigError, match="made from another training set: pass the same --data"):
+        trainer(tmp_path, config, images=9).load()
+    # a file whose weights are not those of the architecture that it names
+    saved = state(tmp_path)
+    saved["network"]["head.weight"] = torch.zeros(9, 1, 3, 3)
+    torch.save(saved, tmp_path / "last.pt")
+    with pytest.raises(ConfigError, match=r"last\.pt holds another architecture"):
+        trainer(tmp_path, config).load()
+    (tmp_path / "last.pt").write_bytes(b"torn")
+    with pytest.raises(TrainingError, match=r"last\.pt is not a readable checkpoint"):
+        trainer(tmp_path, config).load()
+    (tmp_path / "last.pt").unlink()
+    with pytest.raises(TrainingError, match=r"nothing to resume: .*last\.pt does not exist"):
+        trainer(tmp_path, config).load()
+
+
+# Resuming and sharing out
+
+
+def command(data: Path, cache: Path, out: Path, *flags: str) -> list[str]:
+    where = ["--data", str(data), "--cache", str(cache), "--out", str(out)]
+    return ["-m", "model.train", *where, *flags]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def test_killed_runs_go_on_bit_for_bit(data: Path, cache: Path, tmp_path: Path) -> None:
+    """Everything that has state is on: dropout, averaging, adversary, warm-up, sleeping PAMs."""
+    flags = tiny_flags(
+        epochs=12,
+        loss__adversarial=0.1,
+        generator__encoder_dropout=[0.2, 0.2],
+        augment="strong",
+        validate_every=2,
+    )
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run = [sys.executable, *command(data, cache, whole, *flags)]
+    subprocess.run(run, env=ENVIRONMENT, check=True, capture_output=True)
+
+    moments, kills = random.Random(0), 0
+    for attempt in range(20):
+        resume = ["--resume"] if attempt else flags
+        process = subprocess.Popen(
+            [sys.executable, *command(data, cache, killed, *resume)],
+            env=ENVIRONMENT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stderr is not None
+        if kills < 3:
+            for line in process.stderr:  # killed somewhere in the epochs after this one
+                if line.startswith("epoch "):
+                    time.sleep(moments.uniform(0, 0.3))
+                    process.send_signal(signal.SIGKILL)
+                    break
+        error = process.stderr.read()
+        process.stderr.close()
+        if process.wait() == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, error
+        kills += 1
+    assert kills == 3
+    same_state(whole, killed)
+
+
+def test_two_processes_follow_one_processs_curve(data: Path, cache: Path, tmp_path: Path) -> None:
+    flags = tiny_flags(epochs=4, loss__adversarial=0.1, loss__l1=0.5, augment="strong")
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    main(command(data, cache, alone, *flags)[2:])
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    finished = subprocess.run(
+        [sys.executable, *launcher, *command(data, cache, shared, *flags)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("best selection Jaccard") == 1  # one process speaks for all
+    for one, two in zip(history(alone), history(shared), strict=True):
+        assert one.keys() == two.keys()
+        for name in ("loss", "bce", "l1", "jaccard_loss", "discriminator", "adversarial"):
+            assert two[name] == pytest.approx(one[name], rel=2e-3), (one["epoch"], name)
+    a, b = state(alone)["network"], state(shared)["network"]
+    # running statistics too: BN sees the global batch
+    for name in ("down2.norm.running_mean", "down2.norm.running_var", "head.weight"):
+        torch.testing.assert_close(a[name], b[name], rtol=5e-3, atol=5e-3)
+
+
+def test_batches_must_divide_by_the_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match="batch_size 4 does not divide by 3 processes"):
+        trainer(tmp_path, tiny_config())
+
+
+# What ends a run early
+
+
+@pytest.mark.parametrize(
+    ("rate", "batch_size", "step"),
+    [
+        ("1e30", 4, 1),  # the loss after the first update
+        (".inf", 8, 0),  # one step an epoch: its loss is a number still, its weights are none
+    ],
+)
+def test_nan_stops_with_step_and_config_named(
+    data: Path,
+    cache: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    rate: str,
+    batch_size: int,
+    step: int,
+) -> None:
+    flags = tiny_flags(learning_rate=rate, batch_size=batch_size)
+    with pytest.raises(SystemExit) as exit_:
+        main(command(data, cache, tmp_path, *flags)[2:])
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert f"the loss is not a number at step {step} (epoch 1)" in error
+    assert str(tmp_path / "last.pt") in error and str(tmp_path / "config.yaml") in error
+    assert "learning_rate" in error
+    kept = state(tmp_path)
+    assert kept["progress"]["epoch"] == 0
+    assert all(t.isfinite().all() for t in _tensors(kept["network"]))
+
+
+def test_early_stop_and_nothing_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(epochs=9, early_stop=2)
+    scores = iter([0.5, 0.6, 0.55, 0.6, 0.9])
+    run = trainer(tmp_path, config)
+    monkeypatch.setattr(run, "validate", lambda: {"selection": next(scores)})
+    progress = run.run()
+    assert (progress.epoch, progress.best_epoch, progress.best) == (4, 2, 0.6)
+    again = trainer(tmp_path, config)
+    again.load()
+    assert again.run().epoch == 4
+
+
+def test_validation_can_be_rarer(tmp_path: Path) -> None:
+    trainer(tmp_path, tiny_config(epochs=5, validate_every=2)).run()
+    assert [row["epoch"] for row in history(tmp_path) if "selection" in row] == [2, 4, 5]
+
+
+# The steps themselves
+
+
+def step_through(run: Trainer, steps: int) -> list[dict[str, Tensor]]:
+    run.network.train()
+    terms = []
+    for _ in range(steps):
+        terms.append(run.step(torch.arange(run.config.batch_size)))
+        run.progress.step += 1
+    return terms
+
+
+def test_the_averaged_weights_are_the_exponential_average(tmp_path: Path) -> None:
+    run = trainer(tmp_path, tiny_config(ema_decay=0.3, epochs=9))
+    expected = {k: v.clone() for k, v in run.network.state_dict().items()}
+    for step in range(5):
+        step_through(run, 1)
+        decay = min(0.3, (1 + step) / (10 + step))
+        for name, value in run.network.state_dict().items():
+            expected[name] = decay * expected[name] + (1 - decay) * value
+    for name, value in run.average.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, expected[name])
+    assert not run.average.training
+
+
+def test_without_averaging_the_weights_themselves_are_kept(tmp_path: Path) -> None:
+    run = trainer(tmp_path, tiny_config(ema_decay=0.0))
+    step_through(run, 2)
+    for name, value in run.network.state_dict().items():
+        assert torch.equal(value, run.average.state_dict()[name]) or "tracked" in name
+
+
+def test_gradients_are_clipped(tmp_path: Path) -> None:
+    def norm(clip: float) -> float:
+        run = trainer(tmp_path, tiny_config(clip_norm=clip))
+        step_through(run, 1)
+        gradients = [p.grad for p in run.network.parameters() if p.grad is not None]
+        return float(torch.stack([g.norm() for g in gradients]).norm())
+
+    free = norm(0)
+    assert free > 0.02
+    assert norm(0.01) == pytest.approx(0.01, rel=1e-3)
+    assert norm(10 * free) == pytest.approx(free, rel=1e-3)
+
+
+def test_same_seed_same_run_and_another_another(tmp_path: Path) -> None:
+    def weights(name: str, seed: int) -> dict[str, Tensor]:
+        config = tiny_config(deterministic=True, seed=seed, epochs=1, augment="strong")
+        run = trainer(tmp_path / name, config)
+        assert torch.are_deterministic_algorithms_enabled()
+        run.run()
+        return dict(run.network.state_dict())
+
+    a, b, c = weights("a", 1), weights("b", 1), weights("c", 2)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert any(not torch.equal(a[k], c[k]) for k in a)
+
+
+def test_half_resolution_attention_wakes_up_and_learns(tmp_path: Path) -> None:
+    run = trainer(tmp_path, tiny_config(epochs=4, pam_wake=0.5))  # 8 steps, 4 of them asleep
+    assert isinstance(run.network, Generator)
+    attention = run.network.half_resolution_attention()[0]
+    modes, etas = [], []
+    for _ in range(8):
+        step_through(run, 1)
+        modes.append(attention.mode)
+        etas.append(float(attention.eta.detach()))
+    assert modes == ["asleep"] * 4 + ["fused"] * 4
+    assert etas[:4] == [0] * 4 and etas[-1] != 0
+    deep = run.network.bridge_pam
+    assert deep is not None and deep.mode == "fused"  # cheap at its size: never asleep
+
+
+def test_rate_warms_up_and_ends_at_a_hundredth(tmp_path: Path) -> None:
+    config = tiny_config(epochs=50, warmup=0.1, learning_rate=1.0)
+    run = trainer(tmp_path, config)  # 100 steps
+    rates = [run._rate(step) for step in range(101)]
+    assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert rates[55] == pytest.approx(0.01 + 0.99 / 2)
+    assert rates[100] == pytest.approx(0.01)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    constant = trainer(tmp_path, dataclasses.replace(config, schedule="constant"))
+    assert {constant._rate(step) for step in range(100)} == {1.0}
+
+
+def test_bf16_stays_near_fp32(tmp_path: Path) -> None:
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        run = trainer(tmp_path, tiny_config(precision=precision, pam_wake=0.0))
+        losses[precision] = [float(t["loss"]) for t in step_through(run, 4)]
+        assert all(p.dtype == torch.float32 for p in run.network.parameters())
+    assert losses["bf16"] != losses["fp32"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_takes_a_step(tmp_path: Path, name: str) -> None:
+    preset = PRESETS[name]
+    config = dataclasses.replace(
+        preset,
+        size=32,
+        batch_size=2,
+        epochs=1,
+        generator=dataclasses.replace(preset.generator, **GENERATOR),
+        discriminator=dataclasses.replace(preset.discriminator, width=4),
+    )
+    run = trainer(tmp_path, config, images=4)
+    before = {k: v.clone() for k, v in run.network.named_parameters()}
+    (terms,) = step_through(run, 1)
+    assert all(value.isfinite() for value in terms.values())
+    weights = {
+        "adversarial": config.loss.adversarial,
+        "l1": config.loss.l1,
+        "jaccard_loss": config.loss.jaccard,
+        "bce": config.loss.bce,
+    }
+    assert terms.keys() - {"loss", "discriminator"} == {k for k, v in weights.items() if v}
+    expected = sum(weights[k] * float(v) for k, v in terms.items() if k in weights)
+    assert float(terms["loss"]) == pytest.approx(expected, rel=1e-5)
+    moved = [k for k, v in run.network.named_parameters() if not torch.equal(v, before[k])]
+    assert "head.weight" in moved
+
+
+def test_the_adversary_learns_in_turn(tmp_path: Path) -> None:
+    """Section 4's alternation: D from masks of both kinds, then G from D's verdict alone."""
+    loss = LossConfig(adversarial=1.0, jaccard=0.0, bce=0.0)
+    config = tiny_config(loss=loss, learning_rate=1e-2, schedule="constant", clip_norm=0.0)
+    run = trainer(tmp_path, config)
+    generator = {k: v.clone() for k, v in run.network.named_parameters()}
+    discriminator = {k: v.clone() for k, v in run.discriminator.named_parameters()}
+    terms = step_through(run, 12)
+    assert any(not torch.equal(v, generator[k]) for k, v in run.network.named_parameters())
+    assert any(
+        not torch.equal(v, discriminator[k]) for k, v in run.discriminator.named_parameters()
+    )
+    assert float(terms[-1]["discriminator"]) < float(terms[0]["discriminator"])
+    assert all(p.requires_grad for p in run.discriminator.parameters())
+
+
+def test_teachers_train_too(tmp_path: Path) -> None:
+    run = trainer(tmp_path, tiny_config(network="teacher", batch_size=2), images=2)
+    assert isinstance(run.network, Teacher)
+    first, *_, last = step_through(run, 4)
+    assert float(last["loss"]) < float(first["loss"])
+
+
+def test_validation_is_the_mean_over_images(tmp_path: Path) -> None:
+    run = trainer(tmp_path, tiny_config(epochs=4), validation=3, holdout=5)
+    run.run()
+    row, scores = run.validate(), {}
+    for name, pixels in run.selections.items():
+        with torch.inference_mode():
+            found = run.average(torch.from_numpy(pixels.images).float() / 255) > 0
+        truth = torch.from_numpy(pixels.masks) > 127
+        scores[name] = [
+            float((f & t).sum() / (f | t).sum()) for f, t in zip(found, truth, strict=True)
+        ]
+        assert row[f"{name}_jaccard"] == pytest.approx(sum(scores[name]) / len(scores[name]))
+        counted = [s if s >= 0.65 else 0 for s in scores[name]]
+        assert row[f"{name}_threshold_jaccard"] == pytest.approx(sum(counted) / len(counted))
+    pooled = scores["validation"] + scores["holdout"]
+    assert row["selection"] == pytest.approx(sum(pooled) / 8)
+
+
+def test_folds_are_held_out_beside_validation(data: Path, cache: Path, tmp_path: Path) -> None:
+    flags = tiny_flags(epochs=1, data__folds=3, data__fold=1, batch_size=2)
+    main(command(data, cache, tmp_path, *flags)[2:])
+    assert {"validation_jaccard", "holdout_jaccard"} <= history(tmp_path)[0].keys()
+    assert 2 <= len(state(tmp_path)["ids"]) < 10
+
+
+def test_fine_tuning_starts_from_the_given_weights(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    config = tiny_config()
+    given = Generator(config.generator)
+    file = tmp_path / "given.safetensors"
+    save_generator(given, file)
+    run = trainer(tmp_path, dataclasses.replace(config, init=str(file)))
+    for network in (run.network, run.average):
+        assert all(torch.equal(v, given.state_dict()[k]) for k, v in network.state_dict().items())
+    save_file({"other": torch.zeros(1)}, file)
+    with pytest.raises(ConfigError, match=r"init: .*given\.safetensors does not fit this network"):
+        trainer(tmp_path, dataclasses.replace(config, init=str(file)))
+
+
+def test_sides_that_do_not_divide_256(data: Path, cache: Path, tmp_path: Path) -> None:
+    config = tiny_config(size=96)
+    pixels, selections, origin = model.train.prepare(config, data, cache)
+    assert pixels.images.shape[1:] == (3, 288, 288) and origin == "10 images of isic2017"
+    run = Trainer(config, tmp_path, pixels, selections, origin)
+    assert step_through(run, 1)[0]["loss"].isfinite()
+    assert run.validate()["selection"] >= 0
