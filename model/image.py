@@ -16,9 +16,12 @@ Errors:
     └── CorruptImageError        does not decode
 """
 
+import math
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
 from typing import cast
@@ -121,8 +124,16 @@ class Photo:
     """Pixels, after EXIF orientation."""
 
 
+def _always_room(_pixels: int) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 def read_photo(
-    data: bytes, *, size: int = MODEL_SIZE, max_pixels: int = DEFAULT_MAX_PIXELS
+    data: bytes,
+    *,
+    size: int = MODEL_SIZE,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    room: Callable[[int], AbstractContextManager[None]] = _always_room,
 ) -> Photo:
     """
     Decode a photo of any size to `size`×`size` RGB by area average (Pillow's BOX filter).
@@ -134,6 +145,9 @@ def read_photo(
     its minimum to its maximum; embedded colour profiles are not applied. Of several frames or pages
     the first is taken. Safe to call from several threads.
 
+    `room` is given the number of pixels, and what it gives is entered before memory is taken for
+    them: where several photos are decoded at once, they can wait for each other there.
+
     Raises:
         UnsupportedImageError: not one of `FORMATS`.
         ImageTooLargeError: more than `max_pixels` (or than Pillow's own limit, 178,956,970).
@@ -143,25 +157,32 @@ def read_photo(
     # What hostile bytes can raise inside an image library is an open list (OSError, SyntaxError,
     # struct.error, zlib.error, KeyError, RuntimeError, …): all of it means the same to the sender.
     try:
-        if name == "WEBP":
-            # libwebp allocates its canvases on opening, so this size is checked beforehand.
-            _check_pixels(*_webp_size(data), max_pixels)
-        if name == "JPEG" and _jpeg_scans(data) > _MAX_JPEG_SCANS:
-            raise CorruptImageError(
-                f"The JPEG image has more than {_MAX_JPEG_SCANS} scans: save it anew as a baseline"
-                " JPEG."
-            )
-        with Image.open(BytesIO(data), formats=(name,)) as image:
-            width, height = image.size
-            _check_pixels(width, height, max_pixels)
-            image.draft("RGB", (_JPEG_MARGIN * size, _JPEG_MARGIN * size))
-            image.load()
-            # After loading: a PNG may store it behind the pixels, and TIFF is upright by then.
-            orientation = _orientation(image)
-            # Before averaging, as Pillow's BOX is not symmetric: so the pixels are exactly those of
-            # the same photo stored upright. A JPEG is small by now.
-            upright = image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
-            square = _squash(upright, size)
+        with ExitStack() as held:
+            if name == "WEBP":
+                # libwebp allocates its canvases on opening, so this size is checked beforehand.
+                webp_size = _webp_size(data)
+                _check_pixels(*webp_size, max_pixels)
+                held.enter_context(room(math.prod(webp_size)))
+            if name == "JPEG" and _jpeg_scans(data) > _MAX_JPEG_SCANS:
+                raise CorruptImageError(
+                    f"The JPEG image has more than {_MAX_JPEG_SCANS} scans: save it anew as a"
+                    " baseline JPEG."
+                )
+            with Image.open(BytesIO(data), formats=(name,)) as image:
+                width, height = image.size
+                _check_pixels(width, height, max_pixels)
+                if name != "WEBP":
+                    held.enter_context(room(width * height))
+                image.draft("RGB", (_JPEG_MARGIN * size, _JPEG_MARGIN * size))
+                image.load()
+                # After loading: a PNG may store it behind the pixels; TIFF is upright by then.
+                orientation = _orientation(image)
+                # Before averaging, as Pillow's BOX is not symmetric: so the pixels are exactly
+                # those of the same photo stored upright. A JPEG is small by now.
+                upright = (
+                    image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+                )
+                square = _squash(upright, size)
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

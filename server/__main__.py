@@ -8,20 +8,20 @@ second signal ends at once, with what a shell says of a process ended by it.
 import asyncio
 import logging
 import os
+import resource
 import socket
 import sys
 from types import FrameType
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.app import create_app
+from server.connections import Connection, House
 from server.service import Service
 from server.settings import read_settings
 
-# Longer than the minute that load balancers keep connections for: whoever closes an idle connection
-# last may close it on a request that is on its way.
-_KEEP_ALIVE_S = 75
+# Files that are open beside connections.
+_OTHER_FILES = 512
 
 # Who connected before the port closed may take this long to send what they connected for.
 _LAST_REQUESTS_S = 0.5
@@ -33,6 +33,7 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
+        self._house = House(service.settings, service.metrics)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         if self._service.draining:
@@ -44,6 +45,18 @@ class _Server(uvicorn.Server):
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            sys.exit(1)
+        self.servers = [
+            await self._loop.create_server(
+                self._protocol, sock=listener, backlog=self.config.backlog
+            )
+            for listener in sockets or []
+        ]
+        self.started = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for listener in sockets or []:
@@ -68,10 +81,18 @@ class _Server(uvicorn.Server):
             await self._loop.connect_accepted_socket(self._protocol, connection)
 
     def _protocol(self) -> asyncio.Protocol:
-        return HttpToolsProtocol(self.config, self.server_state, self.lifespan.state)
+        return Connection(self._house, self.config, self.server_state, self.lifespan.state)
 
     def _stop(self) -> None:
         self.should_exit = True
+
+
+def _allow_files(wanted: int) -> None:
+    """Raise the limit of open files as far as it may be and needs to be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < wanted and soft != resource.RLIM_INFINITY:
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
 
 
 def main() -> int:
@@ -82,6 +103,7 @@ def main() -> int:
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
         stream=sys.stderr,
     )
+    _allow_files(settings.max_connections + _OTHER_FILES)
     failed = False
 
     def on_failure() -> None:
@@ -94,13 +116,13 @@ def main() -> int:
         app,
         host=settings.host,
         port=settings.port,
-        http=HttpToolsProtocol,
+        http=Connection,
         ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_keep_alive=settings.keep_alive_s,
         timeout_graceful_shutdown=round(settings.drain_timeout_s),
     )
     server = _Server(config, service)

@@ -59,6 +59,12 @@ class Metrics:
             ["event"],
             registry=self.registry,
         )
+        self.connections_refused = Counter(
+            "slsnet_connections_refused",
+            "Connections that were refused or cut, by reason",
+            ["reason"],
+            registry=self.registry,
+        )
         self.admitted = Gauge(
             "slsnet_requests_in_flight",
             "Segmentation requests being worked on or waiting",
@@ -66,6 +72,11 @@ class Metrics:
         )
         self.bytes_in_flight = Gauge(
             "slsnet_bytes_in_flight", "Bytes of request bodies held", registry=self.registry
+        )
+        self.pixels_decoding = Gauge(
+            "slsnet_pixels_decoding",
+            "Pixels of the photos being decoded",
+            registry=self.registry,
         )
         self.ready = Gauge(
             "slsnet_ready", "1 while requests are served and wanted", registry=self.registry

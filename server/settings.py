@@ -85,6 +85,32 @@ class Settings(BaseSettings):
         ge=1,
         description="largest photo, width × height; larger ones are refused with 413",
     )
+    max_pixels_decoding: int = Field(
+        256_000_000,
+        ge=1,
+        description="pixels of all photos being decoded at once; more wait",
+    )
+    max_connections: int = Field(
+        1024, ge=1, description="connections held; more are refused with 503"
+    )
+    max_header_bytes: int = Field(
+        32 * 2**10, ge=1024, description="path and headers together; more are refused with 431"
+    )
+    head_timeout_s: float = Field(
+        10, gt=0, description="within which a request's headers must be there; else 408"
+    )
+    keep_alive_s: int = Field(
+        75, ge=1, description="how long a connection may be idle between two requests"
+    )
+    stall_timeout_s: float = Field(
+        10,
+        gt=0,
+        description="a body or answer slower than min-bytes-per-s for this long is cut off; so is"
+        " the rest of a refused body",
+    )
+    min_bytes_per_s: int = Field(
+        1024, ge=1, description="pace at which a body must come, and an answer be read"
+    )
     request_timeout_ms: float = Field(
         30_000,
         gt=0,

@@ -1,0 +1,300 @@
+"""A client's connection, held to limits: what it may send before it is heard, and how slowly.
+
+Uvicorn speaks HTTP; this adds what it leaves to a proxy. Whatever a client does or leaves undone,
+its connection is given back in bounded time and holds a bounded number of bytes:
+
+- a request's head must be there within `head_timeout_s`, and be at most `max_header_bytes` long
+- a body that comes, and an answer that goes, slower than `min_bytes_per_s` for `stall_timeout_s` is
+  cut; the rest of a body that was refused is thrown away for no longer than that
+- `max_connections` are held; who comes on top is told so with 503 and let go
+"""
+
+import asyncio
+import json
+from http import HTTPStatus
+from typing import Any
+
+import httptools
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.server import ServerState
+
+from server.metrics import Metrics
+from server.problems import PROBLEM_JSON
+from server.settings import Settings
+
+__all__ = ["Connection", "House"]
+
+# Who is refused may take this long to read why; closing at once would reset what it still sends,
+# and the answer with it.
+_FAREWELL_S = 2
+
+# Connections that have been told that they are refused; of more, the oldest is cut at once.
+_FAREWELLS = 256
+
+# Requests that a client may send without waiting for the answers to those before.
+_MAX_PIPELINE = 32
+
+
+class _Refused(Exception):
+    """The request is refused on the grounds of its head; it has been answered already."""
+
+
+class House:
+    """What the connections of one server share."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self.settings = settings
+        self.metrics = metrics
+        self.leaving: dict[Connection, None] = {}
+        """Connections that have been refused and not closed yet, the oldest first."""
+
+
+class Connection(HttpToolsProtocol):
+    """Uvicorn's protocol with limits; see the module's description."""
+
+    def __init__(
+        self,
+        house: House,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+    ) -> None:
+        super().__init__(config, server_state, app_state)
+        self._house = house
+        self._settings = house.settings
+        self._metrics = house.metrics
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._body_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+        self._refused = False
+        self._in_body = False
+        self._body_bytes = 0
+        self._head_bytes = 0
+        self._bytes_between_bodies = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        most = self._settings.max_connections
+        if len(self.connections) - len(self._house.leaving) > most:
+            self._refuse(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                "too_many",
+                f"The server has {most} connections, more are not held. Try again in a second.",
+            )
+        else:
+            self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self._head_timer, self._body_timer, self._write_timer):
+            if timer is not None:
+                timer.cancel()
+        self._house.leaving.pop(self, None)
+        super().connection_lost(exc)
+        self._unset_keepalive_if_required()
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused or self.transport.is_closing():
+            return
+        self._unset_keepalive_if_required()
+        self._bytes_between_bodies += len(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            # Nothing to upgrade to is offered: what follows would not be HTTP any more.
+            self.transport.close()
+            return
+        except httptools.HttpParserError as error:
+            if not isinstance(error.__context__, _Refused):
+                self._refuse(
+                    HTTPStatus.BAD_REQUEST, "malformed", "What was sent is not an HTTP/1.1 request."
+                )
+            return
+        # Of one header, or one piece of chunked encoding, that never ends.
+        if self._bytes_between_bodies > self._settings.max_header_bytes:
+            self._refuse_head()
+        elif not self._in_body and self._is_answered:
+            self._expect_head()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._head_bytes = 0
+        self._expect_head()
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        self._count_head(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        # Also called for the trailers of a chunked body.
+        super().on_header(name, value)
+        self._count_head(len(name) + len(value) + 4)
+
+    def on_headers_complete(self) -> None:
+        if len(self.pipeline) >= _MAX_PIPELINE:
+            self._refuse(
+                HTTPStatus.TOO_MANY_REQUESTS,
+                "pipeline",
+                f"More than {_MAX_PIPELINE} requests were sent before any was answered.",
+            )
+            raise _Refused
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+        self._in_body = True
+        self._body_bytes = 0
+        self._bytes_between_bodies = 0
+        self._watch_body()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._body_bytes += len(body)
+        self._bytes_between_bodies = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._in_body = False
+        self._bytes_between_bodies = 0
+        if self._body_timer is not None:
+            self._body_timer.cancel()
+            self._body_timer = None
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._in_body:
+            # Nobody reads it any more.
+            if self._body_timer is not None:
+                self._body_timer.cancel()
+            self._body_timer = self.loop.call_later(
+                self._settings.stall_timeout_s, self._cut, "body_discarded"
+            )
+        if self.transport.get_write_buffer_size():
+            self._watch_writing()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_writing()
+
+    def _count_head(self, size: int) -> None:
+        self._head_bytes += size
+        if self._head_bytes > self._settings.max_header_bytes:
+            self._refuse_head()
+            raise _Refused
+
+    def _refuse_head(self) -> None:
+        self._refuse(
+            HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+            "head_too_large",
+            f"Path and headers have more than the {self._settings.max_header_bytes} bytes that are"
+            " allowed.",
+        )
+
+    def _expect_head(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(
+                self._settings.head_timeout_s, self._head_is_late
+            )
+
+    def _head_is_late(self) -> None:
+        self._refuse(
+            HTTPStatus.REQUEST_TIMEOUT,
+            "head_timeout",
+            f"No whole request came within {self._settings.head_timeout_s:g} s.",
+        )
+
+    def _watch_body(self) -> None:
+        self._body_timer = self.loop.call_later(
+            self._settings.stall_timeout_s, self._check_body, self._body_bytes
+        )
+
+    def _check_body(self, before: int) -> None:
+        # While reading is paused it is the server that does not want more.
+        if not self.flow.read_paused and self._is_too_slow(self._body_bytes - before):
+            self._refuse(
+                HTTPStatus.REQUEST_TIMEOUT,
+                "body_too_slow",
+                f"The body came slower than {self._settings.min_bytes_per_s} bytes a second for"
+                f" {self._settings.stall_timeout_s:g} s.",
+            )
+        else:
+            self._watch_body()
+
+    def _watch_writing(self) -> None:
+        if self._write_timer is None:
+            self._write_timer = self.loop.call_later(
+                self._settings.stall_timeout_s,
+                self._check_writing,
+                self.transport.get_write_buffer_size(),
+            )
+
+    def _check_writing(self, before: int) -> None:
+        self._write_timer = None
+        left = self.transport.get_write_buffer_size()
+        if not left:
+            return
+        # What is written meanwhile hides some of what was sent; but while writing is paused nothing
+        # is, and where it was resumed the client does read.
+        if self._is_too_slow(before - left) and (self.flow.write_paused or self._is_answered):
+            self._cut("answer_not_read")
+        else:
+            self._watch_writing()
+
+    @property
+    def _is_answered(self) -> bool:
+        """Whether all of the last answer has been handed over."""
+        return self._request is None or self._request.response_complete
+
+    @property
+    def _request(self) -> RequestResponseCycle | None:
+        # Of this type, whatever uvicorn declares: there is none before the first.
+        return self.cycle
+
+    def _is_too_slow(self, transferred: int) -> bool:
+        settings = self._settings
+        return transferred < settings.min_bytes_per_s * settings.stall_timeout_s
+
+    def _cut(self, reason: str) -> None:
+        self._metrics.connections_refused.labels(reason).inc()
+        self.transport.abort()
+
+    def _refuse(self, status: HTTPStatus, reason: str, detail: str) -> None:
+        """Answer with a problem document, then close; a request under way is over."""
+        if self._refused or self.transport.is_closing():
+            return
+        self._refused = True
+        self._metrics.connections_refused.labels(reason).inc()
+        cycle = self._request
+        if cycle is not None and not cycle.response_complete:
+            cycle.disconnected = True
+            cycle.message_event.set()
+            if cycle.response_started:
+                # Half an answer is out: a second one would be taken for its rest.
+                self.transport.abort()
+                return
+        self.pipeline.clear()
+        body = json.dumps(
+            {
+                "type": "about:blank",
+                "title": status.phrase,
+                "status": status.value,
+                "detail": detail,
+            }
+        ).encode()
+        retry = "Retry-After: 1\r\n" if status == HTTPStatus.SERVICE_UNAVAILABLE else ""
+        self.transport.write(
+            (
+                f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: {PROBLEM_JSON}\r\n"
+                f"Content-Length: {len(body)}\r\n{retry}Cache-Control: no-store\r\n"
+                "X-Content-Type-Options: nosniff\r\nConnection: close\r\n\r\n"
+            ).encode()
+            + body
+        )
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.flow.resume_reading()
+        leaving = self._house.leaving
+        leaving[self] = None
+        if len(leaving) > _FAREWELLS:
+            next(iter(leaving)).transport.abort()
+        self.loop.call_later(_FAREWELL_S, self.transport.abort)
