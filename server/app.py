@@ -23,6 +23,7 @@ from server.backends import BackendError
 from server.context import RequestContext
 from server.loading import bring_up
 from server.metrics import Metrics
+from server.openinference import openinference_router
 from server.parameters import (
     MaskForm,
     MaskSize,
@@ -98,6 +99,7 @@ def create_app(
     )
     install(app)
     app.include_router(router)
+    app.include_router(openinference_router(service, VERSION))
     _add_routes(app, service, metrics)
     return RequestContext(app, metrics, lambda: service.draining), service
 

@@ -1,8 +1,8 @@
 """What a request may ask for beside its photo: query and headers that several paths share."""
 
+import asyncio
 import contextlib
-from asyncio import Timeout, timeout
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Annotated, Literal
 
 from fastapi import Header, Query
@@ -63,15 +63,23 @@ def is_bulk(priority: str) -> bool:
 
 
 @contextlib.asynccontextmanager
-async def deadline(timeout_s: float) -> AsyncIterator[Timeout]:
-    """What is inside has this long.
+async def deadline(timeout_s: float) -> AsyncIterator[Callable[[float], None]]:
+    """What is inside has this long; gives what sets it to fewer seconds, counted from the start.
 
     Raises:
         DeadlineExceeded: it took longer.
     """
+    now = asyncio.get_running_loop().time
+    started = now()
     try:
-        async with timeout(timeout_s) as limit:
-            yield limit
+        async with asyncio.timeout(timeout_s) as limit:
+
+            def shorten(seconds: float) -> None:
+                nonlocal timeout_s
+                timeout_s = seconds
+                limit.reschedule(started + seconds)
+
+            yield shorten
     except TimeoutError:
         raise DeadlineExceeded(
             f"The deadline of {timeout_s * 1000:g} ms passed before the answer was ready. Send it"

@@ -2,6 +2,7 @@
 
     Problem
     ├── BadRequest 400            malformed multipart, no image in the request
+    ├── NotFound 404              nothing has that name
     ├── TooLarge 413              more bytes or more pixels than allowed
     ├── UnsupportedType 415       not a type that is served
     ├── Unprocessable 422         an image that does not decode, a parameter out of range
@@ -34,6 +35,7 @@ __all__ = [
     "ClientGone",
     "DeadlineExceeded",
     "InferenceFailed",
+    "NotFound",
     "Overloaded",
     "Problem",
     "TooLarge",
@@ -64,6 +66,12 @@ class BadRequest(Problem):
     """The request holds no image, or its form is malformed."""
 
     status = HTTPStatus.BAD_REQUEST
+
+
+class NotFound(Problem):
+    """Nothing has that name."""
+
+    status = HTTPStatus.NOT_FOUND
 
 
 class TooLarge(Problem):

@@ -17,7 +17,15 @@ from server.answers import ProblemAnswer, SegmentationAnswer
 from server.problems import PROBLEM_JSON
 from server.uploads import FIELD, RAW_TYPES
 
-__all__ = ["DESCRIPTION", "SEGMENT_BODY", "SEGMENT_RESPONSES", "problem_responses", "router"]
+__all__ = [
+    "DESCRIPTION",
+    "HEADERS",
+    "SEGMENT_BODY",
+    "SEGMENT_RESPONSES",
+    "inlined",
+    "problem_responses",
+    "router",
+]
 
 DESCRIPTION = """\
 Send a photo of a skin lesion, get the lesion's mask at the photo's own size:
@@ -54,7 +62,7 @@ _EXAMPLES = {
     " busy, or allow more time with X-Request-Timeout-Ms.",
 }
 
-_HEADERS: dict[str, Any] = {
+HEADERS: dict[str, Any] = {
     "X-Request-ID": {
         "description": "the request's id, yours if you sent one",
         "schema": {"type": "string"},
@@ -88,11 +96,29 @@ SEGMENT_BODY: dict[str, Any] = {
 }
 
 
+def inlined(schema: dict[str, Any]) -> dict[str, Any]:
+    """A JSON schema with what its `$ref`s point to in their place: OpenAPI has no `$defs`."""
+    definitions = schema.get("$defs", {})
+
+    def resolve(node: Any) -> Any:
+        if isinstance(node, list):
+            return [resolve(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        if "$ref" in node:
+            rest = {key: value for key, value in node.items() if key != "$ref"}
+            return resolve({**definitions[node["$ref"].rpartition("/")[2]], **rest})
+        return {key: resolve(value) for key, value in node.items() if key != "$defs"}
+
+    resolved: dict[str, Any] = resolve(schema)
+    return resolved
+
+
 def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """OpenAPI responses for errors, each with its headers and an example."""
     responses: dict[int | str, dict[str, Any]] = {}
     for status in statuses:
-        headers = dict(_HEADERS)
+        headers = dict(HEADERS)
         if status in (429, 503):
             headers["Retry-After"] = {
                 "description": "seconds",
@@ -122,7 +148,7 @@ SEGMENT_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The mask: a 1-bit PNG with the lesion white, or JSON if `Accept` prefers"
         " it or `format=json`.",
-        "headers": _HEADERS,
+        "headers": HEADERS,
         "model": SegmentationAnswer,
         "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
     },

@@ -26,7 +26,12 @@ def test_page_needs_nothing_from_elsewhere(server: ServerProcess) -> None:
 
 def test_document_is_complete(server: ServerProcess) -> None:
     document = httpx.get(f"{server.url}/openapi.json").json()
+    models = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
     assert set(document["paths"]) == {
+        "/v2",
+        "/v2/health/live",
+        "/v2/health/ready",
+        *(model + path for model in models for path in ("", "/ready", "/config", "/infer")),
         "/segment",
         "/health/live",
         "/health/ready",

@@ -1,0 +1,615 @@
+"""Open Inference Protocol V2 over HTTP: the network itself, for clients that speak tensors.
+
+Health, metadata and inference as in the protocol's "required API", with the binary tensor
+extension and Triton's model configuration, so that an unmodified `tritonclient` works:
+https://github.com/kserve/open-inference-protocol/blob/main/specification/protocol/inference_rest.md
+https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md
+
+Tensors are what the network takes and gives: `image`, uint8 [n, 128, 128, 3] RGB, and
+`probability`, float32 [n, 128, 128]. Each image enters the queue for itself, under the same limits
+and deadlines as a photo sent to `/segment`. Errors have the protocol's shape, `{"error": "…"}`.
+"""
+
+import json
+import logging
+import zlib
+from collections.abc import Callable, Coroutine, Sequence
+from http import HTTPStatus
+from itertools import chain
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from fastapi import APIRouter, Depends, Path, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError
+from starlette.responses import JSONResponse, Response
+
+from model.image import MODEL_SIZE
+from server.backends import BackendInfo
+from server.parameters import Priority, TimeoutMs, deadline, is_bulk
+from server.problems import (
+    BadRequest,
+    ClientGone,
+    NotFound,
+    Problem,
+    TooLarge,
+    Unavailable,
+    UnsupportedType,
+)
+from server.reference import HEADERS, inlined
+from server.service import Service
+from server.stages import Stages
+from server.uploads import hang_up, read_body
+
+__all__ = ["openinference_router"]
+
+log = logging.getLogger("slsnet.server")
+
+NAME = "slsnet"
+VERSION = "1"
+"""Of the contract (the two tensors); the weights' own version is in `GET /model`."""
+
+INPUT = "image"
+OUTPUT = "probability"
+_SIDE = MODEL_SIZE
+_IMAGE_BYTES = _SIDE * _SIDE * 3
+_MAP_BYTES = _SIDE * _SIDE * 4
+
+# Of JSON: as Python's lists and numbers it takes up to twenty times the memory, and whoever parses
+# it holds up everyone else.
+_MAX_JSON_BYTES = 4 * 2**20
+
+# Decompressed at a time, from so much and to so much at most.
+_DEFLATED_BYTES = 2**18
+_INFLATED_BYTES = 2**20
+
+_HEADER_LENGTH = "Inference-Header-Content-Length"
+
+
+class _Message(BaseModel):
+    # The protocol wants members that a server does not know ignored.
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+
+class ServerMetadata(_Message):
+    """The server."""
+
+    name: str = Field(examples=["slsnet-server"])
+    version: str = Field(examples=["0.1.0"])
+    extensions: list[str] = Field(examples=[["binary_tensor_data", "model_configuration"]])
+
+
+class LiveAnswer(_Message):
+    """Whether the process works."""
+
+    live: Literal[True] = True
+
+
+class ReadyAnswer(_Message):
+    """Whether requests are welcome."""
+
+    ready: Literal[True] = True
+
+
+class ModelReadyAnswer(_Message):
+    """Whether the model is ready."""
+
+    name: str = Field(examples=[NAME])
+    ready: Literal[True] = True
+
+
+class TensorMetadata(_Message):
+    """A tensor that the model takes or gives; -1 is any size."""
+
+    name: str = Field(examples=[INPUT])
+    datatype: str = Field(examples=["UINT8"])
+    shape: list[int] = Field(examples=[[-1, 128, 128, 3]])
+
+
+class ModelMetadata(_Message):
+    """The model's tensors."""
+
+    name: str = Field(examples=[NAME])
+    versions: list[str] = Field(examples=[[VERSION]])
+    platform: str = Field(description="what runs it, and how", examples=["onnxruntime_fp32"])
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+
+
+class ConfigTensor(_Message):
+    """A tensor in a model's configuration, without its batch dimension."""
+
+    name: str
+    data_type: str
+    dims: list[int]
+
+
+class ModelConfig(_Message):
+    """The part of Triton's model configuration that clients read."""
+
+    name: str
+    platform: str
+    max_batch_size: int = Field(description="most images in one request")
+    input: list[ConfigTensor]
+    output: list[ConfigTensor]
+
+
+class RequestParameters(_Message):
+    """Of a request as a whole."""
+
+    binary_data_output: StrictBool = Field(
+        False, description="all outputs as binary data, if none is asked for by name"
+    )
+    timeout: StrictInt | None = Field(None, ge=1, description="microseconds")
+    priority: StrictInt = Field(
+        0, ge=0, description="1 or 0 is the default; what is greater lets others go first"
+    )
+
+
+class InputParameters(_Message):
+    """Of an input."""
+
+    binary_data_size: StrictInt | None = Field(
+        None, ge=0, description="bytes after the JSON that hold it"
+    )
+    shared_memory_region: str | None = Field(None, description="not served")
+
+
+class RequestInput(_Message):
+    """The images."""
+
+    name: str = Field(examples=[INPUT])
+    shape: list[StrictInt] = Field(examples=[[1, 128, 128, 3]])
+    datatype: str = Field(examples=["UINT8"])
+    parameters: InputParameters = InputParameters()
+    data: list[Any] | None = Field(
+        None, description="values in row-major order, flat or nested; absent for binary data"
+    )
+
+
+class OutputParameters(_Message):
+    """Of an output that is asked for."""
+
+    binary_data: StrictBool = Field(False, description="as binary data, after the JSON")
+    classification: StrictInt = Field(0, description="not served")
+    shared_memory_region: str | None = Field(None, description="not served")
+
+
+class RequestOutput(_Message):
+    """An output that is asked for."""
+
+    name: str = Field(examples=[OUTPUT])
+    parameters: OutputParameters = OutputParameters()
+
+
+class InferRequest(_Message):
+    """A request for inference; binary tensors follow it in the body."""
+
+    id: str | None = Field(None, description="comes back in the answer")
+    parameters: RequestParameters = RequestParameters()
+    inputs: list[RequestInput]
+    outputs: list[RequestOutput] = []
+
+
+class AnswerParameters(_Message):
+    """Of an output."""
+
+    binary_data_size: int = Field(description="bytes after the JSON that hold it")
+
+
+class AnswerOutput(_Message):
+    """The probabilities."""
+
+    name: str = Field(examples=[OUTPUT])
+    shape: list[int] = Field(examples=[[1, 128, 128]])
+    datatype: str = Field(examples=["FP32"])
+    parameters: AnswerParameters | None = None
+    data: list[float] | None = Field(None, description="row-major; absent for binary data")
+
+
+class InferAnswer(_Message):
+    """The answer to a request for inference; binary tensors follow it in the body."""
+
+    model_name: str = Field(examples=[NAME])
+    model_version: str = Field(examples=[VERSION])
+    id: str | None = Field(None, description="the request's")
+    outputs: list[AnswerOutput]
+
+
+class ErrorAnswer(_Message):
+    """What went wrong."""
+
+    error: str = Field(examples=["The input is called 'image', not 'input_0'."])
+
+
+class _Route(APIRoute):
+    """Errors of these paths have the protocol's shape."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_errors(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except Problem as problem:
+                return _error(problem.status, problem.detail, problem.headers)
+            except RequestValidationError as error:
+                details = (
+                    f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()
+                )
+                return _error(HTTPStatus.BAD_REQUEST, "; ".join(details) + ".", {})
+            except ClientGone:
+                raise
+            except Exception:
+                request_id = request.state.request_id
+                log.exception("request %s failed", request_id)
+                return _error(
+                    HTTPStatus.INTERNAL_SERVER_ERROR,
+                    f"The server failed on this request; its id is {request_id}.",
+                    {},
+                )
+
+        return handle_errors
+
+
+def _error(status: HTTPStatus, text: str, headers: dict[str, str]) -> Response:
+    return JSONResponse({"error": text}, status, headers)
+
+
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {
+        status: {"model": ErrorAnswer, "description": _ERRORS[status], "headers": HEADERS}
+        for status in statuses
+    }
+
+
+_ERRORS = {
+    400: "Not a request of the protocol, or not for these tensors.",
+    404: "There is no such model, version or path.",
+    413: "More bytes, JSON or images than allowed.",
+    415: "A Content-Encoding that is not served.",
+    429: "The queue is full; Retry-After says when to come back.",
+    500: "The server failed on this request.",
+    503: "Not ready, or draining.",
+    504: "The request's deadline passed.",
+}
+
+_BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
+
+_INFER_BODY: dict[str, Any] = {
+    "parameters": [
+        {
+            "name": _HEADER_LENGTH,
+            "in": "header",
+            "required": False,
+            "description": "bytes of JSON at the start of the body; binary tensors follow",
+            "schema": {"type": "integer", "minimum": 0},
+        }
+    ],
+    "requestBody": {
+        "required": True,
+        "description": "JSON, or JSON with binary tensors behind it; may be compressed"
+        " (`Content-Encoding: gzip` or `deflate`).",
+        "content": {
+            "application/json": {"schema": inlined(InferRequest.model_json_schema())},
+            "application/octet-stream": _BINARY,
+        },
+    },
+}
+
+_INFER_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "model": InferAnswer,
+        "description": "The lesion's probability for every pixel.",
+        "headers": {
+            **HEADERS,
+            _HEADER_LENGTH: {
+                "description": "bytes of JSON at the start of a body with binary tensors",
+                "schema": {"type": "integer"},
+            },
+        },
+        "content": {"application/octet-stream": _BINARY},
+    },
+    **_errors(400, 404, 413, 415, 429, 500, 503, 504),
+}
+
+
+def _known_model(
+    model: Annotated[str, Path(description="of the model", examples=[NAME])],
+) -> None:
+    if model != NAME:
+        raise NotFound(f"There is no model {model[:80]!r}: the one that is served is {NAME!r}.")
+
+
+def _known_version(
+    version: Annotated[str, Path(description="of the model", examples=[VERSION])],
+) -> None:
+    if version != VERSION:
+        raise NotFound(f"There is no version {version[:80]!r} of {NAME!r}: there is {VERSION!r}.")
+
+
+def openinference_router(service: Service, server_version: str) -> APIRouter:
+    """The paths under `/v2`."""
+    router = APIRouter(prefix="/v2", tags=["open inference protocol"], route_class=_Route)
+
+    @router.get("", summary="The server, and the extensions it has")
+    async def server_metadata() -> ServerMetadata:
+        return ServerMetadata(
+            name="slsnet-server",
+            version=server_version,
+            extensions=["binary_tensor_data", "model_configuration"],
+        )
+
+    @router.get("/health/live", summary="Whether the process works")
+    async def live() -> LiveAnswer:
+        return LiveAnswer()
+
+    @router.get("/health/ready", summary="Whether to send requests here", responses=_errors(503))
+    async def ready() -> ReadyAnswer:
+        _check_ready(service)
+        return ReadyAnswer()
+
+    models = _model_router(service)
+    is_model, is_version = Depends(_known_model), Depends(_known_version)
+    router.include_router(models, prefix="/models/{model}", dependencies=[is_model])
+    router.include_router(
+        models, prefix="/models/{model}/versions/{version}", dependencies=[is_model, is_version]
+    )
+
+    @router.api_route(
+        "/{path:path}",
+        methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"],
+        include_in_schema=False,
+    )
+    async def nothing(request: Request) -> Response:
+        raise NotFound(f"There is no {request.method} {request.url.path}; GET /docs lists all.")
+
+    return router
+
+
+def _model_router(service: Service) -> APIRouter:
+    router = APIRouter(route_class=_Route)
+    settings = service.settings
+
+    @router.get("", summary="The model's tensors", responses=_errors(404, 503))
+    async def metadata() -> ModelMetadata:
+        return ModelMetadata(
+            name=NAME,
+            versions=[VERSION],
+            platform=_platform(service.backend),
+            inputs=[TensorMetadata(name=INPUT, datatype="UINT8", shape=[-1, _SIDE, _SIDE, 3])],
+            outputs=[TensorMetadata(name=OUTPUT, datatype="FP32", shape=[-1, _SIDE, _SIDE])],
+        )
+
+    @router.get("/ready", summary="Whether the model is ready", responses=_errors(404, 503))
+    async def ready() -> ModelReadyAnswer:
+        _check_ready(service)
+        return ModelReadyAnswer(name=NAME)
+
+    @router.get(
+        "/config",
+        summary="The model's configuration, as Triton has it",
+        responses=_errors(404, 503),
+    )
+    async def config() -> ModelConfig:
+        return ModelConfig(
+            name=NAME,
+            platform=_platform(service.backend),
+            max_batch_size=settings.bulk_queue,
+            input=[ConfigTensor(name=INPUT, data_type="TYPE_UINT8", dims=[_SIDE, _SIDE, 3])],
+            output=[ConfigTensor(name=OUTPUT, data_type="TYPE_FP32", dims=[_SIDE, _SIDE])],
+        )
+
+    @router.post(
+        "/infer",
+        summary="Run the network on tensors",
+        response_class=Response,
+        responses=_INFER_ANSWERS,
+        openapi_extra=_INFER_BODY,
+    )
+    async def infer(
+        request: Request, x_request_timeout_ms: TimeoutMs = None, priority: Priority = ""
+    ) -> Response:
+        stages: Stages = request.state.stages
+        timeout_s = settings.timeout_s(x_request_timeout_ms)
+        async with deadline(timeout_s) as shorten:
+            with service.admission(bulk=is_bulk(priority)) as take:
+                body = await _read(request, service, take)
+                stages.end("read")
+                asked, images = await service.in_thread(
+                    _parse, body, request.headers.get(_HEADER_LENGTH), settings.bulk_queue
+                )
+                stages.end("decode")
+                if asked.parameters.timeout is not None:
+                    timeout_s = min(timeout_s, asked.parameters.timeout / 1e6)
+                    shorten(timeout_s)
+                bulk = is_bulk(priority) or asked.parameters.priority > 1
+                with (
+                    service.places(len(images) - 1, bulk=bulk),
+                    hang_up(request.receive) as gone,
+                ):
+                    results, _ = await service.infer(
+                        images,
+                        deadline=stages.started + timeout_s,
+                        is_gone=gone.done,
+                        bulk=bulk,
+                    )
+                stages.end("queue", min(result.started for result in results))
+                stages.end("infer", max(result.ended for result in results))
+                stages.notes["batch"] = str(max(result.batch_size for result in results))
+                content, header_length = await service.in_thread(
+                    _answer, asked, [result.probability for result in results]
+                )
+                stages.end("encode")
+        if header_length is None:
+            return Response(content, media_type="application/json")
+        return Response(
+            content,
+            media_type="application/octet-stream",
+            headers={_HEADER_LENGTH: str(header_length)},
+        )
+
+    return router
+
+
+def _check_ready(service: Service) -> None:
+    # Says itself what is not ready, if it is not.
+    _ = service.backend
+    if service.draining:
+        raise Unavailable("The server is going down: send requests to another one.")
+
+
+def _platform(backend: BackendInfo) -> str:
+    return f"{backend.name}_{backend.precision}"
+
+
+async def _read(request: Request, service: Service, take: Callable[[int], None]) -> bytes:
+    """The request's body, decompressed; never more than `max_body_bytes`."""
+    most = service.settings.max_body_bytes
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("identity", "gzip", "deflate"):
+        raise UnsupportedType(
+            f"Content-Encoding {encoding[:40]!r} is not served: send gzip, deflate or none."
+        )
+    body = await read_body(request.receive, request.headers, max_bytes=most, take=take)
+    if encoding == "identity":
+        return body
+    # "deflate" is zlib's format (RFC 9110, 8.4.1.2).
+    inflater = zlib.decompressobj(wbits=31 if encoding == "gzip" else 15)
+    parts: list[bytes] = []
+    size = 0
+    for start in range(0, len(body), _DEFLATED_BYTES):
+        piece = body[start : start + _DEFLATED_BYTES]
+        while piece and not inflater.eof:
+            try:
+                part = await service.in_thread(inflater.decompress, piece, _INFLATED_BYTES)
+            except zlib.error as error:
+                raise BadRequest(f"The body is not {encoding}: {error}.") from error
+            piece = inflater.unconsumed_tail
+            size += len(part)
+            if size > most:
+                raise TooLarge(f"The decompressed body has more than the {most} bytes allowed.")
+            take(len(part))
+            parts.append(part)
+    if not inflater.eof:
+        raise BadRequest(f"The {encoding} body ends too early.")
+    return b"".join(parts)
+
+
+def _parse(
+    body: bytes, header_length: str | None, most: int
+) -> tuple[InferRequest, list[NDArray[np.uint8]]]:
+    """A body → the request, and its images, each uint8 [128, 128, 3]."""
+    length = len(body)
+    if header_length is not None:
+        if not (header_length.isascii() and header_length.isdigit()) or len(header_length) > 18:
+            raise BadRequest(f"{_HEADER_LENGTH} is not a number of bytes.")
+        length = int(header_length)
+        if length > len(body):
+            raise BadRequest(f"{_HEADER_LENGTH} says {length}, the body has {len(body)} bytes.")
+    if length > _MAX_JSON_BYTES:
+        raise TooLarge(
+            f"{length} bytes of JSON are more than the {_MAX_JSON_BYTES} allowed: send the tensor"
+            " as binary data."
+        )
+    try:
+        asked = InferRequest.model_validate(json.loads(body[:length]))
+    except ValidationError as error:
+        details = (
+            f"{'.'.join(map(str, item['loc'])) or 'the request'}: {item['msg']}"
+            for item in error.errors(include_input=False, include_url=False)[:5]
+        )
+        raise BadRequest("; ".join(details) + ".") from error
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"The request is not JSON: {str(error)[:200]}.") from error
+    _check_outputs(asked.outputs)
+    return asked, _images(asked.inputs, memoryview(body)[length:], most)
+
+
+def _check_outputs(outputs: Sequence[RequestOutput]) -> None:
+    if len(outputs) > 1:
+        raise BadRequest(f"There is one output, {OUTPUT!r}: ask for it once.")
+    for output in outputs:
+        if output.name != OUTPUT:
+            raise BadRequest(f"The output is called {OUTPUT!r}, not {output.name[:80]!r}.")
+        if output.parameters.classification or output.parameters.shared_memory_region:
+            raise BadRequest("Classification and shared memory are not served.")
+
+
+def _images(
+    inputs: Sequence[RequestInput], binary: memoryview, most: int
+) -> list[NDArray[np.uint8]]:
+    if len(inputs) != 1:
+        raise BadRequest(f"There is one input, {INPUT!r}; the request has {len(inputs)}.")
+    tensor = inputs[0]
+    if tensor.name != INPUT:
+        raise BadRequest(f"The input is called {INPUT!r}, not {tensor.name[:80]!r}.")
+    if tensor.datatype != "UINT8":
+        raise BadRequest(f"The datatype of {INPUT!r} is UINT8, not {tensor.datatype[:20]!r}.")
+    count, *rest = tensor.shape or [0]
+    if rest != [_SIDE, _SIDE, 3] or count < 1:
+        raise BadRequest(
+            f"The shape of {INPUT!r} is [n, {_SIDE}, {_SIDE}, 3], not {str(tensor.shape)[:80]}."
+        )
+    if count > most:
+        raise TooLarge(f"{count} images are more than the {most} that one request may have.")
+    if tensor.parameters.shared_memory_region:
+        raise BadRequest("Shared memory is not served: send the tensor's bytes.")
+    size = tensor.parameters.binary_data_size
+    if size is None:
+        if tensor.data is None:
+            raise BadRequest(f"The input {INPUT!r} has neither data nor a binary_data_size.")
+        if len(binary):
+            raise BadRequest("Binary data follows the JSON, but no input has a binary_data_size.")
+        data: bytes | memoryview = _values(tensor.data)
+    else:
+        if tensor.data is not None:
+            raise BadRequest(f"The input {INPUT!r} has both data and a binary_data_size.")
+        if size != len(binary):
+            raise BadRequest(
+                f"binary_data_size is {size}, but {len(binary)} bytes follow the JSON"
+                f" ({_HEADER_LENGTH} says where it ends)."
+            )
+        data = binary
+    if len(data) != count * _IMAGE_BYTES:
+        raise BadRequest(
+            f"The shape {tensor.shape} takes {count * _IMAGE_BYTES} values, there are {len(data)}."
+        )
+    return list(np.frombuffer(data, np.uint8).reshape(count, _SIDE, _SIDE, 3))
+
+
+def _values(data: list[Any]) -> bytes:
+    """Integers 0 to 255, flat or nested, in row-major order."""
+    try:
+        while data and isinstance(data[0], list):
+            data = list(chain.from_iterable(data))
+        return bytes(data)
+    except (TypeError, ValueError) as error:
+        raise BadRequest(
+            f"The data of {INPUT!r} must be integers from 0 to 255, flat or nested as the shape is."
+        ) from error
+
+
+def _answer(
+    asked: InferRequest, probabilities: Sequence[NDArray[np.float32]]
+) -> tuple[bytes, int | None]:
+    """The answer's body, and how much of it is JSON if binary data follows."""
+    binary = (
+        asked.outputs[0].parameters.binary_data
+        if asked.outputs
+        else asked.parameters.binary_data_output
+    )
+    shape = [len(probabilities), _SIDE, _SIDE]
+    output = AnswerOutput(name=OUTPUT, shape=shape, datatype="FP32")
+    if binary:
+        output.parameters = AnswerParameters(binary_data_size=len(probabilities) * _MAP_BYTES)
+    answer = InferAnswer(model_name=NAME, model_version=VERSION, id=asked.id, outputs=[output])
+    header = answer.model_dump_json(exclude_none=True).encode()
+    if binary:
+        # Little-endian, as the extension has it.
+        return b"".join([header, *(p.astype("<f4").tobytes() for p in probabilities)]), len(header)
+    # Map by map: a single call would hold up all other threads for as long as all maps take.
+    values = ",".join(json.dumps(p.ravel().tolist())[1:-1] for p in probabilities)
+    return header.removesuffix(b"}]}") + b',"data":[' + values.encode() + b"]}]}", None
