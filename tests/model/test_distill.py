@@ -86,7 +86,7 @@ def test_the_target_is_a_mixture_of_mask_and_teacher(
     )
     pixels, selections, _ = train.prepare(config, folder / "data", folder / "cache")
     trainer = train.Trainer(config, folder, pixels, selections)
-    seen = {}
+    seen: dict[str, torch.Tensor] = {}
 
     def update(
         x: torch.Tensor, truth: torch.Tensor, target: torch.Tensor

@@ -1,0 +1,119 @@
+"""The exported graph keeps the contract with serving, or is not written."""
+
+import json
+import warnings
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from torch import nn
+
+import model.export
+from model.config import GeneratorConfig
+from model.export import export, main
+from model.generator import Generator, load_generator, load_metadata, save_generator
+from model.layers import ChannelAttention, PositionAttention
+from tests.lesions import lesion_photo
+from tests.model.tiny import GENERATOR
+
+# torch.onnx.export uses a function of torch's own that torch has deprecated
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generator whose attentions have a say."""
+    torch.manual_seed(0)
+    generator = Generator(GeneratorConfig(**GENERATOR))
+    for module in generator.modules():
+        if isinstance(module, PositionAttention):
+            nn.init.constant_(module.eta, 0.4)
+        elif isinstance(module, ChannelAttention):
+            nn.init.constant_(module.gamma, 0.4)
+    path = tmp_path_factory.mktemp("weights") / "w.safetensors"
+    figures = {"validation_jaccard": "0.7654", "threshold": "0.5", "training_data": "3 images"}
+    save_generator(generator, path, {**figures, "selection": "0.7"})
+    return path
+
+
+@pytest.fixture(scope="module")
+def graph(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("graph") / "slsnet.onnx"
+    with warnings.catch_warnings():  # marks do not reach fixtures of a module
+        warnings.simplefilter("ignore", FutureWarning)
+        assert export(weights, path, "1.2.3", "Apache-2.0") < 1e-5
+    return path
+
+
+def test_contract(graph: Path) -> None:
+    session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    (image,), (probability,) = session.get_inputs(), session.get_outputs()
+    assert (image.name, image.type) == ("image", "tensor(uint8)")
+    assert image.shape[1:] == [128, 128, 3] and isinstance(image.shape[0], str)
+    assert (probability.name, probability.type) == ("probability", "tensor(float)")
+    assert probability.shape[1:] == [128, 128] and isinstance(probability.shape[0], str)
+
+
+def test_it_computes_what_pytorch_does(graph: Path, weights: Path) -> None:
+    session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    images = np.stack([lesion_photo(seed, 128, 128).pixels for seed in range(3)])
+    generator = load_generator(weights)
+    with torch.inference_mode():
+        x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+        expected = generator(x).sigmoid()[:, 0].numpy()
+    for count in (1, 2, 3):
+        (found,) = session.run(None, {"image": images[:count]})
+        assert found.shape == (count, 128, 128) and found.dtype == np.float32
+        np.testing.assert_allclose(found, expected[:count], atol=1e-5)
+    assert expected.std() > 1e-3
+
+
+def test_metadata(graph: Path, weights: Path) -> None:
+    props = {p.key: p.value for p in onnx.load(graph).metadata_props}
+    generator = Generator(GeneratorConfig(**GENERATOR))
+    assert props == {
+        "name": "slsnet",
+        "version": "1.2.3",
+        "licence": "Apache-2.0",
+        "parameters": str(sum(p.numel() for p in generator.parameters())),
+        "weights_sha256": sha256(weights.read_bytes()).hexdigest(),
+        "validation_jaccard": "0.7654",
+        "threshold": "0.5",
+        "training_data": "3 images",
+    }
+
+
+def test_a_graph_that_computes_something_else_is_not_written(
+    graph: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = graph.read_bytes()
+    monkeypatch.setattr(model.export, "MAX_DIFFERENCE", -1.0)
+    with pytest.raises(ValueError, match=r"differs from PyTorch by .* was not written"):
+        export(weights, graph, "2", "Apache-2.0")
+    assert graph.read_bytes() == before
+    assert [p.name for p in graph.parent.iterdir()] == [graph.name]
+
+
+def test_unreadable_weights_end_without_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = tmp_path / "bad.safetensors"
+    bad.write_text("no weights")
+    monkeypatch.setattr("sys.argv", ["export", "--weights", str(bad), "--output", str(bad) + "x"])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "is not a readable safetensors file" in error
+
+
+def test_shipped_graph_is_of_the_shipped_weights() -> None:
+    shipped = model.export.WEIGHTS
+    props = {p.key: p.value for p in onnx.load(shipped.with_suffix(".onnx")).metadata_props}
+    assert props["weights_sha256"] == sha256(shipped.read_bytes()).hexdigest()
+    config = json.loads(load_metadata(shipped)["config"])
+    assert props["parameters"] == "2347900" and config["cam_form"] == "danet"
