@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -266,6 +266,25 @@ def load_config(
             change = {part: change}
         _merge(values, change)
     return parse_config(values)
+
+
+def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
+    """
+    `KEY=VALUE` flags as overrides; values are YAML.
+
+    Raises:
+        ConfigError: no `=`, or a value that is not YAML.
+    """
+    overrides = {}
+    for item in items:
+        key, separator, value = item.partition("=")
+        if not separator:
+            raise ConfigError(f"--set takes KEY=VALUE, not {item!r}")
+        try:
+            overrides[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {item}: the value is not readable: {error}") from error
+    return overrides
 
 
 def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> None:

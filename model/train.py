@@ -37,7 +37,15 @@ from torch import Tensor, nn
 
 from model import losses
 from model.augment import Augmenter
-from model.config import PRESETS, ConfigError, TrainConfig, config_dict, load_config, parse_config
+from model.config import (
+    PRESETS,
+    ConfigError,
+    TrainConfig,
+    config_dict,
+    load_config,
+    parse_config,
+    parse_overrides,
+)
 from model.data import (
     DataError,
     PixelSet,
@@ -683,28 +691,39 @@ def _run(args: argparse.Namespace) -> Progress:
                 "or start another run"
             )
     else:
-        overrides = {}
-        for item in args.set:
-            key, separator, value = item.partition("=")
-            if not separator:
-                raise ConfigError(f"--set takes KEY=VALUE, not {item!r}")
-            try:
-                overrides[key] = yaml.safe_load(value)
-            except yaml.YAMLError as error:
-                raise ConfigError(f"--set {item}: the value is not readable: {error}") from error
-        config = load_config(args.preset, args.config, overrides)
-        if (args.out / "last.pt").exists():
-            raise ConfigError(f"{args.out} holds a run: pass --resume, or another --out")
-    pixels, selections, origin = prepare(config, args.data, args.cache)
-    args.out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(config, args.out, pixels, selections, origin)
-    if args.resume:
+        config = load_config(args.preset, args.config, parse_overrides(args.set))
+    return train(config, args.data, args.out, args.cache, resume=args.resume)
+
+
+def train(
+    config: TrainConfig, data: Path, out: Path, cache: Path, *, resume: bool = False
+) -> Progress:
+    """Train in the folder `out`, from the start or from where it was left.
+
+    Args:
+        config: what to do; a run that is resumed must have been started with the same.
+        data: folder of data sets.
+        out: the run's folder.
+        cache: folder of decoded pixels.
+        resume: whether to go on with the run in `out`.
+
+    Raises:
+        ConfigError: the configuration does not fit, or `out` holds a run that is not resumed.
+        DataError: naming the file or id that cannot be used.
+        TrainingError: there is nothing to resume, or a loss is not a number any more.
+    """
+    if not resume and (out / "last.pt").exists():
+        raise ConfigError(f"{out} holds a run: pass --resume, or another --out")
+    pixels, selections, origin = prepare(config, data, cache)
+    out.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(config, out, pixels, selections, origin)
+    if resume:
         trainer.load()
     else:
         if trainer.world > 1:
             dist.barrier()  # every process has seen that no run was there
         if trainer.rank == 0:
-            with replacing(saved) as path:
+            with replacing(out / "config.yaml") as path:
                 path.write_text(yaml.safe_dump(config_dict(config), sort_keys=False))
             trainer.save()  # so that a kill in the first epoch can be resumed too
     return trainer.run()
