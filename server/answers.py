@@ -13,6 +13,7 @@ from server.service import Segmentation
 
 __all__ = [
     "BackendAnswer",
+    "BatchItemAnswer",
     "MaskFormat",
     "ModelAnswer",
     "ProblemAnswer",
@@ -154,6 +155,16 @@ class ProblemAnswer(_Answer):
     detail: str = Field(description="what is wrong, and what to do")
     instance: str = Field(description="path of the request", examples=["/segment"])
     request_id: str | None = Field(None, description="also in X-Request-ID; quote it in a report")
+
+
+class BatchItemAnswer(_Answer):
+    """One photo of several: a line of the answer. It has either `result` or `error`."""
+
+    index: int = Field(description="of the photo in the form, from 0", examples=[0])
+    name: str = Field(description="of the photo's field in the form", examples=["file"])
+    status: int = Field(description="what `POST /segment` would have answered with", examples=[200])
+    result: SegmentationAnswer | None = None
+    error: ProblemAnswer | None = None
 
 
 def png_answer(segmentation: Segmentation, threshold: float, original: bool) -> bytes:

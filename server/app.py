@@ -20,6 +20,7 @@ from server.answers import (
     png_answer,
 )
 from server.backends import BackendError
+from server.bulk import bulk_router
 from server.context import RequestContext
 from server.loading import bring_up
 from server.metrics import Metrics
@@ -99,6 +100,7 @@ def create_app(
     )
     install(app)
     app.include_router(router)
+    app.include_router(bulk_router(service))
     app.include_router(openinference_router(service, VERSION))
     _add_routes(app, service, metrics)
     return RequestContext(app, metrics, lambda: service.draining), service
@@ -164,10 +166,13 @@ def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
                             mask,
                             request_id=request.state.request_id,
                             timings_ms=stages.milliseconds(),
-                        )
+                        ),
+                        bulk=bulk,
                     )
                 else:
-                    content = await service.in_thread(png_answer, segmentation, threshold, original)
+                    content = await service.in_thread(
+                        png_answer, segmentation, threshold, original, bulk=bulk
+                    )
                 stages.end("encode")
         return Response(content, media_type=media_type, headers={"Vary": "Accept"})
 

@@ -53,6 +53,12 @@ class Metrics:
             "Batches that the backend failed on",
             registry=self.registry,
         )
+        self.bulk_photos = Counter(
+            "slsnet_bulk_photos",
+            "Photos of requests with several, by the status of each",
+            ["status"],
+            registry=self.registry,
+        )
         self.engine_events = Counter(
             "slsnet_engine_events",
             "Steps in the life of the TensorRT engine: found, missing, damaged, built, refused, …",

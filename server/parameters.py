@@ -63,16 +63,22 @@ def is_bulk(priority: str) -> bool:
 
 
 @contextlib.asynccontextmanager
-async def deadline(timeout_s: float) -> AsyncIterator[Callable[[float], None]]:
+async def deadline(
+    timeout_s: float, *, spent_s: float = 0
+) -> AsyncIterator[Callable[[float], None]]:
     """What is inside has this long; gives what sets it to fewer seconds, counted from the start.
+
+    Args:
+        timeout_s: that the request has.
+        spent_s: of these already.
 
     Raises:
         DeadlineExceeded: it took longer.
     """
     now = asyncio.get_running_loop().time
-    started = now()
+    started = now() - spent_s
     try:
-        async with asyncio.timeout(timeout_s) as limit:
+        async with asyncio.timeout(timeout_s - spent_s) as limit:
 
             def shorten(seconds: float) -> None:
                 nonlocal timeout_s

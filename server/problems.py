@@ -42,6 +42,7 @@ __all__ = [
     "Unavailable",
     "Unprocessable",
     "UnsupportedType",
+    "document",
     "install",
     "of_photo_error",
 ]
@@ -189,16 +190,24 @@ def _request_id(request: Request) -> str | None:
     return getattr(request.state, "request_id", None)
 
 
-def _answer(
-    request: Request, status: HTTPStatus, detail: str, headers: Mapping[str, str] | None
-) -> Response:
+def document(
+    status: HTTPStatus, detail: str, instance: str, request_id: str | None
+) -> dict[str, Any]:
+    """A problem as JSON's members (RFC 9457, 3.1)."""
     body: dict[str, Any] = {
         "type": "about:blank",
         "title": status.phrase,
         "status": status.value,
         "detail": detail,
-        "instance": request.url.path,
+        "instance": instance,
     }
-    if request_id := _request_id(request):
+    if request_id:
         body["request_id"] = request_id
+    return body
+
+
+def _answer(
+    request: Request, status: HTTPStatus, detail: str, headers: Mapping[str, str] | None
+) -> Response:
+    body = document(status, detail, request.url.path, _request_id(request))
     return JSONResponse(body, status, headers, media_type=PROBLEM_JSON)

@@ -66,6 +66,8 @@ class Service:
         self.workers = ThreadPoolExecutor(threads, thread_name_prefix="work")
         # Of their own, so that no photo that somebody waits for queues up behind bulk's.
         self._bulk_workers = ThreadPoolExecutor(max(1, threads // 2), thread_name_prefix="bulk")
+        self.bulk_photos = asyncio.Semaphore(settings.max_queue)
+        """Photos of requests with several that are worked on, whosever they are."""
         self._admitted = 0
         self._batcher: Batcher | None = None
 

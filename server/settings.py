@@ -117,6 +117,13 @@ class Settings(BaseSettings):
         description="deadline of a request that brings no X-Request-Timeout-Ms, and the longest"
         " that it may ask for",
     )
+    bulk_max_bytes: int = Field(
+        256 * 2**20, ge=1, description="largest body with several photos, all of them together"
+    )
+    bulk_max_photos: int = Field(1000, ge=1, description="most photos in one request")
+    bulk_timeout_ms: float = Field(
+        600_000, gt=0, description="what request-timeout-ms is, for a request with several photos"
+    )
     drain_grace_s: float = Field(
         1,
         ge=0,
@@ -138,6 +145,10 @@ class Settings(BaseSettings):
     def timeout_s(self, asked_ms: float | None) -> float:
         """Seconds that a request has which asks for `asked_ms` (`X-Request-Timeout-Ms`)."""
         return min(asked_ms or self.request_timeout_ms, self.request_timeout_ms) / 1000
+
+    def bulk_timeout_s(self, asked_ms: float | None) -> float:
+        """The same for a request with several photos."""
+        return min(asked_ms or self.bulk_timeout_ms, self.bulk_timeout_ms) / 1000
 
 
 def read_settings(arguments: Sequence[str] | None = None) -> Settings:

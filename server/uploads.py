@@ -7,22 +7,26 @@ photo must never touch the disk.
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import multipart
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive
 
-from server.problems import BadRequest, ClientGone, TooLarge, UnsupportedType
+from server.problems import BadRequest, ClientGone, Problem, TooLarge, UnsupportedType
 
 __all__ = [
     "FIELD",
     "RAW_TYPES",
     "ByteBudget",
+    "Part",
     "check_content_type",
     "hang_up",
     "image_in_body",
     "read_body",
+    "read_parts",
 ]
 
 FIELD = "file"
@@ -44,6 +48,9 @@ _RAW_ALIASES = ("image/jpg", "image/pjpeg", "image/x-png", "image/x-ms-bmp", "im
 
 _MAX_PARTS = 16
 
+# Of a field's name, which comes back with its photo's answer.
+_MAX_NAME = 200
+
 
 class ByteBudget:
     """Bytes of all the bodies that are held at this moment, kept under a limit."""
@@ -55,6 +62,8 @@ class ByteBudget:
     @contextlib.contextmanager
     def account(self, full: Callable[[], Exception]) -> Iterator[Callable[[int], None]]:
         """Gives a function that takes bytes from the budget, which come back in the end.
+
+        Or before: a negative number gives back.
 
         Args:
             full: makes the exception that is raised where the budget does not suffice.
@@ -130,6 +139,93 @@ async def read_body(
         TooLarge: the length announced, or the bytes that came, exceed `max_bytes`.
         ClientGone: the client hung up before the end.
     """
+    chunks = [chunk async for chunk in _chunks(receive, headers, max_bytes=max_bytes, take=take)]
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A photo of a request that has several."""
+
+    name: str
+    """Of its field in the form."""
+    size: int
+    """Bytes that it took from the budget."""
+    photo: bytes | Problem
+    """Its bytes, or what is wrong with them."""
+
+
+async def read_parts(
+    receive: Receive,
+    headers: Headers,
+    *,
+    max_bytes: int,
+    max_parts: int,
+    max_part_bytes: int,
+    take: Callable[[int], None],
+) -> list[Part]:
+    """All photos of a form, whatever their fields are called.
+
+    Args:
+        receive, headers, max_bytes, take: as for `read_body`.
+        max_parts: most photos in the form.
+        max_part_bytes: largest photo; of a larger one nothing is kept.
+
+    Raises:
+        BadRequest: the form is malformed, or empty.
+        UnsupportedType: the body is not a form.
+        TooLarge: it has too many photos, or bytes.
+        ClientGone: the client hung up before the end.
+    """
+    content_type = headers.get("content-type", "")
+    if _media_type(content_type) != MULTIPART:
+        raise UnsupportedType(
+            f"Several photos are sent as a {MULTIPART} form, each in a field of its own."
+        )
+    photos: list[tuple[str, list[bytes]]] = []
+    sizes: list[int] = []
+    with _form_parser(content_type, max_parts=max_parts + 1) as parse:
+        async for chunk in _chunks(receive, headers, max_bytes=max_bytes, take=take):
+            for event in parse(chunk):
+                if isinstance(event, multipart.MultipartSegment):
+                    photos.append((_field_name(event.name), []))
+                    sizes.append(0)
+                    if len(photos) > max_parts:
+                        raise TooLarge(
+                            f"The form has more than the {max_parts} photos that one request may"
+                            " have."
+                        )
+                elif event is not None:
+                    sizes[-1] += len(event)
+                    if sizes[-1] <= max_part_bytes:
+                        photos[-1][1].append(bytes(event))
+                    else:
+                        photos[-1][1].clear()
+    if not photos:
+        raise BadRequest("The form is empty: put each photo into a field of its own.")
+    parts: list[Part] = []
+    for (name, chunks), size in zip(photos, sizes, strict=True):
+        photo: bytes | Problem = b"".join(chunks)
+        chunks.clear()
+        if size > max_part_bytes:
+            photo = TooLarge(
+                f"The photo has {size} bytes, {max_part_bytes} are allowed. Send a smaller one, or"
+                " one that is compressed more."
+            )
+        elif not size:
+            photo = BadRequest("The field is empty: put the photo's bytes there.")
+        parts.append(Part(name, size, photo))
+    return parts
+
+
+def _field_name(name: str | None) -> str:
+    # The parser reads names as Latin-1, so as never to fail; nearly everyone sends UTF-8.
+    return (name or "").encode("latin-1").decode("utf-8", "replace")[:_MAX_NAME]
+
+
+async def _chunks(
+    receive: Receive, headers: Headers, *, max_bytes: int, take: Callable[[int], None]
+) -> AsyncIterator[bytes]:
     too_large = TooLarge(
         f"The body is larger than the {max_bytes} bytes that are allowed. Send a smaller photo, or"
         " one that is compressed more."
@@ -141,7 +237,6 @@ async def read_body(
         if int(announced) > max_bytes:
             raise too_large
         take(int(announced))
-    chunks: list[bytes] = []
     size = 0
     more = True
     while more:
@@ -155,8 +250,7 @@ async def read_body(
             raise too_large
         if announced is None:
             take(len(chunk))
-        chunks.append(chunk)
-    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        yield chunk
 
 
 @contextlib.contextmanager
@@ -182,32 +276,19 @@ def image_in_body(body: bytes, content_type: str) -> bytes:
         )
     if _media_type(content_type) != MULTIPART:
         return body
-    _, options = multipart.parse_options_header(content_type)
-    boundary = options.get("boundary")
-    if not boundary:
-        raise BadRequest(f"Content-Type: {MULTIPART} comes without its boundary.")
     images: list[list[bytes]] = []
     other_fields: list[str] = []
     wanted: list[bytes] | None = None
-    try:
-        with multipart.PushMultipartParser(
-            boundary,
-            content_length=len(body),
-            max_segment_count=_MAX_PARTS,
-            # Never fails to decode: file names come in any charset, and are not looked at.
-            header_charset="latin-1",
-        ) as parser:
-            for event in parser.parse(body):
-                if isinstance(event, multipart.MultipartSegment):
-                    wanted = [] if event.name == FIELD else None
-                    if wanted is not None:
-                        images.append(wanted)
-                    else:
-                        other_fields.append(repr((event.name or "")[:40]))
-                elif event is not None and wanted is not None:
-                    wanted.append(bytes(event))
-    except multipart.MultipartError as error:
-        raise BadRequest(f"The multipart form is malformed: {error.args[0]}.") from error
+    with _form_parser(content_type, max_parts=_MAX_PARTS) as parse:
+        for event in parse(body):
+            if isinstance(event, multipart.MultipartSegment):
+                wanted = [] if event.name == FIELD else None
+                if wanted is not None:
+                    images.append(wanted)
+                else:
+                    other_fields.append(repr((event.name or "")[:40]))
+            elif event is not None and wanted is not None:
+                wanted.append(bytes(event))
     if not images:
         found = f" It has {', '.join(other_fields)}." if other_fields else ""
         raise BadRequest(f"The form has no field {FIELD!r}: put the photo there.{found}")
@@ -219,6 +300,27 @@ def image_in_body(body: bytes, content_type: str) -> bytes:
     if not image:
         raise BadRequest(f"The field {FIELD!r} is empty: put the photo's bytes there.")
     return image
+
+
+@contextlib.contextmanager
+def _form_parser(
+    content_type: str, *, max_parts: int
+) -> Iterator[Callable[[bytes], Iterator[Any]]]:
+    """Gives what turns a form's bytes into fields and their contents, piece by piece."""
+    _, options = multipart.parse_options_header(content_type)
+    boundary = options.get("boundary")
+    if not boundary:
+        raise BadRequest(f"Content-Type: {MULTIPART} comes without its boundary.")
+    try:
+        with multipart.PushMultipartParser(
+            boundary,
+            max_segment_count=max_parts,
+            # Never fails to decode: file names come in any charset, and are not looked at.
+            header_charset="latin-1",
+        ) as parser:
+            yield parser.parse
+    except multipart.MultipartError as error:
+        raise BadRequest(f"The multipart form is malformed: {error.args[0]}.") from error
 
 
 def _media_type(content_type: str) -> str:

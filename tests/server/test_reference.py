@@ -33,6 +33,7 @@ def test_document_is_complete(server: ServerProcess) -> None:
         "/v2/health/ready",
         *(model + path for model in models for path in ("", "/ready", "/config", "/infer")),
         "/segment",
+        "/segment/batch",
         "/health/live",
         "/health/ready",
         "/model",

@@ -1,0 +1,276 @@
+"""`POST /segment/batch`: many photos in one request, each answered as soon as it is done.
+
+Photos are worked on a few at a time and answered in the order in which they get done. What is wrong
+with one is its own answer and nobody else's. All of it is bulk: whoever sends a single photo goes
+first.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from server.answers import BatchItemAnswer, MaskFormat, json_answer, png_answer
+from server.parameters import MaskForm, MaskSize, Threshold, TimeoutMs, deadline, preferred
+from server.problems import PROBLEM_JSON, ClientGone, InferenceFailed, Problem, document
+from server.reference import HEADERS, inlined, problem_responses
+from server.service import Service
+from server.stages import Stages
+from server.uploads import MULTIPART, Part, hang_up, read_parts
+
+__all__ = ["bulk_router"]
+
+log = logging.getLogger("slsnet.server")
+
+NDJSON = "application/x-ndjson"
+MIXED = "multipart/mixed"
+
+# Photos of one request that are worked on, or wait to be sent, at the same time.
+_MAX_AT_WORK = 32
+
+# Who has not read the answers so long after the deadline is not waited for.
+_FAREWELL_S = 30
+
+
+@dataclass(frozen=True)
+class _Options:
+    threshold: float
+    original: bool
+    mask: MaskFormat
+    media_type: str
+    timeout_s: float
+
+
+def bulk_router(service: Service) -> APIRouter:
+    """The path, for the application to include."""
+    router = APIRouter(tags=["segmentation"])
+    settings = service.settings
+
+    @router.post(
+        "/segment/batch",
+        summary="Segment the lesions in many photos",
+        response_class=Response,
+        responses=_RESPONSES,
+        openapi_extra=_BODY,
+    )
+    async def segment_batch(
+        request: Request,
+        threshold: Threshold = 0.5,
+        size: MaskSize = "original",
+        mask: MaskForm = MaskFormat.PNG,
+        x_request_timeout_ms: TimeoutMs = None,
+    ) -> Response:
+        return _Answers(
+            service,
+            _Options(
+                threshold,
+                size == "original",
+                mask,
+                preferred(request.headers.get("accept", ""), (NDJSON, MIXED)),
+                settings.bulk_timeout_s(x_request_timeout_ms),
+            ),
+        )
+
+    return router
+
+
+class _Answers(Response):
+    """Reads the photos, and sends what comes of each."""
+
+    def __init__(self, service: Service, options: _Options) -> None:
+        super().__init__()
+        self._service = service
+        self._options = options
+        self._boundary = uuid.uuid4().hex
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        stages: Stages = request.state.stages
+        settings = self._service.settings
+        with self._service.admission(bulk=True) as take:
+            async with deadline(self._options.timeout_s):
+                photos = await read_parts(
+                    receive,
+                    request.headers,
+                    max_bytes=settings.bulk_max_bytes,
+                    max_parts=settings.bulk_max_photos,
+                    max_part_bytes=settings.max_body_bytes,
+                    take=take,
+                )
+            stages.end("read")
+            media_type = self._options.media_type
+            if media_type == MIXED:
+                media_type += f"; boundary={self._boundary}"
+            headers = {"Content-Type": media_type, "Vary": "Accept", "X-Accel-Buffering": "no"}
+            await send(
+                {
+                    "type": "http.response.start",
+                    "status": 200,
+                    "headers": [(k.lower().encode(), v.encode()) for k, v in headers.items()],
+                }
+            )
+            with hang_up(receive) as gone:
+                await self._send_all(request, photos, gone, take, send)
+
+    async def _send_all(
+        self,
+        request: Request,
+        photos: list[Part],
+        gone: asyncio.Future[Message],
+        give_back: Callable[[int], None],
+        send: Send,
+    ) -> None:
+        waiting = deque(enumerate(photos))
+        photos.clear()
+        sending = asyncio.Lock()
+
+        async def work() -> None:
+            while waiting:
+                index, part = waiting.popleft()
+                answer = await self._answer(request, index, part, gone)
+                give_back(-part.size)
+                del part
+                async with sending:
+                    await send({"type": "http.response.body", "body": answer, "more_body": True})
+
+        info = self._service.backend
+        at_work = min(len(waiting), 2 * info.max_batch * info.slots, _MAX_AT_WORK)
+        workers = asyncio.gather(*(work() for _ in range(at_work)))
+        stages: Stages = request.state.stages
+        timeout_s = stages.started + self._options.timeout_s - time.perf_counter() + _FAREWELL_S
+        try:
+            await asyncio.wait(
+                (workers, gone), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            if workers.done():
+                with contextlib.suppress(ClientGone):
+                    await workers
+                end = f"--{self._boundary}--\r\n" if self._options.media_type == MIXED else ""
+                await send({"type": "http.response.body", "body": end.encode()})
+        finally:
+            workers.cancel()
+
+    async def _answer(
+        self, request: Request, index: int, part: Part, gone: asyncio.Future[Message]
+    ) -> bytes:
+        """One photo's line, or part, of the answer."""
+        status, content = 200, b""
+        media_type = "image/png" if self._options.media_type == MIXED else "application/json"
+        try:
+            content = await self._segment(request, part, gone)
+        except ClientGone:
+            raise
+        except Exception as error:
+            if isinstance(error, Problem):
+                problem = error
+            else:
+                log.exception("request %s failed on photo %d", request.state.request_id, index)
+                problem = InferenceFailed("The server failed on this photo.")
+            status, media_type = problem.status, PROBLEM_JSON
+            members = document(
+                problem.status, problem.detail, request.url.path, request.state.request_id
+            )
+            content = json.dumps(members, ensure_ascii=False).encode()
+        self._service.metrics.bulk_photos.labels(str(int(status))).inc()
+        if self._options.media_type == NDJSON:
+            head = {"index": index, "name": part.name, "status": int(status)}
+            member = "result" if status == 200 else "error"
+            # The photo's own answer is JSON already.
+            start = json.dumps(head, ensure_ascii=False).removesuffix("}")
+            return f'{start}, "{member}": '.encode() + content + b"}\n"
+        lines = (
+            f"--{self._boundary}",
+            f"Content-Type: {media_type}",
+            f"Content-Length: {len(content)}",
+            f"Item-Index: {index}",
+            f"Item-Name: {quote(part.name, safe='')}",
+            f"Item-Status: {int(status)}",
+            "\r\n",
+        )
+        return "\r\n".join(lines).encode() + content + b"\r\n"
+
+    async def _segment(self, request: Request, part: Part, gone: asyncio.Future[Message]) -> bytes:
+        if isinstance(part.photo, Problem):
+            raise part.photo
+        options = self._options
+        started: float = request.state.stages.started
+        stages = Stages()
+        spent_s = time.perf_counter() - started
+        async with deadline(options.timeout_s, spent_s=spent_s), self._service.bulk_photos:
+            segmentation = await self._service.segment(
+                part.photo,
+                "application/octet-stream",
+                stages=stages,
+                deadline=started + options.timeout_s,
+                is_gone=gone.done,
+                bulk=True,
+            )
+            if options.media_type == MIXED:
+                content = await self._service.in_thread(
+                    png_answer, segmentation, options.threshold, options.original, bulk=True
+                )
+            else:
+                content = await self._service.in_thread(
+                    lambda: json_answer(
+                        segmentation,
+                        options.threshold,
+                        options.original,
+                        options.mask,
+                        request_id=request.state.request_id,
+                        timings_ms=stages.milliseconds(),
+                    ),
+                    bulk=True,
+                )
+        stages.end("encode")
+        for stage, seconds in stages.seconds.items():
+            self._service.metrics.stage_seconds.labels(stage).observe(seconds)
+        return content
+
+
+_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "description": "A form with a photo in every field, whatever the fields are called; names"
+        " may repeat. File names are not looked at.",
+        "content": {
+            MULTIPART: {
+                "schema": {
+                    "type": "object",
+                    "properties": {
+                        "file": {
+                            "type": "array",
+                            "items": {"type": "string", "format": "binary"},
+                            "description": "photos",
+                        }
+                    },
+                    "additionalProperties": {"type": "string", "format": "binary"},
+                }
+            }
+        },
+    }
+}
+
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "One answer for each photo, in the order in which they get done: a line of"
+        " JSON, or, if `Accept` prefers multipart/mixed, a part with the mask as PNG (or a problem"
+        " document) and the headers Item-Index, Item-Name (percent-encoded) and Item-Status.",
+        "headers": HEADERS,
+        "content": {
+            NDJSON: {"schema": inlined(BatchItemAnswer.model_json_schema())},
+            MIXED: {"schema": {"type": "string", "format": "binary"}},
+        },
+    },
+    **problem_responses(400, 413, 415, 422, 429, 503, 504),
+}
