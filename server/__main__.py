@@ -2,23 +2,31 @@
 
 The first signal turns readiness off; new requests are still served for a grace period, so that
 whoever routes them here can notice. Then the port closes and what is in flight is finished. A
-second signal ends at once, with what a shell says of a process ended by it.
+second signal ends at once, with what a shell says of a process ended by it. SIGHUP loads the
+network, and the TLS certificate, from their files again.
 """
 
 import asyncio
 import logging
 import os
 import resource
+import signal
 import socket
+import ssl
 import sys
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
 from server.app import create_app
+from server.backends import BackendError
 from server.connections import Connection, House
+from server.keys import KeyFileError
 from server.service import Service
 from server.settings import read_settings
+
+log = logging.getLogger("slsnet.server")
 
 # Files that are open beside connections.
 _OTHER_FILES = 512
@@ -34,6 +42,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._house = House(service.settings, service.metrics)
+        self._reloading: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         if self._service.draining:
@@ -46,13 +55,33 @@ class _Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
 
+    @property
+    def _tls(self) -> dict[str, Any]:
+        if self.config.ssl is None:
+            return {}
+        timeout_s = self._service.settings.head_timeout_s
+        return {"ssl": self.config.ssl, "ssl_handshake_timeout": timeout_s}
+
+    async def _reload(self) -> None:
+        settings = self._service.settings
+        try:
+            if self.config.ssl is not None and settings.tls_cert is not None:
+                self.config.ssl.load_cert_chain(settings.tls_cert, settings.tls_key)
+            await self.lifespan.state["reload"]()
+        except (BackendError, OSError) as error:
+            log.error("nothing is changed: %s", error)
+
+    def _on_hangup(self) -> None:
+        self._reloading = self._loop.create_task(self._reload())
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await self.lifespan.startup()
         if self.lifespan.should_exit:
             sys.exit(1)
+        self._loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
         self.servers = [
             await self._loop.create_server(
-                self._protocol, sock=listener, backlog=self.config.backlog
+                self._protocol, sock=listener, backlog=self.config.backlog, **self._tls
             )
             for listener in sockets or []
         ]
@@ -78,24 +107,13 @@ class _Server(uvicorn.Server):
         listener.close()
         for connection in waiting:
             connection.setblocking(False)
-            await self._loop.connect_accepted_socket(self._protocol, connection)
+            await self._loop.connect_accepted_socket(self._protocol, connection, **self._tls)
 
     def _protocol(self) -> asyncio.Protocol:
         return Connection(self._house, self.config, self.server_state, self.lifespan.state)
 
     def _stop(self) -> None:
         self.should_exit = True
-
-
-def _set_up_log(level: str) -> None:
-    """Of other packages warnings alone: at debug level Pillow writes what a photo's EXIF says."""
-    logging.basicConfig(
-        level=max(logging.WARNING, logging.getLevelNamesMapping()[level]),
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-        stream=sys.stderr,
-    )
-    for name in ("slsnet", "uvicorn"):
-        logging.getLogger(name).setLevel(level)
 
 
 def _allow_files(wanted: int) -> None:
@@ -109,7 +127,11 @@ def _allow_files(wanted: int) -> None:
 def main() -> int:
     """Run the server; gives the process's exit code."""
     settings = read_settings()
-    _set_up_log(settings.log_level.upper())
+    logging.basicConfig(
+        level=settings.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        stream=sys.stderr,
+    )
     _allow_files(settings.max_connections + _OTHER_FILES)
     failed = False
 
@@ -118,7 +140,11 @@ def main() -> int:
         failed = True
         server.should_exit = True
 
-    app, service = create_app(settings, on_failure)
+    try:
+        app, service = create_app(settings, on_failure)
+    except KeyFileError as error:
+        log.error("%s", error)
+        return 1
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -131,7 +157,16 @@ def main() -> int:
         proxy_headers=False,
         timeout_keep_alive=settings.keep_alive_s,
         timeout_graceful_shutdown=round(settings.drain_timeout_s),
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
+        ssl_ca_certs=settings.tls_client_ca and str(settings.tls_client_ca),
+        ssl_cert_reqs=ssl.CERT_REQUIRED if settings.tls_client_ca else ssl.CERT_NONE,
     )
+    try:
+        config.load()
+    except OSError as error:
+        log.error("TLS cannot be set up, look at --tls-cert and its kin: %s", error)
+        return 1
     server = _Server(config, service)
     server.run([config.bind_socket()])
     return 1 if failed else 0

@@ -3,14 +3,16 @@
 import asyncio
 import contextlib
 import logging
-import threading
 from collections.abc import AsyncIterator, Callable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Query, Request
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from server.access import Access
+from server.admin import admin_router
 from server.answers import (
     MaskFormat,
     ModelAnswer,
@@ -22,7 +24,8 @@ from server.answers import (
 from server.backends import BackendError
 from server.bulk import bulk_router
 from server.context import RequestContext
-from server.loading import bring_up
+from server.keys import KeyFile
+from server.loading import Loader
 from server.metrics import Metrics
 from server.openinference import openinference_router
 from server.parameters import (
@@ -35,7 +38,7 @@ from server.parameters import (
     is_bulk,
     preferred,
 )
-from server.problems import Unavailable, install
+from server.problems import install
 from server.reference import (
     DESCRIPTION,
     SEGMENT_BODY,
@@ -54,6 +57,15 @@ log = logging.getLogger("slsnet.server")
 
 VERSION = "0.1.0"
 
+_CORS_REQUEST_HEADERS = [
+    "Authorization",
+    "Content-Type",
+    "Priority",
+    "X-API-Key",
+    "X-Request-ID",
+    "X-Request-Timeout-Ms",
+]
+
 _PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -68,24 +80,28 @@ def create_app(
     Args:
         settings: all there is to set.
         on_failure: called if the network cannot be loaded.
+
+    Raises:
+        KeyFileError: the file of API keys cannot be read.
     """
+    keys = KeyFile(settings.api_keys_file) if settings.api_keys_file else None
     metrics = Metrics()
     service = Service(settings, metrics)
-    stop = threading.Event()
+    loader = Loader(service)
 
     async def load() -> None:
         try:
-            await bring_up(service, stop)
+            await loader.load()
         except BackendError as error:
             log.error("%s", error)
             on_failure()
 
     @contextlib.asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
         loading = asyncio.create_task(load())
-        yield
-        stop.set()
-        await loading
+        yield {"reload": loader.load}
+        await asyncio.wait([loading])
+        await loader.close()
         await service.close()
 
     app = FastAPI(
@@ -102,8 +118,33 @@ def create_app(
     app.include_router(router)
     app.include_router(bulk_router(service))
     app.include_router(openinference_router(service, VERSION))
+    app.include_router(admin_router(loader.load))
     _add_routes(app, service, metrics)
-    return RequestContext(app, metrics, lambda: service.draining), service
+    guarded: ASGIApp = Access(
+        app,
+        keys,
+        metrics_keyed=settings.metrics_keyed,
+        requests_per_s=settings.key_requests_per_s,
+        burst=settings.key_burst,
+    )
+    origins = [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]
+    if origins:
+        # Outside: a browser asks what it may send without showing a key.
+        guarded = CORSMiddleware(
+            guarded,
+            allow_origins=origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=_CORS_REQUEST_HEADERS,
+            expose_headers=["X-Request-ID", "Server-Timing", "Retry-After"],
+        )
+    context = RequestContext(
+        guarded,
+        metrics,
+        lambda: service.draining,
+        encrypted=settings.tls_cert is not None,
+        shared=bool(origins),
+    )
+    return context, service
 
 
 def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
@@ -187,8 +228,7 @@ def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
         responses=problem_responses(503),
     )
     async def ready() -> StatusAnswer:
-        if service.draining:
-            raise Unavailable("The server is going down: send requests to another one.")
+        service.check_ready()
         return StatusAnswer(status="ready", backend=service.backend.name)
 
     @app.get(

@@ -25,9 +25,13 @@ from server.backends import Backend, BackendError
 from server.metrics import Metrics
 from server.problems import ClientGone, DeadlineExceeded, InferenceFailed
 
-__all__ = ["Batcher", "Inference"]
+__all__ = ["FAILURES", "Batcher", "Inference"]
 
 log = logging.getLogger("slsnet.batching")
+
+FAILURES = 5
+"""A batch that fails and its retry can be one photo's fault; after this many runs in a row that
+failed, the backend is at fault."""
 
 # While both kinds wait, so many interactive photos run for one bulk photo.
 _INTERACTIVE_PER_BULK = 8
@@ -66,12 +70,14 @@ class Batcher:
         *,
         max_batch: int = 0,
         max_wait_ms: float = 0,
+        on_failing: Callable[[], None] = lambda: None,
     ) -> None:
         """Args:
         backend: loaded and warmed up.
         metrics: told of batch sizes, drops and failures.
         max_batch: 0 for the backend's own.
         max_wait_ms: how long an idle backend waits for a batch to fill.
+        on_failing: called once, when the backend has failed `FAILURES` times in a row.
         """
         self.info = info = backend.describe()
         self._backend = backend
@@ -88,6 +94,8 @@ class Batcher:
         self._running: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._threads = ThreadPoolExecutor(info.slots, thread_name_prefix="infer")
+        self._on_failing = on_failing
+        self._failures = 0
         self.seconds_per_image = 0.0
         """Moving average of the backend's time an image."""
 
@@ -135,6 +143,20 @@ class Batcher:
         (self._bulk if bulk else self._interactive).extend(items)
         self._dispatch()
         return [item.result for item in items]
+
+    @property
+    def is_failing(self) -> bool:
+        """Whether the backend failed `FAILURES` times in a row; once so, it stays so."""
+        return self._failures >= FAILURES
+
+    def waiting(self, *, bulk: bool) -> int:
+        """Images in the queue."""
+        return len(self._bulk if bulk else self._interactive)
+
+    def longest_wait_s(self) -> float:
+        """Of the images in the queue, up to now."""
+        heads = [queue[0].arrived for queue in (self._interactive, self._bulk) if queue]
+        return time.perf_counter() - min(heads) if heads else 0.0
 
     async def close(self) -> None:
         """Finish what is queued and running, then close the backend."""
@@ -250,10 +272,19 @@ class Batcher:
                 item.result.set_exception(failure)
 
     async def _infer(self, batch: list[_Item]) -> None:
-        started, ended, probabilities = await asyncio.get_running_loop().run_in_executor(
-            self._threads, self._call_backend, [item.pixels for item in batch]
-        )
+        try:
+            started, ended, probabilities = await asyncio.get_running_loop().run_in_executor(
+                self._threads, self._call_backend, [item.pixels for item in batch]
+            )
+        except Exception:
+            self._failures += 1
+            if self._failures == FAILURES:
+                self._on_failing()
+            raise
+        if not self.is_failing:
+            self._failures = 0
         self._metrics.batch_size.observe(len(batch))
+        self._metrics.padding.inc(self._bucket(len(batch)) - len(batch))
         per_image = (ended - started) / len(batch)
         self.seconds_per_image += (per_image - self.seconds_per_image) * (
             0.1 if self.seconds_per_image else 1

@@ -18,17 +18,48 @@ log = logging.getLogger("slsnet.access")
 # What a client may choose as its own request id: it is echoed, and written to the log.
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
+# For every answer that does not say otherwise; only a page needs to.
+_SECURITY = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+
 
 class RequestContext:
     """ASGI layer around the whole application, errors included.
 
-    Puts `request_id` and `stages` into the request's state. Every answer carries `X-Request-ID` and
-    `Server-Timing`, and while the server drains `Connection: close`, so that clients come back
-    somewhere else.
+    Puts `request_id` and `stages` into the request's state. Every answer carries `X-Request-ID`,
+    `Server-Timing` and what keeps a browser strict, and while the server drains `Connection:
+    close`, so that clients come back somewhere else.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, is_draining: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        is_draining: Callable[[], bool],
+        *,
+        encrypted: bool = False,
+        shared: bool = False,
+    ) -> None:
+        """Args:
+        app: all the rest.
+        metrics: told of every answer.
+        is_draining: whether the server is on its way out.
+        encrypted: browsers shall not come back without TLS.
+        shared: pages of other origins may use the API.
+        """
         self._app = app
+        self._security = dict(_SECURITY)
+        if encrypted:
+            self._security["Strict-Transport-Security"] = "max-age=31536000"
+        if shared:
+            self._security["Cross-Origin-Resource-Policy"] = "cross-origin"
         self._metrics = metrics
         self._is_draining = is_draining
 
@@ -51,8 +82,8 @@ class RequestContext:
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = request_id
                 headers["Server-Timing"] = stages.header()
-                headers["X-Content-Type-Options"] = "nosniff"
-                headers.setdefault("Cache-Control", "no-store")
+                for name, value in self._security.items():
+                    headers.setdefault(name, value)
                 if self._is_draining():
                     headers["Connection"] = "close"
             await send(message)
@@ -60,11 +91,19 @@ class RequestContext:
         try:
             await self._app(scope, receive, send_with_headers)
         except Exception:
-            # Answered with 500 already, unless an answer had begun; nobody before has logged it.
+            # It has been answered with 500 already; the framework passes it on to be logged.
             log.exception("request %s failed", request_id)
         # Only paths that exist become label values: a scanner must not grow the metrics.
         path = getattr(scope.get("route"), "path", "other")
         self._metrics.requests.labels(path, str(status)).inc()
         for stage, seconds in stages.seconds.items():
             self._metrics.stage_seconds.labels(stage).observe(seconds)
-        log.info("%s %s %s %d %s", request_id, scope["method"], path, status, stages.header())
+        log.info(
+            "%s %s %s %s %d %s",
+            request_id,
+            state.get("client", "-"),
+            scope["method"],
+            path,
+            status,
+            stages.header(),
+        )

@@ -6,106 +6,122 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-from numpy.typing import NDArray
-
-from server.backends import Backend, BackendError, open_backend
+from server.backends import Backend, BackendError, BackendInfo, open_backend
 from server.backends.engine_cache import EngineCache, EngineEvent, open_engine_cache
 from server.backends.onnxruntime import OnnxRuntimeBackend
+from server.batching import FAILURES
 from server.service import Service
 from server.settings import Settings, available_cores
 
-__all__ = ["bring_up"]
+__all__ = ["Loader"]
 
 log = logging.getLogger("slsnet.loading")
 
-
-# A batch that failed and its retry can be one photo's fault; after this many in a row the GPU is
-# lost.
-_FAILURES = 5
+# Longest pause between two attempts to bring a backend back that failed, seconds.
+_LONGEST_PAUSE_S = 30
 
 
-async def bring_up(service: Service, stop: threading.Event) -> None:
-    """Let the best backend that is there serve, and a better one take over when it is.
+class Loader:
+    """Brings a service its backend: at the start, on request, and when the one in use fails."""
 
-    Returns when nothing better is to come, or soon after `stop` is set.
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._stop = threading.Event()
+        self._better: asyncio.Task[None] | None = None
+        self._recovery: asyncio.Task[None] | None = None
+        self._one_at_a_time = asyncio.Lock()
 
-    Raises:
-        BackendError: nothing can serve, or TensorRT was asked for and cannot be used here.
-    """
-    settings = service.settings
+    async def load(self) -> BackendInfo:
+        """Load the network from its file, and swap it in once it is warm.
 
-    def count(event: EngineEvent) -> None:
-        service.metrics.engine_events.labels(event=event).inc()
+        Requests are served all the while, by what served before, which goes on where this fails. A
+        better backend that takes time to build takes over later.
 
-    engines = await service.in_thread(lambda: _engines(settings, count))
-    engine = await service.in_thread(engines.load) if engines is not None else None
-    if engine is not None and await _take_over(service, engine, count):
-        return
-    await service.use(await service.in_thread(lambda: _first(settings)))
-    if engines is None or engine is not None:
-        return
-    # Not in the pool of workers: it blocks for as long as a build takes.
-    with ThreadPoolExecutor(1, thread_name_prefix="engine") as thread:
-        engine = await asyncio.get_running_loop().run_in_executor(thread, engines.obtain, stop)
-    if engine is not None:
-        await _take_over(service, engine, count)
+        Raises:
+            BackendError: nothing can serve, or TensorRT was asked for and cannot be used here.
+        """
+        async with self._one_at_a_time:
+            try:
+                info = await self._load()
+            except BackendError:
+                self._service.metrics.reloads.labels("failed").inc()
+                raise
+            self._service.metrics.reloads.labels("succeeded").inc()
+            return info
 
+    async def close(self) -> None:
+        """Stop building and recovering."""
+        if self._recovery is not None:
+            self._recovery.cancel()
+            await asyncio.wait([self._recovery])
+        await self._stop_building()
 
-async def _take_over(
-    service: Service, engine: Backend, count: Callable[[EngineEvent], None]
-) -> bool:
-    """Let `engine` serve, and the CPU in its place should the GPU be lost."""
-    loop = asyncio.get_running_loop()
-    replacing: list[asyncio.Task[None]] = []
+    async def _stop_building(self) -> None:
+        self._stop.set()
+        if self._better is not None:
+            await asyncio.wait([self._better])
 
-    async def replace() -> None:
-        count("lost")
-        log.error("engine lost: %d batches failed in a row; the CPU serves now", _FAILURES)
+    async def _load(self) -> BackendInfo:
+        service = self._service
+        settings = service.settings
+        engines = await service.in_thread(lambda: _engines(settings, self._count))
+        engine = await service.in_thread(engines.load) if engines is not None else None
+        if engine is None or not await self._take_over(engine):
+            first = await service.in_thread(lambda: _first(settings))
+            await service.use(first, self._failing)
+            if engines is not None and engine is None:
+                # What may still be built is for the network from before.
+                await self._stop_building()
+                self._stop = threading.Event()
+                self._better = asyncio.create_task(self._build(engines, self._stop))
+        return service.backend
+
+    async def _build(self, engines: EngineCache, stop: threading.Event) -> None:
+        # Not in the pool of workers: it blocks for as long as a build takes.
+        with ThreadPoolExecutor(1, thread_name_prefix="engine") as thread:
+            engine = await asyncio.get_running_loop().run_in_executor(thread, engines.obtain, stop)
+        if engine is not None and not stop.is_set():
+            await self._take_over(engine)
+
+    async def _take_over(self, engine: Backend) -> bool:
+        """Let `engine` serve, and the CPU in its place should the GPU be lost."""
         try:
-            await service.use(await service.in_thread(lambda: _on_cpu(service.settings)))
+            await self._service.use(engine, self._lost)
         except BackendError as error:
-            log.error("%s", error)
+            self._count("load_failed")
+            log.error("the engine does not take over: %s", error)
+            return False
+        return True
 
-    def lost() -> None:
-        loop.call_soon_threadsafe(lambda: replacing.append(loop.create_task(replace())))
+    def _lost(self) -> None:
+        self._count("lost")
+        log.error("engine lost: %d batches failed in a row; the CPU serves now", FAILURES)
+        self._recover(_on_cpu)
 
-    try:
-        await service.use(_Watched(engine, lost))
-    except BackendError as error:
-        count("load_failed")
-        log.error("the engine does not take over: %s", error)
-        return False
-    return True
+    def _failing(self) -> None:
+        log.error("%d batches failed in a row: no requests are taken until it works", FAILURES)
+        self._recover(_first)
 
+    def _recover(self, open_anew: Callable[[Settings], Backend]) -> None:
+        self._recovery = asyncio.create_task(self._reopen(open_anew))
 
-class _Watched:
-    """A backend that tells once when too many of its batches have failed in a row."""
+    async def _reopen(self, open_anew: Callable[[Settings], Backend]) -> None:
+        service = self._service
+        pause_s = 0.5
+        while True:
+            try:
+                async with self._one_at_a_time:
+                    if service.is_failing:
+                        backend = await service.in_thread(open_anew, service.settings)
+                        await service.use(backend, self._failing)
+                return
+            except BackendError as error:
+                log.error("no better: %s", error)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
-    def __init__(self, backend: Backend, on_lost: Callable[[], None]) -> None:
-        self._on_lost = on_lost
-        self._backend = backend
-        self._failures = 0
-        self._lock = threading.Lock()
-        self.describe = backend.describe
-        self.warm_up = backend.warm_up
-        self.close = backend.close
-
-    def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
-        try:
-            result = self._backend.infer(batch)
-        except BackendError:
-            with self._lock:
-                self._failures += 1
-                is_lost = self._failures == _FAILURES
-            if is_lost:
-                self._on_lost()
-            raise
-        with self._lock:
-            # Once lost it stays so: what is told once is not told again.
-            if self._failures < _FAILURES:
-                self._failures = 0
-        return result
+    def _count(self, event: EngineEvent) -> None:
+        self._service.metrics.engine_events.labels(event=event).inc()
 
 
 def _on_cpu(settings: Settings) -> Backend:

@@ -1,5 +1,7 @@
 """What Prometheus scrapes at `GET /metrics`."""
 
+from collections.abc import Callable
+
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -8,6 +10,8 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+
+from server.backends import BackendInfo
 
 __all__ = ["Metrics"]
 
@@ -65,6 +69,23 @@ class Metrics:
             ["event"],
             registry=self.registry,
         )
+        self.reloads = Counter(
+            "slsnet_reloads",
+            "Loads of the network, the first one among them, by result",
+            ["result"],
+            registry=self.registry,
+        )
+        self.circuit_open = Gauge(
+            "slsnet_circuit_open",
+            "1 while the backend fails all the time and nothing is given to it",
+            registry=self.registry,
+        )
+        self.backend = Gauge(
+            "slsnet_backend_info",
+            "What runs the network, and which network it is",
+            ["backend", "runtime_version", "device", "precision", "model", "version", "sha256"],
+            registry=self.registry,
+        )
         self.connections_refused = Counter(
             "slsnet_connections_refused",
             "Connections that were refused or cut, by reason",
@@ -84,9 +105,42 @@ class Metrics:
             "Pixels of the photos being decoded",
             registry=self.registry,
         )
+        self.padding = Counter(
+            "slsnet_batch_padding_images",
+            "Empty seats of batches that were filled up to a size that the backend is built for",
+            registry=self.registry,
+        )
+        self.queue_depth = Gauge(
+            "slsnet_queue_depth",
+            "Photos that are decoded and wait for the network",
+            ["priority"],
+            registry=self.registry,
+        )
+        self.queue_age_seconds = Gauge(
+            "slsnet_queue_age_seconds",
+            "How long the photo has waited that has waited longest",
+            registry=self.registry,
+        )
         self.ready = Gauge(
             "slsnet_ready", "1 while requests are served and wanted", registry=self.registry
         )
+
+    def observe(self, gauge: Gauge, read: Callable[[], float]) -> None:
+        """Let `gauge` show what `read` gives when the metrics are rendered."""
+        gauge.set_function(read)
+
+    def serves(self, backend: BackendInfo) -> None:
+        """`backend` serves from now on, and no other."""
+        self.backend.clear()
+        self.backend.labels(
+            backend.name,
+            backend.version,
+            backend.device,
+            backend.precision,
+            backend.model.get("name", "unknown"),
+            backend.model.get("version", "unknown"),
+            backend.model.get("weights_sha256", "unknown"),
+        ).set(1)
 
     def render(self) -> bytes:
         """The exposition in Prometheus' text format."""

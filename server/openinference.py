@@ -35,7 +35,6 @@ from server.problems import (
     NotFound,
     Problem,
     TooLarge,
-    Unavailable,
     UnsupportedType,
 )
 from server.reference import HEADERS, inlined
@@ -348,7 +347,7 @@ def openinference_router(service: Service, server_version: str) -> APIRouter:
 
     @router.get("/health/ready", summary="Whether to send requests here", responses=_errors(503))
     async def ready() -> ReadyAnswer:
-        _check_ready(service)
+        service.check_ready()
         return ReadyAnswer()
 
     models = _model_router(service)
@@ -385,7 +384,7 @@ def _model_router(service: Service) -> APIRouter:
 
     @router.get("/ready", summary="Whether the model is ready", responses=_errors(404, 503))
     async def ready() -> ModelReadyAnswer:
-        _check_ready(service)
+        service.check_ready()
         return ModelReadyAnswer(name=NAME)
 
     @router.get(
@@ -452,13 +451,6 @@ def _model_router(service: Service) -> APIRouter:
         )
 
     return router
-
-
-def _check_ready(service: Service) -> None:
-    # Says itself what is not ready, if it is not.
-    _ = service.backend
-    if service.draining:
-        raise Unavailable("The server is going down: send requests to another one.")
 
 
 def _platform(backend: BackendInfo) -> str:

@@ -16,6 +16,7 @@ They are raised where the cause is known; `install` turns them, and everything t
 itself refuses, into answers in one place.
 """
 
+import logging
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -41,12 +42,15 @@ __all__ = [
     "Unavailable",
     "Unprocessable",
     "UnsupportedType",
+    "answer",
     "document",
     "install",
     "of_photo_error",
 ]
 
 PROBLEM_JSON = "application/problem+json"
+
+log = logging.getLogger("slsnet.server")
 
 
 class Problem(Exception):
@@ -138,7 +142,7 @@ def install(app: FastAPI) -> None:
 
     async def problem(request: Request, error: Exception) -> Response:
         assert isinstance(error, Problem)
-        return _answer(request, error.status, error.detail, error.headers)
+        return answer(request, error.status, error.detail, error.headers)
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -151,7 +155,7 @@ def install(app: FastAPI) -> None:
         elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
             allowed = (error.headers or {}).get("Allow", "another method")
             detail = f"{request.url.path} does not take {request.method}: use {allowed}."
-        return _answer(request, HTTPStatus(error.status_code), detail, error.headers)
+        return answer(request, HTTPStatus(error.status_code), detail, error.headers)
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
@@ -160,15 +164,15 @@ def install(app: FastAPI) -> None:
             f" got {str(item['input'])[:80]!r}"
             for item in error.errors()
         ]
-        return _answer(request, Unprocessable.status, "; ".join(details) + ".", None)
+        return answer(request, Unprocessable.status, "; ".join(details) + ".", None)
 
     async def gone(_request: Request, _error: Exception) -> Response:
         # Never sent: the connection is closed. The status is what proxies log for this.
         return Response(status_code=499)
 
-    async def failed(request: Request, _error: Exception) -> Response:
-        # Logged by `RequestContext`, to which the framework passes it on.
-        return _answer(
+    async def failed(request: Request, error: Exception) -> Response:
+        log.error("request %s failed", _request_id(request), exc_info=error)
+        return answer(
             request,
             HTTPStatus.INTERNAL_SERVER_ERROR,
             "The server failed on this request. Trying again may work; if it does not, report the"
@@ -203,8 +207,9 @@ def document(
     return body
 
 
-def _answer(
-    request: Request, status: HTTPStatus, detail: str, headers: Mapping[str, str] | None
+def answer(
+    request: Request, status: HTTPStatus, detail: str, headers: Mapping[str, str] | None = None
 ) -> Response:
+    """A problem document that says `detail`."""
     body = document(status, detail, request.url.path, _request_id(request))
     return JSONResponse(body, status, headers, media_type=PROBLEM_JSON)

@@ -16,9 +16,9 @@ from typing import TypeVar, TypeVarTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from model.image import MODEL_SIZE, Photo, read_photo
 from model.image import ImageError as PhotoError
-from model.image import Photo, read_photo
-from server.backends import Backend, BackendInfo
+from server.backends import Backend, BackendError, BackendInfo
 from server.batching import Batcher, Inference
 from server.metrics import Metrics
 from server.problems import ClientGone, Overloaded, Unavailable, of_photo_error
@@ -58,10 +58,17 @@ class Service:
         self.draining = False
         self.body_bytes = ByteBudget(settings.max_bytes_in_flight)
         self._pixels = PixelBudget(settings.max_pixels_decoding)
-        metrics.pixels_decoding.set_function(lambda: self._pixels.used)
-        metrics.bytes_in_flight.set_function(lambda: self.body_bytes.used)
-        metrics.ready.set_function(lambda: self.is_ready)
-        metrics.admitted.set_function(lambda: self._admitted)
+        metrics.observe(metrics.pixels_decoding, lambda: self._pixels.used)
+        metrics.observe(metrics.bytes_in_flight, lambda: self.body_bytes.used)
+        metrics.observe(metrics.ready, lambda: self.is_ready)
+        metrics.observe(metrics.circuit_open, lambda: self.is_failing)
+        metrics.observe(metrics.admitted, lambda: self._admitted)
+        metrics.observe(metrics.queue_depth.labels("interactive"), lambda: self._waiting(False))
+        metrics.observe(metrics.queue_depth.labels("bulk"), lambda: self._waiting(True))
+        metrics.observe(
+            metrics.queue_age_seconds,
+            lambda: self._batcher.longest_wait_s() if self._batcher else 0,
+        )
         threads = settings.decode_threads or available_cores()
         self.workers = ThreadPoolExecutor(threads, thread_name_prefix="work")
         # Of their own, so that no photo that somebody waits for queues up behind bulk's.
@@ -71,10 +78,13 @@ class Service:
         self._admitted = 0
         self._batcher: Batcher | None = None
 
+    def _waiting(self, bulk: bool) -> int:
+        return self._batcher.waiting(bulk=bulk) if self._batcher else 0
+
     @property
     def is_ready(self) -> bool:
-        """Warmed up, and not on the way out."""
-        return self._batcher is not None and not self.draining
+        """Warmed up, working, and not on the way out."""
+        return self._batcher is not None and not self.is_failing and not self.draining
 
     @property
     def backend(self) -> BackendInfo:
@@ -87,20 +97,38 @@ class Service:
             raise Unavailable(_STARTING)
         return self._batcher.info
 
-    async def use(self, backend: Backend) -> None:
+    @property
+    def is_failing(self) -> bool:
+        """Whether the backend has failed so often in a row that nothing is given to it."""
+        return self._batcher is not None and self._batcher.is_failing
+
+    async def use(self, backend: Backend, on_failing: Callable[[], None] = lambda: None) -> None:
         """Warm `backend` up and let it serve from now on, in place of the one before.
 
         Whatever the one before has accepted it still answers; then it is closed.
+
+        Args:
+            backend: loaded.
+            on_failing: called if it fails many times in a row.
+
+        Raises:
+            BackendError: it does not work; the one before goes on.
         """
-        await asyncio.get_running_loop().run_in_executor(self.workers, backend.warm_up)
+        try:
+            await asyncio.get_running_loop().run_in_executor(self.workers, _prove, backend)
+        except BaseException:
+            backend.close()
+            raise
         former = self._batcher
         self._batcher = Batcher(
             backend,
             self.metrics,
             max_batch=self.settings.max_batch,
             max_wait_ms=self.settings.max_wait_ms,
+            on_failing=on_failing,
         )
         info = self._batcher.info
+        self.metrics.serves(info)
         log.info("ready: %s %s on %s, %s", info.name, info.version, info.device, info.precision)
         if former is not None:
             await former.close()
@@ -111,6 +139,23 @@ class Service:
             await self._batcher.close()
         self.workers.shutdown()
         self._bulk_workers.shutdown()
+
+    def check_works(self) -> None:
+        """Raises:
+        Unavailable: no backend is ready, or it fails all the time.
+        """
+        if self._batcher is None:
+            raise Unavailable(_STARTING)
+        if self._batcher.is_failing:
+            raise Unavailable(_FAILING)
+
+    def check_ready(self) -> None:
+        """Raises:
+        Unavailable: requests are not served, or are better sent elsewhere.
+        """
+        self.check_works()
+        if self.draining:
+            raise Unavailable("The server is going down: send requests to another one.")
 
     @contextlib.contextmanager
     def admission(self, *, bulk: bool = False) -> Iterator[Callable[[int], None]]:
@@ -123,8 +168,7 @@ class Service:
             Unavailable: no backend is ready.
             Overloaded: all places are taken.
         """
-        if self._batcher is None:
-            raise Unavailable(_STARTING)
+        self.check_works()
         with (
             self.places(1, bulk=bulk),
             self.body_bytes.account(
@@ -246,4 +290,19 @@ class Service:
         )
 
 
+def _prove(backend: Backend) -> None:
+    """Raise BackendError unless `backend` runs and its answers are probabilities."""
+    backend.warm_up()
+    probability = backend.infer(np.zeros((1, MODEL_SIZE, MODEL_SIZE, 3), np.uint8))
+    if (
+        probability.shape != (1, MODEL_SIZE, MODEL_SIZE)
+        or not ((probability >= 0) & (probability <= 1)).all()
+    ):
+        raise BackendError("The network's answers are not probabilities.")
+
+
+_FAILING = (
+    "The network fails on every photo and is being loaded anew. Try again when GET /health/ready"
+    " answers 200."
+)
 _STARTING = "The network is still being loaded. Try again when GET /health/ready answers 200."

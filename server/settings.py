@@ -8,9 +8,10 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from model.image import DEFAULT_MAX_PIXELS
@@ -117,6 +118,32 @@ class Settings(BaseSettings):
         description="deadline of a request that brings no X-Request-Timeout-Ms, and the longest"
         " that it may ask for",
     )
+    api_keys_file: Path | None = Field(
+        None,
+        description="who may come in; made with `python -m server.keys new NAME`, read again when"
+        " it changes; none lets everybody in",
+    )
+    key_requests_per_s: float = Field(
+        0, ge=0, description="requests that each key may send in the long run; 0 is no limit"
+    )
+    key_burst: int = Field(
+        20, ge=1, description="requests that each key may send at once before that counts"
+    )
+    metrics_keyed: bool = Field(False, description="whether /metrics takes a key too")
+    cors_origins: str = Field(
+        "",
+        description="origins whose pages may use the API from a browser, with commas between; none"
+        " by default",
+    )
+    tls_cert: Path | None = Field(
+        None, description="certificate chain (PEM); the port then speaks TLS"
+    )
+    tls_key: Path | None = Field(
+        None, description="its private key (PEM); none if the certificate's file has it"
+    )
+    tls_client_ca: Path | None = Field(
+        None, description="clients must show a certificate from one of these (PEM): mutual TLS"
+    )
     bulk_max_bytes: int = Field(
         256 * 2**20, ge=1, description="largest body with several photos, all of them together"
     )
@@ -146,6 +173,12 @@ class Settings(BaseSettings):
         """Seconds that a request has which asks for `asked_ms` (`X-Request-Timeout-Ms`)."""
         return min(asked_ms or self.request_timeout_ms, self.request_timeout_ms) / 1000
 
+    @model_validator(mode="after")
+    def _check_tls(self) -> Self:
+        if self.tls_cert is None and (self.tls_key or self.tls_client_ca):
+            raise ValueError("--tls-key and --tls-client-ca need --tls-cert")
+        return self
+
     def bulk_timeout_s(self, asked_ms: float | None) -> float:
         """The same for a request with several photos."""
         return min(asked_ms or self.bulk_timeout_ms, self.bulk_timeout_ms) / 1000
@@ -171,14 +204,17 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
     try:
         return Settings(**given)
     except ValidationError as error:
-        parser.error(
-            "; ".join(
-                f"--{'-'.join(map(str, problem['loc'])).replace('_', '-')}"
-                f" ({_PREFIX}{str(problem['loc'][0]).upper()}): {problem['msg']},"
-                f" got {problem['input']!r}"
-                for problem in error.errors()
-            )
-        )
+        parser.error("; ".join(_told(problem) for problem in error.errors()))
+
+
+def _told(problem: ErrorDetails) -> str:
+    if not problem["loc"]:
+        return problem["msg"]
+    name = str(problem["loc"][0])
+    return (
+        f"--{name.replace('_', '-')} ({_PREFIX}{name.upper()}): {problem['msg']},"
+        f" got {problem['input']!r}"
+    )
 
 
 def settings_table() -> list[tuple[str, str, str, str]]:

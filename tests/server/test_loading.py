@@ -188,6 +188,7 @@ def test_a_gpu_that_is_lost_leaves_the_cpu_serving(
         assert segment() == 500
         while _backend(client) == "tensorrt":
             segment()
+        _until(lambda: _backend(client) == "onnxruntime")
         assert [segment() for _ in range(3)] == [200] * 3
         assert 'event="lost"} 1.0' in client.get("/metrics").text
     assert "engine lost: 5 batches failed in a row" in caplog.text

@@ -1,0 +1,102 @@
+"""A backend that fails all the time: requests stop being taken, and it is brought back."""
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from server import loading
+from server.app import create_app
+from server.backends import BackendError, BackendInfo
+from server.settings import Settings
+from tests.server.test_loading import PHOTO, _backend, _serve, _until
+
+
+class Fragile:
+    """Fails while it is told to."""
+
+    def __init__(self, broken: threading.Event) -> None:
+        self._broken = broken
+        self.calls = 0
+
+    def describe(self) -> BackendInfo:
+        return BackendInfo("fragile", "1", "cpu", "fp32", 4)
+
+    def warm_up(self) -> None:
+        self.infer(np.zeros((1, 128, 128, 3), np.uint8))
+
+    def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        self.calls += 1
+        if self._broken.is_set():
+            raise BackendError("the device is gone")
+        return np.ones((len(batch), 128, 128), np.float32)
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_backend_that_keeps_failing_is_left_alone_until_it_is_brought_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    broken = threading.Event()
+    opened: list[Fragile] = []
+
+    def open_fragile(*_: Any, **__: Any) -> Fragile:
+        opened.append(Fragile(broken))
+        return opened[-1]
+
+    monkeypatch.setattr(loading, "open_backend", open_fragile)
+    app, _ = create_app(Settings(backend="onnxruntime"))
+    with _serve(app) as client:
+
+        def metric(name: str) -> float:
+            lines = client.get("/metrics").text.splitlines()
+            return next(float(line.split()[-1]) for line in lines if line.startswith(f"{name} "))
+
+        def segment() -> int:
+            return client.post("/segment", content=PHOTO).status_code
+
+        _until(lambda: _backend(client) == "fragile")
+        assert segment() == 200
+        assert metric("slsnet_circuit_open") == 0
+        broken.set()
+        # Each photo fails in its batch and once more alone: five failures are three photos.
+        assert [segment() for _ in range(3)] == [500, 500, 500]
+        calls = opened[0].calls
+        answer = client.post("/segment", content=PHOTO)
+        assert answer.status_code == 503
+        assert "loaded anew" in answer.json()["detail"]
+        assert answer.headers["retry-after"]
+        assert client.get("/health/ready").status_code == 503
+        assert client.get("/health/live").status_code == 200
+        assert metric("slsnet_circuit_open") == 1
+        assert metric("slsnet_ready") == 0
+        assert opened[0].calls == calls
+        _until(lambda: len(opened) >= 3)
+        assert client.get("/health/ready").status_code == 503
+        broken.clear()
+        _until(lambda: _backend(client) == "fragile")
+        assert segment() == 200
+        assert metric("slsnet_circuit_open") == 0
+
+
+def test_single_failures_leave_the_backend_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = threading.Event()
+    opened: list[Fragile] = []
+
+    def open_fragile(*_: Any, **__: Any) -> Fragile:
+        opened.append(Fragile(broken))
+        return opened[-1]
+
+    monkeypatch.setattr(loading, "open_backend", open_fragile)
+    app, _ = create_app(Settings(backend="onnxruntime"))
+    with _serve(app) as client:
+        _until(lambda: _backend(client) == "fragile")
+        for _ in range(4):
+            broken.set()
+            assert client.post("/segment", content=PHOTO).status_code == 500
+            broken.clear()
+            assert client.post("/segment", content=PHOTO).status_code == 200
+    assert len(opened) == 1

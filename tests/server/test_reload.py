@@ -1,0 +1,150 @@
+"""Another network in the same file: it takes over under load, or it does not and says so."""
+
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+import onnx
+import pytest
+
+from benchmarks.launch import ServerProcess, serve
+from server.keys import new_key
+from tests.conftest import MODEL, Sample
+from tests.server.test_load import figures
+from tests.server.test_problems import assert_problem
+from tests.server.test_segment import read_png
+
+
+@dataclass
+class Site:
+    """A server whose network can be replaced."""
+
+    server: ServerProcess
+    model: Path
+    headers: dict[str, str]
+
+    def reload(self) -> httpx.Response:
+        return httpx.post(f"{self.server.url}/admin/reload", headers=self.headers, timeout=60)
+
+    def version(self) -> str:
+        card = httpx.get(f"{self.server.url}/model", headers=self.headers).json()
+        return str(card["version"])
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("reload")
+    model = folder / "slsnet.onnx"
+    shutil.copy(MODEL, model)
+    key, line = new_key("ops", "admin")
+    (folder / "keys").write_text(line, encoding="utf-8")
+    with serve("--model", str(model), "--api-keys-file", str(folder / "keys")) as server:
+        yield Site(server, model, {"X-API-Key": key})
+
+
+def inverted(version: str) -> bytes:
+    """The shipped network with its answer turned round: lesion where there was none."""
+    graph = onnx.load(MODEL)
+    for node in graph.graph.node:
+        for index, name in enumerate(node.output):
+            if name == "probability":
+                node.output[index] = "inverse"
+    one = onnx.helper.make_tensor("one", onnx.TensorProto.FLOAT, [], [1.0])
+    graph.graph.initializer.append(one)
+    graph.graph.node.append(onnx.helper.make_node("Sub", ["one", "inverse"], ["probability"]))
+    for entry in graph.metadata_props:
+        if entry.key == "version":
+            entry.value = version
+    content: bytes = graph.SerializeToString()
+    return content
+
+
+def test_networks_change_under_load_and_are_never_mixed(site: Site, photos: list[Sample]) -> None:
+    first = site.version()
+    other = inverted("turned")
+    url = f"{site.server.url}/segment?format=json&mask=png&size=model&threshold=0.5"
+    stop = threading.Event()
+
+    def area(client: httpx.Client, photo: Sample) -> tuple[str, int]:
+        answer = client.post(url, content=photo.data)
+        assert answer.status_code == 200
+        card = answer.json()
+        return card["model"]["version"], card["lesion"]["area"]
+
+    def keep_sending(photo: Sample) -> list[tuple[str, int]]:
+        answers = []
+        with httpx.Client(headers=site.headers, timeout=60) as client:
+            while not stop.is_set():
+                answers.append(area(client, photo))
+        return answers
+
+    with ThreadPoolExecutor(4) as clients:
+        sending = [clients.submit(keep_sending, photo) for photo in photos[:4]]
+        time.sleep(0.5)
+        site.model.write_bytes(other)
+        answer = site.reload()
+        assert answer.status_code == 200
+        assert answer.json()["version"] == "turned"
+        time.sleep(1)
+        shutil.copy(MODEL, site.model)
+        site.server.process.send_signal(signal.SIGHUP)
+        give_up = time.perf_counter() + 30
+        while site.version() != first and time.perf_counter() < give_up:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        stop.set()
+        ledgers = [future.result() for future in sending]
+
+    for ledger in ledgers:
+        versions = [version for version, _ in ledger]
+        assert set(versions) == {first, "turned"}
+        # What an answer says that made it is what made it: the areas are each other's complement.
+        areas = {
+            version: {area for name, area in ledger if name == version} for version in versions
+        }
+        assert all(len(found) == 1 for found in areas.values())
+        assert abs(sum(found.pop() for found in areas.values()) - 128 * 128) <= 2
+
+
+@pytest.mark.parametrize("content", [b"not a network", b"", None])
+def test_a_network_that_cannot_serve_leaves_the_one_before(
+    site: Site, photos: list[Sample], content: bytes | None
+) -> None:
+    before = site.version()
+    failed = figures(site.server).get("slsnet_reloads_total", 0)
+    if content is None:
+        site.model.unlink()
+    else:
+        site.model.write_bytes(content)
+    assert_problem(site.reload(), 422, "from before goes on")
+    site.server.process.send_signal(signal.SIGHUP)
+    answer = httpx.post(
+        f"{site.server.url}/segment", content=photos[0].data, headers=site.headers, timeout=60
+    )
+    assert answer.status_code == 200
+    assert read_png(answer.content).any()
+    give_up = time.perf_counter() + 30
+    while figures(site.server)["slsnet_reloads_total"] < failed + 2:
+        assert time.perf_counter() < give_up
+        time.sleep(0.05)
+    assert site.version() == before
+    assert "cannot load" in site.server.log()
+    shutil.copy(MODEL, site.model)
+
+
+def test_a_network_whose_answers_are_not_probabilities_is_refused(site: Site) -> None:
+    graph = onnx.load_model_from_string(inverted("broken"))
+    for initializer in graph.graph.initializer:
+        if initializer.name == "one":
+            initializer.CopyFrom(onnx.numpy_helper.from_array(np.array(7, np.float32), "one"))
+    site.model.write_bytes(graph.SerializeToString())
+    assert_problem(site.reload(), 422, "not probabilities")
+    assert site.version() != "broken"
+    shutil.copy(MODEL, site.model)
