@@ -1,10 +1,13 @@
 # make serve [PORT=8000] [HOST=127.0.0.1]   serve; installs what serving needs, and only that
 # make test                                 lint, types and tests; installs the development tools
 # make lint                                 format and types alone
+# make bench [IMAGES=dir] [RESULTS=dir]     a short load test with its report (README, Load)
 # Everything lives in .venv; PYTHON=/path/to/python3.x picks the interpreter it is made with.
 
 HOST ?= 127.0.0.1
 PORT ?= 8000
+IMAGES ?=
+RESULTS ?= benchmarks/results
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +15,7 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13)
 PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: serve test lint clean
+.PHONY: serve test lint bench clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.serving
@@ -26,6 +29,9 @@ lint: $(VENV)/.development
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+bench: $(VENV)/.benchmarks
+	$(BIN)/python -m benchmarks.load --output "$(RESULTS)" $(if $(IMAGES),--images "$(IMAGES)")
+
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
 
@@ -38,6 +44,10 @@ $(VENV)/.serving: requirements.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-$(VENV)/.development: requirements.txt requirements-train.txt requirements-dev.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+$(VENV)/.benchmarks: requirements.txt requirements-bench.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	@touch $@ $(VENV)/.serving
+
+$(VENV)/.development: requirements.txt requirements-train.txt requirements-bench.txt requirements-dev.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@ $(VENV)/.serving $(VENV)/.benchmarks

@@ -116,6 +116,17 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
+def _set_up_log(level: str) -> None:
+    """Of other packages warnings alone: at debug level Pillow writes what a photo's EXIF says."""
+    logging.basicConfig(
+        level=max(logging.WARNING, logging.getLevelNamesMapping()[level]),
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        stream=sys.stderr,
+    )
+    for name in ("slsnet", "uvicorn"):
+        logging.getLogger(name).setLevel(level)
+
+
 def _allow_files(wanted: int) -> None:
     """Raise the limit of open files as far as it may be and needs to be."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -127,11 +138,7 @@ def _allow_files(wanted: int) -> None:
 def main() -> int:
     """Run the server; gives the process's exit code."""
     settings = read_settings()
-    logging.basicConfig(
-        level=settings.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-        stream=sys.stderr,
-    )
+    _set_up_log(settings.log_level.upper())
     _allow_files(settings.max_connections + _OTHER_FILES)
     failed = False
 

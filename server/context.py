@@ -91,7 +91,7 @@ class RequestContext:
         try:
             await self._app(scope, receive, send_with_headers)
         except Exception:
-            # It has been answered with 500 already; the framework passes it on to be logged.
+            # Answered with 500 already, unless an answer had begun; nobody before has logged it.
             log.exception("request %s failed", request_id)
         # Only paths that exist become label values: a scanner must not grow the metrics.
         path = getattr(scope.get("route"), "path", "other")

@@ -16,7 +16,6 @@ They are raised where the cause is known; `install` turns them, and everything t
 itself refuses, into answers in one place.
 """
 
-import logging
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -49,8 +48,6 @@ __all__ = [
 ]
 
 PROBLEM_JSON = "application/problem+json"
-
-log = logging.getLogger("slsnet.server")
 
 
 class Problem(Exception):
@@ -170,8 +167,8 @@ def install(app: FastAPI) -> None:
         # Never sent: the connection is closed. The status is what proxies log for this.
         return Response(status_code=499)
 
-    async def failed(request: Request, error: Exception) -> Response:
-        log.error("request %s failed", _request_id(request), exc_info=error)
+    async def failed(request: Request, _error: Exception) -> Response:
+        # Logged by `RequestContext`, to which the framework passes it on.
         return answer(
             request,
             HTTPStatus.INTERNAL_SERVER_ERROR,

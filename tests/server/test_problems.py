@@ -1,6 +1,6 @@
 """Bad input: each kind gets its row of the status table, and the next good request is served."""
 
-import json
+import asyncio
 import socket
 import struct
 import zlib
@@ -13,6 +13,9 @@ import pytest
 
 from benchmarks.launch import ServerProcess, serve
 from model.image import DEFAULT_MAX_PIXELS
+from server.answers import ProblemAnswer
+from server.app import create_app
+from server.service import Service
 from server.settings import Settings
 from tests.conftest import Sample
 from tests.lesions import encode_photo
@@ -223,6 +226,27 @@ def test_429_more_requests_or_bytes_than_there_is_room_for(photos: list[Sample])
         assert client.post("/segment", content=data).status_code == 200
 
 
+def test_500_is_answered_and_logged_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(_service: Service) -> None:
+        raise RuntimeError("a fault of the server's own")
+
+    monkeypatch.setattr(Service, "backend", property(broken))
+    app, _ = create_app(Settings())
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            return await client.get("/model")
+
+    problem = assert_problem(asyncio.run(ask()), 500, "report the request_id")
+    (failure,) = (record for record in caplog.records if record.exc_info)
+    assert problem["request_id"] in failure.getMessage()
+    assert "a fault of the server's own" in caplog.text
+    assert "own" not in problem["detail"]
+
+
 def test_problems_are_told_in_the_reference(server: ServerProcess) -> None:
     operation = httpx.get(f"{server.url}/openapi.json").json()["paths"]["/segment"]["post"]
     for status in ("400", "413", "415", "422", "429", "500", "503", "504"):
@@ -230,4 +254,5 @@ def test_problems_are_told_in_the_reference(server: ServerProcess) -> None:
         assert list(content) == ["application/problem+json"]
         example = content["application/problem+json"]["example"]
         assert example["status"] == int(status)
-        assert json.dumps(example["detail"])
+        assert len(example["detail"]) > 20
+        assert example.keys() == ProblemAnswer.model_fields.keys()

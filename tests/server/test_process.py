@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import httpx
 import pytest
+from PIL import ExifTags, Image
 
 from benchmarks.launch import free_port, serve
 from server.settings import Settings, read_settings, settings_table
@@ -131,8 +133,20 @@ runpy.run_module("server", run_name="__main__", alter_sys=True)
 
 
 def test_log_has_nothing_of_the_photo(photos: list[Sample]) -> None:
-    with serve() as server, httpx.Client(base_url=server.url, timeout=60) as client:
-        files = {"file": ("Jane-Doe.jpg", photos[0].data, "image/jpeg")}
-        assert client.post("/segment?note=Jane-Doe", files=files).status_code == 200
+    tags = Image.Exif()
+    tags[ExifTags.Base.ImageDescription] = "Jane-Doe"
+    with (
+        serve("--log-level", "debug") as server,
+        httpx.Client(base_url=server.url, timeout=60) as client,
+    ):
+        for image_format in ("JPEG", "TIFF", "PNG", "WEBP"):
+            buffer = BytesIO()
+            Image.open(BytesIO(photos[0].data)).save(buffer, image_format, exif=tags)
+            assert b"Jane-Doe" in buffer.getvalue()
+            files = {"file": ("Jane-Doe.jpg", buffer.getvalue(), "image/jpeg")}
+            assert client.post("/segment", files=files).status_code == 200
+        assert client.post("/segment?threshold=Jane-Doe", files=files).status_code == 422
         assert client.post("/Jane-Doe", files=files).status_code == 404
-        assert "Jane-Doe" not in server.log()
+        log = server.log()
+    assert log.count("POST /segment 200") == 4
+    assert "Jane-Doe" not in log
