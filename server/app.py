@@ -28,6 +28,7 @@ from server.keys import KeyFile
 from server.loading import Loader
 from server.metrics import Metrics
 from server.openinference import openinference_router
+from server.pages import page_router
 from server.parameters import (
     MaskForm,
     MaskSize,
@@ -116,6 +117,7 @@ def create_app(
     )
     install(app)
     app.include_router(router)
+    app.include_router(page_router)
     app.include_router(bulk_router(service))
     app.include_router(openinference_router(service, VERSION))
     app.include_router(admin_router(loader.load))

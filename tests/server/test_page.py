@@ -1,0 +1,282 @@
+"""The page at `/`, clicked through in a real browser, at a desk's and at a phone's width."""
+
+import io
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.ui import WebDriverWait
+
+from benchmarks.launch import ServerProcess
+from tests.conftest import Offline
+from tests.lesions import encode_photo, lesion_photo
+from tests.server.test_segment import read_png
+
+CHROMEDRIVER = shutil.which("chromedriver")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+pytestmark = pytest.mark.skipif(
+    CHROMEDRIVER is None or CHROMIUM is None,
+    reason="needs chromium and chromedriver (apt-get install chromium chromium-driver)",
+)
+
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:;"
+    " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+class Page:
+    """The page as a person meets it."""
+
+    def __init__(self, driver: webdriver.Chrome, url: str, downloads: Path) -> None:
+        self.driver = driver
+        self.url = url
+        self.downloads = downloads
+
+    def open(self) -> None:
+        self.driver.get(f"{self.url}/")
+        self.until(lambda: self.find("server").get_attribute("data-ready") == "true")
+
+    def find(self, name: str) -> WebElement:
+        return self.driver.find_element(By.ID, name)
+
+    def text(self, name: str) -> str:
+        return self.find(name).text
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        return self.driver.execute_script(script, *arguments)
+
+    def state(self) -> str:
+        return str(self.run("return document.body.dataset.state"))
+
+    def until(self, condition: Callable[[], object]) -> None:
+        WebDriverWait(self.driver, 20, poll_frequency=0.05).until(lambda _: condition())
+
+    def until_done(self) -> None:
+        self.until(lambda: self.state() == "done")
+
+    def outline(self) -> dict[str, float]:
+        """The contour's box, in shares of the photo as it is shown."""
+        box: dict[str, float] = self.run(
+            """
+            const image = document.getElementById("photo");
+            const frame = image.getBoundingClientRect();
+            const scale = Math.min(
+              frame.width / image.naturalWidth, frame.height / image.naturalHeight);
+            const left = frame.x + (frame.width - image.naturalWidth * scale) / 2;
+            const top = frame.y + (frame.height - image.naturalHeight * scale) / 2;
+            const box = document.getElementById("shade").getBoundingClientRect();
+            const [width, height] = [image.naturalWidth * scale, image.naturalHeight * scale];
+            return {x: (box.x - left) / width, y: (box.y - top) / height,
+                    width: box.width / width, height: box.height / height};
+            """
+        )
+        return box
+
+
+@pytest.fixture(scope="module", params=["desktop", "phone"])
+def page(
+    request: pytest.FixtureRequest, server: ServerProcess, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Page]:
+    downloads = tmp_path_factory.mktemp("downloads")
+    options = webdriver.ChromeOptions()
+    assert CHROMIUM is not None
+    options.binary_location = CHROMIUM
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1366,900"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
+    if request.param == "phone":
+        metrics = {"width": 390, "height": 844, "pixelRatio": 2, "touch": True}
+        options.add_experimental_option("mobileEmulation", {"deviceMetrics": metrics})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(CHROMEDRIVER))
+    try:
+        yield Page(driver, server.url, downloads)
+    finally:
+        driver.quit()
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("photos") / "lesion.jpg"
+    path.write_bytes(encode_photo(lesion_photo(7, 900, 600).pixels))
+    return path
+
+
+def test_policy_lets_nothing_in_from_elsewhere(server: ServerProcess) -> None:
+    page = httpx.get(f"{server.url}/")
+    assert page.headers["content-security-policy"] == POLICY
+    assert "style=" not in page.text and "http://" not in page.text and "https://" not in page.text
+    assert httpx.get(f"{server.url}/page/nothing.js").status_code == 404
+    assert httpx.get(f"{server.url}/page/..%2F__main__.py").status_code == 404
+
+
+def test_a_photo_is_chosen_and_its_mask_shown_and_saved(
+    page: Page, photo: Path, offline: Offline
+) -> None:
+    page.open()
+    assert not page.find("result").is_displayed()
+    assert "Not a medical device" in page.driver.find_element(By.TAG_NAME, "footer").text
+    page.find("choose").send_keys(str(photo))
+    page.until_done()
+
+    data = photo.read_bytes()
+    expected = httpx.post(
+        f"{page.url}/segment", content=data, params={"format": "json"}, timeout=30
+    ).json()["lesion"]
+    assert page.text("percent") == f"{expected['area_fraction'] * 100:.1f}"
+    assert page.text("area") == f"{expected['area']:,} px"
+    assert page.text("dimensions") == "900 × 600 px"
+    assert page.text("percent") in page.run(
+        "return document.getElementById('announce').textContent"
+    )
+    for stage in ("read", "decode", "queue", "infer", "encode", "total"):
+        assert stage in page.text("stages")
+    # The contour lies where the lesion is in the photo, whatever the window's shape.
+    outline = page.outline()
+    x, y, width, height = expected["bounding_box"]
+    assert outline == pytest.approx(
+        {"x": x / 900, "y": y / 600, "width": width / 900, "height": height / 600}, abs=0.01
+    )
+
+    page.find("download").click()
+    saved = page.downloads / "lesion-mask.png"
+    page.until(saved.exists)
+    assert (read_png(saved.read_bytes()) != offline.mask(data)).mean() < 1e-3
+
+    width_on_screen = page.run("return document.documentElement.scrollWidth - innerWidth")
+    assert width_on_screen <= 0
+    assert page.find("stage").is_displayed()
+
+
+def test_threshold_and_views_by_keyboard(page: Page) -> None:
+    page.open()
+    page.find("example").send_keys(Keys.ENTER)
+    page.until_done()
+    at_half = float(page.text("percent"))
+    slider = page.find("threshold")
+    slider.send_keys(Keys.HOME)
+    assert page.text("threshold-value") == "0.05"
+    page.until(lambda: page.state() == "done" and float(page.text("percent")) > at_half)
+
+    overlay = page.driver.find_element(By.CSS_SELECTOR, "input[value=overlay]")
+    overlay.send_keys(Keys.ARROW_RIGHT)
+    assert page.find("stage").get_attribute("data-view") == "outline"
+    assert not page.find("shade").is_displayed()
+    assert page.find("contour").is_displayed()
+
+
+def test_what_the_server_refuses_is_told_and_another_photo_works(
+    page: Page, photo: Path, tmp_path: Path
+) -> None:
+    page.open()
+    damaged = tmp_path / "cut.jpg"
+    damaged.write_bytes(photo.read_bytes()[:5000])
+    page.find("choose").send_keys(str(damaged))
+    page.until(lambda: page.state() == "error")
+    problem = page.find("problem")
+    assert problem.get_attribute("role") == "alert"
+    assert "Unprocessable" in problem.text
+    assert "truncated" in problem.text
+    assert "Request " in page.text("problem-id")
+    assert not page.find("retry").is_displayed()
+    assert not page.find("result").is_displayed()
+
+    page.find("choose").send_keys(str(photo))
+    page.until_done()
+    assert not problem.is_displayed()
+    assert page.find("result").is_displayed()
+
+
+@pytest.mark.parametrize("way", ["drop", "paste"])
+def test_a_photo_is_dropped_or_pasted(page: Page, way: str) -> None:
+    page.open()
+    page.run(
+        """
+        const [way] = arguments;
+        fetch("page/example.jpg").then((response) => response.blob()).then((blob) => {
+          const data = new DataTransfer();
+          data.items.add(new File([blob], "photo.jpg", {type: "image/jpeg"}));
+          document.body.dispatchEvent(way === "drop"
+            ? new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true})
+            : new ClipboardEvent("paste", {clipboardData: data, bubbles: true}));
+        });
+        """,
+        way,
+    )
+    page.until_done()
+    assert float(page.text("percent")) > 0
+
+
+def test_a_photo_that_the_browser_cannot_show_gets_its_mask(page: Page, tmp_path: Path) -> None:
+    page.open()
+    path = tmp_path / "lesion.tiff"
+    with Image.open(io.BytesIO(encode_photo(lesion_photo(7, 900, 600).pixels))) as image:
+        image.save(path)
+    page.find("choose").send_keys(str(path))
+    page.until_done()
+    page.until(page.find("no-preview").is_displayed)
+    overlay = page.find("overlay").rect
+    assert overlay["width"] / overlay["height"] == pytest.approx(900 / 600, abs=0.02)
+
+
+def test_a_server_that_is_gone_is_told_and_can_be_tried_again(page: Page) -> None:
+    page.open()
+    page.driver.execute_cdp_cmd("Network.enable", {})
+    page.driver.execute_cdp_cmd("Network.setBlockedURLs", {"urls": ["*/segment*"]})
+    page.find("example").click()
+    page.until(lambda: page.state() == "error")
+    assert "cannot be reached" in page.text("problem")
+    page.driver.execute_cdp_cmd("Network.setBlockedURLs", {"urls": []})
+    page.find("retry").click()
+    page.until_done()
+
+
+def test_everything_that_can_be_focused_has_a_name(page: Page) -> None:
+    page.open()
+    page.find("example").click()
+    page.until_done()
+    tree = page.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})
+    roles: dict[str, list[str]] = {}
+    for node in tree["nodes"]:
+        properties = (
+            {item["name"]: item["value"].get("value") for item in node["properties"]}
+            if ("properties" in node)
+            else {}
+        )
+        if not node.get("ignored") and properties.get("focusable"):
+            roles.setdefault(node["role"]["value"], []).append(node["name"]["value"])
+    assert all(name for names in roles.values() for name in names), roles
+    assert "Threshold" in roles["slider"]
+    assert roles["radio"] == ["Overlay", "Outline", "Mask", "Photo"]
+    assert "Download mask" in roles["button"]
+
+
+def test_nothing_was_fetched_from_elsewhere_and_nothing_was_blocked(page: Page) -> None:
+    """Runs last: of all that the browser did in this file."""
+    time.sleep(0.2)
+    complaints = [
+        entry["message"]
+        for entry in page.driver.get_log("browser")  # type: ignore[no-untyped-call]
+        if entry["source"] != "network"
+    ]
+    assert complaints == []
+    sent = [
+        entry["message"]
+        for entry in page.driver.get_log("performance")  # type: ignore[no-untyped-call]
+        if '"Network.requestWillBeSent"' in entry["message"]
+    ]
+    assert sent
+    for message in sent:
+        url = message.partition('"request":')[2].partition('"url":"')[2]
+        assert url.startswith((page.url, "blob:", "data:")), url[:100]
