@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Query, Request
+from fastapi.routing import APIRoute
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp
@@ -111,8 +112,9 @@ def create_app(
         summary="Skin lesion segmentation",
         description=DESCRIPTION,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
-        docs_url=None,
-        redoc_url=None,
+        # Served by `server.reference`.
+        openapi_url=None,
+        generate_unique_id_function=_operation_id,
         lifespan=lifespan,
     )
     install(app)
@@ -147,6 +149,11 @@ def create_app(
         shared=bool(origins),
     )
     return context, service
+
+
+def _operation_id(route: APIRoute) -> str:
+    """Such as `health_ready`: generated clients name their functions so."""
+    return "_".join(part for part in route.path.split("/") if part and not part.startswith("{"))
 
 
 def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:

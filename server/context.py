@@ -11,12 +11,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.metrics import Metrics
 from server.stages import Stages
 
-__all__ = ["RequestContext"]
+__all__ = ["REQUEST_ID", "RequestContext"]
 
 log = logging.getLogger("slsnet.access")
 
-# What a client may choose as its own request id: it is echoed, and written to the log.
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+"""What a client may choose as its own request id: it is echoed, and written to the log."""
 
 # For every answer that does not say otherwise; only a page needs to.
 _SECURITY = {
@@ -67,8 +67,12 @@ class RequestContext:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        method = scope["method"]
+        if method == "HEAD":
+            # Each GET has one (RFC 9110, 9.1), the same but for the body, which uvicorn leaves out.
+            scope = {**scope, "method": "GET"}
         given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         stages = Stages()
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
@@ -102,7 +106,7 @@ class RequestContext:
             "%s %s %s %s %d %s",
             request_id,
             state.get("client", "-"),
-            scope["method"],
+            method,
             path,
             status,
             stages.header(),

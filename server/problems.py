@@ -144,15 +144,17 @@ def install(app: FastAPI) -> None:
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         detail = str(error.detail)
+        headers = dict(error.headers or {})
         if error.status_code == HTTPStatus.NOT_FOUND:
             detail = (
                 f"There is nothing at {request.url.path}. Photos go to POST /segment; GET /docs"
                 " lists everything else."
             )
         elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-            allowed = (error.headers or {}).get("Allow", "another method")
-            detail = f"{request.url.path} does not take {request.method}: use {allowed}."
-        return answer(request, HTTPStatus(error.status_code), detail, error.headers)
+            # What takes GET takes HEAD: see `RequestContext`.
+            headers["Allow"] = headers["Allow"].replace("GET", "GET, HEAD")
+            detail = f"{request.url.path} does not take {request.method}: use {headers['Allow']}."
+        return answer(request, HTTPStatus(error.status_code), detail, headers)
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)

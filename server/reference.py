@@ -4,16 +4,18 @@ The page and its scripts are served from here: a hospital's browser has no way t
 elsewhere.
 """
 
+from copy import deepcopy
 from functools import cache
 from http import HTTPStatus
 from importlib.resources import files
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from server.answers import ProblemAnswer, SegmentationAnswer
+from server.context import REQUEST_ID
 from server.problems import PROBLEM_JSON
 from server.uploads import FIELD, RAW_TYPES
 
@@ -39,6 +41,7 @@ memory while they are worked on, and nowhere else. Not a medical device.
 
 _PROBLEMS = {
     400: "The body is empty, the form is malformed, or it has no image.",
+    405: "The path takes another method; Allow says which.",
     413: "More bytes or more pixels than allowed.",
     415: "Not a type of image that is served.",
     422: "An image that does not decode, or a parameter out of range.",
@@ -50,6 +53,7 @@ _PROBLEMS = {
 
 _EXAMPLES = {
     400: "The form has no field 'file': put the photo there. It has 'image'.",
+    405: "/segment does not take GET: use POST.",
     413: "The image has 12000×9000 = 108000000 pixels, 64000000 are allowed: send a smaller"
     " version of it.",
     415: "The bytes are not an image of a known format: send JPEG, PNG, WEBP, TIFF or BMP.",
@@ -119,6 +123,8 @@ def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     responses: dict[int | str, dict[str, Any]] = {}
     for status in statuses:
         headers = dict(HEADERS)
+        if status == 405:
+            headers["Allow"] = {"description": "methods", "schema": {"type": "string"}}
         if status in (429, 503):
             headers["Retry-After"] = {
                 "description": "seconds",
@@ -129,7 +135,7 @@ def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
             "headers": headers,
             "content": {
                 PROBLEM_JSON: {
-                    "schema": ProblemAnswer.model_json_schema(),
+                    "schema": {"$ref": f"#/components/schemas/{ProblemAnswer.__name__}"},
                     "example": {
                         "type": "about:blank",
                         "title": HTTPStatus(status).phrase,
@@ -154,6 +160,40 @@ SEGMENT_RESPONSES: dict[int | str, dict[str, Any]] = {
     },
     **problem_responses(400, 413, 415, 422, 429, 500, 503, 504),
 }
+
+_REQUEST_ID: dict[str, Any] = {
+    "name": "X-Request-ID",
+    "in": "header",
+    "required": False,
+    "description": "comes back with the answer, and is written to the log; one that does not fit"
+    " the pattern is replaced",
+    "schema": {"type": "string", "pattern": f"^{REQUEST_ID.pattern}$"},
+}
+
+# FastAPI takes for granted that these are what a wrong parameter is answered with.
+_NEVER_SENT = ("HTTPValidationError", "ValidationError")
+
+
+def _with_common_parts(generated: dict[str, Any]) -> dict[str, Any]:
+    """FastAPI's document with what all paths have in common, which it does not know of."""
+    document = deepcopy(generated)
+    schemas = document["components"]["schemas"]
+    schemas[ProblemAnswer.__name__] = ProblemAnswer.model_json_schema()
+    for name in _NEVER_SENT:
+        del schemas[name]
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            operation.setdefault("parameters", []).append(_REQUEST_ID)
+            if _NEVER_SENT[0] in str(operation["responses"].get("422")):
+                del operation["responses"]["422"]
+            for status, response in operation["responses"].items():
+                if status.startswith("2"):
+                    response.setdefault("headers", {}).update(HEADERS)
+            # The protocol's paths answer 404 to another method.
+            if not path.startswith("/v2"):
+                operation["responses"].update({"405": problem_responses(405)[405]})
+    return document
+
 
 _PAGE = """\
 <!doctype html>
@@ -195,6 +235,12 @@ _ASSETS = {
 }
 
 router = APIRouter(include_in_schema=False)
+
+
+@router.get("/openapi.json")
+def openapi(request: Request) -> Response:
+    """The reference as an OpenAPI document."""
+    return JSONResponse(_with_common_parts(request.app.openapi()))
 
 
 @router.get("/docs")

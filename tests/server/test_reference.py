@@ -1,8 +1,10 @@
 """GET /docs and /openapi.json: complete, and usable without the internet."""
 
 import re
+import socket
 
 import httpx
+import pytest
 
 from benchmarks.launch import ServerProcess
 
@@ -20,7 +22,11 @@ def test_page_needs_nothing_from_elsewhere(server: ServerProcess) -> None:
         assert response.content
     start = httpx.get(f"{server.url}/docs/start.js").text
     assert "openapi.json" in start
-    assert httpx.get(f"{server.url}/docs/../../etc/passwd").status_code == 404
+    # The client must not tidy these up before they are sent.
+    for path in ("/docs/../../../etc/passwd", "/docs/..%2f..%2f..%2fetc%2fpasswd"):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            assert connection.recv(100).startswith(b"HTTP/1.1 404 ")
     assert httpx.get(f"{server.url}/docs/favicon.png").status_code == 404
 
 
@@ -51,7 +57,67 @@ def test_document_is_complete(server: ServerProcess) -> None:
     }
     assert set(segment["responses"]["200"]["content"]) == {"image/png", "application/json"}
     names = {parameter["name"] for parameter in segment["parameters"]}
-    assert names == {"threshold", "size", "format", "mask", "x-request-timeout-ms", "priority"}
-    assert all(parameter["description"] for parameter in segment["parameters"])
-    for response in segment["responses"].values():
-        assert {"X-Request-ID", "Server-Timing"} <= set(response["headers"])
+    assert names == {
+        *("threshold", "size", "format", "mask"),
+        *("x-request-timeout-ms", "priority", "X-Request-ID"),
+    }
+
+
+def test_every_path_tells_what_all_have(server: ServerProcess) -> None:
+    document = httpx.get(f"{server.url}/openapi.json").json()
+    ids = {}
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            ids[method, path] = operation["operationId"]
+            parameters = operation["parameters"]
+            assert all(parameter["description"] for parameter in parameters)
+            assert "X-Request-ID" in {parameter["name"] for parameter in parameters}
+            for status, response in operation["responses"].items():
+                assert {"X-Request-ID", "Server-Timing"} <= set(response["headers"]), (path, status)
+            assert ("405" in operation["responses"]) is not path.startswith("/v2")
+    # FastAPI's own form of 422 is never sent.
+    assert "ValidationError" not in str(document)
+    assert len(set(ids.values())) == len(ids)
+    assert ids["post", "/segment"] == "segment"
+    assert ids["get", "/health/ready"] == "health_ready"
+
+
+def test_references_in_the_document_lead_somewhere(server: ServerProcess) -> None:
+    response = httpx.get(f"{server.url}/openapi.json")
+    document = response.json()
+    references = set(re.findall(r'"\$ref":"#/([^"]+)"', response.text))
+    assert "components/schemas/ProblemAnswer" in references
+    for reference in references:
+        node = document
+        for key in reference.split("/"):
+            node = node[key]
+        assert node
+
+
+def test_paths_of_the_reference_are_counted_by_name(server: ServerProcess) -> None:
+    httpx.get(f"{server.url}/openapi.json")
+    figures = httpx.get(f"{server.url}/metrics").text
+    assert 'slsnet_requests_total{path="/openapi.json",status="200"}' in figures
+
+
+@pytest.mark.parametrize(
+    "path", ["/health/live", "/health/ready", "/model", "/metrics", "/docs", "/openapi.json", "/v2"]
+)
+def test_head_is_get_without_the_body(server: ServerProcess, path: str) -> None:
+    with httpx.Client(base_url=server.url) as client:
+        get, head = client.get(path), client.head(path)
+        # On the same connection: a body that was sent all the same would be taken for an answer.
+        assert client.get("/health/live").json()["status"] == "live"
+    assert (head.status_code, head.content) == (200, b"")
+    assert set(head.headers) == set(get.headers)
+    if path != "/metrics":
+        assert head.headers["content-length"] == get.headers["content-length"]
+
+
+def test_head_is_refused_where_get_is(server: ServerProcess) -> None:
+    assert httpx.head(f"{server.url}/segment").status_code == 405
+    assert httpx.head(f"{server.url}/nothing").status_code == 404
+    refused = httpx.post(f"{server.url}/model")
+    assert refused.status_code == 405
+    assert refused.headers["allow"] == "GET, HEAD"
+    assert "use GET, HEAD" in refused.json()["detail"]
