@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Lock what the images install: every package, every version, every hash. Run after a change of
+# requirements*.txt. Needs uv (`pip install uv`).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+lock() { # SOURCE LOCK OPTION…
+    uv pip compile --quiet --generate-hashes --no-annotate --upgrade \
+        --custom-compile-command docker/lock.sh "${@:3}" "$1" --output-file "$2"
+}
+lock requirements.txt docker/requirements.lock --universal --python-version 3.11
+lock docker/requirements-sbom.in docker/requirements-sbom.lock --universal --python-version 3.11
+# CUDA's wheels differ from platform to platform, TensorRT's from Python to Python.
+lock requirements-gpu.txt docker/requirements-gpu.lock \
+    --python-version 3.13 --python-platform x86_64-manylinux_2_28

@@ -1,0 +1,44 @@
+"""The images install what the requirement files pin, each file of it known by its hash."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def _locked(name: str) -> dict[str, list[str]]:
+    """Hashes of each `package==version`."""
+    locked: dict[str, list[str]] = {}
+    for line in (ROOT / "docker" / name).read_text().splitlines():
+        if match := re.match(r"([a-z0-9._-]+==[^ ]+) ", line):
+            hashes = locked.setdefault(match[1], [])
+        elif match := re.match(r"    --hash=sha256:([0-9a-f]{64})", line):
+            hashes.append(match[1])
+        else:
+            assert line.startswith("#"), line
+    return locked
+
+
+@pytest.mark.parametrize(
+    ("source", "lock"),
+    [
+        ("requirements.txt", "requirements.lock"),
+        ("requirements-gpu.txt", "requirements-gpu.lock"),
+        ("docker/requirements-sbom.in", "requirements-sbom.lock"),
+    ],
+)
+def test_locks_follow_the_requirements(source: str, lock: str) -> None:
+    lines = (ROOT / source).read_text().splitlines()
+    pins = [re.sub(r"\[.*\]", "", line.split()[0]) for line in lines if line[:1] not in ("", "#")]
+    locked = _locked(lock)
+    missing = set(pins) - locked.keys()
+    assert not missing, "run docker/lock.sh"
+    assert all(locked.values())
+    assert len({package.split("==")[0] for package in locked}) == len(locked)
+
+
+def test_no_torch_in_an_image() -> None:
+    for lock in ("requirements.lock", "requirements-gpu.lock"):
+        assert not any(package.startswith("torch") for package in _locked(lock))
