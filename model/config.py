@@ -41,7 +41,7 @@ class GeneratorConfig:
     multiscale: bool = True  # four input scales averaged (Table 4: "w/o MS" is False)
     pam: bool = True  # position attention after every down- and up-sampling (Table 4)
     cam: bool = True  # channel attention after every factorised layer (Table 4)
-    cam_form: CamForm = "danet"  # eq. 1 saturates to an arg-max on real features; see MODEL_CARD.md
+    cam_form: CamForm = "danet"  # eq. 1 saturates to an arg-max; see docs/training.md
     widths: tuple[int, int, int, int] = (16, 32, 64, 128)  # stem, 1/2, 1/4 and 1/8 resolution
     encoder_blocks: int = 4  # FCMs at 1/4 resolution
     dilations: tuple[int, ...] = (2, 4, 8, 16, 2, 4, 8, 16)  # one FCM each at 1/8 (ERFNet's)

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from model.files import replacing
-from model.image import ImageError, read_photo
+from model.image import FORMATS, ImageError, read_photo
+from model.metrics import LESION_ABOVE
 
 Split = Literal["training", "validation", "test"]
 
@@ -88,7 +89,7 @@ def find_pairs(
     samples, missing = [], []
     for path in sorted(images.iterdir()):
         is_mask = path.name.endswith((*MASK_ENDINGS, "_superpixels.png"))
-        if is_mask or path.suffix.lower() not in IMAGE_SUFFIXES:
+        if is_mask or path.name.startswith(".") or path.suffix.lower() not in IMAGE_SUFFIXES:
             continue
         if path.stem in by_id:
             samples.append(Sample(path.stem, path, by_id[path.stem], origin, split))
@@ -205,6 +206,34 @@ class PixelSet:
     masks: NDArray[np.uint8]
 
 
+def read_truth(path: Path) -> NDArray[np.bool_]:
+    """
+    Read a mask: bool [height, width], lesion above 128 as the official scorer has it.
+
+    Raises:
+        DataError: it does not decode, or is no black and white picture with lesion in white.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as file:
+            if file.mode == "1":
+                return np.asarray(file)
+            grey = np.asarray(file.convert("L"))
+    except Exception as error:  # Pillow's errors on damaged files are an open list
+        raise DataError(f"{path} does not decode as a mask ({error}): replace it") from error
+    brightest = int(grey.max())
+    if 0 < brightest <= LESION_ABOVE:
+        raise DataError(
+            f"{path} has no value above {LESION_ABOVE}, the brightest is {brightest}: store lesion"
+            " as 255 and the rest as 0"
+        )
+    if np.mean((grey > 63) & (grey < 192)) > 0.1:  # resizing leaves some at the border
+        raise DataError(
+            f"{path} is not black and white, over 10 % of it is grey: a mask is expected,"
+            " lesion 255 and the rest 0"
+        )
+    return grey > LESION_ABOVE
+
+
 def read_mask(
     path: Path, side: int, frame: tuple[int, int], allow_uniform: bool
 ) -> NDArray[np.uint8]:
@@ -220,18 +249,12 @@ def read_mask(
     Raises:
         DataError: unreadable, of another size than its image, or uniform.
     """
-    try:
-        with Image.open(path) as file:
-            if file.size != frame:
-                raise DataError(
-                    f"{path} is {file.size[0]}×{file.size[1]}, its image {frame[0]}×{frame[1]}: "
-                    "resize the mask to its image"
-                )
-            mask = np.asarray(file.convert("L")) > 127
-    except DataError:
-        raise
-    except Exception as error:  # Pillow's errors on damaged files are an open list
-        raise DataError(f"{path} does not decode as a mask: {error}; replace it") from error
+    mask = read_truth(path)
+    if mask.shape != frame[::-1]:
+        raise DataError(
+            f"{path} is {mask.shape[1]}×{mask.shape[0]}, its image {frame[0]}×{frame[1]}: "
+            "resize the mask to its image"
+        )
     if not allow_uniform and mask.all() == mask.any():
         what = "all lesion" if mask.any() else "empty"
         raise DataError(

@@ -28,6 +28,7 @@ from model.data import DataError, find_samples, load_pixels, select
 from model.files import replacing
 from model.generator import Generator
 from model.image import MODEL_SIZE
+from model.metrics import LESION_ABOVE
 from model.teacher import Teacher
 from model.train import STORED_SIZE, split_samples
 
@@ -122,7 +123,7 @@ def distil(data: Path, runs: list[Path], out: Path, cache: Path) -> None:
             images = torch.from_numpy(pixels.images[chunk]).to(device)
             found = predict(network, images, config.size, STORED_SIZE).cpu().numpy()
             total[chunk] += found
-            truth = pixels.masks[chunk][:, 0] > 127
+            truth = pixels.masks[chunk][:, 0] > LESION_ABOVE
             both = ((found > 0.5) & truth).sum((1, 2))
             scores += (both / np.maximum(((found > 0.5) | truth).sum((1, 2)), 1)).tolist()
         votes[rows] += 1
@@ -131,7 +132,7 @@ def distil(data: Path, runs: list[Path], out: Path, cache: Path) -> None:
         missing = pixels.ids[int(votes.argmin())]
         raise ConfigError(f"{missing} was held out by no run: train every fold")
     mean = total / votes[:, None, None]
-    truth = pixels.masks[:, 0] > 127
+    truth = pixels.masks[:, 0] > LESION_ABOVE
     both = ((mean > 0.5) & truth).sum((1, 2))
     jaccard = float((both / np.maximum(((mean > 0.5) | truth).sum((1, 2)), 1)).mean())
     print(f"ensemble, held out: Jaccard {jaccard:.4f}", file=sys.stderr)

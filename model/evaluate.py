@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from model.data import DataError, Sample, find_pairs
-from model.image import FORMATS, MODEL_SIZE, ImageError, Photo, lesion_mask, read_photo
+from model.data import DataError, Sample, find_pairs, read_truth
+from model.image import MODEL_SIZE, ImageError, Photo, lesion_mask, read_photo
 from model.metrics import (
     METRICS,
     Calibration,
@@ -44,8 +45,6 @@ WEIGHTS = Path(__file__).parent / "weights" / "slsnet.onnx"
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 """Where the Jaccard is looked at besides the threshold asked for."""
 
-# Official masks count as lesion above 128 (isic-challenge-scoring).
-_LESION_ABOVE = 128
 _BATCH = 16
 
 
@@ -185,34 +184,6 @@ def evaluate(
         t: float(jaccard(c).mean()) for t, c in zip(THRESHOLDS, at_thresholds[1:], strict=True)
     }
     return Evaluation(network, threshold, cases, at_thresholds[0], sweep, calibration)
-
-
-def read_truth(path: Path) -> NDArray[np.bool_]:
-    """
-    Read a mask: bool [height, width], lesion above 128 as the official scorer has it.
-
-    Raises:
-        DataError: it does not decode, or is no black and white picture with lesion in white.
-    """
-    try:
-        with Image.open(path, formats=FORMATS) as file:
-            if file.mode == "1":
-                return np.asarray(file)
-            grey = np.asarray(file.convert("L"))
-    except Exception as error:  # Pillow's errors on damaged files are an open list
-        raise DataError(f"{path} does not decode as a mask ({error}): replace it") from error
-    brightest = int(grey.max())
-    if 0 < brightest <= _LESION_ABOVE:
-        raise DataError(
-            f"{path} has no value above {_LESION_ABOVE}, the brightest is {brightest}: store lesion"
-            " as 255 and the rest as 0"
-        )
-    if np.mean((grey > 63) & (grey < 192)) > 0.1:  # resizing leaves some at the border
-        raise DataError(
-            f"{path} is not black and white, over 10 % of it is grey: a mask is expected,"
-            " lesion 255 and the rest 0"
-        )
-    return grey > _LESION_ABOVE
 
 
 def _check(sample: Sample, size: int) -> Photo:
@@ -374,6 +345,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         for file in filter(None, (options.report, table)):
             file.parent.mkdir(parents=True, exist_ok=True)
+        # before the long part, as it needs more than serving does
+        write_gallery = import_module("model.gallery").write_gallery if options.gallery else None
         network = load_network(options.model, options.size)
         samples = find_pairs(options.images, options.masks)
         evaluation = evaluate(samples, network, options.threshold, progress=True)
@@ -386,10 +359,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 writer = csv.DictWriter(file, rows[0].keys())
                 writer.writeheader()
                 writer.writerows(rows)
-        if options.gallery:
-            from model.gallery import write_gallery
-
+        if write_gallery:
             write_gallery(evaluation, options.gallery)
+    except ModuleNotFoundError as error:
+        parser.exit(1, f"{parser.prog}: error: {error}: pip install -r requirements-train.txt\n")
     except (ValueError, OSError) as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
     for name in (*METRICS, "calibration_error", "count"):

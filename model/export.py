@@ -80,6 +80,7 @@ def export(
     assert program is not None
     model = program.model_proto
     model.graph.name = "slsnet"
+    _forget_origin(model)
     metadata = load_metadata(weights)
     onnx.helper.set_model_props(
         model,
@@ -111,9 +112,24 @@ def export(
     return difference
 
 
+def _forget_origin(model: onnx.ModelProto) -> None:
+    """Drop the exporter's notes: paths and source lines of the machine that exported."""
+    graph = model.graph
+    for field in (graph.node, graph.value_info, graph.input, graph.output, graph.initializer):
+        for part in field:
+            part.ClearField("metadata_props")
+            part.ClearField("doc_string")
+    graph.ClearField("metadata_props")
+    graph.ClearField("doc_string")
+
+
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m model.export", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m model.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--output", type=Path, default=WEIGHTS.with_suffix(".onnx"))
     parser.add_argument("--version", default="1.0.0", help="of the weights, for the model card")
@@ -121,7 +137,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         difference = export(args.weights, args.output, args.version, args.licence)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     print(f"{args.output}: largest difference from PyTorch {difference:.1e} in probability")
 

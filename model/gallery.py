@@ -19,9 +19,10 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from model.evaluate import Case, Evaluation, read_truth
+from model.data import read_truth
+from model.evaluate import Case, Evaluation
 from model.image import lesion_mask, read_photo, unpack_mask
-from model.metrics import METRICS, jaccard
+from model.metrics import LESION_ABOVE, METRICS, jaccard
 
 CASES_EACH = 6
 """How many worst, median and best cases are shown."""
@@ -91,7 +92,7 @@ def overlay(case: Case, threshold: float) -> Image.Image:
     photo = read_photo(case.sample.image.read_bytes(), size=max(width, height))
     pixels = np.array(Image.fromarray(photo.pixels).resize((width, height)))
     truth = Image.fromarray(read_truth(case.sample.mask)).convert("L")
-    truth_mask = np.asarray(truth.resize((width, height), Image.Resampling.BOX)) > 127
+    truth_mask = np.asarray(truth.resize((width, height), Image.Resampling.BOX)) > LESION_ABOVE
     predicted = unpack_mask(lesion_mask(case.probability, width, height, threshold), width)
     pixels[_outline(truth_mask)] = _GREEN
     pixels[_outline(predicted)] = _RED

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "LESION_ABOVE",
     "METRICS",
     "THRESHOLD_JACCARD",
     "Calibration",
@@ -32,6 +33,9 @@ __all__ = [
 
 Counts = NDArray[np.int64]
 Figures = NDArray[np.float64]
+
+LESION_ABOVE = 128
+"""Of 255: a mask's grey value above it is lesion, as the official scorer has it."""
 
 THRESHOLD_JACCARD = 0.65
 """A Jaccard below this counts as 0 in `threshold_jaccard` (ISIC 2018: about what two experts'

@@ -59,6 +59,7 @@ from model.data import (
 from model.discriminator import Discriminator
 from model.files import replacing
 from model.generator import Generator, save_generator
+from model.metrics import LESION_ABOVE, THRESHOLD_JACCARD
 from model.teacher import Teacher
 
 STORED_SIZE = 256  # side at which the set is kept, pixels; augmentation warps it, then pools
@@ -168,6 +169,8 @@ class Trainer:
             TrainingError: a loss is not a number any more.
         """
         config, progress = self.config, self.progress
+        if progress.stopped or progress.epoch >= config.epochs:
+            return progress
         self.network.train()
         writer = self._tensorboard()
         started, first, saved = time.monotonic(), progress.epoch, -math.inf
@@ -210,6 +213,10 @@ class Trainer:
                 row[name] = float(self._mean(value)) / self.steps_per_epoch
             if progress.epoch % config.validate_every == 0 or progress.epoch == config.epochs:
                 row |= self.validate()
+                if self.world > 1:  # one verdict for all, or they would not stop together
+                    verdict = torch.tensor(row["selection"], device=self.device)
+                    dist.broadcast(verdict, 0)
+                    row["selection"] = float(verdict)
                 if row["selection"] > progress.best:
                     progress.best, progress.best_epoch = row["selection"], progress.epoch
                     if self.rank == 0:
@@ -225,6 +232,8 @@ class Trainer:
                     self._log(writer, row)
                 done = progress.stopped or progress.epoch == config.epochs
                 if done or time.monotonic() - saved > SAVE_EVERY_S:
+                    if writer is not None:
+                        writer.flush()  # a resumed run does not log these epochs again
                     self.save()
                     saved = time.monotonic()
         if writer is not None:
@@ -370,7 +379,8 @@ class Trainer:
             scores = []
             for start in range(0, len(pixels.ids), 64):
                 images = torch.from_numpy(pixels.images[start : start + 64]).to(self.device)
-                masks = torch.from_numpy(pixels.masks[start : start + 64]).to(self.device) > 127
+                truth = torch.from_numpy(pixels.masks[start : start + 64]).to(self.device)
+                masks = truth > LESION_ABOVE
                 factor = images.shape[-1] // self.config.size
                 x = (
                     F.avg_pool2d(images.float() / 255, factor)
@@ -392,7 +402,7 @@ class Trainer:
             every.append(jaccard)
             row[f"{name}_jaccard"] = float(jaccard.mean())
             row[f"{name}_threshold_jaccard"] = float(
-                torch.where(jaccard >= 0.65, jaccard, 0.0).mean()
+                torch.where(jaccard >= THRESHOLD_JACCARD, jaccard, 0.0).mean()
             )
         row["selection"] = float(torch.cat(every).mean())
         return row
@@ -632,7 +642,7 @@ def split_samples(
     if not selections:
         raise DataError(
             "there is no validation set beside the training images: "
-            "set data.folds=10 to hold out a tenth"
+            "hold out a tenth with --set data.folds=10"
         )
     # between data sets ids repeat and are sorted out above; within one they are a mistake
     for origin in {sample.origin for sample in samples}:

@@ -52,6 +52,7 @@ def test_isic_2017_with_its_superpixels_and_tables(tmp_path: Path) -> None:
         masks = root / f"ISIC-2017_{part}_Part1_GroundTruth"
         write_pair(images, masks, f"ISIC_000000{i}", i)
         Image.new("RGB", (40, 40)).save(images / f"ISIC_000000{i}_superpixels.png")
+        (images / f"._ISIC_000000{i}.jpg").write_bytes(b"a Mac's notes")
         (images / f"ISIC-2017_{part}_Data_metadata.csv").write_text("image_id,age,sex\n")
     expected = {
         ("isic2017", "training", "ISIC_0000000"),
@@ -271,7 +272,7 @@ BLACK = np.zeros((40, 40), np.uint8)
         (png(BLACK[:30]), r"m\.png is 40×30, its image 40×40: resize the mask to its image"),
         (png(BLACK), r"m\.png is empty: redraw it, remove the pair, or set data\.allow_uniform"),
         (png(BLACK + 255), r"m\.png is all lesion: redraw it, .*data\.allow_uniform_masks=true"),
-        (b"not a picture", r"m\.png does not decode as a mask: .*; replace it"),
+        (b"not a picture", r"m\.png does not decode as a mask .*: replace it"),
         (png(BLACK)[:50], r"m\.png does not decode as a mask"),
     ],
     ids=["size", "empty", "full", "text", "torn"],

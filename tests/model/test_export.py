@@ -72,6 +72,17 @@ def test_it_computes_what_pytorch_does(graph: Path, weights: Path) -> None:
     assert expected.std() > 1e-3
 
 
+def test_the_file_tells_nothing_of_where_it_was_made(
+    graph: Path, weights: Path, tmp_path: Path
+) -> None:
+    content = onnx.load(graph)
+    assert not any(node.metadata_props or node.doc_string for node in content.graph.node)
+    assert b"model/" not in graph.read_bytes() and b".py" not in graph.read_bytes()
+    again = tmp_path / "again.onnx"
+    export(weights, again, "1.2.3", "Apache-2.0")
+    assert again.read_bytes() == graph.read_bytes()
+
+
 def test_metadata(graph: Path, weights: Path) -> None:
     props = {p.key: p.value for p in onnx.load(graph).metadata_props}
     generator = Generator(GeneratorConfig(**GENERATOR))

@@ -283,6 +283,15 @@ def test_a_jpeg_of_thousands_of_scans_is_refused(photo: Image.Image) -> None:
         read_photo(data[:-2] + last_scan * 3000 + data[-2:])
 
 
+def test_what_phones_append_to_a_jpeg_is_not_looked_at(photo: Image.Image) -> None:
+    data = encode(photo, "JPEG")
+    film = np.random.default_rng(0).bytes(8 << 20)  # holds FF DA more than a hundred times
+    assert film.count(b"\xff\xda") > 100
+    assert np.array_equal(read_photo(data + film).pixels, read_photo(data).pixels)
+    notes = data[:2] + b"\xff\xe4" + (60_002).to_bytes(2, "big") + b"\xff\xda" * 30_000 + data[2:]
+    assert np.array_equal(read_photo(notes).pixels, read_photo(data).pixels)
+
+
 @pytest.mark.filterwarnings("ignore")  # as in production: see the filter in model.image
 @pytest.mark.parametrize("name", [*FORMATS, "progressive", "palette", "grey16", "deflate", "MPO"])
 def test_hostile_bytes_raise_nothing_but_image_errors(photo: Image.Image, name: str) -> None:

@@ -87,8 +87,6 @@ def test_pairs_on_disk_are_laid_out_like_a_challenge(tmp_path: Path) -> None:
 
 def test_the_shipped_network_finds_most_lesions() -> None:
     network = load_network(WEIGHTS)
-    if float(network.metadata["validation_jaccard"]) < 0.7:
-        pytest.skip("the weights are not trained")
     scenes = [lesion_photo(seed, 480, 360) for seed in range(24)]
     batch = np.stack([read_photo(encode_photo(scene.pixels)).pixels for scene in scenes])
     scores = []
