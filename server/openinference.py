@@ -7,33 +7,27 @@ https://github.com/triton-inference-server/server/blob/main/docs/protocol/extens
 
 Tensors are what the network takes and gives: `image`, uint8 [n, 128, 128, 3] RGB, and
 `probability`, float32 [n, 128, 128]. Each image enters the queue for itself, under the same limits
-and deadlines as a photo sent to `/segment`. Errors have the protocol's shape, `{"error": "…"}`.
+and deadlines as a photo sent to `/segment`. Errors have the protocol's shape (`problems.answer`).
 """
 
 import json
-import logging
 import zlib
-from collections.abc import Callable, Coroutine, Sequence
-from http import HTTPStatus
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Depends, Path, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from model.image import MODEL_SIZE
 from server.backends import BackendInfo
 from server.parameters import Priority, TimeoutMs, deadline, is_bulk
 from server.problems import (
     BadRequest,
-    ClientGone,
     NotFound,
-    Problem,
     TooLarge,
     UnsupportedType,
 )
@@ -43,8 +37,6 @@ from server.stages import Stages
 from server.uploads import hang_up, read_body
 
 __all__ = ["openinference_router"]
-
-log = logging.getLogger("slsnet.server")
 
 NAME = "slsnet"
 VERSION = "1"
@@ -223,40 +215,6 @@ class ErrorAnswer(_Message):
     error: str = Field(examples=["The input is called 'image', not 'input_0'."])
 
 
-class _Route(APIRoute):
-    """Errors of these paths have the protocol's shape."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def handle_errors(request: Request) -> Response:
-            try:
-                return await handle(request)
-            except Problem as problem:
-                return _error(problem.status, problem.detail, problem.headers)
-            except RequestValidationError as error:
-                details = (
-                    f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()
-                )
-                return _error(HTTPStatus.BAD_REQUEST, "; ".join(details) + ".", {})
-            except ClientGone:
-                raise
-            except Exception:
-                request_id = request.state.request_id
-                log.exception("request %s failed", request_id)
-                return _error(
-                    HTTPStatus.INTERNAL_SERVER_ERROR,
-                    f"The server failed on this request; its id is {request_id}.",
-                    {},
-                )
-
-        return handle_errors
-
-
-def _error(status: HTTPStatus, text: str, headers: dict[str, str]) -> Response:
-    return JSONResponse({"error": text}, status, headers)
-
-
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {
         status: {"model": ErrorAnswer, "description": _ERRORS[status], "headers": HEADERS}
@@ -268,6 +226,7 @@ _ERRORS = {
     400: "Not a request of the protocol, or not for these tensors.",
     404: "There is no such model, version or path.",
     413: "More bytes, JSON or images than allowed.",
+    422: "A header whose value is out of range.",
     415: "A Content-Encoding that is not served.",
     429: "The queue is full; Retry-After says when to come back.",
     500: "The server failed on this request.",
@@ -311,7 +270,7 @@ _INFER_ANSWERS: dict[int | str, dict[str, Any]] = {
         },
         "content": {"application/octet-stream": _BINARY},
     },
-    **_errors(400, 404, 413, 415, 429, 500, 503, 504),
+    **_errors(400, 404, 413, 415, 422, 429, 500, 503, 504),
 }
 
 
@@ -331,7 +290,7 @@ def _known_version(
 
 def openinference_router(service: Service, server_version: str) -> APIRouter:
     """The paths under `/v2`."""
-    router = APIRouter(prefix="/v2", tags=["open inference protocol"], route_class=_Route)
+    router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 
     @router.get("", summary="The server, and the extensions it has")
     async def server_metadata() -> ServerMetadata:
@@ -357,19 +316,11 @@ def openinference_router(service: Service, server_version: str) -> APIRouter:
         models, prefix="/models/{model}/versions/{version}", dependencies=[is_model, is_version]
     )
 
-    @router.api_route(
-        "/{path:path}",
-        methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"],
-        include_in_schema=False,
-    )
-    async def nothing(request: Request) -> Response:
-        raise NotFound(f"There is no {request.method} {request.url.path}; GET /docs lists all.")
-
     return router
 
 
 def _model_router(service: Service) -> APIRouter:
-    router = APIRouter(route_class=_Route)
+    router = APIRouter()
     settings = service.settings
 
     @router.get("", summary="The model's tensors", responses=_errors(404, 503))

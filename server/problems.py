@@ -209,6 +209,8 @@ def document(
 def answer(
     request: Request, status: HTTPStatus, detail: str, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """A problem document that says `detail`."""
+    """A problem document that says `detail`; under `/v2` an error of the protocol spoken there."""
+    if f"{request.url.path}/".startswith("/v2/"):
+        return JSONResponse({"error": detail}, status, headers)
     body = document(status, detail, request.url.path, _request_id(request))
     return JSONResponse(body, status, headers, media_type=PROBLEM_JSON)

@@ -183,7 +183,7 @@ def test_photos_whose_turn_does_not_come_in_time_say_so(
 def test_answers_come_while_others_are_worked_on_and_interactive_ones_go_first(
     server: ServerProcess, photos: list[Sample]
 ) -> None:
-    count = 40
+    count = 24
     arrivals: list[float] = []
     first = threading.Event()
 

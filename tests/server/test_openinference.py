@@ -5,6 +5,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from benchmarks.launch import ServerProcess, serve
 from model.image import lesion_mask, read_photo, unpack_mask
+from server.keys import new_key
 from tests.conftest import Offline, Sample
 
 triton = pytest.importorskip("tritonclient.http", reason="tritonclient[http] is not installed")
@@ -280,17 +282,38 @@ def test_413_too_much_json_or_too_many_images(by_hand: ByHand) -> None:
     assert "128" in response.json()["error"]
 
 
-def test_404_in_the_protocols_shape(server: ServerProcess) -> None:
-    for method, path in [
-        ("GET", "/v2/repository/index"),
-        ("POST", "/v2/health/live"),
-        ("GET", "/v2/models/slsnet/stats"),
-        ("GET", "/v2/models/slsnet/versions/2"),
-        ("GET", "/v2/"),
+def test_what_is_not_there_is_said_in_the_protocols_shape(server: ServerProcess) -> None:
+    for method, path, status in [
+        ("GET", "/v2/repository/index", 404),
+        ("GET", "/v2/models/slsnet/stats", 404),
+        ("GET", "/v2/models/slsnet/versions/2", 404),
+        ("POST", "/v2/health/live", 405),
     ]:
         response = httpx.request(method, server.url + path)
-        assert response.status_code == 404, path
+        assert response.status_code == status, path
         assert set(response.json()) == {"error"}
+
+
+def test_422_a_deadline_that_is_none(by_hand: ByHand) -> None:
+    response = by_hand.post(by_hand.request({"data": BLACK}), x_request_timeout_ms="soon")
+    assert response.status_code == 422
+    assert set(response.json()) == {"error"}
+
+
+def test_client_shows_its_key(pixels: NDArray[np.uint8], tmp_path: Path) -> None:
+    key, line = new_key("clinic")
+    keys = tmp_path / "keys"
+    keys.write_text(line)
+    with (
+        serve("--api-keys-file", str(keys)) as server,
+        triton.InferenceServerClient(f"127.0.0.1:{server.port}") as connection,
+    ):
+        assert connection.is_server_ready()
+        with pytest.raises(triton.InferenceServerException, match="takes an API key") as caught:
+            connection.get_model_metadata("slsnet")
+        assert caught.value.status() == "401"
+        headers = {"X-API-Key": key}
+        assert connection.infer("slsnet", [tensor(pixels, binary=True)], headers=headers)
 
 
 def test_429_when_the_queue_has_no_room_for_all(pixels: NDArray[np.uint8]) -> None:
