@@ -204,9 +204,11 @@ def json_answer(
         lesion=LesionAnswer(
             found=lesion.area > 0,
             area=lesion.area,
-            area_fraction=lesion.area / (width * height),
+            # Four digits that mean something, of a small lesion in a large photo too.
+            area_fraction=float(f"{lesion.area / (width * height):.4g}"),
             bounding_box=lesion.bounding_box,
-            centroid=lesion.centroid,
+            centroid=lesion.centroid
+            and (round(lesion.centroid[0], 2), round(lesion.centroid[1], 2)),
         ),
         timings_ms=timings_ms,
     )

@@ -6,7 +6,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, Query, Request
+from fastapi import Depends, FastAPI, Query, Request
 from fastapi.routing import APIRoute
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
@@ -36,9 +36,10 @@ from server.parameters import (
     Priority,
     Threshold,
     TimeoutMs,
+    answer_type,
     deadline,
     is_bulk,
-    preferred,
+    only_known,
 )
 from server.problems import install
 from server.reference import (
@@ -51,7 +52,7 @@ from server.reference import (
 from server.service import Service
 from server.settings import Settings
 from server.stages import Stages
-from server.uploads import check_content_type, hang_up, read_body
+from server.uploads import check_type, hang_up, read_body
 
 __all__ = ["create_app"]
 
@@ -67,6 +68,8 @@ _CORS_REQUEST_HEADERS = [
     "X-Request-ID",
     "X-Request-Timeout-Ms",
 ]
+
+_MEDIA_TYPES: dict[str | None, str] = {"png": "image/png", "json": "application/json"}
 
 _PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -163,6 +166,7 @@ def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
         "/segment",
         tags=["segmentation"],
         summary="Segment the lesion in a photo",
+        dependencies=[Depends(only_known)],
         response_class=Response,
         responses=SEGMENT_RESPONSES,
         openapi_extra=SEGMENT_BODY,
@@ -183,10 +187,10 @@ def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
         timeout_s = settings.timeout_s(x_request_timeout_ms)
         bulk = is_bulk(priority)
         content_type = request.headers.get("content-type", "")
-        check_content_type(content_type)
-        media_type = preferred(request.headers.get("accept", ""), ("image/png", "application/json"))
-        if answer_format is not None:
-            media_type = {"png": "image/png", "json": "application/json"}[answer_format]
+        check_type(request.headers)
+        media_type = answer_type(
+            request.headers, tuple(_MEDIA_TYPES.values()), mask, _MEDIA_TYPES.get(answer_format)
+        )
         async with deadline(timeout_s):
             with service.admission(bulk=bulk) as take:
                 body = await read_body(

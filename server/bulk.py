@@ -17,12 +17,20 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from server.answers import BatchItemAnswer, MaskFormat, json_answer, png_answer
-from server.parameters import MaskForm, MaskSize, Threshold, TimeoutMs, deadline, preferred
+from server.parameters import (
+    MaskForm,
+    MaskSize,
+    Threshold,
+    TimeoutMs,
+    answer_type,
+    deadline,
+    only_known,
+)
 from server.problems import PROBLEM_JSON, ClientGone, InferenceFailed, Problem, document
 from server.reference import HEADERS, inlined, problem_responses
 from server.service import Service
@@ -60,6 +68,7 @@ def bulk_router(service: Service) -> APIRouter:
     @router.post(
         "/segment/batch",
         summary="Segment the lesions in many photos",
+        dependencies=[Depends(only_known)],
         response_class=Response,
         responses=_RESPONSES,
         openapi_extra=_BODY,
@@ -77,7 +86,7 @@ def bulk_router(service: Service) -> APIRouter:
                 threshold,
                 size == "original",
                 mask,
-                preferred(request.headers.get("accept", ""), (NDJSON, MIXED)),
+                answer_type(request.headers, (NDJSON, MIXED), mask),
                 settings.bulk_timeout_s(x_request_timeout_ms),
             ),
         )
@@ -272,5 +281,5 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
             MIXED: {"schema": {"type": "string", "format": "binary"}},
         },
     },
-    **problem_responses(400, 413, 415, 422, 429, 503, 504),
+    **problem_responses(400, 406, 413, 415, 422, 429, 503, 504),
 }

@@ -5,10 +5,11 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Annotated, Literal
 
-from fastapi import Header, Query
+from fastapi import Header, Query, Request
+from starlette.datastructures import Headers
 
 from server.answers import MaskFormat
-from server.problems import DeadlineExceeded
+from server.problems import DeadlineExceeded, NotAcceptable, Unprocessable
 
 __all__ = [
     "MaskForm",
@@ -16,9 +17,10 @@ __all__ = [
     "Priority",
     "Threshold",
     "TimeoutMs",
+    "answer_type",
     "deadline",
     "is_bulk",
-    "preferred",
+    "only_known",
 ]
 
 Threshold = Annotated[
@@ -36,7 +38,10 @@ MaskSize = Annotated[
     Query(description="of the mask: the photo's, or the network's 128×128"),
 ]
 
-MaskForm = Annotated[MaskFormat, Query(description="how a JSON answer holds the mask")]
+MaskForm = Annotated[
+    MaskFormat,
+    Query(description="how a JSON answer holds the mask; `rle` and `polygons` ask for JSON"),
+]
 
 TimeoutMs = Annotated[
     float | None,
@@ -93,19 +98,81 @@ async def deadline(
         ) from None
 
 
-def preferred(accept: str, offers: Sequence[str]) -> str:
-    """Which of `offers` an `Accept` header prefers (RFC 9110, 12.5.1); the first if it is equal."""
+def only_known(request: Request) -> None:
+    """Refuse a query whose parameters would be passed over; a dependency of the path.
+
+    Raises:
+        Unprocessable: a parameter that the path does not have, or one that comes twice.
+    """
+    known = [field.alias for field in request.scope["route"].dependant.query_params]
+    seen: set[str] = set()
+    for name, _ in request.query_params.multi_items():
+        if name not in known:
+            raise Unprocessable(
+                f"There is no parameter {name[:40]!r}: there are {', '.join(known)}."
+            )
+        if name in seen:
+            raise Unprocessable(f"The parameter {name!r} comes more than once: send it once.")
+        seen.add(name)
+
+
+def answer_type(
+    headers: Headers, offers: Sequence[str], mask: MaskFormat, asked: str | None = None
+) -> str:
+    """The media type to answer with, of `offers`, whose default is the first.
+
+    Args:
+        headers: the request's.
+        offers: PNG in one form or another, and JSON.
+        mask: run lengths and polygons are for JSON alone, so they ask for it.
+        asked: by name, whatever `Accept` says.
+
+    Raises:
+        NotAcceptable: `Accept` rules all of them out.
+        Unprocessable: `mask` is for JSON, and something else is asked for.
+    """
+    if mask is not MaskFormat.PNG:
+        offers = sorted(offers, key=_is_json, reverse=True)
+    chosen = asked or _preferred(headers, offers)
+    if mask is not MaskFormat.PNG and not _is_json(chosen):
+        raise Unprocessable(
+            f"mask={mask} is for JSON answers, and {chosen} is asked for: leave mask out, or ask"
+            " for JSON."
+        )
+    return chosen
+
+
+def _is_json(media_type: str) -> bool:
+    return media_type.endswith("json")
+
+
+def _preferred(headers: Headers, offers: Sequence[str]) -> str:
+    """Which of `offers` the `Accept` headers prefer (RFC 9110, 12.5.1).
+
+    Of what they like equally, what they name; then the first. They are passed over if they name
+    nothing that is offered, but not if they rule it out by `q=0`.
+    """
     qualities: dict[str, float] = {}
-    for entry in accept.lower().split(","):
+    for entry in ",".join(headers.getlist("accept")).lower().split(","):
         media_type, *parameters = (part.strip() for part in entry.split(";"))
         quality = next((part[2:] for part in parameters if part.startswith("q=")), "1")
-        try:
+        with contextlib.suppress(ValueError):
             qualities[media_type] = float(quality)
-        except ValueError:
-            qualities[media_type] = 0
 
-    def quality_of(offer: str) -> float:
-        group = offer.partition("/")[0]
-        return next((qualities[key] for key in (offer, f"{group}/*", "*/*") if key in qualities), 0)
+    def rank(offer: str) -> tuple[float, int]:
+        ranges = ("*/*", f"{offer.partition('/')[0]}/*", offer)
+        for specificity, media_range in reversed(list(enumerate(ranges))):
+            quality = qualities.get(media_range, -1)
+            if 0 <= quality <= 1:
+                return quality or _RULED_OUT, specificity
+        return 0, 0
 
-    return max(offers, key=quality_of)
+    best = max(offers, key=rank)
+    if rank(best)[0] == _RULED_OUT:
+        raise NotAcceptable(
+            f"Accept rules out all that there is: {', '.join(offers)}. Leave it out, or name one."
+        )
+    return best
+
+
+_RULED_OUT = -1

@@ -3,6 +3,7 @@
     Problem
     ├── BadRequest 400            malformed multipart, no image in the request
     ├── NotFound 404              nothing has that name
+    ├── NotAcceptable 406         Accept rules out all that there is
     ├── TooLarge 413              more bytes or more pixels than allowed
     ├── UnsupportedType 415       not a type that is served
     ├── Unprocessable 422         an image that does not decode, a parameter out of range
@@ -34,6 +35,7 @@ __all__ = [
     "ClientGone",
     "DeadlineExceeded",
     "InferenceFailed",
+    "NotAcceptable",
     "NotFound",
     "Overloaded",
     "Problem",
@@ -71,6 +73,12 @@ class NotFound(Problem):
     """Nothing has that name."""
 
     status = HTTPStatus.NOT_FOUND
+
+
+class NotAcceptable(Problem):
+    """The client wants none of the media types that there are."""
+
+    status = HTTPStatus.NOT_ACCEPTABLE
 
 
 class TooLarge(Problem):

@@ -42,9 +42,10 @@ memory while they are worked on, and nowhere else. Not a medical device.
 _PROBLEMS = {
     400: "The body is empty, the form is malformed, or it has no image.",
     405: "The path takes another method; Allow says which.",
+    406: "Accept rules out (`q=0`) all that there is.",
     413: "More bytes or more pixels than allowed.",
     415: "Not a type of image that is served.",
-    422: "An image that does not decode, or a parameter out of range.",
+    422: "An image that does not decode, or a parameter that is unknown or out of range.",
     429: "The queue is full; Retry-After says when to come back.",
     500: "The server failed on this request.",
     503: "Not ready, or draining.",
@@ -54,6 +55,8 @@ _PROBLEMS = {
 _EXAMPLES = {
     400: "The form has no field 'file': put the photo there. It has 'image'.",
     405: "/segment does not take GET: use POST.",
+    406: "Accept rules out all that there is: image/png, application/json. Leave it out, or name"
+    " one.",
     413: "The image has 12000×9000 = 108000000 pixels, 64000000 are allowed: send a smaller"
     " version of it.",
     415: "The bytes are not an image of a known format: send JPEG, PNG, WEBP, TIFF or BMP.",
@@ -125,6 +128,11 @@ def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
         headers = dict(HEADERS)
         if status == 405:
             headers["Allow"] = {"description": "methods", "schema": {"type": "string"}}
+        if status == 415:
+            headers["Accept-Encoding"] = {
+                "description": "`identity`, if the body's Content-Encoding is what is not served",
+                "schema": {"type": "string"},
+            }
         if status in (429, 503):
             headers["Retry-After"] = {
                 "description": "seconds",
@@ -158,7 +166,7 @@ SEGMENT_RESPONSES: dict[int | str, dict[str, Any]] = {
         "model": SegmentationAnswer,
         "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
     },
-    **problem_responses(400, 413, 415, 422, 429, 500, 503, 504),
+    **problem_responses(400, 406, 413, 415, 422, 429, 500, 503, 504),
 }
 
 _REQUEST_ID: dict[str, Any] = {

@@ -22,7 +22,7 @@ __all__ = [
     "RAW_TYPES",
     "ByteBudget",
     "Part",
-    "check_content_type",
+    "check_type",
     "hang_up",
     "image_in_body",
     "read_body",
@@ -45,6 +45,11 @@ RAW_TYPES = (
 """Content types of a body that is the image itself."""
 
 _RAW_ALIASES = ("image/jpg", "image/pjpeg", "image/x-png", "image/x-ms-bmp", "image/x-bmp", "")
+
+_HINTS = {
+    "application/x-www-form-urlencoded": " curl --data-binary names this type unless it is told"
+    " another one: -H 'Content-Type: image/jpeg'."
+}
 
 _MAX_PARTS = 16
 
@@ -108,18 +113,30 @@ class PixelBudget:
                 self._freed.notify_all()
 
 
-def check_content_type(content_type: str) -> None:
+def check_type(headers: Headers) -> None:
     """Refuse what is certainly not an image before its body is read.
 
     Raises:
-        UnsupportedType: neither a form nor a type of image that is served.
+        UnsupportedType: neither a form nor a type of image that is served, or compressed.
     """
-    kind = _media_type(content_type)
+    _check_encoding(headers)
+    kind = _media_type(headers.get("content-type", ""))
     if kind != MULTIPART and kind not in RAW_TYPES and kind not in _RAW_ALIASES:
         raise UnsupportedType(
             f"A body of type {kind[:80]} is not served. Send the photo as the field {FIELD!r} of a"
             f" {MULTIPART} form, or as the body itself with one of these types:"
-            f" {', '.join(RAW_TYPES)}."
+            f" {', '.join(RAW_TYPES)}.{_HINTS.get(kind, '')}"
+        )
+
+
+def _check_encoding(headers: Headers) -> None:
+    encoding = headers.get("content-encoding", "identity")
+    if encoding.strip().lower() != "identity":
+        raise UnsupportedType(
+            f"A body with Content-Encoding {encoding[:40]} is not served: photos are compressed"
+            " already. Send it without Content-Encoding.",
+            # As RFC 9110 has it (15.5.16).
+            {"Accept-Encoding": "identity"},
         )
 
 
@@ -135,7 +152,6 @@ async def read_body(
         take: accounts for bytes that are about to be held; see `ByteBudget.account`.
 
     Raises:
-        BadRequest: Content-Length is not a number.
         TooLarge: the length announced, or the bytes that came, exceed `max_bytes`.
         ClientGone: the client hung up before the end.
     """
@@ -173,10 +189,11 @@ async def read_parts(
 
     Raises:
         BadRequest: the form is malformed, or empty.
-        UnsupportedType: the body is not a form.
+        UnsupportedType: the body is not a form, or compressed.
         TooLarge: it has too many photos, or bytes.
         ClientGone: the client hung up before the end.
     """
+    _check_encoding(headers)
     content_type = headers.get("content-type", "")
     if _media_type(content_type) != MULTIPART:
         raise UnsupportedType(
@@ -232,8 +249,7 @@ async def _chunks(
     )
     announced = headers.get("content-length")
     if announced is not None:
-        if not (announced.isascii() and announced.isdigit()):
-            raise BadRequest("Content-Length is not a number of bytes.")
+        # A number: whatever is not does not get past the parser of HTTP.
         if int(announced) > max_bytes:
             raise too_large
         take(int(announced))
@@ -286,7 +302,8 @@ def image_in_body(body: bytes, content_type: str) -> bytes:
                 if wanted is not None:
                     images.append(wanted)
                 else:
-                    other_fields.append(repr((event.name or "")[:40]))
+                    name = _field_name(event.name)
+                    other_fields.append(repr(name[:40]) if name else "a field without a name")
             elif event is not None and wanted is not None:
                 wanted.append(bytes(event))
     if not images:

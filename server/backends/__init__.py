@@ -80,7 +80,7 @@ def open_backend(name: str, model: Path, *, threads: int) -> Backend:
         name: `torch` or `onnxruntime`; for `auto` and `tensorrt` this is what serves until an
             engine does (`server.backends.engine_cache`).
         model: the ONNX file.
-        threads: CPU threads for one inference; 0 is one for each core.
+        threads: CPU threads for one inference.
 
     Raises:
         BackendError: the backend is unknown or cannot be loaded.

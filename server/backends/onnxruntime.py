@@ -1,6 +1,5 @@
 """ONNX Runtime: the default on CPU. Loads the shipped ONNX file in a fraction of a second."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +19,10 @@ _MAX_BATCH = 8
 class OnnxRuntimeBackend:
     """The exported graph in ONNX Runtime's CPU provider."""
 
-    def __init__(self, model: Path, *, threads: int = 0) -> None:
+    def __init__(self, model: Path, *, threads: int) -> None:
         onnxruntime.disable_telemetry_events()
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or os.cpu_count() or 1
+        options.intra_op_num_threads = threads
         options.log_severity_level = 3
         # Threads that spin while they wait for the next inference take the cores from decoding.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")

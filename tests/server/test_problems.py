@@ -1,6 +1,7 @@
 """Bad input: each kind gets its row of the status table, and the next good request is served."""
 
 import asyncio
+import gzip
 import socket
 import struct
 import zlib
@@ -70,6 +71,13 @@ def assert_problem(response: httpx.Response, status: int, *words: str) -> dict[s
             ["malformed"],
         ),
         (
+            {
+                "content": b"--b\r\nContent-Disposition: form-data\r\n\r\nx\r\n--b--\r\n",
+                "headers": {"Content-Type": "multipart/form-data; boundary=b"},
+            },
+            ["no field 'file'", "a field without a name"],
+        ),
+        (
             {"files": [(f"field{index}", b"x") for index in range(40)]},
             ["malformed"],
         ),
@@ -91,6 +99,51 @@ def test_415_a_body_that_is_no_image(server: ServerProcess, kind: str) -> None:
         f"{server.url}/segment", content=b"GIF89a", headers={"Content-Type": kind}
     )
     assert_problem(response, 415, kind, "image/jpeg", "multipart/form-data")
+
+
+@pytest.mark.usefixtures("good")
+def test_415_tells_curl_what_to_say(server: ServerProcess) -> None:
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    response = httpx.post(f"{server.url}/segment", content=b"x", headers=headers)
+    assert_problem(response, 415, "-H 'Content-Type: image/jpeg'")
+
+
+@pytest.mark.parametrize("path", ["/segment", "/segment/batch"])
+def test_415_a_compressed_body(server: ServerProcess, good: Sample, path: str) -> None:
+    form = httpx.Request("POST", server.url, files={"file": good.data})
+    response = httpx.post(
+        server.url + path,
+        content=gzip.compress(form.read()),
+        headers={"Content-Type": form.headers["content-type"], "Content-Encoding": "gzip"},
+    )
+    assert_problem(response, 415, "gzip", "Send it without Content-Encoding")
+    assert response.headers["accept-encoding"] == "identity"
+
+
+@pytest.mark.usefixtures("good")
+@pytest.mark.parametrize("path", ["/segment", "/segment/batch"])
+@pytest.mark.parametrize("accept", ["*/*;q=0", "image/*;q=0, multipart/*;q=0, application/*;q=0"])
+def test_406_nothing_is_wanted(server: ServerProcess, path: str, accept: str) -> None:
+    response = httpx.post(server.url + path, files={"file": b"x"}, headers={"Accept": accept})
+    assert_problem(response, 406, "Accept", "json")
+
+
+@pytest.mark.parametrize(
+    ("query", "accept", "words"),
+    [
+        ("format=json", "*/*", ["no parameter 'format'", "threshold, size, mask"]),
+        ("mask=polygons", "multipart/mixed", ["mask=polygons", "multipart/mixed"]),
+    ],
+)
+def test_422_a_parameter_that_many_photos_do_not_have(
+    server: ServerProcess, good: Sample, query: str, accept: str, words: list[str]
+) -> None:
+    response = httpx.post(
+        f"{server.url}/segment/batch?{query}",
+        files={"file": good.data},
+        headers={"Accept": accept},
+    )
+    assert_problem(response, 422, *words)
 
 
 @pytest.mark.usefixtures("good")
@@ -120,6 +173,9 @@ def test_422_a_truncated_jpeg(server: ServerProcess, good: Sample, tenths: int) 
         ("size=huge", ["size", "original", "model"]),
         ("format=gif", ["format", "png", "json"]),
         ("format=json&mask=svg", ["mask", "polygons"]),
+        ("treshold=0.3", ["no parameter 'treshold'", "threshold, size, format, mask"]),
+        ("threshold=0.3&threshold=0.7", ["'threshold' comes more than once"]),
+        ("format=png&mask=rle", ["mask=rle", "JSON", "image/png"]),
     ],
 )
 def test_422_a_parameter_out_of_range(server: ServerProcess, query: str, words: list[str]) -> None:
@@ -249,7 +305,7 @@ def test_500_is_answered_and_logged_once(
 
 def test_problems_are_told_in_the_reference(server: ServerProcess) -> None:
     operation = httpx.get(f"{server.url}/openapi.json").json()["paths"]["/segment"]["post"]
-    for status in ("400", "413", "415", "422", "429", "500", "503", "504"):
+    for status in ("400", "405", "406", "413", "415", "422", "429", "500", "503", "504"):
         content = operation["responses"][status]["content"]
         assert list(content) == ["application/problem+json"]
         example = content["application/problem+json"]["example"]

@@ -124,6 +124,12 @@ def test_size_model_gives_the_networks_own_resolution(
         ("image/png;q=0.1, application/json;q=0.9", "application/json"),
         ("text/html", "image/png"),
         (";;,q=,", "image/png"),
+        ("application/json;q=0.5, */*;q=0.5", "application/json"),
+        ("*/*, application/json", "application/json"),
+        ("*/*;q=0.9, application/json;q=0.1", "image/png"),
+        ("image/png;q=0", "application/json"),
+        ("image/png;q=0, */*", "application/json"),
+        ("application/json;q=nan", "image/png"),
     ],
 )
 def test_accept_chooses_the_form(
@@ -131,6 +137,19 @@ def test_accept_chooses_the_form(
 ) -> None:
     response = post(server, photos[0].data, headers={"Accept": accept})
     assert response.headers["content-type"] == kind
+
+
+def test_accept_may_come_in_several_headers(server: ServerProcess, photos: list[Sample]) -> None:
+    headers = [("Accept", "image/png;q=0.5"), ("Accept", "application/json")]
+    assert post(server, photos[0].data, headers=headers).json()["lesion"]["found"]
+
+
+@pytest.mark.parametrize("accept", ["*/*", "application/json", "image/avif, */*;q=0.8"])
+def test_a_mask_that_only_json_holds_asks_for_json(
+    server: ServerProcess, photos: list[Sample], accept: str
+) -> None:
+    options: dict[str, Any] = {"params": {"mask": "rle"}, "headers": {"Accept": accept}}
+    assert "rle" in post(server, photos[0].data, **options).json()["mask"]
 
 
 def test_json_says_what_the_mask_shows(
@@ -145,14 +164,18 @@ def test_json_says_what_the_mask_shows(
         np.testing.assert_array_equal(read_png(base64.b64decode(answer["mask"]["png"])), expected)
         lesion = answer["lesion"]
         assert lesion["area"] == expected.sum()
-        assert lesion["area_fraction"] == pytest.approx(expected.mean())
+        assert lesion["area_fraction"] == pytest.approx(expected.mean(), rel=1e-3)
         rows, columns = np.nonzero(expected)
         assert lesion["found"] is (rows.size > 0)
         if rows.size:
             x, y, box_width, box_height = lesion["bounding_box"]
             assert (x, y) == (columns.min(), rows.min())
             assert (x + box_width - 1, y + box_height - 1) == (columns.max(), rows.max())
-            assert lesion["centroid"] == pytest.approx([columns.mean() + 0.5, rows.mean() + 0.5])
+            assert lesion["centroid"] == pytest.approx(
+                [columns.mean() + 0.5, rows.mean() + 0.5], abs=0.006
+            )
+            assert all(len(str(figure).split(".")[1]) <= 2 for figure in lesion["centroid"])
+        assert len(f"{lesion['area_fraction']:e}".split("e")[0].rstrip("0")) <= len("2.564")
 
 
 def test_json_without_a_lesion(server: ServerProcess, photos: list[Sample]) -> None:
