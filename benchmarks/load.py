@@ -357,8 +357,18 @@ def _answered(answers: Sequence[Answer], window: Window) -> list[Answer]:
 
 
 def _per_s(answers: Sequence[Answer], window: Window) -> float:
-    """Masks that came within the window, whenever they were due."""
-    masks = sum(answer.verdict is not None for answer in _answered(answers, window))
+    """Masks a second, whenever their photos were due.
+
+    A photo that was in the network at an edge of the window counts for its part: a batch is
+    answered all at once, and would make a short window's count jump by its whole size.
+    """
+    masks = 0.0
+    for answer in answers:
+        if answer.verdict:
+            end = answer.answered - answer.stages_ms["encode"] / 1000
+            infer_s = answer.stages_ms["infer"] / 1000
+            within = min(end, window.end) - max(end - infer_s, window.start)
+            masks += max(0.0, within) / infer_s
     return masks / (window.end - window.start)
 
 

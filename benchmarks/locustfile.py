@@ -159,7 +159,8 @@ class OpenLoop(SegmentUser):
     def arrive(self) -> None:
         """Wait for the next photo's time and send it, without waiting for its mask."""
         due = next(self._due)
-        gevent.sleep(max(0.0, due - time.perf_counter()))
+        while (early_s := due - time.perf_counter()) > 0:
+            gevent.sleep(early_s)
         self._in_flight.spawn(self.send, due)
 
     def on_stop(self) -> None:
@@ -234,11 +235,17 @@ def _add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--burst", type=int, default=32, help="photos that come at once")
 
 
-@events.test_start.add_listener  # type: ignore[untyped-decorator]
-def _prepare(environment: Environment, **_: object) -> None:
+@events.init.add_listener  # type: ignore[untyped-decorator]
+def _set_up(environment: Environment, **_: object) -> None:
     options = environment.parsed_options
     assert options is not None
+    OpenLoop.rate, Burst.size = options.rate, options.burst
     model = Path(options.model)
     deck = given(Path(options.images), model) if options.images else generated(model)
-    OpenLoop.rate, Burst.size = options.rate, options.burst
-    prepare(deck, environment.host or "")
+    # Its clock stood still meanwhile, and would cut the run time short by as much.
+    gevent.get_hub().loop.update_now()
+
+    def ask_for_the_model(**_: object) -> None:
+        prepare(deck, environment.host or "")
+
+    environment.events.test_start.add_listener(ask_for_the_model)  # type: ignore[no-untyped-call]

@@ -82,7 +82,7 @@ def test_a_closed_loop_keeps_all_its_clients_busy(report: dict[str, Any]) -> Non
         waited = step["requests"] * step["mean_ms"] / 1000
         ends = clients * step["max_ms"] / 1000
         assert 0.7 * clients * seconds - ends < waited < clients * seconds + ends
-        assert step["answered_per_s"] * seconds == pytest.approx(step["requests"])
+        assert abs(step["answered_per_s"] * seconds - step["requests"]) <= clients
 
 
 def test_an_open_loop_offers_the_rate_that_it_names(report: dict[str, Any]) -> None:

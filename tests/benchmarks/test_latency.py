@@ -1,0 +1,34 @@
+"""What the latency benchmark refuses, and what it takes for torch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.latency import has_torch
+from tests.conftest import ROOT
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_folder_without_photos_is_refused(tmp_path: Path, exists: bool) -> None:
+    folder = tmp_path if exists else tmp_path / "nothing"
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.latency", "--images", folder],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert f"{folder} holds no .jpg" in result.stderr
+    assert not result.stdout
+
+
+def test_torch_is_told_by_its_libraries() -> None:
+    line = "7f00-7f01 r-xp 00000000 08:01 42    {}"
+    numpy = line.format("/home/a/torch-serving/.venv/numpy/core.so")
+    torch = line.format("/usr/lib/python3/torch/lib/libtorch_cpu.so")
+    assert not has_torch(numpy)
+    assert has_torch(f"{numpy}\n{torch}\n")
