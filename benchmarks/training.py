@@ -67,8 +67,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{_machine()}, batch {args.batch_size}, {args.size}×{args.size}\n")
     print("| a training step | images/s |\n|---|---:|")
     for name, value in zip(steps, (asleep, awake, plain), strict=True):
-        print(f"| {name} | {1 / value:.1f} |")
-    print(f"| **recipe, whole schedule** ({config.pam_wake:.0%} asleep) | **{1 / schedule:.1f}** |")
+        print(f"| {name} | {1 / value:.3g} |")
+    print(f"| **recipe, whole schedule** ({config.pam_wake:.0%} asleep) | **{1 / schedule:.3g}** |")
     print(f"\nrecipe / plain eager: {plain / schedule:.2f}")
 
 
