@@ -4,8 +4,9 @@
 # make bench [IMAGES=dir] [RESULTS=dir]     a short load test with its report (README, Load)
 # Everything lives in .venv; PYTHON=/path/to/python3.x picks the interpreter it is made with.
 
-HOST ?= 127.0.0.1
-PORT ?= 8000
+# Not from the environment: some shells export a HOST of their own, which is the machine's name.
+HOST = $(or $(SLSNET_HOST),127.0.0.1)
+PORT = $(or $(SLSNET_PORT),8000)
 IMAGES ?=
 RESULTS ?= benchmarks/results
 

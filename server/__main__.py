@@ -135,6 +135,15 @@ def _allow_files(wanted: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
 
 
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # `::` is every address, those of IPv4 too.
+    both = host == "::" and socket.has_dualstack_ipv6()
+    listener = socket.create_server((host, port), family=family, dualstack_ipv6=both)
+    log.info("listening on %s port %d", host, listener.getsockname()[1])
+    return listener
+
+
 def main() -> int:
     """Run the server; gives the process's exit code."""
     settings = read_settings()
@@ -147,6 +156,13 @@ def main() -> int:
         failed = True
         server.should_exit = True
 
+    try:
+        if settings.backend != "torch":
+            # It is loaded once the port is open; a wrong path need not wait for that.
+            settings.model.open("rb").close()
+    except OSError as error:
+        log.error("the network cannot be read, look at --model (SLSNET_MODEL): %s", error)
+        return 1
     try:
         app, service = create_app(settings, on_failure)
     except KeyFileError as error:
@@ -174,8 +190,18 @@ def main() -> int:
     except OSError as error:
         log.error("TLS cannot be set up, look at --tls-cert and its kin: %s", error)
         return 1
+    try:
+        listener = _listen(settings.host, settings.port)
+    except OSError as error:
+        log.error(
+            "cannot listen on %s port %d, look at --host and --port: %s",
+            settings.host,
+            settings.port,
+            error.strerror or error,
+        )
+        return 1
     server = _Server(config, service)
-    server.run([config.bind_socket()])
+    server.run([listener])
     return 1 if failed else 0
 
 

@@ -1,6 +1,8 @@
 """The process: what it loads, what it can be told, what it leaves on the disk."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from io import BytesIO
@@ -102,7 +104,43 @@ def test_a_network_that_cannot_be_loaded_ends_the_process(
         model.write_bytes(content)
     result = python("-m", "server", "--port", str(free_port()), "--model", str(model))
     assert result.returncode == 1
-    assert str(model) in result.stderr
+    (failure,) = (line for line in result.stderr.splitlines() if "ERROR" in line)
+    assert str(model) in failure
+    assert "Traceback" not in result.stderr
+    assert ("listening on" in result.stderr) is (content is not None)
+
+
+def test_an_address_that_is_taken_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = python("-m", "server", "--port", str(port))
+    assert result.returncode == 1
+    (failure,) = (line for line in result.stderr.splitlines() if "ERROR" in line)
+    assert f"cannot listen on 127.0.0.1 port {port}" in failure
+    assert "in use" in failure
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "expected"),
+    [
+        ([], {}, "--host 127.0.0.1 --port 8000"),
+        ([], {"HOST": "x86_64-conda-linux-gnu", "PORT": "1"}, "--host 127.0.0.1 --port 8000"),
+        ([], {"SLSNET_HOST": "0.0.0.0", "SLSNET_PORT": "9001"}, "--host 0.0.0.0 --port 9001"),
+        (["HOST=::1", "PORT=9002"], {"SLSNET_PORT": "9001"}, "--host ::1 --port 9002"),
+    ],
+)
+def test_make_serve_listens_where_it_is_told(
+    arguments: list[str], environment: dict[str, str], expected: str
+) -> None:
+    result = subprocess.run(
+        ["make", "--dry-run", "serve", "PYTHON=python3", *arguments],
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"], **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"-m server {expected}\n" in result.stdout
 
 
 def test_uploads_never_touch_the_disk(photos: list[Sample]) -> None:
