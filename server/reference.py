@@ -34,9 +34,9 @@ Send a photo of a skin lesion, get the lesion's mask at the photo's own size:
 
     curl -F file=@lesion.jpg localhost:8000/segment -o mask.png
 
-Every answer carries `X-Request-ID` (yours, if you send one) and `Server-Timing` (milliseconds by
-stage). Errors are RFC 9457 problem documents whose `detail` says what to do. Photos are held in
-memory while they are worked on, and nowhere else. Not a medical device.
+Every answer to a request carries `X-Request-ID` (yours, if you send one) and `Server-Timing`
+(milliseconds by stage). Errors are RFC 9457 problem documents whose `detail` says what to do.
+Photos are held in memory while they are worked on, and nowhere else. Not a medical device.
 """
 
 _PROBLEMS = {
