@@ -17,6 +17,7 @@ Errors:
 """
 
 import math
+import re
 import struct
 import warnings
 import zlib
@@ -186,8 +187,12 @@ def read_photo(
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        # Before its size could be seen here: Pillow tells it in the message alone.
+        size_told = re.search(r"\d+", str(error))
+        most = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
         raise ImageTooLargeError(
-            f"The image has more pixels than can be read: send one of at most {max_pixels} pixels."
+            f"The image has {size_told[0] if size_told else 'too many'} pixels, {most} are"
+            " allowed: send a smaller version of it."
         ) from error
     except MemoryError as error:
         raise ImageTooLargeError(
