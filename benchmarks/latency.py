@@ -68,10 +68,10 @@ class Client:
         return Timing(whole, {stage: float(value) for stage, value in entries})
 
 
-def photos_at_all_sizes(images: Path | None) -> dict[tuple[int, int], bytes]:
-    """One JPEG for each of `SIZES`: the largest image at hand resized, or a generated one."""
+def photos_at_all_sizes(image: Path | None) -> dict[tuple[int, int], bytes]:
+    """One JPEG for each of `SIZES`: this image resized, or a generated one."""
     photos = {}
-    source = _largest(images)
+    source = Image.open(image).convert("RGB") if image else None
     for width, height in SIZES:
         if source is None:
             from tests.lesions import lesion_photo
@@ -137,7 +137,7 @@ def start_table(flags: Sequence[str], count: int) -> str:
         with serve(*flags) as server:
             seconds.append(server.seconds_to_ready)
             maps = Path(f"/proc/{server.process.pid}/maps")
-            torch_loaded |= maps.exists() and "torch" in maps.read_text(encoding="utf-8")
+            torch_loaded |= maps.exists() and has_torch(maps.read_text(encoding="utf-8"))
     return "\n".join(
         [
             "| ready after, s (p50) | worst | torch loaded |",
@@ -145,6 +145,11 @@ def start_table(flags: Sequence[str], count: int) -> str:
             f"| **{_p50(seconds):.2f}** | {max(seconds):.2f} | {'yes' if torch_loaded else 'no'} |",
         ]
     )
+
+
+def has_torch(maps: str) -> bool:
+    """Whether a process with these memory maps (proc(5)) has PyTorch's libraries in it."""
+    return any(line.rpartition("/")[2].startswith("libtorch") for line in maps.splitlines())
 
 
 def machine() -> str:
@@ -165,8 +170,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    default = Path(os.environ.get("SLSNET_DATA", "../shared/data")) / "native"
-    parser.add_argument("--images", type=Path, default=default, help="folder of JPEGs")
+    parser.add_argument("--images", type=Path, help="folder of JPEGs; the largest is taken")
     parser.add_argument("--requests", type=int, default=30, help="measured, for each size")
     parser.add_argument("--starts", type=int, default=5, help="servers started for time to ready")
     parser.add_argument("--cores", type=int, help="run on this many cores only")
@@ -174,7 +178,12 @@ def main() -> None:
     options = parser.parse_args()
     if options.cores:
         os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[: options.cores]))
-    photos = photos_at_all_sizes(options.images if options.images.is_dir() else None)
+    default = Path(os.environ.get("SLSNET_DATA", "../shared/data")) / "native"
+    image = _largest(options.images or default)
+    if options.images and image is None:
+        parser.error(f"--images: {options.images} holds no .jpg")
+    photos = photos_at_all_sizes(image)
+    print(f"Photos: {f'the largest in {image.parent}, resized' if image else 'generated'}.")
     print(
         f"Machine: {machine()}. Milliseconds, p50 of {options.requests}, one request at a time.\n"
     )
@@ -186,9 +195,8 @@ def main() -> None:
     print(start_table(options.flags, options.starts))
 
 
-def _largest(folder: Path | None) -> Image.Image | None:
-    files = sorted(folder.glob("*.jpg"), key=lambda file: file.stat().st_size) if folder else []
-    return Image.open(files[-1]).convert("RGB") if files else None
+def _largest(folder: Path) -> Path | None:
+    return max(folder.glob("*.jpg"), key=lambda file: file.stat().st_size, default=None)
 
 
 def _p50(values: Sequence[float]) -> float:
