@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
+_JPEG = {"Content-Type": "image/jpeg"}
 _CLIENTS = 6
 _ANSWERS_BEFORE_STOP = 30
 _LEAST_JACCARD = 0.7
@@ -27,9 +28,7 @@ _PATIENCE_S = 60
 
 def segment(url: str, photo: str, truth: str) -> None:
     """Exit with 1 unless the mask has the photo's size and fits its lesion."""
-    request = urllib.request.Request(
-        f"{url}/segment", Path(photo).read_bytes(), {"Content-Type": "image/jpeg"}
-    )
+    request = urllib.request.Request(f"{url}/segment", Path(photo).read_bytes(), _JPEG)
     with urllib.request.urlopen(request, timeout=_PATIENCE_S) as answer:
         mask = np.asarray(Image.open(io.BytesIO(answer.read())).convert("L")) > 0
     true = np.asarray(Image.open(truth).convert("L")) > 0
@@ -70,22 +69,23 @@ class _Load:
                 return
             try:
                 while True:
-                    connection.request("POST", "/segment", self._photo, {"Content-Type": "image/*"})
+                    connection.request("POST", "/segment", self._photo, _JPEG)
                     answer = connection.getresponse()
                     body = answer.read()
-                    self._count("" if answer.status == 200 else f"{answer.status} {body!r}")
+                    if answer.status != 200:
+                        self._lost.append(f"{answer.status} {body!r}")
+                        return
+                    self._count()
                     if answer.will_close:
                         break
             except (OSError, http.client.HTTPException) as error:
-                self._count(repr(error))
+                self._lost.append(repr(error))
+                return
             finally:
                 connection.close()
 
-    def _count(self, problem: str) -> None:
+    def _count(self) -> None:
         with self._lock:
-            if problem:
-                self._lost.append(problem)
-                return
             self._answered += 1
             if self._answered == _ANSWERS_BEFORE_STOP:
                 print("under load", flush=True)
