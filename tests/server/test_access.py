@@ -58,10 +58,13 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
 def test_without_a_key_only_health_and_metrics_answer(guarded: Guarded) -> None:
     for path in ("/health/live", "/health/ready", "/metrics"):
         assert guarded.get(path).status_code == 200
-    for path in ("/model", "/docs", "/openapi.json", "/v2", "/nothing"):
+    for path in ("/model", "/docs", "/openapi.json", "/nothing"):
         answer = guarded.get(path)
         assert_problem(answer, 401, "API key", "Authorization: Bearer")
         assert answer.headers["www-authenticate"].startswith("Bearer ")
+    tensors = guarded.get("/v2")
+    assert tensors.status_code == 401
+    assert "API key" in tensors.json()["error"]
     assert_problem(guarded.get("/model", X_API_Key="slsnet_guess"), 401, "not known")
     post = httpx.post(f"{guarded.server.url}/segment", content=b"x")
     assert_problem(post, 401)
