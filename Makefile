@@ -49,6 +49,7 @@ $(VENV)/.benchmarks: requirements.txt requirements-bench.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	@touch $@ $(VENV)/.serving
 
-$(VENV)/.development: requirements.txt requirements-train.txt requirements-bench.txt requirements-dev.txt | $(BIN)/python
+$(VENV)/.development: requirements.txt requirements-train.txt requirements-otel.txt \
+		requirements-bench.txt requirements-dev.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@ $(VENV)/.serving $(VENV)/.benchmarks

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.keys import Key, KeyFile
-from server.problems import Overloaded, Problem, answer
+from server.problems import NotFound, Overloaded, Problem, answer
 
 __all__ = ["Access", "Forbidden", "Unauthorized"]
 
@@ -23,6 +23,7 @@ class Unauthorized(Problem):
     """No key, or none that is known."""
 
     status = HTTPStatus.UNAUTHORIZED
+    reason = "unauthorized"
 
     def __init__(self, detail: str) -> None:
         # Basic makes a browser ask for the key by itself.
@@ -34,10 +35,7 @@ class Forbidden(Problem):
     """A key that does not open this."""
 
     status = HTTPStatus.FORBIDDEN
-
-
-class _NotFound(Problem):
-    status = HTTPStatus.NOT_FOUND
+    reason = "forbidden"
 
 
 @dataclass
@@ -82,6 +80,7 @@ class Access:
                 self._check(scope)
             except Problem as problem:
                 request = Request(scope)
+                request.state.reason = problem.reason
                 response = answer(request, problem.status, problem.detail, problem.headers)
                 await response(scope, receive, send)
                 return
@@ -91,7 +90,7 @@ class Access:
         path: str = scope["path"]
         is_admin = path == "/admin" or path.startswith("/admin/")
         if is_admin and (self._keys is None or not self._keys.has_admin):
-            raise _NotFound(
+            raise NotFound(
                 "There is nothing here unless the server has an administrator's key: see"
                 " `python -m server.keys new --help`."
             )
@@ -133,6 +132,7 @@ class Access:
                 f"This key may send {self._rate:g} requests a second. Try again in {wait_s} s"
                 " (Retry-After).",
                 wait_s,
+                "key_rate",
             )
         bucket.tokens -= 1
 

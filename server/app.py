@@ -27,7 +27,7 @@ from server.bulk import bulk_router
 from server.context import RequestContext
 from server.keys import KeyFile
 from server.loading import Loader
-from server.metrics import Metrics
+from server.metrics import SHARED, Metrics
 from server.openinference import openinference_router
 from server.pages import page_router
 from server.parameters import (
@@ -52,6 +52,7 @@ from server.reference import (
 from server.service import Service
 from server.settings import Settings
 from server.stages import Stages
+from server.tracing import open_tracing
 from server.uploads import check_type, hang_up, read_body
 
 __all__ = ["create_app"]
@@ -71,11 +72,15 @@ _CORS_REQUEST_HEADERS = [
 
 _MEDIA_TYPES: dict[str | None, str] = {"png": "image/png", "json": "application/json"}
 
+_REFRESH_S = 1
+
 _PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def create_app(
-    settings: Settings, on_failure: Callable[[], None] = lambda: None
+    settings: Settings,
+    on_failure: Callable[[], None] = lambda: None,
+    on_reloaded: Callable[[], None] = lambda: None,
 ) -> tuple[ASGIApp, Service]:
     """The ASGI application, and the service behind it.
 
@@ -85,10 +90,13 @@ def create_app(
     Args:
         settings: all there is to set.
         on_failure: called if the network cannot be loaded.
+        on_reloaded: called when an administrator has had it loaded again.
 
     Raises:
         KeyFileError: the file of API keys cannot be read.
+        RuntimeError: traces are wanted and cannot be made.
     """
+    tracing = open_tracing()
     keys = KeyFile(settings.api_keys_file) if settings.api_keys_file else None
     metrics = Metrics()
     service = Service(settings, metrics)
@@ -104,10 +112,15 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
         loading = asyncio.create_task(load())
+        refreshing = asyncio.create_task(_refresh(metrics)) if SHARED else None
         yield {"reload": loader.load}
+        if refreshing is not None:
+            refreshing.cancel()
         await asyncio.wait([loading])
         await loader.close()
         await service.close()
+        if tracing is not None:
+            await asyncio.to_thread(tracing[1])
 
     app = FastAPI(
         title="SLSNet Server",
@@ -125,13 +138,13 @@ def create_app(
     app.include_router(page_router)
     app.include_router(bulk_router(service))
     app.include_router(openinference_router(service, VERSION))
-    app.include_router(admin_router(loader.load))
+    app.include_router(admin_router(loader.load, on_reloaded))
     _add_routes(app, service, metrics)
     guarded: ASGIApp = Access(
         app,
         keys,
         metrics_keyed=settings.metrics_keyed,
-        requests_per_s=settings.key_requests_per_s,
+        requests_per_s=settings.key_requests_per_s / settings.workers,
         burst=settings.key_burst,
     )
     origins = [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]
@@ -150,6 +163,7 @@ def create_app(
         lambda: service.draining,
         encrypted=settings.tls_cert is not None,
         shared=bool(origins),
+        record=tracing and tracing[0],
     )
     return context, service
 
@@ -157,6 +171,13 @@ def create_app(
 def _operation_id(route: APIRoute) -> str:
     """Such as `health_ready`: generated clients name their functions so."""
     return "_".join(part for part in route.path.split("/") if part and not part.startswith("{"))
+
+
+async def _refresh(metrics: Metrics) -> None:
+    """Whichever process is asked shows the figures of all, so each keeps its own up to date."""
+    while True:
+        metrics.refresh()
+        await asyncio.sleep(_REFRESH_S)
 
 
 def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import time
 import uuid
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.metrics import Metrics
 from server.stages import Stages
+from server.tracing import Record
 
 __all__ = ["REQUEST_ID", "RequestContext"]
 
@@ -46,6 +48,7 @@ class RequestContext:
         *,
         encrypted: bool = False,
         shared: bool = False,
+        record: Record | None = None,
     ) -> None:
         """Args:
         app: all the rest.
@@ -53,6 +56,7 @@ class RequestContext:
         is_draining: whether the server is on its way out.
         encrypted: browsers shall not come back without TLS.
         shared: pages of other origins may use the API.
+        record: writes traces.
         """
         self._app = app
         self._security = dict(_SECURITY)
@@ -62,6 +66,7 @@ class RequestContext:
             self._security["Cross-Origin-Resource-Policy"] = "cross-origin"
         self._metrics = metrics
         self._is_draining = is_draining
+        self._record = record
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -99,15 +104,38 @@ class RequestContext:
             log.exception("request %s failed", request_id)
         # Only paths that exist become label values: a scanner must not grow the metrics.
         path = getattr(scope.get("route"), "path", "other")
-        self._metrics.requests.labels(path, str(status)).inc()
+        reason = state.get("reason", "") if status >= 400 else ""
+        self._metrics.requests.labels(path, str(status), reason).inc()
         for stage, seconds in stages.seconds.items():
             self._metrics.stage_seconds.labels(stage).observe(seconds)
+        if self._record is not None:
+            attributes: dict[str, str | int] = {
+                "http.request.method": method,
+                "http.route": path,
+                "http.response.status_code": status,
+                "slsnet.request_id": request_id,
+            }
+            self._record(stages, Headers(scope=scope), f"{method} {path}", attributes)
+        client = state.get("client", "-")
         log.info(
             "%s %s %s %s %d %s",
             request_id,
-            state.get("client", "-"),
+            client,
             method,
             path,
             status,
             stages.header(),
+            extra={
+                "fields": {
+                    "request_id": request_id,
+                    "client": client,
+                    "method": method,
+                    "path": path,
+                    "status": status,
+                    "reason": reason,
+                    "stages_ms": stages.milliseconds(),
+                    "total_ms": round((time.perf_counter() - stages.started) * 1000, 3),
+                    **stages.notes,
+                }
+            },
         )

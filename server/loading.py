@@ -11,7 +11,7 @@ from server.backends.engine_cache import EngineCache, EngineEvent, open_engine_c
 from server.backends.onnxruntime import OnnxRuntimeBackend
 from server.batching import FAILURES
 from server.service import Service
-from server.settings import Settings, available_cores
+from server.settings import Settings
 
 __all__ = ["Loader"]
 
@@ -126,12 +126,12 @@ class Loader:
 
 def _on_cpu(settings: Settings) -> Backend:
     """Not ONNX Runtime's CUDA: an error that lasts is the process's, whoever asks the GPU next."""
-    threads = settings.threads or available_cores()
+    threads = settings.threads or settings.cores
     return OnnxRuntimeBackend(settings.model, threads=threads)
 
 
 def _first(settings: Settings) -> Backend:
-    threads = settings.threads or available_cores()
+    threads = settings.threads or settings.cores
     return open_backend(settings.backend, settings.model, threads=threads)
 
 

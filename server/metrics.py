@@ -1,5 +1,6 @@
 """What Prometheus scrapes at `GET /metrics`."""
 
+import os
 from collections.abc import Callable
 
 from prometheus_client import (
@@ -7,13 +8,21 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
+    ProcessCollector,
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from server.backends import BackendInfo
 
-__all__ = ["Metrics"]
+__all__ = ["SHARED", "SHARED_FOLDER", "Metrics"]
+
+SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+"""Environment variable that the library reads when it is imported: where processes share."""
+
+SHARED = SHARED_FOLDER in os.environ
+"""Whether this process is one of several whose metrics are shown together."""
 
 # Their creation times would double the series and tell nothing that a scraper needs.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -27,10 +36,13 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._serving: Gauge | None = None
+        self._observed: list[tuple[Gauge, Callable[[], float]]] = []
+        self._observe_process()
         self.requests = Counter(
             "slsnet_requests",
-            "Answers by path and status",
-            ["path", "status"],
+            "Answers by path, status and, where it is an error, its reason",
+            ["path", "status", "reason"],
             registry=self.registry,
         )
         self.stage_seconds = Histogram(
@@ -78,12 +90,14 @@ class Metrics:
         self.circuit_open = Gauge(
             "slsnet_circuit_open",
             "1 while the backend fails all the time and nothing is given to it",
+            multiprocess_mode="livemax",
             registry=self.registry,
         )
         self.backend = Gauge(
             "slsnet_backend_info",
             "What runs the network, and which network it is",
             ["backend", "runtime_version", "device", "precision", "model", "version", "sha256"],
+            multiprocess_mode="livemax",
             registry=self.registry,
         )
         self.connections_refused = Counter(
@@ -95,14 +109,19 @@ class Metrics:
         self.admitted = Gauge(
             "slsnet_requests_in_flight",
             "Segmentation requests being worked on or waiting",
+            multiprocess_mode="livesum",
             registry=self.registry,
         )
         self.bytes_in_flight = Gauge(
-            "slsnet_bytes_in_flight", "Bytes of request bodies held", registry=self.registry
+            "slsnet_bytes_in_flight",
+            "Bytes of request bodies held",
+            multiprocess_mode="livesum",
+            registry=self.registry,
         )
         self.pixels_decoding = Gauge(
             "slsnet_pixels_decoding",
             "Pixels of the photos being decoded",
+            multiprocess_mode="livesum",
             registry=self.registry,
         )
         self.padding = Counter(
@@ -114,25 +133,38 @@ class Metrics:
             "slsnet_queue_depth",
             "Photos that are decoded and wait for the network",
             ["priority"],
+            multiprocess_mode="livesum",
             registry=self.registry,
         )
         self.queue_age_seconds = Gauge(
             "slsnet_queue_age_seconds",
             "How long the photo has waited that has waited longest",
+            multiprocess_mode="livemax",
             registry=self.registry,
         )
         self.ready = Gauge(
-            "slsnet_ready", "1 while requests are served and wanted", registry=self.registry
+            "slsnet_ready",
+            "1 while requests are served and wanted",
+            multiprocess_mode="livemin",
+            registry=self.registry,
         )
 
     def observe(self, gauge: Gauge, read: Callable[[], float]) -> None:
         """Let `gauge` show what `read` gives when the metrics are rendered."""
-        gauge.set_function(read)
+        self._observed.append((gauge, read))
+
+    def refresh(self) -> None:
+        """Read what is observed; where processes share their metrics, others show it from here."""
+        for gauge, read in self._observed:
+            gauge.set(read())
 
     def serves(self, backend: BackendInfo) -> None:
         """`backend` serves from now on, and no other."""
-        self.backend.clear()
-        self.backend.labels(
+        if self._serving is not None:
+            # Cleared alone it would stay in what processes share.
+            self._serving.set(0)
+            self.backend.clear()
+        self._serving = self.backend.labels(
             backend.name,
             backend.version,
             backend.device,
@@ -140,8 +172,33 @@ class Metrics:
             backend.model.get("name", "unknown"),
             backend.model.get("version", "unknown"),
             backend.model.get("weights_sha256", "unknown"),
-        ).set(1)
+        )
+        self._serving.set(1)
 
     def render(self) -> bytes:
-        """The exposition in Prometheus' text format."""
-        return generate_latest(self.registry)
+        """The exposition in Prometheus' text format, of all processes that share their metrics."""
+        self.refresh()
+        if not SHARED:
+            return generate_latest(self.registry)
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return generate_latest(registry)
+
+    def _observe_process(self) -> None:
+        """Memory, files, CPU and start of this process, under the names that are usual for them."""
+        if not SHARED:
+            ProcessCollector(registry=self.registry)
+            return
+        process = ProcessCollector(registry=None)
+        for family in process.collect():
+            gauge = Gauge(
+                family.samples[0].name,
+                family.documentation,
+                registry=self.registry,
+                multiprocess_mode="liveall",
+            )
+            self.observe(gauge, lambda name=family.name: _sample(process, name))  # type: ignore[misc]
+
+
+def _sample(process: ProcessCollector, name: str) -> float:
+    return next(family.samples[0].value for family in process.collect() if family.name == name)

@@ -56,6 +56,8 @@ class Problem(Exception):
     """A request that gets an error for an answer; `detail` says what its sender can do."""
 
     status = HTTPStatus.INTERNAL_SERVER_ERROR
+    reason = "failed"
+    """In the metrics."""
 
     def __init__(self, detail: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(detail)
@@ -67,12 +69,14 @@ class BadRequest(Problem):
     """The request holds no image, or its form is malformed."""
 
     status = HTTPStatus.BAD_REQUEST
+    reason = "bad_request"
 
 
 class NotFound(Problem):
     """Nothing has that name."""
 
     status = HTTPStatus.NOT_FOUND
+    reason = "not_found"
 
 
 class NotAcceptable(Problem):
@@ -85,18 +89,21 @@ class TooLarge(Problem):
     """More bytes or pixels than are allowed."""
 
     status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+    reason = "too_large"
 
 
 class UnsupportedType(Problem):
     """Not a type of image, or of body, that is served."""
 
     status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
+    reason = "unsupported_type"
 
 
 class Unprocessable(Problem):
     """An image that does not decode, or a parameter out of range."""
 
     status = HTTPStatus.UNPROCESSABLE_ENTITY
+    reason = "unprocessable"
 
 
 class Overloaded(Problem):
@@ -104,20 +111,23 @@ class Overloaded(Problem):
 
     status = HTTPStatus.TOO_MANY_REQUESTS
 
-    def __init__(self, detail: str, retry_after_s: int) -> None:
+    def __init__(self, detail: str, retry_after_s: int, reason: str) -> None:
         super().__init__(detail, {"Retry-After": str(retry_after_s)})
+        self.reason = reason
 
 
 class InferenceFailed(Problem):
     """The backend failed on this image, in its batch and alone."""
 
     status = HTTPStatus.INTERNAL_SERVER_ERROR
+    reason = "inference_failed"
 
 
 class Unavailable(Problem):
     """Not ready to serve."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
+    reason = "unavailable"
 
     def __init__(self, detail: str) -> None:
         super().__init__(detail, {"Retry-After": "1"})
@@ -127,6 +137,7 @@ class DeadlineExceeded(Problem):
     """The request's deadline passed before its mask was ready."""
 
     status = HTTPStatus.GATEWAY_TIMEOUT
+    reason = "deadline"
 
 
 class ClientGone(Exception):
@@ -147,6 +158,7 @@ def install(app: FastAPI) -> None:
 
     async def problem(request: Request, error: Exception) -> Response:
         assert isinstance(error, Problem)
+        request.state.reason = error.reason
         return answer(request, error.status, error.detail, error.headers)
 
     async def refused(request: Request, error: Exception) -> Response:
@@ -166,6 +178,7 @@ def install(app: FastAPI) -> None:
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
+        request.state.reason = Unprocessable.reason
         details = [
             f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']},"
             f" got {str(item['input'])[:80]!r}"
@@ -173,11 +186,13 @@ def install(app: FastAPI) -> None:
         ]
         return answer(request, Unprocessable.status, "; ".join(details) + ".", None)
 
-    async def gone(_request: Request, _error: Exception) -> Response:
+    async def gone(request: Request, _error: Exception) -> Response:
+        request.state.reason = "client_gone"
         # Never sent: the connection is closed. The status is what proxies log for this.
         return Response(status_code=499)
 
     async def failed(request: Request, _error: Exception) -> Response:
+        request.state.reason = Problem.reason
         # Logged by `RequestContext`, to which the framework passes it on.
         return answer(
             request,

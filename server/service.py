@@ -22,7 +22,7 @@ from server.backends import Backend, BackendError, BackendInfo
 from server.batching import Batcher, Inference
 from server.metrics import Metrics
 from server.problems import ClientGone, Overloaded, Unavailable, of_photo_error
-from server.settings import Settings, available_cores
+from server.settings import Settings
 from server.stages import Stages
 from server.uploads import ByteBudget, PixelBudget, image_in_body
 
@@ -69,7 +69,7 @@ class Service:
             metrics.queue_age_seconds,
             lambda: self._batcher.longest_wait_s() if self._batcher else 0,
         )
-        threads = settings.decode_threads or available_cores()
+        threads = settings.decode_threads or settings.cores
         self.workers = ThreadPoolExecutor(threads, thread_name_prefix="work")
         # Of their own, so that no photo that somebody waits for queues up behind bulk's.
         self._bulk_workers = ThreadPoolExecutor(max(1, threads // 2), thread_name_prefix="bulk")
@@ -172,7 +172,9 @@ class Service:
         with (
             self.places(1, bulk=bulk),
             self.body_bytes.account(
-                lambda: self._overloaded("the photos in flight fill the memory set aside for them")
+                lambda: self._overloaded(
+                    "the photos in flight fill the memory set aside for them", "memory"
+                )
             ) as take,
         ):
             yield take
@@ -186,7 +188,7 @@ class Service:
         """
         limit = self.settings.bulk_queue if bulk else self.settings.max_queue
         if self._admitted + count > limit:
-            raise self._overloaded("the queue is full")
+            raise self._overloaded("the queue is full", "queue_full")
         self._admitted += count
         try:
             yield
@@ -282,11 +284,13 @@ class Service:
         except PhotoError as error:
             raise of_photo_error(error) from error
 
-    def _overloaded(self, reason: str) -> Overloaded:
+    def _overloaded(self, why: str, reason: str) -> Overloaded:
         assert self._batcher is not None
         wait_s = max(1, math.ceil(self._batcher.seconds_until_idle(self._admitted)))
         return Overloaded(
-            f"The server is busy: {reason}. Try again in about {wait_s} s (Retry-After).", wait_s
+            f"The server is busy: {why}. Try again in about {wait_s} s (Retry-After).",
+            wait_s,
+            reason,
         )
 
 

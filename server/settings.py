@@ -52,6 +52,11 @@ class Settings(BaseSettings):
         Path("~/.cache/slsnet"),
         description="where TensorRT engines are kept; servers on one machine may share it",
     )
+    workers: int = Field(
+        1,
+        ge=1,
+        description="processes that serve; each has its own network, and limits are for each",
+    )
     threads: int = Field(
         0, ge=0, description="CPU threads for one inference; 0 is one for each core"
     )
@@ -160,6 +165,9 @@ class Settings(BaseSettings):
     drain_timeout_s: float = Field(
         60, gt=0, description="after that, how long what is in flight may take to finish"
     )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="of the log on stderr: text or json, one line a message"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least severe message that is logged: debug, info, warning or error"
     )
@@ -172,6 +180,11 @@ class Settings(BaseSettings):
     def timeout_s(self, asked_ms: float | None) -> float:
         """Seconds that a request has which asks for `asked_ms` (`X-Request-Timeout-Ms`)."""
         return min(asked_ms or self.request_timeout_ms, self.request_timeout_ms) / 1000
+
+    @property
+    def cores(self) -> int:
+        """That each worker may keep busy."""
+        return max(1, available_cores() // self.workers)
 
     @model_validator(mode="after")
     def _check_tls(self) -> Self:

@@ -1,0 +1,149 @@
+"""Hostile photos: real encodings, damaged at random, must decode or be refused, and nothing else.
+
+    python -m benchmarks.fuzz --images 20000
+
+Seeds are photos in all formats and many modes. Each image is one of them with bytes flipped, cut,
+repeated, exchanged or spliced with another's. It passes if `read_photo` gives the network's pixels
+or raises an ImageError, within a second; memory must be back where it was after the first thousand.
+A crash of the process ends the run with its signal; `--seed` and the number printed make it again.
+"""
+
+import argparse
+import random
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from model.image import FORMATS, MODEL_SIZE, ImageError, read_photo
+from tests.lesions import encode_photo, lesion_photo
+
+__all__ = ["Report", "fuzz"]
+
+_SLOW_S = 1.0
+_MAX_PIXELS = 4_000_000
+_INTERESTING = (b"\x00", b"\xff", b"\x7f", b"\x80", b"\xff\xff\xff\xff", b"\x00\x00\x00\x00")
+
+
+class Report:
+    """What became of the images."""
+
+    def __init__(self) -> None:
+        self.outcomes: Counter[str] = Counter()
+        self.wrong: list[str] = []
+        self.slowest_s = 0.0
+        self.growth_mib = 0.0
+        """Of the process's memory after the first tenth."""
+
+
+def seeds() -> list[bytes]:
+    """Small photos, in every format that is served and in unusual modes of each."""
+    photos = [lesion_photo(seed, 96, 80).pixels for seed in range(2)]
+    encoded = []
+    for pixels in photos:
+        encoded += [encode_photo(pixels, name) for name in FORMATS]
+        encoded.append(encode_photo(pixels, "JPEG", progressive=True))
+        encoded.append(encode_photo(pixels, "JPEG", mode="CMYK", orientation=6))
+        encoded.append(encode_photo(pixels, "JPEG", mode="L"))
+        encoded.append(encode_photo(pixels, "PNG", mode="RGBA"))
+        encoded.append(encode_photo(pixels, "PNG", mode="P", orientation=3))
+        encoded.append(encode_photo(pixels, "PNG", mode="1"))
+        encoded.append(encode_photo(pixels, "WEBP", lossless=True))
+        encoded.append(encode_photo(pixels, "TIFF", compression="tiff_lzw"))
+        encoded.append(encode_photo(pixels, "TIFF", compression="jpeg"))
+        encoded.append(encode_photo(pixels, "TIFF", mode="CMYK", compression="tiff_adobe_deflate"))
+        encoded.append(encode_photo(pixels, "BMP", mode="P"))
+    return encoded
+
+
+def mutated(originals: list[bytes], choose: random.Random) -> Iterator[bytes]:
+    """Endlessly many damaged images."""
+    while True:
+        data = bytearray(choose.choice(originals))
+        for _ in range(choose.choice((1, 1, 2, 4, 16))):
+            _damage(data, originals, choose)
+        yield bytes(data)
+
+
+def _damage(data: bytearray, originals: list[bytes], choose: random.Random) -> None:
+    if not data:
+        return
+    # Headers decide more than pixels do.
+    reach = choose.choice((64, 512, len(data)))
+    at = choose.randrange(min(reach, len(data)))
+    kind = choose.randrange(6)
+    if kind == 0:
+        data[at] ^= 1 << choose.randrange(8)
+    elif kind == 1:
+        data[at] = choose.randrange(256)
+    elif kind == 2:
+        value = choose.choice(_INTERESTING)
+        data[at : at + len(value)] = value
+    elif kind == 3:
+        del data[at : at + choose.choice((1, 2, 4, 100, len(data)))]
+    elif kind == 4:
+        data[at:at] = data[at : at + choose.choice((1, 4, 64, 1000))]
+    else:
+        other = choose.choice(originals)
+        start = choose.randrange(len(other))
+        length = choose.choice((4, 64, 1000))
+        data[at : at + length] = other[start : start + length]
+
+
+def fuzz(images: int, seed: int) -> Report:
+    """Try so many images; what went wrong is in the report."""
+    choose = random.Random(seed)
+    report = Report()
+    source = mutated(seeds(), choose)
+    baseline = 0.0
+    for number in range(images):
+        data = next(source)
+        started = time.perf_counter()
+        try:
+            photo = read_photo(data, max_pixels=_MAX_PIXELS)
+        except ImageError as error:
+            report.outcomes[type(error).__name__] += 1
+        except Exception as error:  # noqa: BLE001
+            report.wrong.append(f"image {number}: {error!r}")
+        else:
+            report.outcomes["decoded"] += 1
+            if photo.pixels.shape != (MODEL_SIZE, MODEL_SIZE, 3):
+                report.wrong.append(f"image {number}: {photo.pixels.shape}")
+        taken_s = time.perf_counter() - started
+        report.slowest_s = max(report.slowest_s, taken_s)
+        if taken_s > _SLOW_S:
+            report.wrong.append(f"image {number}: took {taken_s:.1f} s")
+        if number == images // 10:
+            baseline = _memory_mib()
+    report.growth_mib = _memory_mib() - baseline
+    return report
+
+
+def _memory_mib() -> float:
+    """Of this process, now."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def main() -> int:
+    """The command; gives its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz")
+    parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=1)
+    given = parser.parse_args()
+    started = time.perf_counter()
+    report = fuzz(given.images, given.seed)
+    for outcome, count in report.outcomes.most_common():
+        print(f"{outcome:24} {count}")
+    print(
+        f"{given.images} images, seed {given.seed}, {time.perf_counter() - started:.0f} s;"
+        f" slowest {report.slowest_s * 1000:.0f} ms; memory grew by {report.growth_mib:.1f} MiB"
+    )
+    print("\n".join(report.wrong))
+    return 1 if report.wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""One process that serves until SIGTERM or SIGINT, then finishes what is in flight and exits 0.
+
+The first signal turns readiness off; new requests are still served for a grace period, so that
+whoever routes them here can notice. Then the port closes and what is in flight is finished. A
+second signal ends at once, with what a shell says of a process ended by it. SIGHUP loads the
+network, and the TLS certificate, from their files again.
+
+It is all there is, or one of several that a supervisor started on one port (`server.supervisor`).
+"""
+
+import asyncio
+import ctypes
+import logging
+import os
+import resource
+import shutil
+import signal
+import socket
+import ssl
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from server.app import create_app
+from server.backends import BackendError
+from server.connections import Connection, House
+from server.keys import KeyFileError
+from server.logs import configure
+from server.metrics import SHARED_FOLDER
+from server.service import Service
+from server.settings import Settings, read_settings
+
+__all__ = ["run"]
+
+log = logging.getLogger("slsnet.server")
+
+# Files that are open beside connections.
+_OTHER_FILES = 512
+
+# Who connected before the port closed may take this long to send what they connected for.
+_LAST_REQUESTS_S = 0.5
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn with a drain that loses no request, and exit code 0 after it."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+        self._house = House(service.settings, service.metrics)
+        self._reloading: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        if self._service.draining:
+            os._exit(128 + sig)
+        self._service.draining = True
+        grace_s = self._service.settings.drain_grace_s
+        self._loop.call_soon_threadsafe(self._loop.call_later, grace_s, self._stop)
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    @property
+    def _tls(self) -> dict[str, Any]:
+        if self.config.ssl is None:
+            return {}
+        timeout_s = self._service.settings.head_timeout_s
+        return {"ssl": self.config.ssl, "ssl_handshake_timeout": timeout_s}
+
+    async def _reload(self) -> None:
+        settings = self._service.settings
+        try:
+            if self.config.ssl is not None and settings.tls_cert is not None:
+                self.config.ssl.load_cert_chain(settings.tls_cert, settings.tls_key)
+            await self.lifespan.state["reload"]()
+        except (BackendError, OSError) as error:
+            log.error("nothing is changed: %s", error)
+
+    def _on_hangup(self) -> None:
+        self._reloading = self._loop.create_task(self._reload())
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            sys.exit(1)
+        self._loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
+        self.servers = [
+            await self._loop.create_server(
+                self._protocol, sock=listener, backlog=self.config.backlog, **self._tls
+            )
+            for listener in sockets or []
+        ]
+        self.started = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for listener in sockets or []:
+            await self._accept_backlog(listener)
+        await asyncio.sleep(_LAST_REQUESTS_S)
+        await super().shutdown(sockets)
+
+    async def _accept_backlog(self, listener: socket.socket) -> None:
+        """Take in who has connected already, then close: closing alone would reset them."""
+        waiting: list[socket.socket] = []
+        listener.setblocking(False)
+        try:
+            while True:
+                waiting.append(listener.accept()[0])
+        except BlockingIOError:
+            pass
+        for server in self.servers:
+            server.close()
+        listener.close()
+        for connection in waiting:
+            connection.setblocking(False)
+            await self._loop.connect_accepted_socket(self._protocol, connection, **self._tls)
+
+    def _protocol(self) -> asyncio.Protocol:
+        return Connection(self._house, self.config, self.server_state, self.lifespan.state)
+
+    def _stop(self) -> None:
+        self.should_exit = True
+
+
+def _allow_files(wanted: int) -> None:
+    """Raise the limit of open files as far as it may be and needs to be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < wanted and soft != resource.RLIM_INFINITY:
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
+
+
+def run(
+    settings: Settings,
+    listener: socket.socket,
+    on_reloaded: Callable[[], None] = lambda: None,
+) -> int:
+    """Serve; gives the process's exit code.
+
+    Args:
+        settings: all there is to set.
+        listener: accepts connections.
+        on_reloaded: called when an administrator has had the network loaded again.
+    """
+    _allow_files(settings.max_connections + _OTHER_FILES)
+    failed = False
+
+    def on_failure() -> None:
+        nonlocal failed
+        failed = True
+        server.should_exit = True
+
+    try:
+        app, service = create_app(settings, on_failure, on_reloaded)
+    except (KeyFileError, RuntimeError) as error:
+        log.error("%s", error)
+        return 1
+    config = uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=settings.keep_alive_s,
+        timeout_graceful_shutdown=round(settings.drain_timeout_s),
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
+        ssl_ca_certs=settings.tls_client_ca and str(settings.tls_client_ca),
+        ssl_cert_reqs=ssl.CERT_REQUIRED if settings.tls_client_ca else ssl.CERT_NONE,
+    )
+    try:
+        config.load()
+    except OSError as error:
+        log.error("TLS cannot be set up, look at --tls-cert and its kin: %s", error)
+        return 1
+    server = _Server(config, service)
+    server.run([listener])
+    return 1 if failed else 0
+
+
+# Of prctl(2): the signal that this process gets when its parent ends.
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> int:
+    """`python -m server.worker SUPERVISOR LISTENER FLAGS…`, as the supervisor starts it."""
+    supervisor, listener = int(sys.argv[1]), int(sys.argv[2])
+    settings = read_settings(sys.argv[3:])
+    configure(settings.log_level, settings.log_format)
+    # Inherited from the supervisor, which waits for its signals instead.
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    # However the supervisor ends, its workers drain and end too.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != supervisor:
+        return 1
+    code = run(
+        settings,
+        socket.socket(fileno=listener),
+        lambda: os.kill(supervisor, signal.SIGHUP),
+    )
+    if os.getppid() != supervisor:
+        # Nobody else is left to do it.
+        shutil.rmtree(os.environ[SHARED_FOLDER], ignore_errors=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

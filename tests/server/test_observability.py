@@ -1,0 +1,135 @@
+"""What an operator sees: metrics, logs as JSON, traces."""
+
+import gzip
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import httpx
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.launch import ServerProcess, serve
+from tests.conftest import Sample
+
+
+class Collector(HTTPServer):
+    """Takes traces as a collector does (OTLP over HTTP)."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.received: list[ExportTraceServiceRequest] = []
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Collector
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
+        self.server.received.append(ExportTraceServiceRequest.FromString(body))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    with Collector() as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_a_request_leaves_a_line_of_json_and_a_trace(
+    collector: Collector, photos: list[Sample]
+) -> None:
+    endpoint = f"http://127.0.0.1:{collector.server_port}"
+    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
+    environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint}
+    with serve("--log-format", "json", environment=environment) as server:
+        answer = httpx.post(
+            f"{server.url}/segment?format=json",
+            files={"file": ("Jane-Doe.jpg", photos[0].data)},
+            headers={"traceparent": f"00-{trace_id}-00f067aa0ba902b7-01"},
+            timeout=60,
+        )
+        assert answer.status_code == 200
+        assert httpx.post(f"{server.url}/segment", content=b"x").status_code == 415
+        server.terminate()
+        assert server.wait() == 0
+        log = server.log()
+
+    lines = [json.loads(line) for line in log.splitlines()]
+    assert all({"time", "level", "logger"} <= set(line) for line in lines)
+    served, refused = (line for line in lines if line.get("path") == "/segment")
+    assert served["request_id"] == answer.headers["x-request-id"]
+    assert (served["status"], served["method"], served["reason"]) == (200, "POST", "")
+    assert set(served["stages_ms"]) == {"read", "decode", "queue", "infer", "encode"}
+    assert sum(served["stages_ms"].values()) <= served["total_ms"] + 1
+    assert (refused["status"], refused["reason"]) == (415, "unsupported_type")
+    assert "Jane-Doe" not in log
+
+    spans = [
+        span
+        for request in collector.received
+        for resource in request.resource_spans
+        for scope in resource.scope_spans
+        for span in scope.spans
+        if span.trace_id.hex() == trace_id
+    ]
+    root = next(span for span in spans if span.name == "POST /segment")
+    assert root.parent_span_id.hex() == "00f067aa0ba902b7"
+    parts = {span.name: span for span in spans if span.parent_span_id == root.span_id}
+    assert set(parts) == {"read", "decode", "queue", "infer", "encode"}
+    for span in parts.values():
+        assert root.start_time_unix_nano <= span.start_time_unix_nano
+        assert span.end_time_unix_nano <= root.end_time_unix_nano
+
+
+def test_metrics_tell_what_an_operator_needs(server: ServerProcess, photos: list[Sample]) -> None:
+    assert httpx.post(f"{server.url}/segment", content=photos[0].data).status_code == 200
+    assert httpx.post(f"{server.url}/segment", content=b"x").status_code == 415
+    text = httpx.get(f"{server.url}/metrics").text
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    assert {
+        "process_cpu_seconds",
+        "process_open_fds",
+        "process_resident_memory_bytes",
+        "slsnet_backend_info",
+        "slsnet_batch_padding_images",
+        "slsnet_batch_size",
+        "slsnet_bytes_in_flight",
+        "slsnet_circuit_open",
+        "slsnet_connections_refused",
+        "slsnet_dropped",
+        "slsnet_pixels_decoding",
+        "slsnet_queue_age_seconds",
+        "slsnet_queue_depth",
+        "slsnet_ready",
+        "slsnet_reloads",
+        "slsnet_requests",
+        "slsnet_requests_in_flight",
+        "slsnet_stage_seconds",
+    } <= set(families)
+    assert all(family.documentation for family in families.values())
+    by_reason = {
+        (sample.labels["status"], sample.labels["reason"])
+        for sample in families["slsnet_requests"].samples
+        if sample.labels["path"] == "/segment"
+    }
+    assert {("200", ""), ("415", "unsupported_type")} <= by_reason
+    (info,) = families["slsnet_backend_info"].samples
+    assert info.labels["backend"] == "onnxruntime"
+    assert info.labels["sha256"] == httpx.get(f"{server.url}/model").json()["weights_sha256"]
+    stages = {sample.labels["stage"] for sample in families["slsnet_stage_seconds"].samples}
+    assert {"read", "decode", "queue", "infer", "encode"} <= stages
