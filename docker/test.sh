@@ -102,6 +102,8 @@ clean_up() {
     engine rm -f "$server" "$client" >/dev/null 2>&1 || true
     rm -rf "$output"
     [ -n "${KEEP:-}" ] || engine rmi -f "$image" "$image-again" >/dev/null 2>&1 || true
+    # Steps of the builds, in the folder of this test; Docker's are not this test's to remove.
+    [ -z "$repeatable" ] || engine image prune -f >/dev/null 2>&1 || true
 }
 trap clean_up EXIT
 
