@@ -106,8 +106,8 @@ def _blocks(report: Report) -> list[Block]:
         f"**Saturation**: {best:.1f} photos/s at most,"
         f" {best * report.network_ms / 1000:.2f} × what the bare network does one by one on this"
         f" machine ({report.network_ms:.1f} ms an image). The knee is at"
-        f" **{report.knee_clients:.1f} clients**; {report.saturated_at.name} reach 95 % of the"
-        f" best. A lone client's p50 is {lone.p50_ms:.1f} ms,"
+        f" **{report.knee_clients:.1f} clients**; 95 % of the best is reached with"
+        f" {report.saturated_at.name}. A lone client's p50 is {lone.p50_ms:.1f} ms,"
         f" {lone.p50_ms / report.network_ms:.2f} × the bare network.",
         Heading("Ramp: closed loop"),
         "Each client sends its next photo when it has the mask of the last one.",
