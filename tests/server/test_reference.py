@@ -97,7 +97,7 @@ def test_references_in_the_document_lead_somewhere(server: ServerProcess) -> Non
 def test_paths_of_the_reference_are_counted_by_name(server: ServerProcess) -> None:
     httpx.get(f"{server.url}/openapi.json")
     figures = httpx.get(f"{server.url}/metrics").text
-    assert 'slsnet_requests_total{path="/openapi.json",status="200"}' in figures
+    assert re.search(r'slsnet_requests_total\{[^}]*path="/openapi.json"', figures)
 
 
 @pytest.mark.parametrize(
