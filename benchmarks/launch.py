@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -99,6 +98,6 @@ def _wait_until_ready(server: ServerProcess) -> None:
         try:
             with urllib.request.urlopen(f"{server.url}/health/ready", timeout=5):
                 return
-        except (urllib.error.URLError, ConnectionError):
+        except OSError:  # refused, not ready, or no answer in time
             time.sleep(0.01)
     raise RuntimeError(f"The server is not ready, its output:\n{server.log()}")
