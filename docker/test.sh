@@ -117,7 +117,7 @@ ask() { # COMMAND…: of test_client.py, in a container of its own
 }
 healthy() { engine exec "$server" python /opt/slsnet/health.py; }
 unhealthy() { ! healthy; }
-under_load() { grep -q "under load" "$output/load" || ! kill -0 "$loading" 2>/dev/null; }
+under_load() { grep -qs "under load" "$output/load" || ! kill -0 "$loading" 2>/dev/null; }
 ready() ( # without the start of the health check's Python
     exec 3<>"/dev/tcp/127.0.0.1/$port" || exit 1
     printf 'GET /health/ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n' >&3
