@@ -1,0 +1,59 @@
+"""Damaged photos, and requests made from the API's own reference: never a 500, never a crash."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.fuzz import fuzz
+from benchmarks.launch import ServerProcess
+
+
+def test_damaged_photos_decode_or_are_refused() -> None:
+    report = fuzz(2000, seed=7)
+    assert report.wrong == []
+    assert report.outcomes["decoded"] > 100
+    assert report.outcomes["CorruptImageError"] > 100
+
+
+_CHECKS = (
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_headers_conformance",
+    "response_schema_conformance",
+)
+
+# What a deadline gives that is far too short.
+_CONFIG = '[checks]\nnot_a_server_error.expected-statuses = ["2xx", "4xx", "504"]\n'
+
+
+@pytest.mark.parametrize(
+    ("paths", "checks"),
+    [
+        ("--exclude-path=/segment/batch", _CHECKS),
+        # Lines of JSON are beyond the tool; `test_bulk.py` looks at them.
+        ("--include-path=/segment/batch", _CHECKS[:4]),
+    ],
+)
+def test_the_api_does_what_its_reference_says(
+    server: ServerProcess, tmp_path: Path, paths: str, checks: tuple[str, ...]
+) -> None:
+    """No 500, and each answer as the document has it (schemathesis)."""
+    config = tmp_path / "schemathesis.toml"
+    config.write_text(_CONFIG, encoding="utf-8")
+    command = [
+        *(sys.executable, "-m", "schemathesis.cli", "--config-file", str(config), "run"),
+        f"{server.url}/openapi.json",
+        f"--checks={','.join(checks)}",
+        "--phases=examples,coverage,fuzzing",
+        "--max-examples=5",
+        "--generation-deterministic",
+        "--request-timeout=30",
+        paths,
+    ]
+    result = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
