@@ -6,6 +6,7 @@ A backend is loaded by its constructor. All its methods block, so the server cal
 """
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,9 @@ from numpy.typing import NDArray
 __all__ = ["Backend", "BackendError", "BackendInfo", "open_backend"]
 
 log = logging.getLogger("slsnet.backends")
+
+# Read when the library is loaded: its switch at run time comes after the first events.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 
 class BackendError(RuntimeError):

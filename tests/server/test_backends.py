@@ -66,3 +66,19 @@ def test_choosing_a_backend_loads_no_other() -> None:
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == ""
+
+
+def test_telemetry_is_off_before_the_library_is_loaded(tmp_path: Path) -> None:
+    """It keeps a device id in the home folder otherwise."""
+    code = f"""
+import os, pathlib
+from server.backends import open_backend
+backend = open_backend("onnxruntime", pathlib.Path({str(MODEL)!r}), threads=1)
+print(os.environ["ORT_DISABLE_TELEMETRY"], sorted(p.name for p in pathlib.Path.home().iterdir()))
+"""
+    home = {"HOME": str(tmp_path), "PATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=home, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "1 []", done.stdout
+    assert done.stderr == ""
