@@ -40,6 +40,10 @@ log = logging.getLogger("slsnet.server")
 # Files that are open beside connections.
 _OTHER_FILES = 512
 
+# That the supervisor is gone. Not SIGTERM: the kernel says it once for every thread that the
+# supervisor had, and a second SIGTERM ends at once.
+_ORPHANED = signal.SIGUSR1
+
 # Who connected before the port closed may take this long to send what they connected for.
 _LAST_REQUESTS_S = 0.5
 
@@ -56,6 +60,11 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         if self._service.draining:
             os._exit(128 + sig)
+        self._drain()
+
+    def _drain(self) -> None:
+        if self._service.draining:
+            return
         self._service.draining = True
         grace_s = self._service.settings.drain_grace_s
         self._loop.call_soon_threadsafe(self._loop.call_later, grace_s, self._stop)
@@ -88,6 +97,7 @@ class _Server(uvicorn.Server):
         if self.lifespan.should_exit:
             sys.exit(1)
         self._loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
+        self._loop.add_signal_handler(_ORPHANED, self._drain)
         self.servers = [
             await self._loop.create_server(
                 self._protocol, sock=listener, backlog=self.config.backlog, **self._tls
@@ -195,7 +205,7 @@ def main() -> int:
     # Inherited from the supervisor, which waits for its signals instead.
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     # However the supervisor ends, its workers drain and end too.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, _ORPHANED)
     if os.getppid() != supervisor:
         return 1
     code = run(

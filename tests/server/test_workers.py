@@ -111,6 +111,8 @@ def test_no_worker_outlives_a_supervisor_that_is_killed(pair: ServerProcess) -> 
     until(lambda: not folder.exists())
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{pair.url}/health/live")
+    # They drained, whatever number of times they were told.
+    assert pair.log().count("Finished server process") == 2
 
 
 def test_workers_that_cannot_start_end_the_supervisor(tmp_path: Path) -> None:
