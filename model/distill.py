@@ -28,7 +28,7 @@ from model.data import DataError, find_samples, load_pixels, select
 from model.files import replacing
 from model.generator import Generator
 from model.image import MODEL_SIZE
-from model.metrics import LESION_ABOVE
+from model.metrics import LESION_ABOVE, count, jaccard
 from model.teacher import Teacher
 from model.train import STORED_SIZE, split_samples
 
@@ -124,8 +124,7 @@ def distil(data: Path, runs: list[Path], out: Path, cache: Path) -> None:
             found = predict(network, images, config.size, STORED_SIZE).cpu().numpy()
             total[chunk] += found
             truth = pixels.masks[chunk][:, 0] > LESION_ABOVE
-            both = ((found > 0.5) & truth).sum((1, 2))
-            scores += (both / np.maximum(((found > 0.5) | truth).sum((1, 2)), 1)).tolist()
+            scores += jaccard(count(found > 0.5, truth)).tolist()
         votes[rows] += 1
         print(f"{run}: {len(rows)} held-out images, Jaccard {np.mean(scores):.4f}", file=sys.stderr)
     if (votes == 0).any():
@@ -133,9 +132,8 @@ def distil(data: Path, runs: list[Path], out: Path, cache: Path) -> None:
         raise ConfigError(f"{missing} was held out by no run: train every fold")
     mean = total / votes[:, None, None]
     truth = pixels.masks[:, 0] > LESION_ABOVE
-    both = ((mean > 0.5) & truth).sum((1, 2))
-    jaccard = float((both / np.maximum(((mean > 0.5) | truth).sum((1, 2)), 1)).mean())
-    print(f"ensemble, held out: Jaccard {jaccard:.4f}", file=sys.stderr)
+    score = jaccard(count(mean > 0.5, truth)).mean()
+    print(f"ensemble, held out: Jaccard {score:.4f}", file=sys.stderr)
     factor = STORED_SIZE // MODEL_SIZE
     small = mean.reshape(len(mean), MODEL_SIZE, factor, MODEL_SIZE, factor).mean((2, 4))
     with replacing(out) as path:
