@@ -39,6 +39,7 @@ from model.metrics import (
     macro_average,
     stack,
 )
+from model.regions import largest_region
 
 WEIGHTS = Path(__file__).parent / "weights" / "slsnet.onnx"
 
@@ -71,7 +72,7 @@ class Case:
     lesion_share: float
     """Share of the frame that is lesion, by the mask."""
     probability: NDArray[np.float32]
-    """[size, size]."""
+    """[size, size]; cleaned, if that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,12 @@ def load_network(path: Path, size: int = MODEL_SIZE) -> Network:
 
 
 def evaluate(
-    samples: Sequence[Sample], network: Network, threshold: float = 0.5, *, progress: bool = False
+    samples: Sequence[Sample],
+    network: Network,
+    threshold: float = 0.5,
+    *,
+    clean: bool = False,
+    progress: bool = False,
 ) -> Evaluation:
     """
     Run the network on every image and count at every mask's size.
@@ -148,6 +154,7 @@ def evaluate(
         samples: images with their masks, as `model.data.find_pairs` returns them.
         network: from `load_network`.
         threshold: probability above which a pixel is lesion.
+        clean: count only the largest region, without its holes (`model.regions`).
         progress: whether to tell on stderr how far it is.
 
     Raises:
@@ -169,15 +176,19 @@ def evaluate(
             batch = np.stack([photo.pixels for photo in photos[part]])
             probabilities = network.predict(batch)
             scored = pool.map(
-                lambda sample, photo, probability: _score(sample, photo, probability, thresholds),
+                lambda sample, photo, probability: _score(
+                    sample, photo, probability, thresholds, clean=clean
+                ),
                 samples[part],
                 photos[part],
                 probabilities,
             )
-            for case, confusions, truth_share in scored:
+            for (case, confusions, truth_share), probability in zip(
+                scored, probabilities, strict=True
+            ):
                 cases.append(case)
                 counts.append(confusions)
-                calibration.add(case.probability, truth_share)
+                calibration.add(probability, truth_share)
                 tell()
     at_thresholds = [stack(column) for column in zip(*counts, strict=True)]
     sweep = {
@@ -206,14 +217,18 @@ def _score(
     photo: Photo,
     probability: NDArray[np.float32],
     thresholds: Sequence[float],
+    *,
+    clean: bool,
 ) -> tuple[Case, list[Confusion], NDArray[np.float32]]:
     """One case, its counts at each threshold, and its truth as shares at the network's size."""
     truth = read_truth(sample.mask)
     height, width = truth.shape
     packed = np.packbits(truth, axis=1)
+    # The first is that of the figures; the others are looked at besides.
+    maps = [largest_region(probability, t) if clean else probability for t in thresholds]
     confusions = [
-        count_packed(lesion_mask(probability, width, height, t), packed, truth.size)
-        for t in thresholds
+        count_packed(lesion_mask(shown, width, height, t), packed, truth.size)
+        for shown, t in zip(maps, thresholds, strict=True)
     ]
     grey = Image.fromarray(truth.astype(np.uint8) * 255)
     height, width = probability.shape
@@ -224,7 +239,7 @@ def _score(
         (photo.width, photo.height),
         (truth.shape[1], truth.shape[0]),
         float(truth.mean()),
-        probability,
+        maps[0],
     )
     return case, confusions, share
 
@@ -317,6 +332,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--threshold", type=float, default=0.5, help="0 to 1 (default: 0.5)")
     parser.add_argument(
+        "--clean",
+        action="store_true",
+        help="count only the largest region, without its holes (default: the mask as it is)",
+    )
+    parser.add_argument(
         "--size",
         type=int,
         default=MODEL_SIZE,
@@ -349,7 +369,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_gallery = import_module("model.gallery").write_gallery if options.gallery else None
         network = load_network(options.model, options.size)
         samples = find_pairs(options.images, options.masks)
-        evaluation = evaluate(samples, network, options.threshold, progress=True)
+        evaluation = evaluate(
+            samples, network, options.threshold, clean=options.clean, progress=True
+        )
         report = evaluation.report()
         if options.report:
             options.report.write_text(json.dumps(report, indent=2) + "\n")

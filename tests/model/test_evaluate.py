@@ -68,6 +68,23 @@ def test_the_csv_averages_to_the_report(report: Path) -> None:
     assert float(rows[4]["lesion_share"]) == pytest.approx(lesion_photo(4, 240, 240).mask.mean())
 
 
+def test_cleaned_figures_leave_other_regions_out(pairs: Path) -> None:
+    samples = find_pairs(pairs, pairs)
+
+    def with_a_patch(batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        found = darkness(batch)
+        found[:, :4, :4] = 0.9
+        return found
+
+    patched = Network(Path("patched.onnx"), 128, {"version": "0"}, with_a_patch)
+    raw, cleaned = evaluate(samples, patched), evaluate(samples, patched, clean=True)
+    unpatched = evaluate(samples, DARKNESS, clean=True)
+    assert raw.report()["jaccard"] < cleaned.report()["jaccard"]
+    assert cleaned.report()["jaccard"] == unpatched.report()["jaccard"]
+    assert not cleaned.cases[0].probability[:4, :4].any()
+    assert cleaned.calibration.error() == raw.calibration.error(), "of what the network says"
+
+
 @pytest.mark.filterwarnings("ignore")  # not this project's
 def test_agreement_with_the_official_scorer(pairs: Path, report: Path, tmp_path: Path) -> None:
     segmentation = pytest.importorskip("isic_challenge_scoring.segmentation")
