@@ -108,6 +108,9 @@ class RequestContext:
         self._metrics.requests.labels(path, str(status), reason).inc()
         for stage, seconds in stages.seconds.items():
             self._metrics.stage_seconds.labels(stage).observe(seconds)
+        if "infer" in stages.seconds or status == 504:
+            # No refusals: they are quick, and say nothing of how long one waits for a mask.
+            self._metrics.request_seconds.labels(path).observe(time.perf_counter() - stages.started)
         if self._record is not None:
             attributes: dict[str, str | int] = {
                 "http.request.method": method,

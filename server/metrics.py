@@ -52,6 +52,13 @@ class Metrics:
             buckets=_STAGE_SECONDS,
             registry=self.registry,
         )
+        self.request_seconds = Histogram(
+            "slsnet_request_seconds",
+            "Whole time of requests that the network ran for, or whose deadline passed",
+            ["path"],
+            buckets=_STAGE_SECONDS,
+            registry=self.registry,
+        )
         self.batch_size = Histogram(
             "slsnet_batch_size",
             "Images that ran through the network together",
@@ -87,6 +94,9 @@ class Metrics:
             ["result"],
             registry=self.registry,
         )
+        # There from the start, or the first failure would not be seen as a rise.
+        for result in ("succeeded", "failed"):
+            self.reloads.labels(result)
         self.circuit_open = Gauge(
             "slsnet_circuit_open",
             "1 while the backend fails all the time and nothing is given to it",

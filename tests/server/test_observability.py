@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.launch import ServerProcess, serve
@@ -96,6 +97,14 @@ def test_a_request_leaves_a_line_of_json_and_a_trace(
         assert span.end_time_unix_nano <= root.end_time_unix_nano
 
 
+def _value(family: Metric, suffix: str = "_total", **labels: str) -> float:
+    return sum(
+        sample.value
+        for sample in family.samples
+        if sample.name == family.name + suffix and labels.items() <= sample.labels.items()
+    )
+
+
 def test_metrics_tell_what_an_operator_needs(server: ServerProcess, photos: list[Sample]) -> None:
     assert httpx.post(f"{server.url}/segment", content=photos[0].data).status_code == 200
     assert httpx.post(f"{server.url}/segment", content=b"x").status_code == 415
@@ -117,6 +126,7 @@ def test_metrics_tell_what_an_operator_needs(server: ServerProcess, photos: list
         "slsnet_queue_depth",
         "slsnet_ready",
         "slsnet_reloads",
+        "slsnet_request_seconds",
         "slsnet_requests",
         "slsnet_requests_in_flight",
         "slsnet_stage_seconds",
@@ -128,6 +138,11 @@ def test_metrics_tell_what_an_operator_needs(server: ServerProcess, photos: list
         if sample.labels["path"] == "/segment"
     }
     assert {("200", ""), ("415", "unsupported_type")} <= by_reason
+    # A refusal is no latency.
+    answered = _value(families["slsnet_requests"], path="/segment", status="200")
+    assert _value(families["slsnet_request_seconds"], "_count", path="/segment") == answered
+    # A counter that first appears with its first failure would rise unseen.
+    assert _value(families["slsnet_reloads"], result="failed") == 0
     (info,) = families["slsnet_backend_info"].samples
     assert info.labels["backend"] == "onnxruntime"
     assert info.labels["sha256"] == httpx.get(f"{server.url}/model").json()["weights_sha256"]
