@@ -23,7 +23,6 @@ from server.answers import (
     png_answer,
 )
 from server.backends import BackendError
-from server.bulk import bulk_router
 from server.context import RequestContext
 from server.keys import KeyFile
 from server.loading import Loader
@@ -49,6 +48,7 @@ from server.reference import (
     problem_responses,
     router,
 )
+from server.segment_batch import bulk_router
 from server.service import Service
 from server.settings import Settings
 from server.stages import Stages

@@ -33,7 +33,7 @@ _CONFIG = '[checks]\nnot_a_server_error.expected-statuses = ["2xx", "4xx", "504"
     ("paths", "checks"),
     [
         ("--exclude-path=/segment/batch", _CHECKS),
-        # Lines of JSON are beyond the tool; `test_bulk.py` looks at them.
+        # Lines of JSON are beyond the tool; `test_segment_batch.py` looks at them.
         ("--include-path=/segment/batch", _CHECKS[:4]),
     ],
 )
