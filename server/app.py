@@ -213,14 +213,16 @@ def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
             request.headers, tuple(_MEDIA_TYPES.values()), mask, _MEDIA_TYPES.get(answer_format)
         )
         async with deadline(timeout_s):
-            with service.admission(bulk=bulk) as take:
+            with service.admission(deadline=stages.started + timeout_s, bulk=bulk) as place:
                 body = await read_body(
                     request.receive,
                     request.headers,
                     max_bytes=settings.max_body_bytes,
-                    take=take,
+                    take=place.take,
                 )
                 stages.end("read")
+                place.check()
+                place.begin()
                 with hang_up(request.receive) as gone:
                     segmentation = await service.segment(
                         body,
@@ -249,6 +251,7 @@ def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
                         png_answer, segmentation, threshold, original, bulk=bulk
                     )
                 stages.end("encode")
+                place.end(served=True)
         return Response(content, media_type=media_type, headers={"Vary": "Accept"})
 
     @app.get("/health/live", tags=["health"], summary="Whether the process works")

@@ -82,9 +82,10 @@ class Batcher:
         self.info = info = backend.describe()
         self._backend = backend
         self._metrics = metrics
-        self._max_batch = max_batch or info.max_batch
+        self.max_batch = max_batch or info.max_batch
+        """Images that run together at most."""
         if info.buckets:
-            self._max_batch = min(self._max_batch, info.buckets[-1])
+            self.max_batch = min(self.max_batch, info.buckets[-1])
         self._buckets = info.buckets
         self._slots = info.slots
         self._max_wait_s = max_wait_ms / 1000
@@ -167,10 +168,6 @@ class Batcher:
         self._threads.shutdown()
         self._backend.close()
 
-    def seconds_until_idle(self, images: int) -> float:
-        """How long `images` take from now, by what was measured so far."""
-        return images * self.seconds_per_image / self._slots
-
     def _dispatch(self) -> None:
         while len(self._running) < self._slots and (self._interactive or self._bulk):
             if self._should_wait():
@@ -190,7 +187,7 @@ class Batcher:
             self._timer.cancel()
             self._timer = None
         queues = [queue for queue in (self._interactive, self._bulk) if queue]
-        if sum(len(queue) for queue in queues) >= self._max_batch:
+        if sum(len(queue) for queue in queues) >= self.max_batch:
             return False
         oldest = min(queue[0].arrived for queue in queues)
         remaining = oldest + self._max_wait_s - time.perf_counter()
@@ -204,9 +201,9 @@ class Batcher:
         if self._interactive_since_bulk >= _INTERACTIVE_PER_BULK:
             self._fill(batch, self._bulk, 1)
         turn = len(batch)
-        self._fill(batch, self._interactive, self._max_batch)
+        self._fill(batch, self._interactive, self.max_batch)
         interactive = len(batch) - turn
-        seats = min(self._bucket(len(batch)), self._max_batch) if batch else self._bulk_run()
+        seats = min(self._bucket(len(batch)), self.max_batch) if batch else self._bulk_run()
         self._fill(batch, self._bulk, seats)
         if len(batch) > interactive or not self._bulk:
             self._interactive_since_bulk = 0
@@ -224,7 +221,7 @@ class Batcher:
         """Images that take about `_BULK_RUN_S`; one while it is not known."""
         if not self.seconds_per_image:
             return 1
-        size = max(1, min(self._max_batch, int(_BULK_RUN_S / self.seconds_per_image)))
+        size = max(1, min(self.max_batch, int(_BULK_RUN_S / self.seconds_per_image)))
         return max((bucket for bucket in self._buckets if bucket <= size), default=size)
 
     def _bucket(self, images: int) -> int:

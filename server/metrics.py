@@ -152,6 +152,13 @@ class Metrics:
             multiprocess_mode="livemax",
             registry=self.registry,
         )
+        self.expected_wait_seconds = Gauge(
+            "slsnet_expected_wait_seconds",
+            "What a request that comes now would wait for its answer by expectation",
+            ["priority"],
+            multiprocess_mode="livemax",
+            registry=self.registry,
+        )
         self.ready = Gauge(
             "slsnet_ready",
             "1 while requests are served and wanted",

@@ -365,8 +365,10 @@ def _model_router(service: Service) -> APIRouter:
         stages: Stages = request.state.stages
         timeout_s = settings.timeout_s(x_request_timeout_ms)
         async with deadline(timeout_s) as shorten:
-            with service.admission(bulk=is_bulk(priority)) as take:
-                body = await _read(request, service, take)
+            with service.admission(
+                deadline=stages.started + timeout_s, bulk=is_bulk(priority)
+            ) as place:
+                body = await _read(request, service, place.take)
                 stages.end("read")
                 asked, images = await service.in_thread(
                     _parse, body, request.headers.get(_HEADER_LENGTH), settings.bulk_queue
@@ -375,16 +377,19 @@ def _model_router(service: Service) -> APIRouter:
                 if asked.parameters.timeout is not None:
                     timeout_s = min(timeout_s, asked.parameters.timeout / 1e6)
                     shorten(timeout_s)
-                bulk = is_bulk(priority) or asked.parameters.priority > 1
+                place.deadline = stages.started + timeout_s
+                place.bulk |= asked.parameters.priority > 1
                 with (
-                    service.places(len(images) - 1, bulk=bulk),
+                    service.gate.places(len(images) - 1, bulk=place.bulk),
                     hang_up(request.receive) as gone,
                 ):
+                    place.check(len(images))
+                    place.begin(len(images))
                     results, _ = await service.infer(
                         images,
-                        deadline=stages.started + timeout_s,
+                        deadline=place.deadline,
                         is_gone=gone.done,
-                        bulk=bulk,
+                        bulk=place.bulk,
                     )
                 stages.end("queue", min(result.started for result in results))
                 stages.end("infer", max(result.ended for result in results))
@@ -393,6 +398,7 @@ def _model_router(service: Service) -> APIRouter:
                     _answer, asked, [result.probability for result in results]
                 )
                 stages.end("encode")
+                place.end(len(images), served=True)
         if header_length is None:
             return Response(content, media_type="application/json")
         return Response(

@@ -12,7 +12,6 @@ import logging
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -21,6 +20,7 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from server.admission import Place
 from server.answers import BatchItemAnswer, MaskFormat, json_answer, png_answer
 from server.parameters import (
     MaskForm,
@@ -107,7 +107,8 @@ class _Answers(Response):
         request = Request(scope, receive)
         stages: Stages = request.state.stages
         settings = self._service.settings
-        with self._service.admission(bulk=True) as take:
+        until = stages.started + self._options.timeout_s
+        with self._service.admission(deadline=until, bulk=True) as place:
             async with deadline(self._options.timeout_s):
                 photos = await read_parts(
                     receive,
@@ -115,9 +116,10 @@ class _Answers(Response):
                     max_bytes=settings.bulk_max_bytes,
                     max_parts=settings.bulk_max_photos,
                     max_part_bytes=settings.max_body_bytes,
-                    take=take,
+                    take=place.take,
                 )
             stages.end("read")
+            place.check(len(photos))
             media_type = self._options.media_type
             if media_type == MIXED:
                 media_type += f"; boundary={self._boundary}"
@@ -130,14 +132,14 @@ class _Answers(Response):
                 }
             )
             with hang_up(receive) as gone:
-                await self._send_all(request, photos, gone, take, send)
+                await self._send_all(request, photos, gone, place, send)
 
     async def _send_all(
         self,
         request: Request,
         photos: list[Part],
         gone: asyncio.Future[Message],
-        give_back: Callable[[int], None],
+        place: Place,
         send: Send,
     ) -> None:
         waiting = deque(enumerate(photos))
@@ -147,8 +149,10 @@ class _Answers(Response):
         async def work() -> None:
             while waiting:
                 index, part = waiting.popleft()
-                answer = await self._answer(request, index, part, gone)
-                give_back(-part.size)
+                place.begin()
+                status, answer = await self._answer(request, index, part, gone)
+                place.end(served=status == 200)
+                place.take(-part.size)
                 del part
                 async with sending:
                     await send({"type": "http.response.body", "body": answer, "more_body": True})
@@ -172,8 +176,8 @@ class _Answers(Response):
 
     async def _answer(
         self, request: Request, index: int, part: Part, gone: asyncio.Future[Message]
-    ) -> bytes:
-        """One photo's line, or part, of the answer."""
+    ) -> tuple[int, bytes]:
+        """A photo's status, and its line, or part, of the answer."""
         status, content = 200, b""
         media_type = "image/png" if self._options.media_type == MIXED else "application/json"
         try:
@@ -197,7 +201,7 @@ class _Answers(Response):
             member = "result" if status == 200 else "error"
             # The photo's own answer is JSON already.
             start = json.dumps(head, ensure_ascii=False).removesuffix("}")
-            return f'{start}, "{member}": '.encode() + content + b"}\n"
+            return status, f'{start}, "{member}": '.encode() + content + b"}\n"
         lines = (
             f"--{self._boundary}",
             f"Content-Type: {media_type}",
@@ -207,7 +211,7 @@ class _Answers(Response):
             f"Item-Status: {int(status)}",
             "\r\n",
         )
-        return "\r\n".join(lines).encode() + content + b"\r\n"
+        return status, "\r\n".join(lines).encode() + content + b"\r\n"
 
     async def _segment(self, request: Request, part: Part, gone: asyncio.Future[Message]) -> bytes:
         if isinstance(part.photo, Problem):

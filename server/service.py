@@ -7,10 +7,11 @@ things on. Between any two stages work is dropped if nobody waits for it any mor
 import asyncio
 import contextlib
 import logging
-import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar, TypeVarTuple
 
 import numpy as np
@@ -18,13 +19,14 @@ from numpy.typing import NDArray
 
 from model.image import MODEL_SIZE, Photo, read_photo
 from model.image import ImageError as PhotoError
+from server.admission import Gate, Place
 from server.backends import Backend, BackendError, BackendInfo
 from server.batching import Batcher, Inference
 from server.metrics import Metrics
-from server.problems import ClientGone, Overloaded, Unavailable, of_photo_error
+from server.problems import ClientGone, Unavailable, of_photo_error
 from server.settings import Settings
 from server.stages import Stages
-from server.uploads import ByteBudget, PixelBudget, image_in_body
+from server.uploads import PixelBudget, image_in_body
 
 __all__ = ["Segmentation", "Service"]
 
@@ -56,15 +58,19 @@ class Service:
         self.settings = settings
         self.metrics = metrics
         self.draining = False
-        self.body_bytes = ByteBudget(settings.max_bytes_in_flight)
+        self.gate = Gate(settings)
         self._pixels = PixelBudget(settings.max_pixels_decoding)
         metrics.observe(metrics.pixels_decoding, lambda: self._pixels.used)
-        metrics.observe(metrics.bytes_in_flight, lambda: self.body_bytes.used)
+        metrics.observe(metrics.bytes_in_flight, lambda: self.gate.body_bytes.used)
         metrics.observe(metrics.ready, lambda: self.is_ready)
         metrics.observe(metrics.circuit_open, lambda: self.is_failing)
-        metrics.observe(metrics.admitted, lambda: self._admitted)
-        metrics.observe(metrics.queue_depth.labels("interactive"), lambda: self._waiting(False))
-        metrics.observe(metrics.queue_depth.labels("bulk"), lambda: self._waiting(True))
+        metrics.observe(metrics.admitted, lambda: self.gate.admitted)
+        for priority, bulk in (("interactive", False), ("bulk", True)):
+            metrics.observe(metrics.queue_depth.labels(priority), partial(self._waiting, bulk))
+            metrics.observe(
+                metrics.expected_wait_seconds.labels(priority),
+                partial(self.gate.wait_s, bulk=bulk),
+            )
         metrics.observe(
             metrics.queue_age_seconds,
             lambda: self._batcher.longest_wait_s() if self._batcher else 0,
@@ -75,7 +81,6 @@ class Service:
         self._bulk_workers = ThreadPoolExecutor(max(1, threads // 2), thread_name_prefix="bulk")
         self.bulk_photos = asyncio.Semaphore(settings.max_queue)
         """Photos of requests with several that are worked on, whosever they are."""
-        self._admitted = 0
         self._batcher: Batcher | None = None
 
     def _waiting(self, bulk: bool) -> int:
@@ -115,7 +120,9 @@ class Service:
             BackendError: it does not work; the one before goes on.
         """
         try:
-            await asyncio.get_running_loop().run_in_executor(self.workers, _prove, backend)
+            seconds_an_image = await asyncio.get_running_loop().run_in_executor(
+                self.workers, _prove, backend
+            )
         except BaseException:
             backend.close()
             raise
@@ -128,6 +135,7 @@ class Service:
             on_failing=on_failing,
         )
         info = self._batcher.info
+        self.gate.expect(seconds_an_image / info.slots, self._batcher.max_batch)
         self.metrics.serves(info)
         log.info("ready: %s %s on %s, %s", info.name, info.version, info.device, info.precision)
         if former is not None:
@@ -158,42 +166,16 @@ class Service:
             raise Unavailable("The server is going down: send requests to another one.")
 
     @contextlib.contextmanager
-    def admission(self, *, bulk: bool = False) -> Iterator[Callable[[int], None]]:
-        """A place among the requests being worked on; gives what takes bytes for its body.
-
-        Args:
-            bulk: the half of the places that was free last is not for this one.
+    def admission(self, *, deadline: float, bulk: bool = False) -> Iterator[Place]:
+        """A place among the requests being worked on; see `Gate.enter`.
 
         Raises:
             Unavailable: no backend is ready.
-            Overloaded: all places are taken.
+            Overloaded: there is no room, or not in time.
         """
         self.check_works()
-        with (
-            self.places(1, bulk=bulk),
-            self.body_bytes.account(
-                lambda: self._overloaded(
-                    "the photos in flight fill the memory set aside for them", "memory"
-                )
-            ) as take,
-        ):
-            yield take
-
-    @contextlib.contextmanager
-    def places(self, count: int, *, bulk: bool = False) -> Iterator[None]:
-        """So many places; a request with several photos takes some beside its own.
-
-        Raises:
-            Overloaded: fewer are free.
-        """
-        limit = self.settings.bulk_queue if bulk else self.settings.max_queue
-        if self._admitted + count > limit:
-            raise self._overloaded("the queue is full", "queue_full")
-        self._admitted += count
-        try:
-            yield
-        finally:
-            self._admitted -= count
+        with self.gate.enter(deadline=deadline, bulk=bulk) as place:
+            yield place
 
     async def segment(
         self,
@@ -284,25 +266,19 @@ class Service:
         except PhotoError as error:
             raise of_photo_error(error) from error
 
-    def _overloaded(self, why: str, reason: str) -> Overloaded:
-        assert self._batcher is not None
-        wait_s = max(1, math.ceil(self._batcher.seconds_until_idle(self._admitted)))
-        return Overloaded(
-            f"The server is busy: {why}. Try again in about {wait_s} s (Retry-After).",
-            wait_s,
-            reason,
-        )
 
-
-def _prove(backend: Backend) -> None:
-    """Raise BackendError unless `backend` runs and its answers are probabilities."""
+def _prove(backend: Backend) -> float:
+    """Seconds that an image takes; BackendError unless the answers are probabilities."""
     backend.warm_up()
+    started = time.perf_counter()
     probability = backend.infer(np.zeros((1, MODEL_SIZE, MODEL_SIZE, 3), np.uint8))
+    taken_s = time.perf_counter() - started
     if (
         probability.shape != (1, MODEL_SIZE, MODEL_SIZE)
         or not ((probability >= 0) & (probability <= 1)).all()
     ):
         raise BackendError("The network's answers are not probabilities.")
+    return taken_s
 
 
 _FAILING = (

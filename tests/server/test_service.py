@@ -1,6 +1,7 @@
 """The service's life: another backend takes over while requests are under way."""
 
 import asyncio
+import math
 import time
 
 import numpy as np
@@ -55,7 +56,7 @@ def test_another_backend_takes_over_without_a_failed_request() -> None:
 
     async def scenario() -> None:
         service = Service(Settings(max_wait_ms=5), Metrics())
-        with pytest.raises(Unavailable), service.admission():
+        with pytest.raises(Unavailable), service.admission(deadline=math.inf):
             pass
         backends = [Constant(value / 8) for value in range(1, 8)]
         await service.use(backends[0])
