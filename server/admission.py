@@ -2,8 +2,8 @@
 
 How long a request would wait is told by how many photos are ahead of it and by the pace at which
 photos got done while there were any: decoding, the network, batches, encoding and whatever else
-keeps the machine busy are all in that pace. Interactive and bulk photos are counted apart, as each
-kind waits for its own: what one kind costs the other is in the other's pace.
+keeps the machine busy are all in that pace. Interactive photos wait for each other and for bulk's
+share of the batches; bulk ones for what others leave them, which is a pace of its own.
 
 A request that would be answered too late is refused before its body is read, and once more when
 its body has come and those ahead turned out to be more. One that nobody is ahead of is let in
@@ -16,14 +16,17 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import takewhile
 
+from server.batching import INTERACTIVE_PER_BULK
 from server.problems import Overloaded
 from server.settings import Settings
 from server.uploads import ByteBudget
 
 __all__ = ["Gate", "Pace", "Place"]
 
-# Photos that the pace is an average of, and batches: those of one come all at once.
+# Photos that a pace is an average of, and batches: those of one come all at once. Bulk's depends on
+# who else is there, and is to be forgotten sooner.
 _PHOTOS = 32
+_BULK_PHOTOS = 8
 _BATCHES = 4
 
 # Of what is left until its deadline a request may spend so much by expectation; the rest is for
@@ -36,20 +39,27 @@ _ARRIVING_S = 1.0
 
 
 class Pace:
-    """How soon photos get done."""
+    """How soon photos get done, by those that got done."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: int) -> None:
+        """Args:
+        memory: photos that it is an average of.
+        """
         self.photos = 0
         """That are being worked on or wait for it."""
         self.seconds_each = 0.0
         """From one that gets done to the next, while there are any; 0 before it is known."""
-        self.max_batch = 1
+        self.memory = memory
         self._samples = 0
         self._last = 0.0
 
-    def suppose(self, seconds_each: float, max_batch: int) -> None:
-        """What to go by until photos have been seen, and how many may run together."""
-        self.max_batch = max_batch
+    @property
+    def overdue_s(self) -> float:
+        """Since the last one got done, while there are any."""
+        return time.perf_counter() - self._last if self.photos else 0.0
+
+    def suppose(self, seconds_each: float) -> None:
+        """What to go by until photos have been seen."""
         if not self._samples:
             self.seconds_each = seconds_each
 
@@ -68,17 +78,8 @@ class Pace:
         now = time.perf_counter()
         each = (now - self._last) / photos
         self._last = now
-        self._samples = min(self._samples + photos, max(_PHOTOS, _BATCHES * self.max_batch))
+        self._samples = min(self._samples + photos, self.memory)
         self.seconds_each += (each - self.seconds_each) * min(1.0, photos / self._samples)
-
-    def wait_s(self, ahead: int, photos: int = 1) -> float:
-        """Until the last of so many is done that come now, seconds; `ahead` come before them.
-
-        As many as are ahead, but for a batch at most, may follow and run with them.
-        """
-        if not ahead:
-            return 0.0
-        return (ahead + photos + min(ahead, self.max_batch - 1)) * self.seconds_each
 
 
 class Place:
@@ -97,7 +98,6 @@ class Place:
         """Second of `time.perf_counter`; may be set until `check`, as may `bulk`."""
         self.bulk = bulk
         self._gate = gate
-        self._pace = gate.pace(bulk=bulk)
         self._photos = 0
 
     def check(self, photos: int = 1) -> None:
@@ -107,23 +107,25 @@ class Place:
             Overloaded: they would be done too late.
         """
         self._gate.arrived(self)
-        self._pace = pace = self._gate.pace(bulk=self.bulk)
-        self._gate.check(pace, pace.photos, self.deadline - time.perf_counter(), photos)
+        self._gate.check(photos, self.deadline - time.perf_counter(), bulk=self.bulk)
 
     def begin(self, photos: int = 1) -> None:
         """Work on so many of them begins."""
         self._photos += photos
-        self._pace.begin(photos)
+        for pace in self._gate.paces(bulk=self.bulk):
+            pace.begin(photos)
 
     def end(self, photos: int = 1, *, served: bool) -> None:
         """Work on so many of them is over; `served` if the network has run them."""
         self._photos -= photos
-        self._pace.end(photos, served=served)
+        for pace in self._gate.paces(bulk=self.bulk):
+            pace.end(photos, served=served)
 
     def leave(self) -> None:
         """The request is over, whatever photos it still has."""
         self._gate.arrived(self)
-        self.end(self._photos, served=False)
+        if self._photos:
+            self.end(self._photos, served=False)
 
 
 class Gate:
@@ -134,21 +136,42 @@ class Gate:
         """Places that are taken."""
         self.body_bytes = ByteBudget(settings.max_bytes_in_flight)
         self._settings = settings
-        self._paces = {False: Pace(), True: Pace()}
+        self._pace = Pace(_PHOTOS)
+        self._bulk_pace = Pace(_BULK_PHOTOS)
+        self._max_batch = 1
         self._arriving: dict[Place, float] = {}
 
-    def pace(self, *, bulk: bool) -> Pace:
-        """Of one of the two kinds of photos."""
-        return self._paces[bulk]
+    def expect(self, seconds_an_image: float, max_batch: int) -> None:
+        """By a first measurement, what a photo takes the network, and how many it runs together."""
+        self._max_batch = max_batch
+        self._pace.memory = max(_PHOTOS, _BATCHES * max_batch)
+        self._pace.suppose(seconds_an_image)
 
-    def expect(self, seconds_each: float, max_batch: int) -> None:
-        """What a photo takes the network, by a first measurement, and how many it runs together."""
-        for pace in self._paces.values():
-            pace.suppose(seconds_each, max_batch)
+    def paces(self, *, bulk: bool) -> tuple[Pace, ...]:
+        """That a photo counts for."""
+        return (self._pace, self._bulk_pace) if bulk else (self._pace,)
 
-    def wait_s(self, *, bulk: bool) -> float:
-        """What a request that comes now would wait for its answer by expectation, seconds."""
-        return self.pace(bulk=bulk).wait_s(self._ahead(bulk))
+    def wait_s(self, photos: int = 1, *, bulk: bool, arriving: int = 0) -> float:
+        """Until the last of so many is done that come now, seconds; 0 if nobody is ahead.
+
+        Args:
+            photos: that come now.
+            bulk: whether they are.
+            arriving: photos of the same kind that come before them, beside those worked on.
+        """
+        each_s, most = self._pace.seconds_each, self._max_batch
+        interactive = self._pace.photos - self._bulk_pace.photos
+        if bulk:
+            ahead = self._bulk_pace.photos + arriving
+            if not ahead and not interactive:
+                return 0.0
+            pace_s = max(each_s, self._bulk_pace.seconds_each, self._bulk_pace.overdue_s)
+            # A batch of others runs already, and those of its own batch come with it.
+            return (ahead + photos) * pace_s + 2 * min(interactive, most) * each_s
+        ahead = interactive + arriving
+        ahead += min(self._bulk_pace.photos, 1 + ahead // INTERACTIVE_PER_BULK)
+        # As many as are ahead may follow and run in the same batch.
+        return (ahead + photos + min(ahead, most - 1)) * each_s if ahead else 0.0
 
     @contextlib.contextmanager
     def enter(self, *, deadline: float, bulk: bool) -> Iterator[Place]:
@@ -161,9 +184,8 @@ class Gate:
         Raises:
             Overloaded: all places are taken, or the answer would come too late.
         """
-        pace = self.pace(bulk=bulk)
         usable_s = (deadline - time.perf_counter()) * _USABLE
-        self.check(pace, self._ahead(bulk), usable_s)
+        self.check(1, usable_s, bulk=bulk, arriving=self._count_arriving(bulk))
         with self.places(1, bulk=bulk), self.body_bytes.account(self._memory_full) as take:
             place = Place(self, take, deadline, bulk)
             self._arriving[place] = time.perf_counter()
@@ -192,30 +214,28 @@ class Gate:
         """The body of this one has come, or never will."""
         self._arriving.pop(place, None)
 
-    def check(self, pace: Pace, ahead: int, left_s: float, photos: int = 1) -> None:
+    def check(self, photos: int, left_s: float, *, bulk: bool, arriving: int = 0) -> None:
         """Raises:
-        Overloaded: photos that come now, with so many ahead, are not done in `left_s`.
+        Overloaded: so many photos that come now are not done in `left_s`; see `wait_s`.
         """
-        wait_s = pace.wait_s(ahead, photos)
-        if ahead and wait_s > left_s:
+        wait_s = self.wait_s(photos, bulk=bulk, arriving=arriving)
+        if wait_s and wait_s > left_s:
             raise self._overloaded(
-                f"with {ahead} photos ahead the answer would take about {wait_s:.1f} s, longer than"
-                " the request may take (X-Request-Timeout-Ms)",
+                f"by what is ahead the answer would take about {wait_s:.1f} s, longer than the"
+                " request may take (X-Request-Timeout-Ms)",
                 "would_be_late",
             )
 
-    def _ahead(self, bulk: bool) -> int:
-        """Photos that one which comes now has to wait for."""
+    def _count_arriving(self, bulk: bool) -> int:
         since = time.perf_counter() - _ARRIVING_S
         arriving = takewhile(lambda item: item[1] > since, reversed(self._arriving.items()))
-        return self.pace(bulk=bulk).photos + sum(place.bulk is bulk for place, _ in arriving)
+        return sum(place.bulk is bulk for place, _ in arriving)
 
     def _memory_full(self) -> Overloaded:
         return self._overloaded("the photos in flight fill the memory set aside for them", "memory")
 
     def _overloaded(self, why: str, reason: str) -> Overloaded:
-        busy_s = max(pace.photos * pace.seconds_each for pace in self._paces.values())
-        retry_s = max(1, math.ceil(busy_s))
+        retry_s = max(1, math.ceil(self._pace.photos * self._pace.seconds_each))
         return Overloaded(
             f"The server is busy: {why}. Try again in about {retry_s} s (Retry-After).",
             retry_s,

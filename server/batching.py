@@ -25,7 +25,7 @@ from server.backends import Backend, BackendError
 from server.metrics import Metrics
 from server.problems import ClientGone, DeadlineExceeded, InferenceFailed
 
-__all__ = ["FAILURES", "Batcher", "Inference"]
+__all__ = ["FAILURES", "INTERACTIVE_PER_BULK", "Batcher", "Inference"]
 
 log = logging.getLogger("slsnet.batching")
 
@@ -33,8 +33,8 @@ FAILURES = 5
 """A batch that fails and its retry can be one photo's fault; after this many runs in a row that
 failed, the backend is at fault."""
 
-# While both kinds wait, so many interactive photos run for one bulk photo.
-_INTERACTIVE_PER_BULK = 8
+INTERACTIVE_PER_BULK = 8
+"""While both kinds wait, so many interactive photos run for one bulk photo."""
 
 # A run of bulk photos alone is kept about this short: it cannot be interrupted.
 _BULK_RUN_S = 0.1
@@ -198,17 +198,16 @@ class Batcher:
 
     def _next_batch(self) -> list[_Item]:
         batch: list[_Item] = []
-        if self._interactive_since_bulk >= _INTERACTIVE_PER_BULK:
-            self._fill(batch, self._bulk, 1)
-        turn = len(batch)
+        self._fill(batch, self._bulk, self._interactive_since_bulk // INTERACTIVE_PER_BULK)
+        turns = len(batch)
         self._fill(batch, self._interactive, self.max_batch)
-        interactive = len(batch) - turn
+        interactive = len(batch) - turns
         seats = min(self._bucket(len(batch)), self.max_batch) if batch else self._bulk_run()
         self._fill(batch, self._bulk, seats)
-        if len(batch) > interactive or not self._bulk:
+        if len(batch) > turns + interactive or not self._bulk:
             self._interactive_since_bulk = 0
         else:
-            self._interactive_since_bulk += interactive
+            self._interactive_since_bulk += interactive - turns * INTERACTIVE_PER_BULK
         return batch
 
     def _fill(self, batch: list[_Item], queue: deque[_Item], size: int) -> None:
