@@ -13,6 +13,7 @@ whatever its deadline, for it could not do better by coming back.
 import contextlib
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import takewhile
 
@@ -39,7 +40,7 @@ _ARRIVING_S = 1.0
 
 
 class Pace:
-    """How soon photos get done, by those that got done."""
+    """How soon photos get done, by those that got done last."""
 
     def __init__(self, memory: int) -> None:
         """Args:
@@ -47,39 +48,51 @@ class Pace:
         """
         self.photos = 0
         """That are being worked on or wait for it."""
-        self.seconds_each = 0.0
+        self._busy_s = 0.0
+        self._counted = 0.0
+        self._supposed_s = 0.0
+        self._done: deque[float] = deque([0.0], memory + 1)
+
+    @property
+    def seconds_each(self) -> float:
         """From one that gets done to the next, while there are any; 0 before it is known."""
-        self.memory = memory
-        self._samples = 0
-        self._last = 0.0
+        count = len(self._done) - 1
+        return (self._done[-1] - self._done[0]) / count if count else self._supposed_s
 
     @property
     def overdue_s(self) -> float:
         """Since the last one got done, while there are any."""
-        return time.perf_counter() - self._last if self.photos else 0.0
+        return (
+            self._busy_s + time.perf_counter() - self._counted - self._done[-1]
+            if self.photos
+            else 0.0
+        )
 
-    def suppose(self, seconds_each: float) -> None:
-        """What to go by until photos have been seen."""
-        if not self._samples:
-            self.seconds_each = seconds_each
+    def suppose(self, seconds_each: float, memory: int) -> None:
+        """What to go by until photos have been seen, and of how many to make an average."""
+        self._supposed_s = seconds_each
+        self._done = deque(self._done, memory + 1)
 
     def begin(self, photos: int) -> None:
         """So many more are worked on or wait."""
-        if not self.photos:
-            self._last = time.perf_counter()
+        self._count_time()
         self.photos += photos
 
     def end(self, photos: int, *, served: bool) -> None:
-        """So many less; `served` if the network has run them."""
+        """So many less; `served` if the network has run them.
+
+        What others took was nearly nothing, or was in vain: it counts for those that come next.
+        """
+        self._count_time()
         self.photos -= photos
-        if not served:
-            # Took nearly no time, or was given up: its share is in the next one's.
-            return
+        if served:
+            self._done.extend([self._busy_s] * photos)
+
+    def _count_time(self) -> None:
         now = time.perf_counter()
-        each = (now - self._last) / photos
-        self._last = now
-        self._samples = min(self._samples + photos, self.memory)
-        self.seconds_each += (each - self.seconds_each) * min(1.0, photos / self._samples)
+        if self.photos:
+            self._busy_s += now - self._counted
+        self._counted = now
 
 
 class Place:
@@ -144,8 +157,7 @@ class Gate:
     def expect(self, seconds_an_image: float, max_batch: int) -> None:
         """By a first measurement, what a photo takes the network, and how many it runs together."""
         self._max_batch = max_batch
-        self._pace.memory = max(_PHOTOS, _BATCHES * max_batch)
-        self._pace.suppose(seconds_an_image)
+        self._pace.suppose(seconds_an_image, max(_PHOTOS, _BATCHES * max_batch))
 
     def paces(self, *, bulk: bool) -> tuple[Pace, ...]:
         """That a photo counts for."""

@@ -259,6 +259,24 @@ def test_interactive_goes_first_and_bulk_does_not_starve() -> None:
     run(scenario)
 
 
+def test_bulk_has_its_turns_in_large_batches_too() -> None:
+    async def scenario() -> None:
+        backend = HeldBackend()
+        batcher = Batcher(backend, Metrics(), max_batch=32)
+        results = submit(batcher, 1, bulk=False)
+        await settle()
+        results += submit(batcher, *range(100, 110), bulk=True)
+        results += submit(batcher, *range(2, 82), bulk=False)
+        backend.gate.release(100)
+        await asyncio.gather(*results)
+        bulk = [sum(value >= 100 for value in batch) for batch in backend.batches]
+        assert [len(batch) for batch in backend.batches[:4]] == [1, 32, 32, 23]
+        assert bulk[:4] == [0, 0, 4, 3]
+        await batcher.close()
+
+    run(scenario)
+
+
 def test_bulk_takes_the_seats_that_would_be_padding() -> None:
     async def scenario() -> None:
         backend = HeldBackend(buckets=(1, 4))

@@ -1,0 +1,239 @@
+"""Who is let in: nobody in vain, nobody kept out for nothing."""
+
+import contextlib
+import random
+import socket
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import httpx
+import pytest
+
+from benchmarks.launch import ServerProcess
+from server import admission
+from server.admission import Gate, Place
+from server.problems import Overloaded
+from server.settings import Settings
+from tests.conftest import Sample
+from tests.server.test_load import figures
+from tests.server.test_workers import until
+
+
+class Clock:
+    now = 1000.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(admission, "time", clock)
+    return clock
+
+
+@dataclass
+class Request:
+    arrived: float
+    deadline: float
+    stack: contextlib.ExitStack
+    place: Place
+
+
+@dataclass
+class Server:
+    """One that takes `seconds_each` for a photo and runs up to `max_batch` of them together."""
+
+    clock: Clock
+    seconds_each: float
+    max_batch: int = 8
+    gate: Gate = field(default_factory=lambda: Gate(Settings()))
+    in_time: int = 0
+    late: int = 0
+    refused: int = 0
+
+    def run(self, seconds: float, load: float, deadline_s: float, seed: int) -> None:
+        """Requests come at random, `load` times as many as it can serve."""
+        choose = random.Random(seed)
+        queue: deque[Request] = deque()
+        batch: list[Request] = []
+        end = self.clock.now + seconds
+        arrival, done = self.clock.now, float("inf")
+        while min(arrival, done) < end:
+            self.clock.now = min(arrival, done)
+            if arrival <= done:
+                arrival += choose.expovariate(load / self.seconds_each)
+                self._arrive(queue, deadline_s)
+            else:
+                for request in batch:
+                    self._answer(request)
+                batch, done = [], float("inf")
+            if not batch and queue:
+                batch = [queue.popleft() for _ in range(min(self.max_batch, len(queue)))]
+                done = self.clock.now + len(batch) * self.seconds_each
+        for request in [*batch, *queue]:
+            request.stack.close()
+
+    def _arrive(self, queue: deque[Request], deadline_s: float) -> None:
+        now = self.clock.now
+        with contextlib.ExitStack() as stack:
+            try:
+                place = stack.enter_context(self.gate.enter(deadline=now + deadline_s, bulk=False))
+                place.check()
+            except Overloaded as refusal:
+                self.refused += int(refusal.headers["Retry-After"]) >= 1
+                return
+            place.begin()
+            queue.append(Request(now, now + deadline_s, stack.pop_all(), place))
+
+    def _answer(self, request: Request) -> None:
+        request.place.end(served=True)
+        request.stack.close()
+        if self.clock.now <= request.deadline:
+            self.in_time += 1
+        else:
+            self.late += 1
+
+
+@pytest.mark.parametrize("load", [1.2, 1.5, 4.0])
+@pytest.mark.parametrize("deadline_s", [0.5, 2.0, 10.0])
+@pytest.mark.parametrize(("seconds_each", "max_batch"), [(0.05, 8), (0.05, 1), (0.002, 64)])
+def test_under_overload_who_is_let_in_is_served_in_time(
+    clock: Clock, load: float, deadline_s: float, seconds_each: float, max_batch: int
+) -> None:
+    server = Server(clock, seconds_each, max_batch)
+    server.gate.expect(seconds_each, max_batch)
+    # The queue has to fill first.
+    seconds = max(30.0, 3 * deadline_s / (load - 1))
+    server.run(seconds, load, deadline_s, seed=1)
+    assert server.late <= 0.01 * (server.in_time + server.late)
+    # Nor is anyone refused whom it could have served.
+    assert server.in_time > 0.9 * seconds / seconds_each
+    assert server.refused > 0.3 * (load - 1) * server.in_time
+
+
+@pytest.mark.parametrize("load", [0.1, 0.5, 0.7])
+def test_without_overload_nobody_is_refused(clock: Clock, load: float) -> None:
+    server = Server(clock, 0.05)
+    server.run(120, load, 2.0, seed=2)
+    assert server.refused <= 0.005 * server.in_time
+    assert server.late == 0
+
+
+def test_admission_follows_a_server_that_gets_slower_and_faster(clock: Clock) -> None:
+    server = Server(clock, 0.05)
+    server.gate.expect(0.05, server.max_batch)
+    server.run(30, 1.5, 2.0, seed=3)
+    for seconds_each in (0.15, 0.02):
+        server.seconds_each = seconds_each
+        # It has to notice first.
+        server.run(10, 1.5, 2.0, seed=4)
+        server.in_time = server.late = 0
+        server.run(30, 1.5, 2.0, seed=5)
+        assert server.late <= 0.01 * server.in_time
+        assert server.in_time > 0.9 * 30 / seconds_each
+
+
+def enter(gate: Gate, clock: Clock, timeout_s: float, *, bulk: bool = False) -> Iterator[Place]:
+    with gate.enter(deadline=clock.now + timeout_s, bulk=bulk) as place:
+        yield place
+
+
+def is_let_in(gate: Gate, clock: Clock, timeout_s: float, *, bulk: bool = False) -> bool:
+    try:
+        next(enter(gate, clock, timeout_s, bulk=bulk))
+    except Overloaded:
+        return False
+    return True
+
+
+def test_nobody_ahead_or_nothing_known_is_no_reason_to_refuse(clock: Clock) -> None:
+    gate = Gate(Settings(max_queue=8))
+    # Nothing has been measured: places alone count.
+    with contextlib.ExitStack() as stack:
+        for _ in range(8):
+            place = stack.enter_context(gate.enter(deadline=clock.now + 0.001, bulk=False))
+            place.check()
+            place.begin()
+        assert not is_let_in(gate, clock, 60)
+    # Much slower than the deadline, but idle.
+    gate.expect(5.0, 8)
+    assert is_let_in(gate, clock, 0.001)
+    assert is_let_in(gate, clock, 0.001, bulk=True)
+
+
+def test_slow_bodies_keep_nobody_out(clock: Clock) -> None:
+    gate = Gate(Settings())
+    gate.expect(0.1, 1)
+    with contextlib.ExitStack() as stack:
+        places = [
+            stack.enter_context(gate.enter(deadline=clock.now + 30, bulk=False)) for _ in range(100)
+        ]
+        assert not is_let_in(gate, clock, 5)
+        clock.now += 2
+        assert is_let_in(gate, clock, 0.2)
+        # When they come at last they may find that others were quicker.
+        for place in places[:50]:
+            place.check()
+            place.begin()
+        places[50].deadline = clock.now + 1
+        with pytest.raises(Overloaded, match="longer than the request may take"):
+            places[50].check()
+
+
+def test_bulk_expects_others_to_go_first(clock: Clock) -> None:
+    gate = Gate(Settings())
+    gate.expect(0.1, 4)
+    with contextlib.ExitStack() as stack:
+        for bulk in (True, False, False, False, False, False, False):
+            place = stack.enter_context(gate.enter(deadline=clock.now + 30, bulk=bulk))
+            place.check()
+            place.begin()
+        # Of bulk one goes along at most: (6 + 1 + itself + 3 that may follow) * 0.1 s.
+        assert gate.wait_s(bulk=False) == pytest.approx(1.1)
+        assert is_let_in(gate, clock, 1.3)
+        assert not is_let_in(gate, clock, 1.1)
+        # No bulk photo gets done for so long.
+        clock.now += 3
+        assert gate.wait_s(bulk=True) > 6
+        assert not is_let_in(gate, clock, 6, bulk=True)
+        assert is_let_in(gate, clock, 10, bulk=True)
+
+
+def test_a_photo_that_cannot_be_served_in_time_is_refused_before_its_body_is_read(
+    server: ServerProcess, photos: list[Sample]
+) -> None:
+    stop = threading.Event()
+
+    def keep_sending(photo: Sample) -> set[int]:
+        statuses = set()
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            while not stop.is_set():
+                statuses.add(client.post("/segment", content=photo.data).status_code)
+        return statuses
+
+    head = (
+        b"POST /segment HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n"
+        b"X-Request-Timeout-Ms: 50\r\nContent-Length: 1000000\r\n\r\n"
+    )
+    with ThreadPoolExecutor(12) as clients:
+        sending = [clients.submit(keep_sending, photo) for photo in photos]
+        until(lambda: figures(server)["slsnet_expected_wait_seconds"] > 0.3)
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+            connection.sendall(head)
+            answer = connection.recv(4096)
+        stop.set()
+        # All the others may take their 30 s.
+        assert [future.result() for future in sending] == [{200}] * len(photos)
+    assert answer.startswith(b"HTTP/1.1 429 ")
+    assert b"retry-after: " in answer.lower()
+    assert 'reason="would_be_late"' in httpx.get(f"{server.url}/metrics").text
+    # Nobody is ahead any more.
+    answered = httpx.post(
+        f"{server.url}/segment", content=photos[0].data, headers={"X-Request-Timeout-Ms": "20000"}
+    )
+    assert answered.status_code == 200
