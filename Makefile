@@ -50,6 +50,6 @@ $(VENV)/.benchmarks: requirements.txt requirements-bench.txt | $(BIN)/python
 	@touch $@ $(VENV)/.serving
 
 $(VENV)/.development: requirements.txt requirements-train.txt requirements-otel.txt \
-		requirements-bench.txt requirements-dev.txt | $(BIN)/python
+		requirements-bench.txt docker/requirements-tools.txt requirements-dev.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@ $(VENV)/.serving $(VENV)/.benchmarks
