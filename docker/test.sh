@@ -111,9 +111,9 @@ start() { # OPTION…: a server in the background
     engine run -d --name "$server" "${hardened[@]}" "${server_network[@]}" \
         -e SLSNET_PORT="$port" "$@" "$image" >/dev/null
 }
-ask() { # COMMAND…: of test_client.py, in a container of its own
+ask() { # COMMAND…: of test/client.py, in a container of its own
     engine run --rm "${hardened[@]}" "${client_network[@]}" -v "$root:/source:ro" \
-        --entrypoint python "$image" /source/docker/test_client.py "$@"
+        --entrypoint python "$image" /source/docker/test/client.py "$@"
 }
 healthy() { engine exec "$server" python /opt/slsnet/health.py; }
 unhealthy() { ! healthy; }
@@ -159,7 +159,7 @@ engine run --rm "${hardened[@]}" --network none --entrypoint sh "$image" -c '
     grep -q "^CapEff:.*0000000000000000$" /proc/self/status || { echo "has capabilities"; exit 1; }
     ' || fail "the container is not as locked up as it should be"
 engine run --rm "${hardened[@]}" --network none -v "$root:/source:ro" --entrypoint python \
-    "$image" /source/docker/test_client.py bill || fail "the bill of materials"
+    "$image" /source/docker/test/client.py bill || fail "the bill of materials"
 
 # ---- a server in it -------------------------------------------------------------------------
 started=$(now_ms)
@@ -170,7 +170,7 @@ ask segment "$url" "$photo" "$truth" || fail "segmentation"
 
 # ---- stopped under load ---------------------------------------------------------------------
 engine run --name "$client" "${hardened[@]}" "${client_network[@]}" -v "$root:/source:ro" \
-    --entrypoint python "$image" /source/docker/test_client.py load "$url" "$photo" \
+    --entrypoint python "$image" /source/docker/test/client.py load "$url" "$photo" \
     >"$output/load" 2>&1 &
 loading=$!
 # The client ends at once if it loses a request: what it says then is told below.

@@ -1,8 +1,8 @@
 """What `docker/test.sh` asks of a server in a container; runs in the image itself.
 
-python test_client.py segment URL PHOTO TRUTH    its mask against the true one
-python test_client.py load URL PHOTO             send until it is gone; each answer counted
-python test_client.py bill                       the bill of materials against what is there
+python client.py segment URL PHOTO TRUTH    its mask against the true one
+python client.py load URL PHOTO             send until it is gone; each answer counted
+python client.py bill                       the bill of materials against what is there
 """
 
 import http.client

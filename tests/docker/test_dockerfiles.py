@@ -1,0 +1,31 @@
+"""The Dockerfiles are linted, and install nothing that is not locked."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent.parent / "docker"
+DOCKERFILES = [FOLDER / name for name in ("Dockerfile", "Dockerfile.gpu", "Dockerfile.load")]
+HADOLINT = shutil.which("hadolint", path=Path(sys.executable).parent)
+
+
+@pytest.mark.skipif(HADOLINT is None, reason="needs hadolint (docker/requirements-tools.txt)")
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_hadolint_finds_nothing(path: Path) -> None:
+    assert HADOLINT is not None
+    result = subprocess.run(
+        [HADOLINT, "--failure-threshold", "style", path], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_packages_are_known_by_their_hash(path: Path) -> None:
+    steps = path.read_text().replace("\\\n", " ").replace("\n", "&&").split("&&")
+    installs = [step.split() for step in steps if "/bin/pip " in step]
+    assert installs
+    for install in installs:
+        assert {"--require-hashes", "--no-deps"} <= set(install)
