@@ -14,9 +14,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from server.keys import Key, KeyFile
 from server.problems import NotFound, Overloaded, Problem, answer
 
-__all__ = ["Access", "Forbidden", "Unauthorized"]
+__all__ = ["OPEN", "Access", "Forbidden", "Unauthorized"]
 
-_HEALTH = ("/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready")
+OPEN = ("/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready")
+"""Paths that never take a key."""
 
 
 class Unauthorized(Problem):
@@ -69,7 +70,7 @@ class Access:
         """
         self._app = app
         self._keys = keys
-        self._open = (*_HEALTH, *(() if metrics_keyed else ("/metrics",)))
+        self._open = (*OPEN, *(() if metrics_keyed else ("/metrics",)))
         self._rate = requests_per_s
         self._burst = burst
         self._buckets: dict[bytes, _Bucket] = {}

@@ -14,6 +14,7 @@ from server.service import Segmentation
 __all__ = [
     "BackendAnswer",
     "BatchItemAnswer",
+    "ErrorAnswer",
     "MaskFormat",
     "ModelAnswer",
     "ProblemAnswer",
@@ -153,8 +154,18 @@ class ProblemAnswer(_Answer):
     title: str = Field(description="the status in words")
     status: int
     detail: str = Field(description="what is wrong, and what to do")
-    instance: str = Field(description="path of the request", examples=["/segment"])
+    instance: str | None = Field(
+        None,
+        description="path of the request; absent where the connection was refused before it came",
+        examples=["/segment"],
+    )
     request_id: str | None = Field(None, description="also in X-Request-ID; quote it in a report")
+
+
+class ErrorAnswer(_Answer):
+    """What went wrong, as the Open Inference Protocol has it."""
+
+    error: str = Field(examples=["The input is called 'image', not 'input_0'."])
 
 
 class BatchItemAnswer(_Answer):

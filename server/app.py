@@ -198,7 +198,11 @@ def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
         size: MaskSize = "original",
         answer_format: Annotated[
             Literal["png", "json"] | None,
-            Query(alias="format", description="of the answer; default: what `Accept` prefers"),
+            Query(
+                alias="format",
+                description="of the answer; default: what `Accept` prefers",
+                examples=["json"],
+            ),
         ] = None,
         mask: MaskForm = MaskFormat.PNG,
         x_request_timeout_ms: TimeoutMs = None,
@@ -282,7 +286,18 @@ def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
         tags=["health"],
         summary="Figures for Prometheus",
         response_class=Response,
-        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+        responses={
+            200: {
+                "content": {
+                    "text/plain": {
+                        "schema": {"type": "string"},
+                        "example": "# HELP slsnet_requests_in_flight Segmentation requests being"
+                        " worked on or waiting\n# TYPE slsnet_requests_in_flight gauge\n"
+                        "slsnet_requests_in_flight 3.0\n",
+                    }
+                }
+            }
+        },
     )
     async def prometheus() -> Response:
         return Response(metrics.render(), headers={"Content-Type": _PROMETHEUS_TEXT})

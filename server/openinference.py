@@ -31,7 +31,7 @@ from server.problems import (
     TooLarge,
     UnsupportedType,
 )
-from server.reference import HEADERS, inlined
+from server.reference import HEADERS, error_content, error_headers, inlined
 from server.service import Service
 from server.stages import Stages
 from server.uploads import hang_up, read_body
@@ -112,17 +112,17 @@ class ModelMetadata(_Message):
 class ConfigTensor(_Message):
     """A tensor in a model's configuration, without its batch dimension."""
 
-    name: str
-    data_type: str
-    dims: list[int]
+    name: str = Field(examples=[INPUT])
+    data_type: str = Field(examples=["TYPE_UINT8"])
+    dims: list[int] = Field(examples=[[128, 128, 3]])
 
 
 class ModelConfig(_Message):
     """The part of Triton's model configuration that clients read."""
 
-    name: str
-    platform: str
-    max_batch_size: int = Field(description="most images in one request")
+    name: str = Field(examples=[NAME])
+    platform: str = Field(examples=["onnxruntime_fp32"])
+    max_batch_size: int = Field(description="most images in one request", examples=[128])
     input: list[ConfigTensor]
     output: list[ConfigTensor]
 
@@ -209,29 +209,57 @@ class InferAnswer(_Message):
     outputs: list[AnswerOutput]
 
 
-class ErrorAnswer(_Message):
-    """What went wrong."""
-
-    error: str = Field(examples=["The input is called 'image', not 'input_0'."])
-
-
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {
-        status: {"model": ErrorAnswer, "description": _ERRORS[status], "headers": HEADERS}
+        status: {
+            "description": _ERRORS[status][0],
+            "headers": error_headers(status),
+            "content": {"application/json": error_content(_ERRORS[status][1])},
+        }
         for status in statuses
     }
 
 
 _ERRORS = {
-    400: "Not a request of the protocol, or not for these tensors.",
-    404: "There is no such model, version or path.",
-    413: "More bytes, JSON or images than allowed.",
-    422: "A header whose value is out of range.",
-    415: "A Content-Encoding that is not served.",
-    429: "The queue is full; Retry-After says when to come back.",
-    500: "The server failed on this request.",
-    503: "Not ready, or draining.",
-    504: "The request's deadline passed.",
+    400: (
+        "Not a request of the protocol, or not for these tensors.",
+        "The input is called 'image', not 'input_0'.",
+    ),
+    404: (
+        "There is no such model, version or path.",
+        "There is no model 'resnet': the one that is served is 'slsnet'.",
+    ),
+    413: (
+        "More bytes, JSON or images than allowed.",
+        "200 images are more than the 128 that one request may have.",
+    ),
+    415: (
+        "A Content-Encoding that is not served.",
+        "Content-Encoding 'br' is not served: send gzip, deflate or none.",
+    ),
+    422: (
+        "A header whose value is out of range.",
+        "header.x-request-timeout-ms: Input should be greater than 0, got '-1'.",
+    ),
+    429: (
+        "The server is full, or a key is used faster than allowed; Retry-After says when to come"
+        " back.",
+        "The server is busy: the queue is full. Try again in about 3 s (Retry-After).",
+    ),
+    500: (
+        "The network failed on an image, in its batch and once more alone.",
+        "The network failed on this photo twice. Trying again later may work; if it does not,"
+        " report the request_id.",
+    ),
+    503: (
+        "Not ready, draining, failing, or out of connections.",
+        "The network is still being loaded. Try again when GET /health/ready answers 200.",
+    ),
+    504: (
+        "The request's deadline passed.",
+        "The deadline passed before the photo reached the network. Send it again when the server"
+        " is less busy, or allow more time with X-Request-Timeout-Ms.",
+    ),
 }
 
 _BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
@@ -243,6 +271,7 @@ _INFER_BODY: dict[str, Any] = {
             "in": "header",
             "required": False,
             "description": "bytes of JSON at the start of the body; binary tensors follow",
+            "example": 166,
             "schema": {"type": "integer", "minimum": 0},
         }
     ],

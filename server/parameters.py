@@ -50,6 +50,7 @@ TimeoutMs = Annotated[
         allow_inf_nan=False,
         description="milliseconds within which the answer is of use; more than the server's own"
         " limit means that limit",
+        examples=[2000],
     ),
 ]
 

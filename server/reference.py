@@ -11,10 +11,12 @@ from importlib.resources import files
 from typing import Any
 
 from fastapi import APIRouter, Request
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from server.answers import ProblemAnswer, SegmentationAnswer
+from server.access import OPEN
+from server.answers import ErrorAnswer, ProblemAnswer, SegmentationAnswer
 from server.context import REQUEST_ID
 from server.problems import PROBLEM_JSON
 from server.uploads import FIELD, RAW_TYPES
@@ -24,7 +26,10 @@ __all__ = [
     "HEADERS",
     "SEGMENT_BODY",
     "SEGMENT_RESPONSES",
+    "error_content",
+    "error_headers",
     "inlined",
+    "problem_response",
     "problem_responses",
     "router",
 ]
@@ -41,33 +46,70 @@ Photos are held in memory while they are worked on, and nowhere else. Not a medi
 
 _PROBLEMS = {
     400: "The body is empty, the form is malformed, or it has no image.",
+    401: "No API key, or none that is known; only where the server has keys.",
+    403: "A key that does not open this.",
+    404: "Nothing is there.",
     405: "The path takes another method; Allow says which.",
     406: "Accept rules out (`q=0`) all that there is.",
+    408: "Headers or body came too slowly; the connection is closed.",
     413: "More bytes or more pixels than allowed.",
     415: "Not a type of image that is served.",
     422: "An image that does not decode, or a parameter that is unknown or out of range.",
-    429: "The queue is full; Retry-After says when to come back.",
+    429: "The server is full, or a key is used faster than allowed; Retry-After says when to come"
+    " back.",
+    431: "Path and headers are too long; the connection is closed.",
     500: "The server failed on this request.",
-    503: "Not ready, or draining.",
+    503: "Not ready, draining, failing, or out of connections.",
     504: "The request's deadline passed.",
 }
 
 _EXAMPLES = {
     400: "The form has no field 'file': put the photo there. It has 'image'.",
+    401: "This takes an API key: send it as `Authorization: Bearer KEY` or `X-API-Key: KEY`.",
+    403: "This takes an administrator's key.",
+    404: "There is nothing here unless the server has an administrator's key: see `python -m"
+    " server.keys new --help`.",
     405: "/segment does not take GET: use POST.",
     406: "Accept rules out all that there is: image/png, application/json. Leave it out, or name"
     " one.",
+    408: "The body came slower than 1024 bytes a second for 10 s.",
     413: "The image has 12000×9000 = 108000000 pixels, 64000000 are allowed: send a smaller"
     " version of it.",
     415: "The bytes are not an image of a known format: send JPEG, PNG, WEBP, TIFF or BMP.",
     422: "The JPEG image ends too early (truncated): send the whole file again.",
     429: "The server is busy: the queue is full. Try again in about 3 s (Retry-After).",
+    431: "Path and headers have more than the 32768 bytes that are allowed.",
     500: "The network failed on this photo twice. Trying again later may work; if it does not,"
     " report the request_id.",
     503: "The network is still being loaded. Try again when GET /health/ready answers 200.",
     504: "The deadline passed before the mask was ready. Send it again when the server is less"
     " busy, or allow more time with X-Request-Timeout-Ms.",
 }
+
+# What any path can be answered with, where it says nothing of it itself: what is described here is
+# seen before a path is looked at, or comes from nothing that it does.
+_ANYWHERE = {
+    400: ("Not HTTP/1.1.", "What was sent is not an HTTP/1.1 request."),
+    408: (_PROBLEMS[408], _EXAMPLES[408]),
+    429: (
+        "A key is used faster than allowed, or too many requests were sent before any was"
+        " answered.",
+        "This key may send 5 requests a second. Try again in 1 s (Retry-After).",
+    ),
+    431: (_PROBLEMS[431], _EXAMPLES[431]),
+    500: (
+        _PROBLEMS[500],
+        "The server failed on this request. Trying again may work; if it does"
+        " not, report the request_id.",
+    ),
+    503: (
+        "Out of connections.",
+        "The server has 1024 connections, more are not held. Try again in a second.",
+    ),
+}
+
+# Of these, what is answered by the connection, which knows of no path and no protocol's errors.
+_BY_CONNECTION = (400, 408, 429, 431, 503)
 
 HEADERS: dict[str, Any] = {
     "X-Request-ID": {
@@ -121,41 +163,70 @@ def inlined(schema: dict[str, Any]) -> dict[str, Any]:
     return resolved
 
 
+def error_headers(status: int) -> dict[str, Any]:
+    """OpenAPI headers of an error."""
+    text = {"schema": {"type": "string"}}
+    headers = dict(HEADERS)
+    if status == 401:
+        headers["WWW-Authenticate"] = {"description": "how keys are shown", **text}
+    if status == 405:
+        headers["Allow"] = {"description": "methods", **text}
+    if status == 415:
+        headers["Accept-Encoding"] = {
+            "description": "`identity`, if the body's Content-Encoding is what is not served",
+            **text,
+        }
+    if status in (429, 503):
+        headers["Retry-After"] = {
+            "description": "seconds",
+            "schema": {"type": "integer", "minimum": 1},
+        }
+    return headers
+
+
 def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """OpenAPI responses for errors, each with its headers and an example."""
-    responses: dict[int | str, dict[str, Any]] = {}
-    for status in statuses:
-        headers = dict(HEADERS)
-        if status == 405:
-            headers["Allow"] = {"description": "methods", "schema": {"type": "string"}}
-        if status == 415:
-            headers["Accept-Encoding"] = {
-                "description": "`identity`, if the body's Content-Encoding is what is not served",
-                "schema": {"type": "string"},
-            }
-        if status in (429, 503):
-            headers["Retry-After"] = {
-                "description": "seconds",
-                "schema": {"type": "integer", "minimum": 1},
-            }
-        responses[status] = {
-            "description": _PROBLEMS[status],
-            "headers": headers,
-            "content": {
-                PROBLEM_JSON: {
-                    "schema": {"$ref": f"#/components/schemas/{ProblemAnswer.__name__}"},
-                    "example": {
-                        "type": "about:blank",
-                        "title": HTTPStatus(status).phrase,
-                        "status": status,
-                        "detail": _EXAMPLES[status],
-                        "instance": "/segment",
-                        "request_id": "6f1d4cb1f0a84a0f9f0e6a9fbb7c3d1e",
-                    },
-                }
+    return {
+        status: problem_response(status, _PROBLEMS[status], _EXAMPLES[status])
+        for status in statuses
+    }
+
+
+def problem_response(
+    status: int, description: str, detail: str, instance: str = "/segment"
+) -> dict[str, Any]:
+    """One of these, in its own words; `detail` and `instance` are the example's."""
+    return _response(status, description, _problem(status, detail, instance))
+
+
+def error_content(detail: str) -> dict[str, Any]:
+    """OpenAPI content: an error of the Open Inference Protocol."""
+    return {"schema": _reference(ErrorAnswer), "example": {"error": detail}}
+
+
+def _reference(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{model.__name__}"}
+
+
+def _response(status: int, description: str, content: dict[str, Any]) -> dict[str, Any]:
+    return {"description": description, "headers": error_headers(status), "content": content}
+
+
+def _problem(status: int, detail: str, instance: str) -> dict[str, Any]:
+    """OpenAPI content: a problem document."""
+    return {
+        PROBLEM_JSON: {
+            "schema": _reference(ProblemAnswer),
+            "example": {
+                "type": "about:blank",
+                "title": HTTPStatus(status).phrase,
+                "status": status,
+                "detail": detail,
+                "instance": instance,
+                "request_id": "6f1d4cb1f0a84a0f9f0e6a9fbb7c3d1e",
             },
         }
-    return responses
+    }
 
 
 SEGMENT_RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -176,6 +247,18 @@ _REQUEST_ID: dict[str, Any] = {
     "description": "comes back with the answer, and is written to the log; one that does not fit"
     " the pattern is replaced",
     "schema": {"type": "string", "pattern": f"^{REQUEST_ID.pattern}$"},
+    "example": "6f1d4cb1f0a84a0f9f0e6a9fbb7c3d1e",
+}
+
+# As `server.access` reads them.
+_KEYS: dict[str, Any] = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "an API key"},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "an API key"},
+    "basic": {
+        "type": "http",
+        "scheme": "basic",
+        "description": "any user name, an API key as password; does not open /admin",
+    },
 }
 
 # FastAPI takes for granted that these are what a wrong parameter is answered with.
@@ -186,21 +269,45 @@ def _with_common_parts(generated: dict[str, Any]) -> dict[str, Any]:
     """FastAPI's document with what all paths have in common, which it does not know of."""
     document = deepcopy(generated)
     schemas = document["components"]["schemas"]
-    schemas[ProblemAnswer.__name__] = ProblemAnswer.model_json_schema()
+    for model in (ProblemAnswer, ErrorAnswer):
+        schemas[model.__name__] = model.model_json_schema()
     for name in _NEVER_SENT:
         del schemas[name]
+    document["components"]["securitySchemes"] = _KEYS
     for path, methods in document["paths"].items():
         for operation in methods.values():
             operation.setdefault("parameters", []).append(_REQUEST_ID)
-            if _NEVER_SENT[0] in str(operation["responses"].get("422")):
-                del operation["responses"]["422"]
-            for status, response in operation["responses"].items():
+            responses = operation["responses"]
+            if _NEVER_SENT[0] in str(responses.get("422")):
+                del responses["422"]
+            for status, response in responses.items():
                 if status.startswith("2"):
                     response.setdefault("headers", {}).update(HEADERS)
             # The protocol's paths answer 404 to another method.
             if not path.startswith("/v2"):
-                operation["responses"].update({"405": problem_responses(405)[405]})
+                responses["405"] = problem_responses(405)[405]
+            if path not in OPEN:
+                operation.setdefault("security", [{}, *({name: []} for name in _KEYS)])
+                responses.setdefault("401", _anywhere(path, 401))
+            for status in _ANYWHERE:
+                found = responses.setdefault(str(status), _anywhere(path, status))
+                found["content"] = _anywhere(path, status)["content"] | found["content"]
+            operation["responses"] = dict(sorted(responses.items()))
     return document
+
+
+def _anywhere(path: str, status: int) -> dict[str, Any]:
+    """What any path can be answered with."""
+    description, detail = _ANYWHERE.get(status, (_PROBLEMS[status], _EXAMPLES[status]))
+    content = _problem(status, detail, path)
+    if path.startswith("/v2"):
+        # As `problems.answer` has it, but for what never got as far as there.
+        of_protocol = {"application/json": error_content(detail)}
+        if status not in _BY_CONNECTION:
+            content = of_protocol
+        elif status not in (408, 431):
+            content |= of_protocol
+    return _response(status, description, content)
 
 
 _PAGE = """\

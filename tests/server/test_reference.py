@@ -1,12 +1,19 @@
 """GET /docs and /openapi.json: complete, and usable without the internet."""
 
+import json
 import re
 import socket
+from pathlib import Path
+from typing import Any
 
 import httpx
+import jsonschema_rs
 import pytest
 
-from benchmarks.launch import ServerProcess
+from benchmarks.launch import ServerProcess, serve
+from server.keys import new_key
+from server.problems import PROBLEM_JSON
+from tests.server.test_connections import read_all
 
 
 def test_page_needs_nothing_from_elsewhere(server: ServerProcess) -> None:
@@ -44,6 +51,7 @@ def test_document_is_complete(server: ServerProcess) -> None:
         "/health/ready",
         "/model",
         "/metrics",
+        "/admin/reload",
     }
     segment = document["paths"]["/segment"]["post"]
     assert set(segment["requestBody"]["content"]) == {
@@ -80,6 +88,84 @@ def test_every_path_tells_what_all_have(server: ServerProcess) -> None:
     assert len(set(ids.values())) == len(ids)
     assert ids["post", "/segment"] == "segment"
     assert ids["get", "/health/ready"] == "health_ready"
+
+
+def test_every_answer_is_described_with_an_example_that_fits(server: ServerProcess) -> None:
+    document = httpx.get(f"{server.url}/openapi.json").json()
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            responses = operation["responses"]
+            # Keys, broken or slow HTTP, failures: they can meet any path.
+            assert set(responses) >= {"200", "400", "408", "429", "431", "500", "503"}, path
+            assert ("401" in responses) is not path.endswith(("/live", "/health/ready"))
+            assert ("security" in operation) is ("401" in responses)
+            for status, response in responses.items():
+                assert response["content"]
+                for media_type, content in response["content"].items():
+                    if int(status) >= 400:
+                        assert_described(document, path, status, media_type, content["example"])
+                    elif content["schema"].get("format") != "binary":
+                        assert re.search("'(examples?|const)'", str(resolved(document, content)))
+            for parameter in operation["parameters"]:
+                told = {"example", "examples", "default", "enum"}
+                assert told & set(resolved(document, parameter) | parameter["schema"]), parameter
+    assert set(document["components"]["securitySchemes"]) == {"bearer", "header", "basic"}
+
+
+def resolved(document: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
+    """With the schema that it refers to in its place."""
+    reference = node["schema"].get("$ref", "")
+    named = document["components"]["schemas"].get(reference.rpartition("/")[2])
+    return {**node, "schema": named or node["schema"]}
+
+
+def assert_described(
+    document: dict[str, Any], path: str, status: int | str, media_type: str, body: Any
+) -> None:
+    """The document has this answer of this path, and its schema lets this body be."""
+    (operation,) = document["paths"][path].values()
+    content = operation["responses"][str(status)]["content"][media_type]
+    jsonschema_rs.validate(resolved(document, content)["schema"], body)
+
+
+def test_refusals_are_as_described(tmp_path: Path) -> None:
+    """Those that the tool which tries the document (`test_hostile_input.py`) has no way to get."""
+    user, line = new_key("clinic")
+    keys = tmp_path / "keys"
+    keys.write_text(f"{line}\n{new_key('ops', 'admin')[1]}\n", encoding="utf-8")
+    flags = ("--key-requests-per-s", "0.01", "--key-burst", "2", "--head-timeout-s", "1")
+    with serve("--api-keys-file", str(keys), *flags) as server:
+        client = httpx.Client(base_url=server.url, headers={"X-API-Key": user}, timeout=60)
+        with client:
+            document = client.get("/openapi.json").json()
+            answers = [
+                (path, httpx.request(method, server.url + path, timeout=60))
+                for method, path in (("POST", "/segment"), ("GET", "/model"), ("GET", "/v2"))
+            ]
+            assert {answer.status_code for _, answer in answers} == {401}
+            forbidden = client.post("/admin/reload")
+            assert forbidden.status_code == 403
+            answers.append(("/admin/reload", forbidden))
+            # What is left of the burst.
+            client.get("/model")
+            for path in ("/model", "/v2"):
+                limited = client.get(path)
+                assert limited.status_code == 429
+                answers.append((path, limited))
+        for path, answer in answers:
+            media_type = answer.headers["content-type"]
+            assert_described(document, path, answer.status_code, media_type, answer.json())
+        for path in ("/segment", "/health/live", "/v2"):
+            for status, sent in (
+                (400, b"nonsense\r\n\r\n"),
+                (408, f"GET {path} HTTP/1.1\r\n".encode()),
+                (431, f"GET {path}?{40_000 * 'x'} HTTP/1.1\r\n\r\n".encode()),
+            ):
+                with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+                    connection.sendall(sent)
+                    head, _, body = read_all(connection).partition(b"\r\n\r\n")
+                assert head.startswith(f"HTTP/1.1 {status} ".encode())
+                assert_described(document, path, status, PROBLEM_JSON, json.loads(body))
 
 
 def test_references_in_the_document_lead_somewhere(server: ServerProcess) -> None:
