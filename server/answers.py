@@ -1,12 +1,14 @@
 """The bodies of answers: their schema for `GET /docs`, and how a segmentation becomes one."""
 
 import base64
+import dataclasses
 from enum import StrEnum
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.image import encode_png, lesion_mask
+from model.regions import largest_region
 from server.backends import BackendInfo
 from server.masks import coco_rle, measure, polygons
 from server.service import Segmentation
@@ -102,6 +104,7 @@ class SegmentationAnswer(_Answer):
     model: ModelId
     image: ImageSize
     threshold: float = Field(description="lesion is where the probability is above it")
+    clean: bool = Field(description="whether all but the largest region was left out")
     mask: Mask
     lesion: LesionAnswer
     timings_ms: dict[str, float] = Field(
@@ -178,8 +181,19 @@ class BatchItemAnswer(_Answer):
     error: ProblemAnswer | None = None
 
 
-def png_answer(segmentation: Segmentation, threshold: float, original: bool) -> bytes:
-    """The mask as PNG, at the photo's size if `original`, else at the network's."""
+def png_answer(
+    segmentation: Segmentation, threshold: float, original: bool, *, clean: bool
+) -> bytes:
+    """The mask as PNG, at the photo's size if `original`, else at the network's.
+
+    Args:
+        segmentation: whose mask it is.
+        threshold: lesion is where the probability is above it.
+        original: as above.
+        clean: whether to leave only the largest region, without its holes.
+    """
+    if clean:
+        segmentation = _cleaned(segmentation, threshold)
     width, height = _mask_size(segmentation, original)
     return encode_png(
         lesion_mask(segmentation.probability, width, height, threshold), width, height
@@ -192,10 +206,13 @@ def json_answer(
     original: bool,
     mask_format: MaskFormat,
     *,
+    clean: bool,
     request_id: str,
     timings_ms: dict[str, float],
 ) -> bytes:
-    """The mask with its measures as JSON, in UTF-8."""
+    """The mask with its measures as JSON, in UTF-8; arguments are those of `png_answer`."""
+    if clean:
+        segmentation = _cleaned(segmentation, threshold)
     width, height = _mask_size(segmentation, original)
     packed = lesion_mask(segmentation.probability, width, height, threshold)
     mask = Mask(format=mask_format, width=width, height=height)
@@ -211,6 +228,7 @@ def json_answer(
         model=_model_id(segmentation.backend),
         image=ImageSize(width=segmentation.width, height=segmentation.height),
         threshold=threshold,
+        clean=clean,
         mask=mask,
         lesion=LesionAnswer(
             found=lesion.area > 0,
@@ -226,6 +244,11 @@ def json_answer(
     # A mask has one form: the others are left out rather than null.
     absent = {"mask": {"png", "rle", "polygons"} - {mask_format.value}}
     return answer.model_dump_json(exclude=absent).encode()
+
+
+def _cleaned(segmentation: Segmentation, threshold: float) -> Segmentation:
+    probability = largest_region(segmentation.probability, threshold)
+    return dataclasses.replace(segmentation, probability=probability)
 
 
 def _model_id(backend: BackendInfo) -> ModelId:

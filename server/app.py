@@ -30,6 +30,7 @@ from server.metrics import SHARED, Metrics
 from server.openinference import openinference_router
 from server.pages import page_router
 from server.parameters import (
+    Clean,
     MaskForm,
     MaskSize,
     Priority,
@@ -196,6 +197,7 @@ def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
         request: Request,
         threshold: Threshold = 0.5,
         size: MaskSize = "original",
+        clean: Clean = False,
         answer_format: Annotated[
             Literal["png", "json"] | None,
             Query(
@@ -245,6 +247,7 @@ def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
                             threshold,
                             original,
                             mask,
+                            clean=clean,
                             request_id=request.state.request_id,
                             timings_ms=stages.milliseconds(),
                         ),
@@ -252,7 +255,8 @@ def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
                     )
                 else:
                     content = await service.in_thread(
-                        png_answer, segmentation, threshold, original, bulk=bulk
+                        lambda: png_answer(segmentation, threshold, original, clean=clean),
+                        bulk=bulk,
                     )
                 stages.end("encode")
                 place.end(served=True)

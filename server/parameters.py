@@ -12,6 +12,7 @@ from server.answers import MaskFormat
 from server.problems import DeadlineExceeded, NotAcceptable, Unprocessable
 
 __all__ = [
+    "Clean",
     "MaskForm",
     "MaskSize",
     "Priority",
@@ -30,6 +31,14 @@ Threshold = Annotated[
         le=1,
         allow_inf_nan=False,
         description="lesion is where the probability is above it",
+    ),
+]
+
+Clean = Annotated[
+    bool,
+    Query(
+        description="whether to leave only the largest region, without its holes: networks see a"
+        " second lesion in hair, ink or a colour patch now and then",
     ),
 ]
 

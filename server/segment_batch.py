@@ -23,6 +23,7 @@ from starlette.types import Message, Receive, Scope, Send
 from server.admission import Place
 from server.answers import BatchItemAnswer, MaskFormat, json_answer, png_answer
 from server.parameters import (
+    Clean,
     MaskForm,
     MaskSize,
     Threshold,
@@ -55,6 +56,7 @@ _FAREWELL_S = 30
 class _Options:
     threshold: float
     original: bool
+    clean: bool
     mask: MaskFormat
     media_type: str
     timeout_s: float
@@ -77,6 +79,7 @@ def bulk_router(service: Service) -> APIRouter:
         request: Request,
         threshold: Threshold = 0.5,
         size: MaskSize = "original",
+        clean: Clean = False,
         mask: MaskForm = MaskFormat.PNG,
         x_request_timeout_ms: TimeoutMs = None,
     ) -> Response:
@@ -85,6 +88,7 @@ def bulk_router(service: Service) -> APIRouter:
             _Options(
                 threshold,
                 size == "original",
+                clean,
                 mask,
                 answer_type(request.headers, (NDJSON, MIXED), mask),
                 settings.bulk_timeout_s(x_request_timeout_ms),
@@ -231,7 +235,10 @@ class _Answers(Response):
             )
             if options.media_type == MIXED:
                 content = await self._service.in_thread(
-                    png_answer, segmentation, options.threshold, options.original, bulk=True
+                    lambda: png_answer(
+                        segmentation, options.threshold, options.original, clean=options.clean
+                    ),
+                    bulk=True,
                 )
             else:
                 content = await self._service.in_thread(
@@ -240,6 +247,7 @@ class _Answers(Response):
                         options.threshold,
                         options.original,
                         options.mask,
+                        clean=options.clean,
                         request_id=request.state.request_id,
                         timings_ms=stages.milliseconds(),
                     ),

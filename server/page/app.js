@@ -51,11 +51,12 @@ async function segment() {
   }
 }
 
-/** The answer to the photo at the slider's threshold; throws what `fail` shows. */
+/** The answer to the photo at the slider's threshold, cleaned if so chosen; throws what `fail` shows. */
 async function post(format, signal) {
   let response;
   try {
-    response = await fetch(`segment?format=${format}&threshold=${byId("threshold").value}`, {
+    const query = `threshold=${byId("threshold").value}&clean=${byId("clean").checked}`;
+    response = await fetch(`segment?format=${format}&${query}`, {
       method: "POST",
       // The server tells the type by the bytes.
       headers: { "Content-Type": "application/octet-stream" },
@@ -210,6 +211,8 @@ byId("threshold").addEventListener("input", ({ target }) => {
   clearTimeout(sliderPause);
   sliderPause = setTimeout(segment, SLIDER_PAUSE_MS);
 });
+
+byId("clean").addEventListener("change", segment);
 
 for (const radio of document.querySelectorAll("input[name=view]")) {
   radio.addEventListener("change", () => {

@@ -176,6 +176,21 @@ def test_threshold_and_views_by_keyboard(page: Page) -> None:
     assert page.find("contour").is_displayed()
 
 
+def test_clean_leaves_one_outline(page: Page, two_lesions: bytes, tmp_path: Path) -> None:
+    photo = tmp_path / "two.png"
+    photo.write_bytes(two_lesions)
+    page.open()
+    page.find("choose").send_keys(str(photo))
+    page.until_done()
+
+    def outlines() -> int:
+        return (page.find("contour").get_attribute("d") or "").count("M")
+
+    assert outlines() == 2
+    page.find("clean").send_keys(Keys.SPACE)
+    page.until(lambda: page.state() == "done" and outlines() == 1)
+
+
 def test_what_the_server_refuses_is_told_and_another_photo_works(
     page: Page, photo: Path, tmp_path: Path
 ) -> None:

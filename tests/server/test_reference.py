@@ -66,7 +66,7 @@ def test_document_is_complete(server: ServerProcess) -> None:
     assert set(segment["responses"]["200"]["content"]) == {"image/png", "application/json"}
     names = {parameter["name"] for parameter in segment["parameters"]}
     assert names == {
-        *("threshold", "size", "format", "mask"),
+        *("threshold", "size", "clean", "format", "mask"),
         *("x-request-timeout-ms", "priority", "X-Request-ID"),
     }
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from scipy import ndimage
 
 from benchmarks.launch import ServerProcess
 from tests.conftest import Offline, Sample
@@ -105,6 +106,24 @@ def test_threshold_moves_the_border(
     for lower, higher in itertools.pairwise(masks.values()):
         assert not (higher & ~lower).any()
     assert not masks[1].any()
+
+
+def test_clean_leaves_the_largest_region_alone(server: ServerProcess, two_lesions: bytes) -> None:
+    found = read_png(post(server, two_lesions).content)
+    regions, count = ndimage.label(found)
+    sizes = np.bincount(regions.ravel())[1:]
+    assert count == 2
+    clean = read_png(post(server, two_lesions, params={"clean": "true"}).content)
+    np.testing.assert_array_equal(clean, regions == 1 + sizes.argmax())
+    answers = [
+        post(server, two_lesions, params={"format": "json", "mask": "polygons", "clean": clean})
+        for clean in ("false", "true")
+    ]
+    for answer, count, area in zip(answers, (2, 1), (found.sum(), clean.sum()), strict=True):
+        body = answer.json()
+        assert len(body["mask"]["polygons"]) == count
+        assert body["lesion"]["area"] == area
+        assert body["clean"] is (count == 1)
 
 
 def test_size_model_gives_the_networks_own_resolution(

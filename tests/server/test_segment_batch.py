@@ -1,5 +1,6 @@
 """POST /segment/batch: each photo is answered for itself, soon, and in nobody's way."""
 
+import base64
 import email
 import json
 import socket
@@ -18,7 +19,7 @@ from model.image import encode_png
 from tests.conftest import Offline, Sample
 from tests.lesions import encode_photo, lesion_photo
 from tests.server.test_load import figures
-from tests.server.test_segment import read_png
+from tests.server.test_segment import post, read_png
 
 Form = list[tuple[str, tuple[str, bytes]]]
 
@@ -76,6 +77,22 @@ def test_each_photo_gets_its_own_mask(
         # Sums of a float32 network differ by batch size in the last digits.
         assert abs(result["lesion"]["area"] - int(expected.sum())) <= 2
         assert decode_rle(result["mask"]["rle"]) == result["lesion"]["area"]
+
+
+@pytest.mark.parametrize("accept", ["application/x-ndjson", "multipart/mixed"])
+def test_clean_holds_for_each_photo(server: ServerProcess, two_lesions: bytes, accept: str) -> None:
+    alone = post(server, two_lesions, params={"clean": "true"}).content
+    response = send(
+        server,
+        form(("a", two_lesions)),
+        params={"clean": "true"},
+        headers={"Accept": accept},
+    )
+    if accept == "multipart/mixed":
+        assert alone in response.content
+    else:
+        (answer,) = lines(response)
+        assert base64.b64decode(answer["result"]["mask"]["png"]) == alone
 
 
 def test_answers_as_multipart_mixed(
