@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -16,8 +17,9 @@ from pathlib import Path
 __all__ = ["ServerProcess", "free_port", "serve"]
 
 _ROOT = Path(__file__).parent.parent
-_START_TIMEOUT_S = 60
-_STOP_TIMEOUT_S = 60
+# Of a machine that is busy with other things.
+_START_TIMEOUT_S = 180
+_STOP_TIMEOUT_S = 180
 
 
 @dataclass
@@ -49,10 +51,12 @@ class ServerProcess:
 
 def free_port() -> int:
     """A port that nothing listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    while True:
+        # Below those that the system gives to clients, who would take it before it is used.
+        port = random.randrange(12_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @contextlib.contextmanager

@@ -1,11 +1,14 @@
 """Real photos where they are at hand, generated ones elsewhere; and a real server."""
 
+import inspect
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import httpx
 import numpy as np
 import onnxruntime
 import pytest
@@ -69,11 +72,39 @@ def server() -> Iterator[ServerProcess]:
         yield process
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _patient_clients() -> None:
+    """No test is about how soon an answer comes; httpx's 5 s are too few for a busy machine."""
+    timeout: httpx.Timeout = inspect.signature(httpx.Client).parameters["timeout"].default
+    timeout.connect = timeout.read = timeout.write = timeout.pool = 60
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left(request: pytest.FixtureRequest) -> None:
+    """A test that uses the common server finds it done with what the test before left there."""
+    if "server" in request.fixturenames:
+        process = request.getfixturevalue("server")
+        until(lambda: "\nslsnet_requests_in_flight 0.0" in httpx.get(f"{process.url}/metrics").text)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for it, and not for ever."""
+    give_up = time.perf_counter() + 60
+    while not condition():
+        assert time.perf_counter() < give_up
+        time.sleep(0.02)
+
+
 class Offline:
     """The network without a server: what each answer must equal."""
 
     def __init__(self) -> None:
-        self._session = onnxruntime.InferenceSession(MODEL, providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        # Several that wait for each other take minutes where others want the cores.
+        options.intra_op_num_threads = 1
+        self._session = onnxruntime.InferenceSession(
+            MODEL, options, providers=["CPUExecutionProvider"]
+        )
 
     def probability(self, photo: Photo) -> NDArray[np.float32]:
         """float32 [128, 128]"""

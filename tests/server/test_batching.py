@@ -40,7 +40,7 @@ class HeldBackend:
     def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
         values = [int(value) for value in batch[:, 0, 0, 0]]
         self.batches.append(values)
-        assert self.gate.acquire(timeout=10)
+        assert self.gate.acquire(timeout=60)
         if POISON in values:
             raise BackendError("poisoned")
         probability = np.zeros((len(batch), 128, 128), np.float32)
@@ -57,11 +57,13 @@ def image(value: int) -> NDArray[np.uint8]:
 
 def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Run a test's coroutine with a limit, so that a lost image fails instead of hanging."""
-    asyncio.run(asyncio.wait_for(test(), 20))
+    asyncio.run(asyncio.wait_for(test(), 60))
 
 
-async def settle() -> None:
-    """Let everything that can happen without the backend's gate happen."""
+async def settle(expected: Callable[[], bool] = lambda: True) -> None:
+    """Wait for what must happen, then let everything else happen that can without the gate."""
+    while not expected():  # noqa: ASYNC110  # a thread makes it so
+        await asyncio.sleep(0.002)
     for _ in range(20):
         await asyncio.sleep(0.002)
 
@@ -84,16 +86,16 @@ def test_idle_backend_starts_at_once_and_a_busy_one_gathers() -> None:
         backend = HeldBackend()
         batcher = Batcher(backend, Metrics())
         tasks = [ask(batcher, 1)]
-        await settle()
+        await settle(lambda: len(backend.batches) == 1)
         assert backend.batches == [[1]]
 
         tasks += [ask(batcher, value) for value in range(2, 9)]
         await settle()
         assert backend.batches == [[1]]
 
-        for expected in ([2, 3, 4, 5], [6, 7, 8]):
+        for count, expected in ((2, [2, 3, 4, 5]), (3, [6, 7, 8])):
             backend.gate.release()
-            await settle()
+            await settle(lambda count=count: len(backend.batches) == count)  # type: ignore[misc]
             assert backend.batches[-1] == expected
         backend.gate.release()
         await asyncio.gather(*tasks)
@@ -111,7 +113,7 @@ def test_every_slot_is_used_before_anyone_waits() -> None:
         backend = HeldBackend(slots=2)
         batcher = Batcher(backend, Metrics())
         tasks = [ask(batcher, value) for value in (1, 2, 3, 4)]
-        await settle()
+        await settle(lambda: len(backend.batches) == 2)
         started = sorted(backend.batches)
         assert len(started) == 2
         backend.gate.release(4)
@@ -217,7 +219,7 @@ def test_max_wait_fills_a_batch_of_an_idle_backend() -> None:
     async def scenario() -> None:
         backend = HeldBackend()
         backend.gate.release(10)
-        batcher = Batcher(backend, Metrics(), max_wait_ms=100)
+        batcher = Batcher(backend, Metrics(), max_wait_ms=1000)
         tasks = [ask(batcher, 1)]
         await settle()
         assert backend.batches == []
@@ -226,7 +228,7 @@ def test_max_wait_fills_a_batch_of_an_idle_backend() -> None:
         assert backend.batches == [[1, 2]]
         # A full batch waits for nobody.
         started = [ask(batcher, value) for value in (3, 4, 5, 6)]
-        await settle()
+        await settle(lambda: len(backend.batches) == 2)
         assert backend.batches[-1] == [3, 4, 5, 6]
         await asyncio.gather(*started)
 

@@ -15,9 +15,8 @@ import psutil
 
 from benchmarks.launch import ServerProcess, serve
 from benchmarks.soak import soak
-from tests.conftest import Offline, Sample
+from tests.conftest import Offline, Sample, until
 from tests.server.test_segment import read_png
-from tests.server.test_workers import until
 
 
 @dataclass

@@ -381,7 +381,7 @@ def test_a_cache_without_gpu_or_tensorrt_says_what_is_missing(
         open_engine_cache(tmp_path, MODEL, "fp16", lambda _: None)
 
 
-def _until(condition: Callable[[], bool], timeout_s: float = 20) -> None:
+def _until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline

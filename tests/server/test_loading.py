@@ -56,7 +56,7 @@ def _backend(client: httpx.Client) -> str:
     return str(answer.json()["backend"]) if answer.status_code == 200 else "none"
 
 
-def _until(condition: Callable[[], bool], timeout_s: float = 30) -> None:
+def _until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline

@@ -60,7 +60,7 @@ class Page:
         return str(self.run("return document.body.dataset.state"))
 
     def until(self, condition: Callable[[], object]) -> None:
-        WebDriverWait(self.driver, 20, poll_frequency=0.05).until(lambda _: condition())
+        WebDriverWait(self.driver, 60, poll_frequency=0.05).until(lambda _: condition())
 
     def until_done(self) -> None:
         self.until(lambda: self.state() == "done")

@@ -1,9 +1,9 @@
 """Another network in the same file: it takes over under load, or it does not and says so."""
 
+import contextlib
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks.launch import ServerProcess, serve
 from server.keys import new_key
-from tests.conftest import MODEL, Sample
+from tests.conftest import MODEL, Sample, until
 from tests.server.test_load import figures
 from tests.server.test_problems import assert_problem
 from tests.server.test_segment import read_png
@@ -71,6 +71,7 @@ def test_networks_change_under_load_and_are_never_mixed(site: Site, photos: list
     other = inverted("turned")
     url = f"{site.server.url}/segment?format=json&mask=png&size=model&threshold=0.5"
     stop = threading.Event()
+    ledgers: list[list[tuple[str, int]]] = [[] for _ in range(4)]
 
     def area(client: httpx.Client, photo: Sample) -> tuple[str, int]:
         answer = client.post(url, content=photo.data)
@@ -78,29 +79,33 @@ def test_networks_change_under_load_and_are_never_mixed(site: Site, photos: list
         card = answer.json()
         return card["model"]["version"], card["lesion"]["area"]
 
-    def keep_sending(photo: Sample) -> list[tuple[str, int]]:
-        answers = []
+    def keep_sending(photo: Sample, answers: list[tuple[str, int]]) -> None:
         with httpx.Client(headers=site.headers, timeout=60) as client:
             while not stop.is_set():
                 answers.append(area(client, photo))
-        return answers
 
-    with ThreadPoolExecutor(4) as clients:
-        sending = [clients.submit(keep_sending, photo) for photo in photos[:4]]
-        time.sleep(0.5)
+    def all_have(version: str) -> bool:
+        return all(version in {name for name, _ in answers} for answers in ledgers)
+
+    with ThreadPoolExecutor(4) as clients, contextlib.ExitStack() as stack:
+        stack.callback(stop.set)
+        sending = [
+            clients.submit(keep_sending, photo, answers)
+            for photo, answers in zip(photos, ledgers, strict=False)
+        ]
+        until(lambda: all_have(first))
         site.model.write_bytes(other)
         answer = site.reload()
         assert answer.status_code == 200
         assert answer.json()["version"] == "turned"
-        time.sleep(1)
+        until(lambda: all_have("turned"))
         shutil.copy(MODEL, site.model)
         site.server.process.send_signal(signal.SIGHUP)
-        give_up = time.perf_counter() + 30
-        while site.version() != first and time.perf_counter() < give_up:
-            time.sleep(0.05)
-        time.sleep(0.5)
+        until(lambda: site.version() == first)
+        until(lambda: all(answers[-1][0] == first for answers in ledgers))
         stop.set()
-        ledgers = [future.result() for future in sending]
+        for future in sending:
+            future.result()
 
     for ledger in ledgers:
         versions = [version for version, _ in ledger]
@@ -130,10 +135,7 @@ def test_a_network_that_cannot_serve_leaves_the_one_before(
     )
     assert answer.status_code == 200
     assert read_png(answer.content).any()
-    give_up = time.perf_counter() + 30
-    while figures(site.server)["slsnet_reloads_total"] < failed + 2:
-        assert time.perf_counter() < give_up
-        time.sleep(0.05)
+    until(lambda: figures(site.server)["slsnet_reloads_total"] >= failed + 2)
     assert site.version() == before
     assert "cannot load" in site.server.log()
     shutil.copy(MODEL, site.model)
