@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+from model.files import write_atomically
 from trt_build import layers as layer_reports
 from trt_build.convert import AttentionForm, ConversionError, convert, default_attention
 from trt_build.device import NoGpuError, current_gpu
@@ -21,7 +22,6 @@ from trt_build.plan import (
     Precision,
     check_buckets,
     file_sha256,
-    write_atomically,
 )
 from trt_build.tensorrt_api import TensorRT, TensorRTError, find_tensorrt, plan_key
 

@@ -18,7 +18,8 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from trt_build.plan import file_sha256, write_atomically
+from model.files import write_atomically
+from trt_build.plan import file_sha256
 from trt_build.samples import Sample, batches, load_samples
 
 PERCENTILE = 99.99

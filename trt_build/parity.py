@@ -21,9 +21,10 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from model.files import write_atomically
 from model.image import lesion_mask, unpack_mask
 from model.metrics import count, jaccard
-from trt_build.plan import Precision, write_atomically
+from trt_build.plan import Precision
 from trt_build.samples import REFERENCE, Sample, batches, load_samples
 
 GENERATED = "generated lesions"

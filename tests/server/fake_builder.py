@@ -14,7 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
-from trt_build.plan import Layer, PlanInfo, PlanKey, write_atomically
+from model.files import replacing, write_atomically
+from trt_build.plan import Layer, PlanInfo, PlanKey
 
 KEY = PlanKey("0" * 64, "tensorrt 11.4.0", "9.0", "fp16", (1, 2, 4))
 CONTENT = b"an engine " * 10_000
@@ -53,9 +54,9 @@ def main() -> int:
     if behaviour == "slow":
         time.sleep(1.5)
     if behaviour == "dies half-way":
-        engine.with_name(f".{engine.name}.half").write_bytes(CONTENT[:1000])
-        engine.write_bytes(CONTENT[:1000])
-        os.kill(os.getpid(), signal.SIGKILL)
+        with replacing(engine) as temporary:
+            temporary.write_bytes(CONTENT[:1000])
+            os.kill(os.getpid(), signal.SIGKILL)
     if behaviour == "disk full":
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
