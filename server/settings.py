@@ -6,9 +6,9 @@ its fields.
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
@@ -17,7 +17,14 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from model.image import DEFAULT_MAX_PIXELS
 from trt_build.plan import Precision
 
-__all__ = ["Settings", "available_cores", "read_settings", "settings_table"]
+__all__ = [
+    "Settings",
+    "add_flags",
+    "available_cores",
+    "read_settings",
+    "settings_of",
+    "settings_table",
+]
 
 _PREFIX = "SLSNET_"
 SHIPPED_MODEL = Path("model/weights/slsnet.onnx")
@@ -208,12 +215,22 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
         epilog="Each flag can also be given as the environment variable shown beside it; the flag"
         " wins.",
     )
+    add_flags(parser, Settings.model_fields)
+    return settings_of(parser, vars(parser.parse_args(arguments)))
+
+
+def add_flags(parser: argparse.ArgumentParser, names: Container[str]) -> None:
+    """Flags for the settings called `names`; what is not given is not in the parsed namespace."""
     for flag, variable, default, description in settings_table():
-        help_text = f"{description} (default {default}, {variable})".replace("%", "%%")
-        parser.add_argument(
-            flag, help=help_text, metavar="VALUE", default=argparse.SUPPRESS, dest=_field(flag)
-        )
-    given = vars(parser.parse_args(arguments))
+        if (name := flag.removeprefix("--").replace("-", "_")) in names:
+            help_text = f"{description} (default {default}, {variable})".replace("%", "%%")
+            parser.add_argument(
+                flag, help=help_text, metavar="VALUE", default=argparse.SUPPRESS, dest=name
+            )
+
+
+def settings_of(parser: argparse.ArgumentParser, given: dict[str, Any]) -> Settings:
+    """Settings from parsed flags, then the environment; exits with 2 if a value is out of range."""
     try:
         return Settings(**given)
     except ValidationError as error:
@@ -241,7 +258,3 @@ def settings_table() -> list[tuple[str, str, str, str]]:
         )
         for name, field in Settings.model_fields.items()
     ]
-
-
-def _field(flag: str) -> str:
-    return flag.removeprefix("--").replace("-", "_")

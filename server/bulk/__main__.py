@@ -1,0 +1,149 @@
+"""`python -m server.bulk SRC DST`: masks and a table for an archive of photos."""
+
+import argparse
+import sqlite3
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from server.backends import BackendError, BackendInfo
+from server.bulk.ledger import MASKS, STATE, TABLE, Ledger, Row
+from server.bulk.local import this_machine
+from server.bulk.progress import Progress
+from server.bulk.segmenter import Options
+from server.bulk.sources import SUFFIXES, BulkError, Source, open_source
+from server.logs import configure
+from server.settings import Settings, add_flags, settings_of
+
+# Those of the service that are not about HTTP.
+_SETTINGS = (
+    "model",
+    "backend",
+    "precision",
+    "engine_dir",
+    "threads",
+    "decode_threads",
+    "max_batch",
+    "max_body_bytes",
+    "max_pixels",
+    "max_pixels_decoding",
+    "log_format",
+    "log_level",
+)
+
+_DESCRIPTION = f"""
+Segment an archive of photos of any length: SRC is a folder, with those below it, or a manifest (a
+path a line, or a .csv or .tsv with a column called path; relative paths are below its folder). DST
+gets {MASKS}/, with a 1-bit PNG for each photo under the photo's own path, and {TABLE}, with a line
+for each.
+"""
+
+_EPILOG = f"""
+Stopped or killed, the same command goes on where it was: photos that are done are not run again,
+but if their file has changed, their mask is gone, or they failed for no fault of their own. What is
+done is kept in {STATE}. Exit code: 0 if every photo has its mask, 1 if some have none, 2 if the run
+could not be done, 128 + the signal's number if one stopped it.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run, or go on; gives the process's exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m server.bulk", description=_DESCRIPTION, epilog=_EPILOG
+    )
+    parser.add_argument("source", type=Path, metavar="SRC", help="a folder or a manifest")
+    parser.add_argument("results", type=Path, metavar="DST", help="the folder of results")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=0.5,
+        metavar="VALUE",
+        help="probability above which a pixel is lesion (default 0.5)",
+    )
+    parser.add_argument(
+        "--clean",
+        action="store_true",
+        help="leave only the largest region of a mask, without its holes",
+    )
+    add_flags(parser, _SETTINGS)
+    given = vars(parser.parse_args(arguments))
+    source, results = given.pop("source"), given.pop("results")
+    options = Options(given.pop("threshold"), given.pop("clean"))
+    if not 0 <= options.threshold <= 1:
+        parser.error(f"--threshold is a probability, 0 to 1, got {options.threshold:g}")
+    settings = settings_of(parser, given)
+    configure(settings.log_level, settings.log_format)
+    try:
+        return _run(settings, options, source, results)
+    except (BulkError, BackendError) as error:
+        print(f"error: {error}", file=sys.stderr)
+    except sqlite3.Error as error:
+        print(f"error: {results / STATE} cannot be written: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"error: {error.filename or results}: {error.strerror}", file=sys.stderr)
+    return 2
+
+
+def _run(settings: Settings, options: Options, source_path: Path, results: Path) -> int:
+    source = open_source(source_path, results)
+    with (
+        Ledger(results) as ledger,
+        this_machine(settings, options, source.root, ledger.masks) as place,
+    ):
+        _take_stock(ledger, source, place.info, options)
+        counts = ledger.counts()
+        progress = Progress(counts.listed, counts.done, counts.unsuccessful)
+
+        def record(path: str, row: Row) -> None:
+            ledger.record([(path, row)])
+            progress.add(successful=row.status == "ok")
+
+        try:
+            stopped_by = place.run(ledger.pending(), record)
+        finally:
+            progress.end()
+            ledger.write_table()
+        return _conclude(ledger, stopped_by)
+
+
+def _take_stock(ledger: Ledger, source: Source, info: BackendInfo, options: Options) -> None:
+    """List what is to be done."""
+    weights = info.model.get("weights_sha256")
+    if not weights:
+        raise BulkError(
+            "The network does not say which it is (weights_sha256 in its metadata), so results of"
+            " it could not be told from another's. Export it with `python -m model.export`."
+        )
+    ledger.begin(source=source.identity, weights_sha256=weights, **asdict(options))
+    print(f"listing {source.identity}", file=sys.stderr)
+    repeated = ledger.list(source.photos())
+    if repeated:
+        print(f"{repeated} paths were listed more than once, each is run once", file=sys.stderr)
+    if others := source.passed_over:
+        kinds = ", ".join(suffix or "no suffix" for suffix, _ in others.most_common(5))
+        print(f"{others.total()} other files are passed over ({kinds})", file=sys.stderr)
+    if not ledger.counts().listed:
+        raise BulkError(
+            f"{source.identity} has no photos. Of a folder, files are taken that end in"
+            f" {', '.join(SUFFIXES)}."
+        )
+
+
+def _conclude(ledger: Ledger, stopped_by: int) -> int:
+    counts = ledger.counts()
+    print(f"{counts.done - counts.unsuccessful} masks in {ledger.masks}", file=sys.stderr)
+    if counts.unsuccessful:
+        print(
+            f"{counts.unsuccessful} of {counts.listed} photos failed, {ledger.table} says why",
+            file=sys.stderr,
+        )
+    if stopped_by:
+        left = counts.listed - counts.done
+        print(f"stopped, {left} photos are left: the same command goes on", file=sys.stderr)
+        return 128 + stopped_by
+    return 1 if counts.unsuccessful else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,309 @@
+"""What is done and what is not, in a database beside the masks that a kill cannot tear.
+
+A photo is marked as done by one transaction, after its mask is on the disk. Killed in between, it
+is run again and its mask replaced by the same one. The table is written from here, whole.
+"""
+
+import csv
+import os
+import re
+import sqlite3
+from collections.abc import Iterable, Iterator
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from model.files import replacing
+from server.bulk.sources import BulkError, Listed
+
+__all__ = ["Counts", "Ledger", "Row", "Task"]
+
+MASKS = "masks"
+TABLE = "table.csv"
+STATE = "state.sqlite"
+
+_VERSION = 1
+
+# Listed in one transaction: one each is slow, all of them at once would need their whole size
+# again in the journal.
+_AT_ONCE = 10_000
+_PAGE = 1000
+
+# As `model.files.replacing` calls them.
+_LEFTOVER = re.compile(r"\..+\.png\.[a-z0-9_]{8}\.png")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A photo to be run."""
+
+    path: str
+    """As it is listed."""
+    mask: str
+    """Where its mask goes, below the folder of masks."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of one photo; numbers are None where there is no mask, or no lesion in it."""
+
+    status: Literal["ok", "unusable", "failed"]
+    """`unusable` is the photo's own fault and stays so until its file changes; `failed` (it could
+    not be read or its mask not written, or the network failed) is tried again the next time."""
+    error: str = ""
+    width: int | None = None
+    """Pixels, of photo and mask."""
+    height: int | None = None
+    area: int | None = None
+    """Pixels above the threshold."""
+    area_fraction: float | None = None
+    box_x: int | None = None
+    box_y: int | None = None
+    box_width: int | None = None
+    box_height: int | None = None
+    centroid_x: float | None = None
+    centroid_y: float | None = None
+    mean_probability: float | None = None
+    """Of the pixels above the threshold, at the network's 128×128."""
+    max_probability: float | None = None
+    backend: str | None = None
+    precision: str | None = None
+    milliseconds: float | None = None
+    """Of work on this photo; what a batch took is shared by its photos."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Photos."""
+
+    listed: int
+    done: int
+    """Of those: run already, well or not."""
+    unsuccessful: int
+    """Of the done: without a mask."""
+
+
+_ROW = [field.name for field in fields(Row)]
+
+_SCHEMA = f"""
+CREATE TABLE settings (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE photos (
+    path BLOB PRIMARY KEY, mask BLOB NOT NULL UNIQUE, size INTEGER, modified_ns INTEGER,
+    {", ".join(_ROW)}
+) WITHOUT ROWID;
+CREATE INDEX pending ON photos (path) WHERE status IS NULL;
+CREATE INDEX unsuccessful ON photos (status) WHERE status IN ('unusable', 'failed');
+"""
+
+
+class Ledger:
+    """The state of one `DST`, which nobody else can open meanwhile."""
+
+    def __init__(self, folder: Path) -> None:
+        """Args:
+        folder: `DST`; made where it is missing.
+
+        Raises:
+            BulkError: it holds other things, or another process works on it.
+        """
+        self.folder = folder
+        self.masks = folder / MASKS
+        self.table = folder / TABLE
+        state = folder / STATE
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not state.exists() and any(folder.iterdir()):
+                raise BulkError(
+                    f"{folder} holds files, but no {STATE} of an earlier run. Choose a folder that"
+                    " is empty or not there yet: nothing of yours shall be overwritten."
+                )
+            self.masks.mkdir(exist_ok=True)
+        except OSError as error:
+            raise BulkError(f"{error.filename}: {error.strerror}") from error
+        self._database = sqlite3.connect(state, timeout=1, isolation_level=None)
+        try:
+            self._open()
+        except sqlite3.Error as error:
+            self._database.close()
+            if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+                raise BulkError(f"Another process is at work on {folder}: let it end.") from error
+            raise BulkError(f"{state} cannot be used: {error}.") from error
+        except BulkError:
+            self._database.close()
+            raise
+
+    def _open(self) -> None:
+        # For one process at a time, also where a file system shares no memory. Synchronous as far
+        # as a kill goes; a power cut may cost the last rows, which are then run again.
+        for setting in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = NORMAL"):
+            self._database.execute(f"PRAGMA {setting}")
+        (version,) = self._database.execute("PRAGMA user_version").fetchone()
+        if version == 0:
+            self._database.executescript(
+                f"BEGIN EXCLUSIVE; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;"
+            )
+        elif version != _VERSION:
+            raise BulkError(
+                f"{self.folder} was written by another version of this program. Choose a new"
+                " folder, or finish with that version."
+            )
+        # Whether somebody else has it is known once it is written to.
+        self._database.execute("BEGIN EXCLUSIVE")
+        self._database.execute("COMMIT")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let others have it."""
+        self._set("running", 0)
+        self._database.close()
+
+    def begin(self, **wanted: Any) -> None:
+        """Start, or go on with, a run of these settings, such as `threshold=0.5`.
+
+        Raises:
+            BulkError: what is there was made with others.
+        """
+        for name, value in wanted.items():
+            found = self._get(name)
+            if found is not None and found != value:
+                raise BulkError(
+                    f"{self.folder} has results for {name} {found}, and this run is for {value}."
+                    " Choose another folder, or delete that one to start anew."
+                )
+        for name, value in wanted.items():
+            self._set(name, value)
+        if self._get("running"):
+            self._remove_leftovers()
+        self._set("running", 1)
+
+    def _remove_leftovers(self) -> None:
+        """What a killed process was about to write."""
+        for parent, _, names in os.walk(self.masks):
+            for name in filter(_LEFTOVER.fullmatch, names):
+                Path(parent, name).unlink(missing_ok=True)
+
+    def list(self, photos: Iterable[Listed]) -> int:
+        """Take in what there is to do; gives how many photos were named more than once.
+
+        Run again will be those that failed, and those whose file has changed or whose mask is gone.
+
+        Raises:
+            BulkError: two photos would have the same mask.
+        """
+        repeated = 0
+        execute = self._database.execute
+        execute("DELETE FROM photos WHERE status IS NULL OR status = 'failed'")
+        execute("BEGIN")
+        try:
+            for index, photo in enumerate(photos):
+                repeated += not self._list(photo)
+                if index % _AT_ONCE == _AT_ONCE - 1:
+                    execute("COMMIT")
+                    execute("BEGIN")
+        finally:
+            execute("COMMIT")
+        return repeated
+
+    def _list(self, photo: Listed) -> bool:
+        """Whether it was not listed yet in this run, as far as can be told."""
+        path = os.fsencode(photo.path)
+        mask = mask_path(photo.path)
+        found = self._database.execute(
+            "SELECT status, size, modified_ns FROM photos WHERE path = ?", (path,)
+        ).fetchone()
+        if found is None:
+            try:
+                self._database.execute(
+                    "INSERT INTO photos (path, mask, size, modified_ns) VALUES (?, ?, ?, ?)",
+                    (path, os.fsencode(mask), photo.size, photo.modified_ns),
+                )
+            except sqlite3.IntegrityError as error:
+                raise self._same_mask(photo.path, mask) from error
+            return True
+        status, *stamp = found
+        if status is None:
+            return False
+        if stamp != [photo.size, photo.modified_ns] or (
+            status == "ok" and not (self.masks / mask).is_file()
+        ):
+            self._database.execute(
+                "UPDATE photos SET status = NULL, size = ?, modified_ns = ? WHERE path = ?",
+                (photo.size, photo.modified_ns, path),
+            )
+        return True
+
+    def _same_mask(self, path: str, mask: str) -> BulkError:
+        (other,) = self._database.execute(
+            "SELECT path FROM photos WHERE mask = ?", (os.fsencode(mask),)
+        ).fetchone()
+        return BulkError(
+            f"{os.fsdecode(other)} and {path} would both have {MASKS}/{mask}. Rename one of them,"
+            " or list them in manifests of their own, with a folder of results for each."
+        )
+
+    def pending(self) -> Iterator[Task]:
+        """What is to be run, in the order of the paths; rows may be recorded meanwhile."""
+        last = b""
+        while page := self._database.execute(
+            "SELECT path, mask FROM photos WHERE status IS NULL AND path > ? ORDER BY path LIMIT ?",
+            (last, _PAGE),
+        ).fetchall():
+            for path, mask in page:
+                yield Task(os.fsdecode(path), os.fsdecode(mask))
+            last = page[-1][0]
+
+    def record(self, done: Iterable[tuple[str, Row]]) -> None:
+        """Mark photos as done, all or none of them: path and what came of it."""
+        self._database.execute("BEGIN")
+        self._database.executemany(
+            f"UPDATE photos SET {', '.join(f'{name} = ?' for name in _ROW)} WHERE path = ?",
+            ((*astuple(row), os.fsencode(path)) for path, row in done),
+        )
+        self._database.execute("COMMIT")
+
+    def counts(self) -> Counts:
+        """How far it is."""
+        listed, pending, unsuccessful = (
+            self._database.execute(f"SELECT count(*) FROM photos {condition}").fetchone()[0]
+            for condition in (
+                "",
+                "WHERE status IS NULL",
+                "WHERE status IN ('unusable', 'failed')",
+            )
+        )
+        return Counts(listed, listed - pending, unsuccessful)
+
+    def write_table(self) -> None:
+        """Every photo once, by path; `status` is pending where it has not been run."""
+        rows = self._database.execute(
+            f"SELECT path, mask, {', '.join(_ROW)} FROM photos ORDER BY path"
+        )
+        constant = ("weights_sha256", "threshold", "clean")
+        columns = ["path", "mask", *_ROW, *constant]
+        values = [self._get(name) for name in constant]
+        with (
+            replacing(self.table) as temporary,
+            temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+        ):
+            table = csv.writer(file, lineterminator="\n")
+            table.writerow(columns)
+            for path, mask, status, *row in rows:
+                found = f"{MASKS}/{os.fsdecode(mask)}" if status == "ok" else None
+                table.writerow([os.fsdecode(path), found, status or "pending", *row, *values])
+
+    def _get(self, name: str) -> Any:
+        row = self._database.execute(
+            "SELECT value FROM settings WHERE name = ?", (name,)
+        ).fetchone()
+        return row and row[0]
+
+    def _set(self, name: str, value: Any) -> None:
+        self._database.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", (name, value))
+
+
+def mask_path(path: str) -> str:
+    """A photo's path below the folder of masks, as that of a PNG."""
+    # Not with pathlib, which keeps every part of a path for a while.
+    return os.path.splitext(path.lstrip("/"))[0] + ".png"  # noqa: PTH122

@@ -1,0 +1,78 @@
+"""All the work on this machine."""
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from server.backends import BackendInfo
+from server.bulk.ledger import Row, Task
+from server.bulk.segmenter import Options, Segmenter
+from server.settings import Settings
+
+__all__ = ["Place", "Record", "this_machine"]
+
+Record = Callable[[str, Row], None]
+"""Called with a photo's path and row as soon as they are there."""
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where photos are segmented."""
+
+    info: BackendInfo
+    """What runs the network there."""
+    run: Callable[[Iterator[Task], Record], int]
+    """Run the tasks, some at a time, gone through as there is room for more. Gives 0, or the signal
+    that stopped it: what was at work is finished then, and a second signal ends the process.
+    Raises BulkError where the network fails on every photo."""
+
+
+@contextlib.contextmanager
+def this_machine(settings: Settings, options: Options, root: Path, masks: Path) -> Iterator[Place]:
+    """The network loaded here; arguments are those of `Segmenter`.
+
+    Raises:
+        BackendError: it cannot be loaded.
+    """
+    segmenter = Segmenter(settings, options, root, masks)
+    with asyncio.Runner() as runner:
+        try:
+            info = runner.run(segmenter.open())
+            yield Place(info, lambda tasks, record: runner.run(_run(segmenter, tasks, record)))
+        finally:
+            runner.run(segmenter.close())
+
+
+async def _run(segmenter: Segmenter, tasks: Iterator[Task], record: Record) -> int:
+    loop = asyncio.get_running_loop()
+    stopped_by = 0
+
+    def stop(number: int) -> None:
+        nonlocal stopped_by
+        stopped_by = number
+        for each in _SIGNALS:
+            loop.remove_signal_handler(each)
+
+    async def work() -> None:
+        for task in tasks:
+            record(task.path, await segmenter.segment(task))
+            if stopped_by:
+                break
+
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, stop, number)
+    workers = [asyncio.create_task(work()) for _ in range(segmenter.at_work)]
+    try:
+        await asyncio.gather(*workers)
+    finally:
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)
+        for worker in workers:
+            worker.cancel()
+        await asyncio.wait(workers)
+    return stopped_by

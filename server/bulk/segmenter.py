@@ -1,0 +1,172 @@
+"""A photo's file → its mask's file and its row, with the server's decoding, batching and network.
+
+At most one photo's bytes for each thread are held, and pixels of 128×128 for those that wait.
+"""
+
+import errno
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.files import write_atomically
+from model.image import ImageError, Photo, encode_png, lesion_mask, read_photo
+from model.regions import largest_region
+from server.backends import BackendInfo
+from server.bulk.ledger import Row, Task
+from server.bulk.sources import BulkError
+from server.loading import Loader
+from server.masks import measure
+from server.metrics import Metrics
+from server.problems import InferenceFailed
+from server.service import Service
+from server.settings import Settings
+from server.uploads import PixelBudget
+
+__all__ = ["Options", "Segmenter"]
+
+# Errors of writing that the next mask would have as well.
+_ALL_FAIL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What makes a mask of a probability."""
+
+    threshold: float
+    """Probability above which a pixel is lesion."""
+    clean: bool
+    """Whether only the largest region is left, without its holes."""
+
+
+class Segmenter:
+    """The network, loaded once, for one event loop.
+
+    Args:
+        settings: those of the service that are not about HTTP.
+        options: what makes a mask of a probability.
+        root: what the photos' paths are below.
+        masks: what the masks' paths are below.
+    """
+
+    def __init__(self, settings: Settings, options: Options, root: Path, masks: Path) -> None:
+        self._service = Service(settings, Metrics())
+        self._loader = Loader(self._service)
+        self._pixels = PixelBudget(settings.max_pixels_decoding)
+        self._options = options
+        self._root = root
+        self._masks = masks
+
+    async def open(self) -> BackendInfo:
+        """Load the network and warm it up.
+
+        Raises:
+            BackendError: it cannot be loaded.
+        """
+        return await self._loader.load()
+
+    async def close(self) -> None:
+        """Finish what is at work, then give everything back."""
+        await self._loader.close()
+        await self._service.close()
+
+    @property
+    def at_work(self) -> int:
+        """Photos to be worked on at a time: some are decoded while a batch of others runs."""
+        info, settings = self._service.backend, self._service.settings
+        threads = settings.decode_threads or settings.cores
+        return max(2 * (settings.max_batch or info.max_batch) * info.slots, 2 * threads)
+
+    async def segment(self, task: Task) -> Row:
+        """Whatever is wrong with the photo is told in its row.
+
+        Raises:
+            BulkError: the network fails on every photo.
+        """
+        service = self._service
+        try:
+            photo, decode_s = await service.in_thread(self._read, self._root / task.path)
+            (inference,), backend = await service.infer(
+                [photo.pixels], deadline=math.inf, is_gone=lambda: False, bulk=False
+            )
+            infer_s = (inference.ended - inference.started) / inference.batch_size
+            return await service.in_thread(
+                self._finish, task, photo, inference.probability, backend, decode_s + infer_s
+            )
+        except ImageError as error:
+            return Row("unusable", str(error))
+        except OSError as error:
+            return Row("failed", error.strerror or repr(error))
+        except ValueError as error:
+            # A path that no file can have, such as one with a NUL in it.
+            return Row("failed", str(error))
+        except InferenceFailed:
+            if service.is_failing:
+                raise BulkError("The network fails on every photo, the log says why.") from None
+            return Row("failed", "the network failed on this photo, in its batch and alone")
+
+    def _read(self, path: Path) -> tuple[Photo, float]:
+        """In a thread: the photo, and the seconds that it took."""
+        started = time.perf_counter()
+        settings = self._service.settings
+        if not path.is_file():
+            raise FileNotFoundError(0, "there is no such file" if not path.exists() else "no file")
+        with path.open("rb") as file:
+            data = file.read(settings.max_body_bytes + 1)
+        if len(data) > settings.max_body_bytes:
+            raise ImageError(
+                f"The file has more than {settings.max_body_bytes} bytes, look at --max-body-bytes."
+            )
+        photo = read_photo(data, max_pixels=settings.max_pixels, room=self._pixels.room)
+        return photo, time.perf_counter() - started
+
+    def _finish(
+        self,
+        task: Task,
+        photo: Photo,
+        probability: NDArray[np.float32],
+        backend: BackendInfo,
+        seconds: float,
+    ) -> Row:
+        """In a thread: write the mask, and measure it."""
+        started = time.perf_counter()
+        width, height = photo.width, photo.height
+        threshold = self._options.threshold
+        if self._options.clean:
+            probability = largest_region(probability, threshold)
+        packed = lesion_mask(probability, width, height, threshold)
+        lesion = measure(packed, width)
+        mask = self._masks / task.mask
+        png = encode_png(packed, width, height)
+        try:
+            mask.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(mask, png)
+        except OSError as error:
+            if error.errno in _ALL_FAIL:
+                raise BulkError(f"No mask can be written: {error.strerror}.") from error
+            raise
+        inside = probability[probability > threshold]
+        x, y, box_width, box_height = lesion.bounding_box or (None,) * 4
+        centroid_x, centroid_y = lesion.centroid or (None, None)
+        return Row(
+            "ok",
+            "",
+            width,
+            height,
+            lesion.area,
+            float(f"{lesion.area / (width * height):.4g}"),
+            x,
+            y,
+            box_width,
+            box_height,
+            centroid_x and round(centroid_x, 2),
+            centroid_y and round(centroid_y, 2),
+            round(float(inside.mean()), 4) if inside.size else None,
+            round(float(probability.max()), 4),
+            backend.name,
+            backend.precision,
+            round(1000 * (seconds + time.perf_counter() - started), 1),
+        )

@@ -1,0 +1,142 @@
+"""Which photos there are: a folder's, or those that a manifest lists; of any number."""
+
+import csv
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+__all__ = ["SUFFIXES", "BulkError", "Listed", "Source", "open_source"]
+
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".tif", ".tiff", ".bmp")
+"""Of files that are taken from a folder, in any case; a manifest's are taken whatever they are."""
+
+_TABLES = {".csv": ",", ".tsv": "\t"}
+
+
+class BulkError(Exception):
+    """Nothing can be done, or no more; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A photo of the source."""
+
+    path: str
+    """Below the source's folder where it lies there, else absolute. With surrogates where a name
+    is not UTF-8 (PEP 383)."""
+    size: int | None
+    """Bytes; None where there is no such file."""
+    modified_ns: int | None
+
+
+class Source:
+    """A folder or a manifest, gone through without holding all of it."""
+
+    def __init__(self, root: Path, manifest: Path | None, results: Path) -> None:
+        """Args:
+        root: absolute; what relative paths are below.
+        manifest: its file, or None for all that lies in `root`.
+        results: absolute; where no photo may lie.
+        """
+        self.root = root
+        self.manifest = manifest
+        self._results = results
+        self.passed_over: Counter[str] = Counter()
+        """Files of a folder that are not photos, by suffix."""
+
+    @property
+    def identity(self) -> str:
+        """What makes it the same source the next time."""
+        return str(self.manifest or self.root)
+
+    def photos(self) -> Iterator[Listed]:
+        """Each photo; one that a manifest names twice comes twice.
+
+        Raises:
+            BulkError: the manifest or a folder cannot be read, or a photo lies among the results.
+        """
+        try:
+            if self.manifest is None:
+                yield from self._walk()
+            else:
+                yield from map(self._named, _entries(self.manifest))
+        except OSError as error:
+            raise BulkError(f"{error.filename or self.identity}: {error.strerror}") from error
+        except csv.Error as error:
+            raise BulkError(f"{self.manifest} is not a table: {error}") from error
+
+    def _walk(self) -> Iterator[Listed]:
+        self.passed_over.clear()
+        folders = [self.root]
+        while folders:
+            with os.scandir(folders.pop()) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(Path(entry.path))
+                    elif not entry.is_dir():
+                        # Links to folders are not followed: they may lead round in circles.
+                        suffix = PurePath(entry.name).suffix.lower()
+                        if suffix in SUFFIXES:
+                            yield self._found(Path(entry.path))
+                        else:
+                            self.passed_over[suffix] += 1
+
+    def _named(self, entry: str) -> Listed:
+        path = Path(os.path.normpath(self.root / entry))
+        if path.is_relative_to(self._results):
+            raise BulkError(
+                f"{path} lies in {self._results}, where the results go. Choose another folder for"
+                " them."
+            )
+        return self._found(path)
+
+    def _found(self, path: Path) -> Listed:
+        name = str(path.relative_to(self.root) if path.is_relative_to(self.root) else path)
+        try:
+            status = path.stat()
+        except (OSError, ValueError):
+            # Told in its row, when it is its turn.
+            return Listed(name, None, None)
+        return Listed(name, status.st_size, status.st_mtime_ns)
+
+
+def open_source(path: Path, results: Path) -> Source:
+    """`SRC` and `DST` of the command line.
+
+    Raises:
+        BulkError: the source is neither a folder nor a file, or the one lies in the other.
+    """
+    into = results.resolve()
+    if path.is_dir():
+        root = path.resolve()
+        if into.is_relative_to(root) or root.is_relative_to(into):
+            raise BulkError(
+                f"{path} and {results} lie one in the other: masks would be taken for photos the"
+                " next time. Choose a folder for the results that is apart from the photos."
+            )
+        return Source(root, None, into)
+    if path.is_file():
+        root = path.parent.resolve()
+        return Source(root, root / path.name, into)
+    raise BulkError(f"{path} is neither a folder of photos nor a manifest: there is no such file.")
+
+
+def _entries(manifest: Path) -> Iterator[str]:
+    """A path a line, or a table's column `path`."""
+    delimiter = _TABLES.get(manifest.suffix.lower())
+    with manifest.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        if delimiter is None:
+            yield from filter(None, (line.rstrip("\r\n") for line in lines))
+            return
+        table = csv.DictReader(lines, delimiter=delimiter, strict=True)
+        columns = table.fieldnames or []
+        if "path" not in columns:
+            raise BulkError(
+                f"{manifest} has no column called path; its first line has: {', '.join(columns)}."
+                " Rename the column with the photos' paths."
+            )
+        yield from filter(None, (row["path"] for row in table))

@@ -1,0 +1,485 @@
+"""`python -m server.bulk`: a mask and a line for every photo, whatever happens on the way."""
+
+import contextlib
+import csv
+import errno
+import gc
+import logging
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Iterator
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from model.image import lesion_mask, read_photo, unpack_mask
+from model.regions import largest_region
+from server.backends import Backend, BackendInfo
+from server.bulk import segmenter
+from server.bulk.__main__ import main
+from server.bulk.ledger import Ledger, Task
+from server.bulk.progress import Progress
+from server.bulk.sources import Listed
+from server.masks import measure
+from tests.conftest import MODEL, ROOT, Offline, Sample
+from tests.lesions import encode_photo, lesion_photo
+
+Table = dict[str, dict[str, str]]
+
+
+@pytest.fixture(scope="module")
+def small_photos() -> list[bytes]:
+    """As photos come, but small."""
+    formats = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
+    return [
+        encode_photo(lesion_photo(seed, 160 + seed, 120).pixels, formats[seed % 5])
+        for seed in range(10)
+    ]
+
+
+@pytest.fixture
+def archive(tmp_path: Path, small_photos: list[bytes]) -> Path:
+    """Ten photos in folders below one."""
+    folder = tmp_path / "archive"
+    for index, photo in enumerate(small_photos):
+        write(folder / f"{'abc'[index % 3]}/{index % 2}/photo {index}.JPG", photo)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_log_level() -> Iterator[None]:
+    level = logging.getLogger("slsnet").level
+    yield
+    logging.getLogger("slsnet").setLevel(level)
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def bulk(source: Path, results: Path, *flags: str) -> int:
+    """With one thread: tests may have the machine in common with others."""
+    return main([str(source), str(results), "--threads", "1", *flags])
+
+
+def start(source: Path, results: Path) -> subprocess.Popen[bytes]:
+    arguments = [sys.executable, "-m", "server.bulk", str(source), str(results), "--threads", "1"]
+    return subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE)
+
+
+def table(results: Path) -> Table:
+    """Lines by path; every path once."""
+    with (results / "table.csv").open(encoding="utf-8", errors="surrogateescape", newline="") as f:
+        lines = list(csv.DictReader(f))
+    by_path = {line["path"]: line for line in lines}
+    assert len(by_path) == len(lines)
+    return by_path
+
+
+def masks(results: Path) -> dict[str, int]:
+    """Files below `masks/`, and when each was written."""
+    folder = results / "masks"
+    return {
+        str(path.relative_to(results)): path.stat().st_mtime_ns
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def recorded(results: Path) -> set[str]:
+    """Paths that are done, as a killed process left them."""
+    with contextlib.closing(sqlite3.connect(results / "state.sqlite")) as state:
+        rows = state.execute("SELECT path FROM photos WHERE status IS NOT NULL").fetchall()
+    return {os.fsdecode(path) for (path,) in rows}
+
+
+def test_a_mask_and_a_line_for_every_photo(
+    archive: Path, tmp_path: Path, offline: Offline, capfd: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "results"
+    write(archive / "notes.txt", b"not a photo")
+    write(archive / ".hidden.jpg", b"not a photo")
+    before = {path: path.stat().st_mtime_ns for path in archive.rglob("*")}
+
+    assert bulk(archive, results) == 0
+
+    lines = table(results)
+    photos = [path for path in archive.rglob("*.JPG") if path.is_file()]
+    assert set(lines) == {str(path.relative_to(archive)) for path in photos}
+    for path in photos:
+        line = lines[str(path.relative_to(archive))]
+        expected = offline.mask(path.read_bytes())
+        assert line["mask"] == f"masks/{path.relative_to(archive).with_suffix('.png')}"
+        with Image.open(results / line["mask"]) as mask:
+            assert mask.mode == "1"
+            found = np.asarray(mask)
+        # The network's sums round otherwise in another batch.
+        assert np.count_nonzero(found != expected) <= 2
+        assert (line["status"], line["error"]) == ("ok", "")
+        lesion = measure(np.packbits(found, axis=1), found.shape[1])
+        box = lesion.bounding_box or ("",) * 4
+        assert (int(line["height"]), int(line["width"])) == found.shape
+        assert int(line["area"]) == lesion.area
+        assert float(line["area_fraction"]) == pytest.approx(lesion.area / found.size, rel=1e-3)
+        names = ("box_x", "box_y", "box_width", "box_height")
+        assert tuple(line[name] for name in names) == tuple(map(str, box))
+        if lesion.area:
+            centroid = float(line["centroid_x"]), float(line["centroid_y"])
+            assert centroid == pytest.approx(lesion.centroid, abs=0.01)
+            assert 0.5 < float(line["mean_probability"]) <= float(line["max_probability"]) <= 1
+        assert float(line["milliseconds"]) > 0
+        assert (line["backend"], line["threshold"]) == ("onnxruntime", "0.5")
+        assert len(line["weights_sha256"]) == 64
+    assert set(masks(results)) == {line["mask"] for line in lines.values()}
+    assert {path: path.stat().st_mtime_ns for path in archive.rglob("*")} == before
+    output = capfd.readouterr().err
+    assert "10 of 10 photos (100%)" in output
+    assert "1 other files are passed over (.txt)" in output
+    assert "photo " not in output, "names are the table's alone"
+
+
+def test_threshold_and_cleaning_are_those_of_the_service(
+    tmp_path: Path, photos: list[Sample], offline: Offline
+) -> None:
+    for sample in photos[:4]:
+        write(tmp_path / f"archive/{sample.name}.jpg", sample.data)
+
+    assert bulk(tmp_path / "archive", tmp_path / "results", "--threshold", "0.02", "--clean") == 0
+
+    cleaned = 0
+    for line in table(tmp_path / "results").values():
+        photo = read_photo((tmp_path / "archive" / line["path"]).read_bytes())
+        raw = offline.probability(photo)
+        probability = largest_region(raw, 0.02)
+        cleaned += not np.array_equal(raw, probability)
+        expected = unpack_mask(
+            lesion_mask(probability, photo.width, photo.height, 0.02), photo.width
+        )
+        with Image.open(tmp_path / "results" / line["mask"]) as mask:
+            assert np.count_nonzero(np.asarray(mask) != expected) <= expected.size / 1e5
+        assert (line["threshold"], line["clean"]) == ("0.02", "1")
+    assert cleaned
+
+
+def test_what_is_wrong_with_a_photo_is_in_its_line_and_stops_nothing(
+    archive: Path, tmp_path: Path, small_photos: list[bytes]
+) -> None:
+    results = tmp_path / "results"
+    write(archive / "cut.png", small_photos[1][: len(small_photos[1]) // 2])
+    write(archive / "empty.jpg", b"")
+    write(archive / "text.jpeg", b"a text that says it is a photo")
+    write(archive / "wide.jpg", encode_photo(lesion_photo(1, 300, 200).pixels))
+    write(archive / "heavy.bmp", small_photos[4] + bytes(90_000))
+    (archive / "dangling.jpg").symlink_to(tmp_path / "nothing")
+    flags = ("--max-pixels", "40000", "--max-body-bytes", "100000")
+
+    assert bulk(archive, results, *flags) == 1
+
+    lines = table(results)
+    errors = {path: (line["status"], line["error"]) for path, line in lines.items()}
+    wrong = {path: error for path, error in errors.items() if error != ("ok", "")}
+    assert set(wrong) == {
+        "cut.png", "empty.jpg", "text.jpeg", "wide.jpg", "heavy.bmp", "dangling.jpg",
+    }  # fmt: skip
+    assert wrong["empty.jpg"][1].startswith("The image is empty")
+    assert wrong["text.jpeg"][1].startswith("The bytes are not an image")
+    assert "60000 pixels" in wrong["wide.jpg"][1]
+    assert "--max-body-bytes" in wrong["heavy.bmp"][1]
+    assert wrong["dangling.jpg"] == ("failed", "there is no such file")
+    assert {status for status, _ in wrong.values()} == {"unusable", "failed"}
+    assert all(lines[path]["mask"] == "" for path in wrong)
+    assert len(masks(results)) == 10
+
+    written = masks(results)
+    write(tmp_path / "nothing", small_photos[0])
+    write(archive / "cut.png", small_photos[1])
+    assert bulk(archive, results, *flags) == 1
+
+    assert table(results)["dangling.jpg"]["status"] == "ok", "it is there now"
+    assert table(results)["cut.png"]["status"] == "ok", "it was replaced by a whole one"
+    assert len(masks(results)) == 12
+    assert written.items() <= masks(results).items(), "those done are not run again"
+
+
+def test_only_what_is_new_or_changed_is_run_again(
+    archive: Path, tmp_path: Path, small_photos: list[bytes]
+) -> None:
+    results = tmp_path / "results"
+    assert bulk(archive, results) == 0
+    before = masks(results)
+
+    write(archive / "new.jpg", small_photos[0])
+    write(archive / "a/0/photo 0.JPG", small_photos[3])
+    (results / "masks/b/1/photo 1.png").unlink()
+    assert bulk(archive, results) == 0
+
+    after = masks(results)
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed == {"masks/new.png", "masks/a/0/photo 0.png", "masks/b/1/photo 1.png"}
+    assert len(table(results)) == 11
+    assert table(results)["a/0/photo 0.JPG"]["width"] == "163"
+
+
+def test_killed_again_and_again_every_photo_is_in_the_table_once(
+    tmp_path: Path, small_photos: list[bytes]
+) -> None:
+    archive, results = tmp_path / "archive", tmp_path / "results"
+    for index in range(60):
+        write(archive / f"{index % 7}/{index}.jpg", small_photos[index % 10])
+    moments = random.Random(0)
+    done: dict[str, int] = {}
+    kills = 0
+    while True:
+        enough = len(done) + moments.randint(1, 20)
+        with start(archive, results) as process:
+            while process.poll() is None:
+                time.sleep(0.01 * moments.random())
+                if kills < 2 and sum(1 for _ in results.rglob("*.png")) >= enough:
+                    process.kill()
+            assert process.stderr is not None
+            errors = process.stderr.read().decode()
+        assert process.returncode in (0, -signal.SIGKILL), errors
+        written = masks(results)
+        assert done.items() <= written.items(), "what was recorded as done is not run again"
+        if process.returncode == 0:
+            break
+        kills += 1
+        names = {f"masks/{path}".replace(".jpg", ".png") for path in recorded(results)}
+        done = {name: written[name] for name in names}
+    assert kills
+    lines = table(results)
+    assert len(lines) == 60
+    assert {line["status"] for line in lines.values()} == {"ok"}
+    assert set(masks(results)) == {line["mask"] for line in lines.values()}, "nothing half-made"
+
+
+def test_a_signal_stops_it_between_photos_and_the_same_command_goes_on(
+    tmp_path: Path, small_photos: list[bytes]
+) -> None:
+    archive, results = tmp_path / "archive", tmp_path / "results"
+    for index in range(40):
+        write(archive / f"{index}.jpg", small_photos[index % 10])
+    with start(archive, results) as process:
+        while not any(results.rglob("*.png")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.terminate()
+        assert process.stderr is not None
+        errors = process.stderr.read().decode()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "the same command goes on" in errors
+    statuses = [line["status"] for line in table(results).values()]
+    assert len(statuses) == 40
+    assert 0 < statuses.count("ok") == len(masks(results)) < 40
+    assert statuses.count("pending") == 40 - statuses.count("ok")
+
+    assert bulk(archive, results) == 0
+
+    assert {line["status"] for line in table(results).values()} == {"ok"}
+
+
+def test_a_manifest_names_photos_wherever_they_are(
+    tmp_path: Path, small_photos: list[bytes], capfd: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "lists/here.jpg", small_photos[0])
+    write(tmp_path / "lists/sub/no-suffix", small_photos[1])
+    away = write(tmp_path / "away/x.png", small_photos[2])
+    entries = ["here.jpg", "./sub/../here.jpg", "sub/no-suffix", str(away), "missing.jpg"]
+    manifest = write(tmp_path / "lists/photos.txt", "\n".join(entries).encode())
+
+    assert bulk(manifest, tmp_path / "lists/results") == 1
+
+    lines = table(tmp_path / "lists/results")
+    assert {path: line["status"] for path, line in lines.items()} == {
+        "here.jpg": "ok",
+        "sub/no-suffix": "ok",
+        str(away): "ok",
+        "missing.jpg": "failed",
+    }
+    assert lines[str(away)]["mask"] == f"masks{away.with_suffix('.png')}"
+    assert "1 paths were listed more than once" in capfd.readouterr().err
+
+    rows = "id,path\n" + "\n".join(f'{i},"{entry}"' for i, entry in enumerate(entries))
+    manifest = write(tmp_path / "lists/photos.csv", b"\xef\xbb\xbf" + rows.encode())
+    assert bulk(manifest, tmp_path / "results") == 1
+    assert set(table(tmp_path / "results")) == set(lines)
+
+
+def test_names_of_any_kind_are_kept(tmp_path: Path, small_photos: list[bytes]) -> None:
+    names = ['comma, "quote".jpg', "line\nfeed.jpg", "größe ×.jpg", os.fsdecode(b"latin-\xe9.jpg")]
+    for name in names:
+        write(tmp_path / "archive" / name, small_photos[0])
+
+    assert bulk(tmp_path / "archive", tmp_path / "results") == 0
+
+    lines = table(tmp_path / "results")
+    assert set(lines) == set(names)
+    assert all((tmp_path / "results" / line["mask"]).is_file() for line in lines.values())
+
+
+def test_two_photos_with_the_same_mask_are_refused(
+    archive: Path, tmp_path: Path, small_photos: list[bytes], capfd: pytest.CaptureFixture[str]
+) -> None:
+    write(archive / "twin.jpg", small_photos[0])
+    write(archive / "twin.png", small_photos[1])
+
+    assert bulk(archive, tmp_path / "results") == 2
+
+    error = capfd.readouterr().err
+    assert "twin.jpg" in error
+    assert "twin.png" in error
+    assert "masks/twin.png" in error
+    assert not masks(tmp_path / "results")
+
+
+def test_what_cannot_be_done_says_what_to_change(
+    archive: Path, tmp_path: Path, small_photos: list[bytes], capfd: pytest.CaptureFixture[str]
+) -> None:
+    def refused(source: Path, results: Path, *flags: str) -> str:
+        assert bulk(source, results, *flags) == 2
+        return capfd.readouterr().err
+
+    results = tmp_path / "results"
+    assert "there is no such file" in refused(tmp_path / "nowhere", results)
+    (tmp_path / "empty").mkdir()
+    assert "has no photos" in refused(tmp_path / "empty", tmp_path / "1")
+    assert "one in the other" in refused(archive, archive / "masks")
+    assert "one in the other" in refused(archive, tmp_path)
+    write(tmp_path / "thesis/chapter.txt", b"text")
+    assert "holds files" in refused(archive, tmp_path / "thesis")
+    columns = write(tmp_path / "list.csv", b"id,file\n1,a.jpg\n")
+    assert "id, file" in refused(columns, tmp_path / "2")
+    own = write(tmp_path / "own.txt", b"3/masks/a.jpg\n")
+    write(tmp_path / "4.onnx", b"not a network")
+    assert "cannot load" in refused(archive, tmp_path / "4", "--model", str(tmp_path / "4.onnx"))
+    with pytest.raises(SystemExit):
+        bulk(archive, results, "--threshold", "2")
+    assert "0 to 1" in capfd.readouterr().err
+    assert not results.exists()
+    assert "where the results go" in refused(own, tmp_path / "3")
+
+    assert bulk(archive, results) == 0
+    assert "threshold 0.5" in refused(archive, results, "--threshold", "0.4")
+    other = onnx.load(MODEL)
+    for entry in other.metadata_props:
+        if entry.key == "weights_sha256":
+            entry.value = "0" * 64
+    onnx.save(other, tmp_path / "other.onnx")
+    assert "weights_sha256" in refused(archive, results, "--model", str(tmp_path / "other.onnx"))
+    write(tmp_path / "b/1.jpg", small_photos[0])
+    assert str(archive) in refused(tmp_path / "b", results)
+    with Ledger(results):
+        process = start(archive, results)
+        _, error = process.communicate()
+    assert process.returncode == 2
+    assert b"Another process is at work" in error
+    assert len(table(results)) == 10
+
+
+class Failing:
+    """A backend that works until it is needed."""
+
+    def describe(self) -> BackendInfo:
+        return BackendInfo("failing", "1", "cpu", "fp32", 4, model={"weights_sha256": "1" * 64})
+
+    def warm_up(self) -> None: ...
+
+    def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        if batch.any():
+            raise RuntimeError("the GPU has fallen off the bus")
+        return np.zeros(batch.shape[:3], np.float32)
+
+    def close(self) -> None: ...
+
+
+def test_a_network_that_fails_all_the_time_ends_the_run(
+    archive: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def open_failing(*_: Any, **__: Any) -> Backend:
+        return Failing()
+
+    monkeypatch.setattr("server.loading.open_backend", open_failing)
+    assert bulk(archive, tmp_path / "results", "--backend", "onnxruntime") == 2
+    assert "fails on every photo" in capfd.readouterr().err
+    lines = table(tmp_path / "results")
+    assert {line["status"] for line in lines.values()} <= {"pending", "failed"}
+
+
+def test_a_full_disk_ends_the_run_and_is_gone_on_from(
+    archive: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    written = 0
+
+    def fill_up(path: Path, data: bytes) -> None:
+        nonlocal written
+        written += 1
+        if written > 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        path.write_bytes(data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(segmenter, "write_atomically", fill_up)
+        assert bulk(archive, tmp_path / "results") == 2
+    assert "No space left" in capfd.readouterr().err
+    statuses = [line["status"] for line in table(tmp_path / "results").values()]
+    assert sorted(set(statuses)) == ["ok", "pending"]
+
+    assert bulk(archive, tmp_path / "results") == 0
+
+
+def peak_bytes(results: Path, photos: int) -> int:
+    """Most memory that listing, going through and writing so many takes."""
+    many = (Listed(f"{index % 100}/{index}.jpg", 1, 1) for index in range(photos))
+    with Ledger(results) as ledger:
+        gc.collect()
+        tracemalloc.start()
+        assert ledger.list(many) == 0
+        tasks = ledger.pending()
+        assert next(tasks) == Task("0/0.jpg", "0/0.png")
+        assert sum(1 for _ in tasks) == photos - 1
+        ledger.write_table()
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert len(table(results)) == photos
+    return peak
+
+
+def test_a_list_of_any_length_is_gone_through_in_the_same_memory(tmp_path: Path) -> None:
+    few, many = peak_bytes(tmp_path / "few", 3_000), peak_bytes(tmp_path / "many", 30_000)
+    assert many < few + 500_000, "far less than as many paths take"
+
+
+def test_progress_tells_pace_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    text = StringIO()
+    progress = Progress(1000, 200, 5, text)
+    for index in range(100):
+        now += 0.25
+        progress.add(successful=index != 50)
+    progress.end()
+    assert text.getvalue().splitlines() == [
+        "240 of 1000 photos (24%), 5 without a mask, 4 photos/s, 3:10 left",
+        "280 of 1000 photos (28%), 6 without a mask, 4 photos/s, 3:00 left",
+        "300 of 1000 photos (30%), 6 without a mask, 4 photos/s, 2:55 left",
+    ]
