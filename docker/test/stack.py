@@ -1,33 +1,40 @@
-"""What `docker/test.sh` asks of Prometheus while a server is under load; needs PyYAML.
+"""What `docker/test/stack.sh` asks of Prometheus and Grafana; needs PyYAML.
 
 python docker/test/stack.py scraped PROMETHEUS       the server is found, and answers scrapes
 python docker/test/stack.py rules PROMETHEUS         every alert is loaded and can be evaluated
 python docker/test/stack.py dashboard PROMETHEUS SERVER PHOTO
                                                      every query of the dashboard has an answer,
                                                      while clients do all that it shows
-python docker/test/stack.py alert PROMETHEUS NAME    an alert of this name is pending or firing
+python docker/test/stack.py alert PROMETHEUS NAME STATE…
+                                                     an alert is in one of these states
+python docker/test/stack.py grafana GRAFANA          the dashboard is there, and its source answers
+python docker/test/stack.py screenshot PROMETHEUS FILE
+                                                     two of the dashboard's queries on its own page
 """
 
 import contextlib
 import http.client
 import json
 import socket
+import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 FOLDER = Path(__file__).parent.parent
-_PATIENCE_S = 120
+_PATIENCE_S = 240
 _JPEG = {"Content-Type": "image/jpeg"}
 _CLIENTS = 40
 """More than the tested server's queue holds, so that some are refused."""
+_PICTURED = ("Requests by status", "Where the time goes")
 
 
 def dashboard_queries(range_: str, instance: str = ".*") -> Iterator[tuple[str, str]]:
@@ -86,16 +93,31 @@ def rules(prometheus: str) -> None:
     print(f"{len(wanted)} alerts evaluated without an error")
 
 
-def alert(prometheus: str, name: str) -> None:
-    """Wait until it is pending or firing."""
+def alert(prometheus: str, name: str, states: Sequence[str]) -> None:
+    """Wait until it is in one of `states` (pending, firing)."""
 
     def raised() -> bool:
         return any(
-            item["labels"]["alertname"] == name for item in query(prometheus, "alerts")["alerts"]
+            item["labels"]["alertname"] == name and item["state"] in states
+            for item in query(prometheus, "alerts")["alerts"]
         )
 
-    wait_for(f"{name} is raised", raised)
-    print(f"{name} is raised")
+    started = time.monotonic()
+    wait_for(f"{name} is {' or '.join(states)}", raised)
+    print(f"{name} is {' or '.join(states)} after {time.monotonic() - started:.0f} s")
+
+
+def grafana(url: str) -> None:
+    """Wait until the dashboard is provisioned and Prometheus answers through its data source."""
+
+    def shows() -> bool:
+        with urllib.request.urlopen(f"{url}/api/dashboards/uid/slsnet", timeout=30) as answer:
+            panels = json.load(answer)["dashboard"]["panels"]
+        source = f"{url}/api/datasources/proxy/uid/prometheus"
+        return bool(panels and query(source, "query", query='up{job="slsnet"}')["result"])
+
+    wait_for("Grafana has the dashboard and its source answers", shows)
+    print("Grafana has the dashboard, and its source answers")
 
 
 class Clients:
@@ -193,6 +215,37 @@ def dashboard(prometheus: str, server: str, photo: str) -> None:
     )
 
 
+def screenshot(prometheus: str, path: str) -> None:
+    """Have Chromium draw what the dashboard shows first, of the last minutes."""
+    shown = dict(dashboard_queries("30s"))
+    parameters: dict[str, str] = {}
+    for number, title in enumerate(_PICTURED):
+        parameters |= {
+            f"g{number}.expr": shown[title],
+            f"g{number}.tab": "0",
+            f"g{number}.range_input": "2m",
+        }
+    page = f"{prometheus}/classic/graph"
+    try:
+        urllib.request.urlopen(page, timeout=30).close()
+    except urllib.error.HTTPError:  # Debian's package alone has it
+        page = f"{prometheus}/graph"
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    subprocess.run(
+        [
+            "chromium",
+            *options,
+            "--window-size=1000,1650",
+            "--virtual-time-budget=15000",
+            f"--screenshot={path}",
+            f"{page}?{urllib.parse.urlencode(parameters)}",
+        ],
+        check=True,
+        capture_output=True,
+    )
+    print(f"{path}: {', '.join(_PICTURED)}")
+
+
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["scraped", prometheus]:
@@ -201,7 +254,11 @@ if __name__ == "__main__":
             rules(prometheus)
         case ["dashboard", prometheus, server, photo]:
             dashboard(prometheus, server, photo)
-        case ["alert", prometheus, name]:
-            alert(prometheus, name)
+        case ["alert", prometheus, name, *states]:
+            alert(prometheus, name, states)
+        case ["grafana", url]:
+            grafana(url)
+        case ["screenshot", prometheus, path]:
+            screenshot(prometheus, path)
         case _:
             sys.exit(__doc__)

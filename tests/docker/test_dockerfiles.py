@@ -1,4 +1,4 @@
-"""The Dockerfiles are linted, and install nothing that is not locked."""
+"""Dockerfiles and scripts are linted, and images install nothing that is not locked."""
 
 import shutil
 import subprocess
@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parent.parent.parent / "docker"
+ROOT = Path(__file__).parent.parent.parent
+FOLDER = ROOT / "docker"
 DOCKERFILES = [FOLDER / name for name in ("Dockerfile", "Dockerfile.gpu", "Dockerfile.load")]
+SCRIPTS = [ROOT / ".ci/run", *sorted(FOLDER.glob("*.sh")), *sorted(FOLDER.glob("test/*.sh"))]
 HADOLINT = shutil.which("hadolint", path=Path(sys.executable).parent)
+SHELLCHECK = shutil.which("shellcheck", path=Path(sys.executable).parent)
 
 
 @pytest.mark.skipif(HADOLINT is None, reason="needs hadolint (docker/requirements-tools.txt)")
@@ -18,6 +21,15 @@ def test_hadolint_finds_nothing(path: Path) -> None:
     assert HADOLINT is not None
     result = subprocess.run(
         [HADOLINT, "--failure-threshold", "style", path], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.skipif(SHELLCHECK is None, reason="needs shellcheck (docker/requirements-tools.txt)")
+def test_shellcheck_finds_nothing() -> None:
+    assert SHELLCHECK is not None
+    result = subprocess.run(
+        [SHELLCHECK, "--external-sources", *SCRIPTS], cwd=ROOT, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stdout + result.stderr
 

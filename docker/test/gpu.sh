@@ -1,0 +1,19 @@
+# The GPU image: linted with the others, and built up to where TensorRT comes from NVIDIA's index,
+# or wholly where GPU=1 says that it can be reached. No GPU is needed.
+# shellcheck shell=bash disable=SC2154
+
+"$(tools)/hadolint" docker/Dockerfile docker/Dockerfile.gpu docker/Dockerfile.load ||
+    fail "hadolint"
+say "hadolint finds nothing"
+remove_gpu_image() { engine rmi -f localhost/slsnet:gpu-test; }
+at_exit+=(remove_gpu_image)
+target=(--target libraries)
+[ -z "${GPU:-}" ] || target=()
+started=$(now_ms)
+quietly "$output/gpu.log" build localhost/slsnet:gpu-test docker/Dockerfile.gpu "${target[@]}"
+say "built ${target[*]:-all} in $((($(now_ms) - started) / 1000)) s"
+providers='import onnxruntime; print(onnxruntime.__version__, *onnxruntime.get_available_providers())'
+found=$(engine run --rm --network none "${hardened[@]}" -e ORT_DISABLE_TELEMETRY=1 --entrypoint /opt/venv/bin/python \
+    localhost/slsnet:gpu-test -c "$providers")
+[[ $found = *CUDAExecutionProvider* ]] || fail "ONNX Runtime in it has no CUDA: $found"
+say "ONNX Runtime in it: $found"
