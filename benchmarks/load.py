@@ -43,7 +43,7 @@ from benchmarks.locustfile import (
     OpenLoop,
     prepare,
 )
-from benchmarks.photos import Deck, generated, given
+from benchmarks.photos import Deck, bare_network_ms, generated, given
 from server.settings import available_cores
 from server.stages import STAGES
 
@@ -233,7 +233,7 @@ def run(
         f" {backend['precision']}",
         photos=deck.source,
         cards=deck.kinds,
-        network_ms=deck.network_ms,
+        network_ms=bare_network_ms(deck, backend["name"]),
         steps=steps,
         kinds=kinds,
         masks={

@@ -79,7 +79,7 @@ class Report:
     cards: dict[str, int]
     """Requests of the deck by kind of photo."""
     network_ms: float
-    """One image through the bare network, ONNX Runtime on this CPU, nothing else running."""
+    """One image through the bare network, the server's backend without the server."""
     steps: list[Step]
     kinds: list[Kind]
     masks: dict[str, int]

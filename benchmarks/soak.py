@@ -196,6 +196,7 @@ class _Load:
         self._client = client
         self._cards = cards
         self._result = result
+        self._precision = client.get("/model").json()["backend"]["precision"]
         self._lock = threading.Lock()
         self._served: deque[float] = deque()
         self._paces: deque[float] = deque([1.0], maxlen=_PACES)
@@ -270,7 +271,7 @@ class _Load:
                 else:
                     result.served_ms.append(_total_ms(answer))
                     result.client_ms.append((came - sent) * 1000)
-                result.verdicts[card.expected.verdict(answer.content, "fp32")] += 1
+                result.verdicts[card.expected.verdict(answer.content, self._precision)] += 1
             elif answer.status_code == 429:
                 has = "with" if "retry-after" in answer.headers else "without"
                 result.refusals[f"{has} Retry-After"] += 1

@@ -134,7 +134,7 @@ class ModelAnswer(_Answer):
 class BackendAnswer(_Answer):
     """What runs the network."""
 
-    name: str = Field(examples=["onnxruntime"])
+    name: str = Field(examples=["native"])
     version: str = Field(examples=["1.32.0"])
     device: str = Field(examples=["cpu"])
     precision: str = Field(examples=["fp32"])
@@ -147,7 +147,7 @@ class StatusAnswer(_Answer):
     """The server's health."""
 
     status: Literal["live", "ready"]
-    backend: str | None = Field(None, description="what runs the network", examples=["onnxruntime"])
+    backend: str | None = Field(None, description="what runs the network", examples=["native"])
 
 
 class ProblemAnswer(_Answer):

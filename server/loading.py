@@ -1,4 +1,4 @@
-"""What serves first, and what takes over: ONNX Runtime at once, TensorRT once it is built."""
+"""What serves first, and what takes over: CPU or CUDA at once, TensorRT once it is built."""
 
 import asyncio
 import logging
@@ -6,9 +6,14 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from server.backends import Backend, BackendError, BackendInfo, open_backend
+from server.backends import (
+    Backend,
+    BackendError,
+    BackendInfo,
+    open_backend,
+    open_cpu_backend,
+)
 from server.backends.engine_cache import EngineCache, EngineEvent, open_engine_cache
-from server.backends.onnxruntime import OnnxRuntimeBackend
 from server.batching import FAILURES
 from server.service import Service
 from server.settings import Settings
@@ -127,7 +132,7 @@ class Loader:
 def _on_cpu(settings: Settings) -> Backend:
     """Not ONNX Runtime's CUDA: an error that lasts is the process's, whoever asks the GPU next."""
     threads = settings.threads or settings.cores
-    return OnnxRuntimeBackend(settings.model, threads=threads)
+    return open_cpu_backend(settings.model, threads=threads)
 
 
 def _first(settings: Settings) -> Backend:

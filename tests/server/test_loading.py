@@ -1,4 +1,4 @@
-"""The server starts on ONNX Runtime and hands over to the engine without losing a request."""
+"""The server starts on the CPU and hands over to the engine without losing a request."""
 
 import threading
 import time
@@ -18,6 +18,7 @@ from server.app import create_app
 from server.backends import BackendError
 from server.backends.engine_cache import EngineCache, EngineEvent
 from server.settings import Settings
+from tests.conftest import CPU_BACKEND
 from tests.lesions import encode_photo, lesion_photo
 from tests.server.test_engine_cache import EngineStub, Harness
 from trt_build.plan import Precision
@@ -63,19 +64,19 @@ def _until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
         time.sleep(0.02)
 
 
-def test_onnx_runtime_serves_while_the_engine_is_built_and_no_request_is_lost(
+def test_the_cpu_serves_while_the_engine_is_built_and_no_request_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _use(monkeypatch, Harness(tmp_path).cache("slow"))
     app, _ = create_app(Settings(backend="auto", threads=1))
     seen: list[str] = []
     with _serve(app) as client:
-        _until(lambda: _backend(client) == "onnxruntime")
+        _until(lambda: _backend(client) == CPU_BACKEND)
         while "tensorrt" not in seen[-3:]:
             answer = client.post("/segment", content=PHOTO, headers={"content-type": "image/jpeg"})
             assert answer.status_code == 200
             seen.append(_backend(client))
-        assert seen[0] == "onnxruntime"
+        assert seen[0] == CPU_BACKEND
         metrics = client.get("/metrics").text
 
     for event in ("miss", "build_started", "build_succeeded", "hit", "serving"):
@@ -108,7 +109,7 @@ def test_an_engine_that_fails_its_warm_up_does_not_take_over(
     app, _ = create_app(Settings(backend="auto", threads=1))
     with _serve(app) as client:
         _until(lambda: "does not take over" in caplog.text)
-        assert _backend(client) == "onnxruntime"
+        assert _backend(client) == CPU_BACKEND
         answer = client.post("/segment", content=PHOTO, headers={"content-type": "image/jpeg"})
         assert answer.status_code == 200
 
@@ -121,7 +122,7 @@ def test_the_server_stops_while_an_engine_is_built(
     app, _ = create_app(Settings(backend="auto", threads=1))
     with _serve(app) as client:
         _until(lambda: harness.builds() == 1)
-        assert _backend(client) == "onnxruntime"
+        assert _backend(client) == CPU_BACKEND
 
 
 def test_tensorrt_that_cannot_be_used_fails_only_where_it_was_asked_for(
@@ -139,10 +140,10 @@ def test_tensorrt_that_cannot_be_used_fails_only_where_it_was_asked_for(
 
     app, _ = create_app(Settings(backend="auto", threads=1))
     with _serve(app) as client:
-        _until(lambda: _backend(client) == "onnxruntime")
+        _until(lambda: _backend(client) == CPU_BACKEND)
 
 
-def test_an_engine_that_is_found_but_fails_leaves_onnx_runtime_serving(
+def test_an_engine_that_is_found_but_fails_leaves_the_cpu_serving(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Broken(EngineStub):
@@ -155,7 +156,7 @@ def test_an_engine_that_is_found_but_fails_leaves_onnx_runtime_serving(
     failed = threading.Event()
     app, _ = create_app(Settings(backend="auto", threads=1), failed.set)
     with _serve(app) as client:
-        _until(lambda: _backend(client) == "onnxruntime")
+        _until(lambda: _backend(client) == CPU_BACKEND)
         assert 'event="load_failed"} 1.0' in client.get("/metrics").text
     assert not failed.is_set()
 
@@ -188,7 +189,7 @@ def test_a_gpu_that_is_lost_leaves_the_cpu_serving(
         assert segment() == 500
         while _backend(client) == "tensorrt":
             segment()
-        _until(lambda: _backend(client) == "onnxruntime")
+        _until(lambda: _backend(client) == CPU_BACKEND)
         assert [segment() for _ in range(3)] == [200] * 3
         assert 'event="lost"} 1.0' in client.get("/metrics").text
     assert "engine lost: 5 batches failed in a row" in caplog.text

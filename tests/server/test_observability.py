@@ -13,7 +13,7 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.launch import ServerProcess, serve
-from tests.conftest import Sample
+from tests.conftest import CPU_BACKEND, Sample
 
 
 class Collector(HTTPServer):
@@ -152,7 +152,7 @@ def test_metrics_tell_what_an_operator_needs(server: ServerProcess, photos: list
     # A counter that first appears with its first failure would rise unseen.
     assert _value(families["slsnet_reloads"], result="failed") == 0
     (info,) = families["slsnet_backend_info"].samples
-    assert info.labels["backend"] == "onnxruntime"
+    assert info.labels["backend"] == CPU_BACKEND
     assert info.labels["sha256"] == httpx.get(f"{server.url}/model").json()["weights_sha256"]
     stages = {sample.labels["stage"] for sample in families["slsnet_stage_seconds"].samples}
     assert {"read", "decode", "queue", "infer", "encode"} <= stages

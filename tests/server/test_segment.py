@@ -13,7 +13,7 @@ from PIL import Image
 from scipy import ndimage
 
 from benchmarks.launch import ServerProcess
-from tests.conftest import Offline, Sample
+from tests.conftest import CPU_BACKEND, Offline, Sample
 from tests.lesions import encode_photo, lesion_photo
 
 Bits = NDArray[np.bool_]
@@ -270,7 +270,7 @@ def test_model_card_is_the_files_own(server: ServerProcess, photos: list[Sample]
     assert card["name"] == "slsnet"
     assert card["parameters"] == 2_347_900
     assert len(card["weights_sha256"]) == 64
-    assert card["backend"]["name"] == "onnxruntime"
+    assert card["backend"]["name"] == CPU_BACKEND
     answer = post(server, photos[0].data, params={"format": "json"}).json()
     assert answer["model"] == {key: card[key] for key in ("name", "version", "weights_sha256")}
 
@@ -279,4 +279,4 @@ def test_health(server: ServerProcess) -> None:
     assert httpx.get(f"{server.url}/health/live").json()["status"] == "live"
     ready = httpx.get(f"{server.url}/health/ready")
     assert ready.status_code == 200
-    assert ready.json() == {"status": "ready", "backend": "onnxruntime"}
+    assert ready.json() == {"status": "ready", "backend": CPU_BACKEND}

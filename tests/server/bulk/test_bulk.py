@@ -33,7 +33,7 @@ from server.bulk.ledger import Ledger, Task
 from server.bulk.progress import Progress
 from server.bulk.sources import Listed
 from server.masks import measure
-from tests.conftest import MODEL, ROOT, Offline, Sample
+from tests.conftest import CPU_BACKEND, MODEL, ROOT, Offline, Sample
 from tests.lesions import encode_photo, lesion_photo
 
 Table = dict[str, dict[str, str]]
@@ -142,7 +142,7 @@ def test_a_mask_and_a_line_for_every_photo(
             assert centroid == pytest.approx(lesion.centroid, abs=0.01)
             assert 0.5 < float(line["mean_probability"]) <= float(line["max_probability"]) <= 1
         assert float(line["milliseconds"]) > 0
-        assert (line["backend"], line["threshold"]) == ("onnxruntime", "0.5")
+        assert (line["backend"], line["threshold"]) == (CPU_BACKEND, "0.5")
         assert len(line["weights_sha256"]) == 64
     assert set(masks(results)) == {line["mask"] for line in lines.values()}
     assert {path: path.stat().st_mtime_ns for path in archive.rglob("*")} == before
