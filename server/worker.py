@@ -28,7 +28,7 @@ from server.app import create_app
 from server.backends import BackendError
 from server.connections import Connection, House
 from server.keys import KeyFileError
-from server.logs import configure
+from server.logs import configure, silence_libtiff
 from server.metrics import SHARED_FOLDER
 from server.service import Service
 from server.settings import Settings, read_settings
@@ -156,6 +156,7 @@ def run(
         on_reloaded: called when an administrator has had the network loaded again.
     """
     _allow_files(settings.max_connections + _OTHER_FILES)
+    silence_libtiff()
     failed = False
 
     def on_failure() -> None:

@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.launch import ServerProcess, serve
 from tests.conftest import CPU_BACKEND, Sample
+from tests.lesions import encode_photo, lesion_photo
 
 
 class Collector(HTTPServer):
@@ -66,13 +67,17 @@ def test_a_request_leaves_a_line_of_json_and_a_trace(
         )
         assert answer.status_code == 200
         assert httpx.post(f"{server.url}/segment", content=b"x").status_code == 415
+        # Of this one the decoder itself complains, and not in JSON.
+        damaged = encode_photo(lesion_photo(0, 96, 80).pixels, "TIFF", compression="tiff_lzw")
+        damaged = damaged[:1000] + 16 * b"\xff" + damaged[1016:]
+        assert httpx.post(f"{server.url}/segment", content=damaged).status_code == 422
         server.terminate()
         assert server.wait() == 0
         log = server.log()
 
     lines = [json.loads(line) for line in log.splitlines()]
     assert all({"time", "level", "logger"} <= set(line) for line in lines)
-    served, refused = (line for line in lines if line.get("path") == "/segment")
+    served, refused, _ = (line for line in lines if line.get("path") == "/segment")
     assert served["request_id"] == answer.headers["x-request-id"]
     assert (served["status"], served["method"], served["reason"]) == (200, "POST", "")
     assert set(served["stages_ms"]) == {"read", "decode", "queue", "infer", "encode"}
