@@ -1,6 +1,7 @@
 # make serve [PORT=8000] [HOST=127.0.0.1]   serve; installs what serving needs, and only that
 # make test                                 lint, types and tests; installs the development tools
 # make lint                                 format and types alone
+# make audit                                known vulnerabilities of what is shipped, where they can be asked for
 # make bench [IMAGES=dir] [RESULTS=dir]     a short load test with its report (README, Load)
 # Everything lives in .venv; PYTHON=/path/to/python3.x picks the interpreter it is made with.
 
@@ -16,7 +17,7 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13)
 PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: serve test lint bench clean
+.PHONY: serve test lint audit bench clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.serving
@@ -29,6 +30,9 @@ lint: $(VENV)/.development
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+audit: $(VENV)/.development
+	$(BIN)/python -m docker.audit
 
 bench: $(VENV)/.benchmarks
 	$(BIN)/python -m benchmarks.load --output "$(RESULTS)" $(if $(IMAGES),--images "$(IMAGES)")

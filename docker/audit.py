@@ -1,0 +1,71 @@
+"""Look for known vulnerabilities in what is shipped: every package of the images' lock files.
+
+    python -m docker.audit
+
+`pip-audit` asks a service that is not there on every machine. Where it cannot be asked, or knows
+nothing of a package, that is said and is no failure; a known vulnerability is one.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+__all__ = ["main", "verdict"]
+
+_ROOT = Path(__file__).parent.parent
+# `requirements-otel.txt` is installed by who wants traces; all else is in an image.
+_SHIPPED = (*sorted((_ROOT / "docker").glob("requirements*.lock")), _ROOT / "requirements-otel.txt")
+
+
+def verdict(report: dict[str, Any]) -> tuple[bool, list[str]]:
+    """Whether nothing is known against what was asked about, and lines that say it.
+
+    Args:
+        report: pip-audit's, as JSON has it.
+    """
+    asked = report["dependencies"]
+    skipped = [package["name"] for package in asked if "skip_reason" in package]
+    lines = [
+        f"{package['name']} {package['version']}: {hole['id']}"
+        f" ({', '.join(hole['aliases']) or 'no other name'}), fixed in"
+        f" {', '.join(hole['fix_versions']) or 'no version yet'}"
+        for package in asked
+        for hole in package.get("vulns", ())
+    ]
+    if lines:
+        return False, lines
+    if len(skipped) == len(asked):
+        return True, ["NOT AUDITED: the service knows none of the packages here."]
+    unknown = f"; NOT AUDITED: {', '.join(skipped)}" if skipped else ""
+    return True, [f"{len(asked) - len(skipped)} packages, no known vulnerability{unknown}"]
+
+
+def _audit(requirements: Path) -> tuple[bool, list[str]]:
+    command = [sys.executable, "-m", "pip_audit", "--requirement", str(requirements)]
+    # All that is installed is named with its version: nothing is left to be resolved.
+    command += ["--disable-pip", "--format", "json", "--progress-spinner", "off"]
+    if requirements.suffix != ".lock":
+        command.append("--no-deps")
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        return verdict(json.loads(result.stdout))
+    except ValueError:
+        why = (result.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        return True, [f"NOT AUDITED: the service cannot be asked: {why[:300]}"]
+
+
+def main() -> int:
+    """The command; gives its exit code."""
+    good = True
+    for requirements in _SHIPPED:
+        is_good, lines = _audit(requirements)
+        good = good and is_good
+        for line in lines:
+            print(f"audit: {requirements.relative_to(_ROOT)}: {line}", flush=True)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
