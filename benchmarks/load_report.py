@@ -1,19 +1,16 @@
 """The load test's report: one set of tables and plots as Markdown and as a page of its own."""
 
-import html
 import json
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from io import StringIO
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 from benchmarks.load_figures import Report, Step
+from benchmarks.pages import Block, Heading, Plot, Table, write_pages
 from server.stages import STAGES
 
 __all__ = ["write_report"]
@@ -34,45 +31,9 @@ _PERCENTILES: tuple[tuple[str, str, Callable[[Step], float]], ...] = (
 )
 
 
-@dataclass(frozen=True)
-class Table:
-    """Rows of cells, the first column to the left, the others to the right."""
-
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A picture, and what it shows in a sentence."""
-
-    name: str
-    caption: str
-    draw: Callable[[Report, Axes], None]
-
-
-@dataclass(frozen=True)
-class Heading:
-    """Of a section."""
-
-    text: str
-
-
-Block = Heading | Table | Plot | str
-
-
 def write_report(report: Report, folder: Path) -> str:
     """Write report.html, report.md with its plots, and report.json; returns the Markdown."""
-    folder.mkdir(parents=True, exist_ok=True)
-    blocks = _blocks(report)
-    plots = {block.name: _svg(report, block) for block in blocks if isinstance(block, Plot)}
-    for name, svg in plots.items():
-        (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
-    markdown = "\n\n".join(_markdown(block) for block in blocks) + "\n"
-    (folder / "report.md").write_text(f"# {_TITLE}\n\n{markdown}", encoding="utf-8")
-    body = "\n".join(_html(block, plots) for block in blocks)
-    page = _PAGE.format(title=_TITLE, body=body)
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    markdown = write_pages("SLSNet Server under load", _blocks(report), folder)
     figures = {
         **asdict(report),
         "best_per_s": report.best_per_s,
@@ -142,10 +103,16 @@ def _blocks(report: Report) -> list[Block]:
                 for step in ramp
             ],
         ),
-        Plot("knee", "Throughput by clients, with the asymptotes that cross at the knee", _knee),
-        Plot("latency", "Throughput against latency; numbers are clients", _latency),
-        Plot("stages", "Mean time of a request by stage", _stages),
-        Plot("batch", "Photos that run through the network together", _batch),
+        Plot(
+            "knee",
+            "Throughput by clients, with the asymptotes that cross at the knee",
+            _drawn(_knee, report),
+        ),
+        Plot(
+            "latency", "Throughput against latency; numbers are clients", _drawn(_latency, report)
+        ),
+        Plot("stages", "Mean time of a request by stage", _drawn(_stages, report)),
+        Plot("batch", "Photos that run through the network together", _drawn(_batch, report)),
         Heading("Open loop: a fixed rate"),
         "Photos come at random but at this rate, whatever becomes of those before; latency counts"
         " from when each was due. Above 1 the queue grows for as long as the load lasts.",
@@ -231,7 +198,11 @@ def _blocks(report: Report) -> list[Block]:
                 for step in priority
             ],
         ),
-        Plot("priority", "Latency of interactive photos by what runs beside them", _priority),
+        Plot(
+            "priority",
+            "Latency of interactive photos by what runs beside them",
+            _drawn(_priority, report),
+        ),
         Heading("Photos"),
         f"Medians with a lone client, by size and format; {report.photos}, sent in turn as a form"
         " and bare.",
@@ -251,6 +222,10 @@ def _blocks(report: Report) -> list[Block]:
             ],
         ),
     ]
+
+
+def _drawn(draw: Callable[[Report, Axes], None], report: Report) -> Callable[[Figure], None]:
+    return lambda figure: draw(report, figure.add_subplot())
 
 
 def _facts(report: Report) -> str:
@@ -365,81 +340,3 @@ def _priority(report: Report, axes: Axes) -> None:
     axes.margins(x=0.1)
     axes.set_xlabel("latency, ms")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
-
-
-def _svg(report: Report, plot: Plot) -> str:
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": plot.name, "font.size": 10}):
-        figure = Figure(figsize=(7.2, 4), layout="constrained")
-        axes = figure.add_subplot()
-        axes.spines[["top", "right"]].set_visible(False)
-        plot.draw(report, axes)
-        buffer = StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    svg = buffer.getvalue()
-    return re.sub(r"[ \t]+$", "", svg[svg.index("<svg") :], flags=re.MULTILINE)
-
-
-def _markdown(block: Block) -> str:
-    match block:
-        case Heading(text):
-            return f"## {text}"
-        case Table(head, rows):
-            lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
-            return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        case Plot(name, caption):
-            return f"![{caption}]({name}.svg)"
-        case _:
-            return block
-
-
-def _html(block: Block, plots: dict[str, str]) -> str:
-    match block:
-        case Heading(text):
-            return f"<h2>{_inline(text)}</h2>"
-        case Table(head, rows):
-            top = "".join(f"<th>{_inline(cell)}</th>" for cell in head)
-            body = "\n".join(
-                f"<tr>{''.join(f'<td>{_inline(cell)}</td>' for cell in row)}</tr>" for row in rows
-            )
-            return (
-                f"<div class=table><table>\n<thead><tr>{top}</tr></thead>\n"
-                f"<tbody>{body}</tbody>\n</table></div>"
-            )
-        case Plot(name, caption):
-            return (
-                f'<figure role="img" aria-label="{html.escape(caption)}">{plots[name]}'
-                f"<figcaption>{_inline(caption)}</figcaption></figure>"
-            )
-        case _:
-            return f"<p>{_inline(block)}</p>"
-
-
-def _inline(text: str) -> str:
-    """The Markdown that is used within a line: bold and code."""
-    text = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", html.escape(text))
-    return re.sub(r"`(.+?)`", r"<code>\1</code>", text)
-
-
-_TITLE = "SLSNet Server under load"
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1f2328; background: #fff;
-  font: 16px/1.5 system-ui, sans-serif; }}
-.table {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem; }}
-th, td {{ padding: 0.3rem 0.6rem; border-bottom: 1px solid #d1d9e0; text-align: right; }}
-th {{ vertical-align: bottom; }}
-td:first-child, th:first-child {{ text-align: left; }}
-figure {{ margin: 1.5rem 0; }}
-figure svg {{ max-width: 100%; height: auto; }}
-figcaption {{ color: #59636e; font-size: 0.9rem; }}
-</style>
-<h1>{title}</h1>
-{body}
-</html>
-"""
