@@ -3,6 +3,7 @@
 # make lint                                 format and types alone
 # make audit                                known vulnerabilities of what is shipped, where they can be asked for
 # make bench [IMAGES=dir] [RESULTS=dir]     a short load test with its report (README, Load)
+# make peers [RESULTS=dir]                  this server beside others, about 35 minutes (README)
 # Everything lives in .venv; PYTHON=/path/to/python3.x picks the interpreter it is made with.
 
 # Not from the environment: some shells export a HOST of their own, which is the machine's name.
@@ -17,7 +18,7 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13)
 PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: serve test lint audit bench clean
+.PHONY: serve test lint audit bench peers clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.serving
@@ -36,6 +37,9 @@ audit: $(VENV)/.development
 
 bench: $(VENV)/.benchmarks
 	$(BIN)/python -m benchmarks.load --output "$(RESULTS)" $(if $(IMAGES),--images "$(IMAGES)")
+
+peers: $(VENV)/.benchmarks
+	$(BIN)/python -m benchmarks.peers --output "$(RESULTS)/peers"
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

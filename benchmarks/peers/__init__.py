@@ -1,0 +1,1 @@
+"""Peers: other servers for the same network, measured beside this one."""

@@ -1,0 +1,292 @@
+"""Measures this server beside its peers: `make peers`, or `python -m benchmarks.peers`.
+
+Makes an environment for each peer, then in every turn starts each server with each network, loads
+it, looks at it and stops it. Writes report.html, report.md with its plots and report.json. Results
+are kept after each visit: run again, it goes on where it was interrupted. Server and load share the
+machine, so nothing else should run on it.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from hashlib import sha256
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from benchmarks.latency import machine
+from benchmarks.peers.entrants import ENTRANTS, Entrant
+from benchmarks.peers.figures import NETWORKS, Comparison, Missing, Network, Setting
+from benchmarks.peers.measure import Deck, Plan, layout, measure_bare, visit
+from benchmarks.peers.processes import ROOT, Unavailable, prepare, python_of
+from benchmarks.peers.report import write_report
+from model.files import write_atomically
+from model.image import read_photo
+from server.settings import SHIPPED_MODEL
+from tests.lesions import encode_photo, lesion_photo
+
+RESULTS = ROOT / "benchmarks" / "results" / "peers"
+
+FULL = Plan(turns=3, step_s=1.5, real_s=(2, 3, 3, 5), overload_s=3, bare_s=3, idle_s=2)
+QUICK = Plan(turns=1, step_s=0.5, real_s=(0.5, 0.5, 0.5, 1), overload_s=1, bare_s=0.5, idle_s=0.5)
+
+_COMPARISON = TypeAdapter(Comparison)
+_PHOTOS = 8
+_LOOKED_AT: tuple[Network, ...] = ("real", "stub 5 ms")
+"""Networks with which overload, a bad photo, SIGTERM and idling are seen, in the first turn."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is saved as a whole: a visit, or the bare loop where `bare`."""
+
+    turn: int
+    network: Network
+    entrant: Entrant
+    bare: bool
+
+    def __str__(self) -> str:
+        """For whoever watches."""
+        return f"turn {self.turn}, {self.network}, {self.entrant.name}{' bare' * self.bare}"
+
+    @property
+    def key(self) -> tuple[int, Network, str, bool]:
+        """What tells it from others."""
+        return self.turn, self.network, self.entrant.name, self.bare
+
+
+def jobs(entrants: Sequence[Entrant], networks: Sequence[Network], turns: int) -> Iterator[Job]:
+    """All of them; each turn begins with another server."""
+    for turn in range(1, turns + 1):
+        start = (turn - 1) * len(entrants) // turns
+        order = [*entrants[start:], *entrants[:start]]
+        for network in networks:
+            for entrant in order:
+                if network != "real" and not entrant.stubs:
+                    continue
+                if network == "real" and entrant.is_ours:
+                    yield Job(turn, network, entrant, bare=True)
+                yield Job(turn, network, entrant, bare=False)
+
+
+def done(comparison: Comparison) -> set[tuple[int, Network, str, bool]]:
+    """Keys of the jobs that have been; what was missing is tried again."""
+    return {(v.turn, v.network, v.entrant, False) for v in comparison.visits} | {
+        (b.turn, "real", b.entrant, True) for b in comparison.bare
+    }
+
+
+class Run:
+    """Does jobs and keeps what they find."""
+
+    def __init__(self, plan: Plan, deck: Deck, here: Sequence[str], comparison: Comparison) -> None:
+        self._plan = plan
+        self._deck = deck
+        self._here = here
+        self.comparison = comparison
+        self._unavailable: dict[str, str] = {}
+        self._prepared: set[str] = set()
+
+    def do(self, job: Job) -> None:
+        """One job; what cannot be measured is put down as missing."""
+        comparison = self.comparison
+        comparison.missing = [
+            m
+            for m in comparison.missing
+            if (m.turn, m.network, m.entrant) != (job.turn, job.network, job.entrant.name)
+        ]
+        if job.bare:
+            bare = measure_bare(job.entrant, job.turn, self._plan.bare_s, self._deck.model)
+            comparison.bare.append(bare)
+            return
+        try:
+            python = self._python(job.entrant)
+            found = visit(
+                job.entrant,
+                python,
+                job.network,
+                job.turn,
+                self._plan,
+                self._deck,
+                extras=job.turn == 1 and job.network in _LOOKED_AT,
+            )
+        except (Unavailable, OSError) as error:
+            print(f"  {error}", file=sys.stderr)
+            comparison.missing.append(
+                Missing(job.entrant.name, job.network, job.turn, str(error).replace("|", "/"))
+            )
+        else:
+            comparison.visits.append(found)
+
+    def _python(self, entrant: Entrant) -> Path:
+        if entrant.is_ours or entrant.name in self._here:
+            return Path(sys.executable)
+        if entrant.name in self._unavailable:
+            raise Unavailable(self._unavailable[entrant.name])
+        if entrant.name not in self._prepared:
+            try:
+                prepare(entrant)
+            except Unavailable as error:
+                self._unavailable[entrant.name] = str(error)
+                raise
+            self._prepared.add(entrant.name)
+        return python_of(entrant)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.peers",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names = [entrant.name for entrant in ENTRANTS]
+    parser.add_argument(
+        "--servers",
+        nargs="+",
+        choices=names,
+        default=names,
+        metavar="NAME",
+        help=f"of {', '.join(names)}; all if not given",
+    )
+    parser.add_argument(
+        "--networks",
+        nargs="+",
+        choices=NETWORKS,
+        default=NETWORKS,
+        help="real, or a stub that takes 0 or 5 ms; all if not given",
+    )
+    parser.add_argument("--quick", action="store_true", help="one turn of short loads")
+    parser.add_argument("--turns", type=int, help=f"how often all is measured; {FULL.turns}")
+    parser.add_argument("--step-s", type=float, help="seconds measured of each load on a stub")
+    parser.add_argument(
+        "--real-s",
+        type=float,
+        nargs=4,
+        metavar="S",
+        help="seconds measured of 1, 8, 32 and 128 clients on the real network",
+    )
+    parser.add_argument(
+        "--here",
+        nargs="+",
+        choices=names,
+        default=[],
+        metavar="NAME",
+        help="peers that run in this Python instead of environments of their own",
+    )
+    parser.add_argument("--images", type=Path, help="folder of photos; generated if not given")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the report")
+    parser.add_argument("--fresh", action="store_true", help="forget what lies in that folder")
+    parser.add_argument(
+        "--stop-after-s",
+        type=float,
+        default=float("inf"),
+        metavar="S",
+        help="begin no further visit after that long; run again to go on",
+    )
+    options = parser.parse_args(arguments)
+    plan = QUICK if options.quick else FULL
+    plan = replace(
+        plan,
+        turns=options.turns or plan.turns,
+        step_s=options.step_s or plan.step_s,
+        real_s=tuple(options.real_s or plan.real_s),
+    )
+    try:
+        photos = given(options.images) if options.images else generated()
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    model = ROOT / SHIPPED_MODEL
+    setting = _setting(plan, photos, "given" if options.images else "generated", model)
+    kept = options.output / "report.json"
+    comparison = Comparison(setting)
+    if kept.exists() and not options.fresh:
+        comparison = _COMPARISON.validate_json(kept.read_bytes())
+        different = [
+            field.name
+            for field in fields(Setting)
+            if getattr(comparison.setting, field.name) != getattr(setting, field.name)
+        ]
+        if different:
+            parser.error(
+                f"{kept} is of another {', '.join(different)}: name another --output, or give"
+                " --fresh to forget it."
+            )
+    entrants = [entrant for entrant in ENTRANTS if entrant.name in options.servers]
+    print("predicting the masks", file=sys.stderr)
+    run = Run(plan, Deck.of(photos, model), options.here, comparison)
+    options.output.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    been = done(comparison)
+    left = [job for job in jobs(entrants, options.networks, plan.turns) if job.key not in been]
+    while left and time.monotonic() < started + options.stop_after_s:
+        job = left.pop(0)
+        print(f"{job}; {len(left)} to go", file=sys.stderr)
+        run.do(job)
+        write_atomically(kept, _COMPARISON.dump_json(comparison, indent=1) + b"\n")
+    print(write_report(comparison, options.output))
+    print(f"\n{options.output / 'report.html'}", file=sys.stderr)
+    if left:
+        print(f"{len(left)} visits are left: run again to go on", file=sys.stderr)
+    return 0 if all(visit.masks_wrong == 0 for visit in comparison.visits) else 1
+
+
+def generated() -> list[bytes]:
+    """Photos of 600×450, as JPEG."""
+    return [encode_photo(lesion_photo(seed).pixels, "JPEG") for seed in range(_PHOTOS)]
+
+
+def given(folder: Path) -> list[bytes]:
+    """The first JPEG photos of a folder.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    photos = []
+    for file in sorted(path for path in folder.iterdir() if path.is_file()):
+        data = file.read_bytes()
+        if data.startswith(b"\xff\xd8"):
+            photos.append(data)
+        if len(photos) == _PHOTOS:
+            break
+    if not photos:
+        raise ValueError(f"{folder} holds no JPEG photo.")
+    return photos
+
+
+def _setting(plan: Plan, photos: Sequence[bytes], source: str, model: Path) -> Setting:
+    processes, threads = layout()
+    read = [read_photo(data) for data in photos]
+    sizes = ", ".join(sorted({f"{photo.width}×{photo.height}" for photo in read}))
+    mean_kb = sum(map(len, photos)) / len(photos) / 1000
+    return Setting(
+        machine=machine().partition(", load")[0],
+        commit=_commit(),
+        model=f"{model.name}, sha256 {sha256(model.read_bytes()).hexdigest()[:12]}",
+        photos=f"{len(read)} {source} JPEG photos of {sizes}, {mean_kb:.0f} kB on average",
+        layout=f"{processes} processes that run the network, {threads} thread each",
+        turns=plan.turns,
+        step_s=plan.step_s,
+        real_s=plan.real_s,
+        overload_s=plan.overload_s,
+    )
+
+
+def _commit() -> str:
+    """Of what is measured; with a + where it was changed since."""
+    git = ["git", "-C", str(ROOT)]
+    run = subprocess.run(
+        [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    if run.returncode:
+        return "unknown"
+    watched = ["server", "model", "trt_build", "benchmarks/*.py"]
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *watched], check=False)
+    return run.stdout.strip() + "+" * bool(changed.returncode)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,303 @@
+"""One visit to one server: start it, load it, look at it, stop it."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from benchmarks.peers.client import Answer, at_once, closed_loop, open_loop, until_closed
+from benchmarks.peers.entrants import Entrant
+from benchmarks.peers.figures import (
+    CLIENTS,
+    BadPhoto,
+    Bare,
+    Network,
+    Overload,
+    Step,
+    Stop,
+    Visit,
+    bad_photo_of,
+    overload_of,
+    step_of,
+    stop_of,
+)
+from benchmarks.peers.processes import ROOT, Running, running
+from benchmarks.peers.servers import handler
+from model.image import lesion_mask, read_photo, unpack_mask
+from server.settings import available_cores
+from trt_build.parity import mask_iou, onnx_runner
+
+__all__ = ["Deck", "Masks", "Plan", "layout", "measure_bare", "visit"]
+
+_STUB_MS: dict[Network, float | None] = {"stub 0 ms": 0, "stub 5 ms": 5, "real": None}
+
+_SAME_MASK_IOU = 0.9
+"""Masks that overlap less are wrong: peers enlarge theirs in blocks, which costs a few percent."""
+
+_WARM_UP_S = 0.5
+_LEAD = 0.25
+"""Of a load's time, before it is measured."""
+_BESIDE = 8
+_BAD_TIMES = 10
+_STOP_S = 12
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long everything takes."""
+
+    turns: int
+    step_s: float
+    """Of each load, with a stub."""
+    real_s: tuple[float, float, float, float]
+    """Of each load, with the real network."""
+    overload_s: float
+    bare_s: float
+    """Of the bare loop, with each batch size."""
+    idle_s: float
+
+
+@dataclass(frozen=True)
+class Deck:
+    """Photos, and the mask that each has with each network."""
+
+    photos: Sequence[bytes]
+    masks: dict[Network, list[NDArray[np.bool_]]]
+    model: Path
+
+    @classmethod
+    def of(cls, photos: Sequence[bytes], model: Path) -> "Deck":
+        """Predict the masks."""
+        read = [read_photo(data) for data in photos]
+        batch = np.stack([photo.pixels for photo in read])
+        disc = handler.stub(0)(batch)
+        probabilities: dict[Network, NDArray[np.float32]] = {
+            "real": onnx_runner(model)(batch),
+            "stub 0 ms": disc,
+            "stub 5 ms": disc,
+        }
+        masks = {
+            network: [
+                unpack_mask(lesion_mask(p, photo.width, photo.height), photo.width)
+                for p, photo in zip(of_network, read, strict=True)
+            ]
+            for network, of_network in probabilities.items()
+        }
+        return cls(photos, masks, model)
+
+
+class Masks:
+    """Looks at masks that came back."""
+
+    def __init__(self, entrant: Entrant, expected: Sequence[NDArray[np.bool_]]) -> None:
+        self._entrant = entrant
+        self._expected = expected
+        self._known: dict[tuple[int, bytes], float] = {}
+        self.checked = self.wrong = 0
+        self.least_iou = 1.0
+
+    def check(self, answers: Sequence[Answer]) -> None:
+        """Those whose bodies were kept."""
+        for answer in answers:
+            if answer.status != 200 or answer.body is None:
+                continue
+            key = answer.request % len(self._expected), answer.body
+            if key not in self._known:
+                self._known[key] = self._iou(*key)
+            self.checked += 1
+            self.wrong += self._known[key] < _SAME_MASK_IOU
+            self.least_iou = min(self.least_iou, self._known[key])
+
+    def _iou(self, request: int, body: bytes) -> float:
+        expected = self._expected[request]
+        try:
+            with Image.open(BytesIO(self._entrant.mask(body)), formats=("PNG",)) as picture:
+                found = np.asarray(picture.convert("L")) > 127
+        except (OSError, ValueError, LookupError):
+            return 0.0
+        return mask_iou(found, expected) if found.shape == expected.shape else 0.0
+
+
+def layout() -> tuple[int, int]:
+    """Of peers: processes that run the network, and the threads of each for one run."""
+    return available_cores(), 1
+
+
+def visit(
+    entrant: Entrant,
+    python: Path,
+    network: Network,
+    turn: int,
+    plan: Plan,
+    deck: Deck,
+    *,
+    extras: bool,
+) -> Visit:
+    """Start the server and measure it.
+
+    Args:
+        python: the interpreter of a peer.
+        extras: whether to look at everything but closed loops, too.
+
+    Raises:
+        Unavailable: it does not start.
+        OSError: it takes no more connections.
+    """
+    stub_ms = _STUB_MS[network]
+    workers, threads = layout()
+    environment = {
+        "PEER_NETWORK": str(deck.model.resolve()) if stub_ms is None else f"stub:{stub_ms:g}",
+        "PEER_WORKERS": str(workers),
+        "PEER_THREADS": str(threads),
+    }
+    requests = [entrant.ask(photo) for photo in deck.photos]
+    masks = Masks(entrant, deck.masks[network])
+    with running(entrant, python, environment, stub_ms, deck.photos[0]) as server:
+        backend = _backend(server) if entrant.is_ours else ""
+        masks.check(at_once(server.port, requests))
+        closed_loop(server.port, requests, clients=_BESIDE, seconds=_WARM_UP_S)
+        idle = _idle_cores(server, plan.idle_s) if extras else None
+        steps = []
+        others = _Others(server)
+        for place, clients in enumerate(CLIENTS):
+            seconds = plan.step_s if stub_ms is not None else plan.real_s[place]
+            load = closed_loop(
+                server.port,
+                requests,
+                clients=clients,
+                seconds=seconds,
+                lead_s=_LEAD * seconds,
+                fewest=clients,
+            )
+            steps.append(step_of(load, clients))
+            masks.check(load.answers)
+        others_cores = others.cores()
+        memory_mib = server.memory_mib()
+        bad = overload = stop = None
+        if extras:
+            bad = _bad_photo(server, entrant, deck)
+            overload = _overload(server, requests, steps, plan.overload_s)
+            stop = _stop(server, requests)
+        return Visit(
+            entrant=entrant.name,
+            network=network,
+            turn=turn,
+            seconds_to_ready=server.seconds_to_ready,
+            memory_mib=memory_mib,
+            backend=backend,
+            others_cores=others_cores,
+            steps=steps,
+            masks_checked=masks.checked,
+            masks_wrong=masks.wrong,
+            least_iou=masks.least_iou,
+            idle_cores=idle,
+            overload=overload,
+            bad_photo=bad,
+            stop=stop,
+        )
+
+
+def measure_bare(entrant: Entrant, turn: int, seconds: float, model: Path) -> Bare:
+    """What this server's network does in a loop, in as many processes and threads."""
+    command = [sys.executable, "-m", "benchmarks.peers.bare", str(seconds)]
+    command += ["--model", str(model.resolve()), *entrant.flags]
+    run = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    return Bare(turn, entrant.name, json.loads(run.stdout))
+
+
+def _backend(server: Running) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/model", timeout=10) as answer:
+        backend = json.load(answer)["backend"]
+    return f"{backend['name']} {backend['version']}, {backend['precision']}"
+
+
+class _Others:
+    """What the machine does beside the server and the load on it."""
+
+    def __init__(self, server: Running) -> None:
+        self._server = server
+        self._started, self._before = time.perf_counter(), self._used_s()
+
+    def cores(self) -> float:
+        """Since this was made, on average."""
+        used_s = self._used_s() - self._before
+        return max(0.0, used_s / (time.perf_counter() - self._started))
+
+    def _used_s(self) -> float:
+        # proc(5): user, nice, system, idle, iowait, irq, softirq, steal.
+        ticks = [int(t) for t in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        busy_s = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+        return busy_s - self._server.cpu_s() - time.process_time()
+
+
+def _idle_cores(server: Running, seconds: float) -> float:
+    time.sleep(0.5)
+    started, before = time.perf_counter(), server.cpu_s()
+    time.sleep(seconds)
+    return max(0.0, server.cpu_s() - before) / (time.perf_counter() - started)
+
+
+def _bad_photo(server: Running, entrant: Entrant, deck: Deck) -> BadPhoto:
+    photo = deck.photos[0]
+    bad = entrant.ask(photo[: len(photo) // 2])
+    rounds = []
+    for time_ in range(_BAD_TIMES):
+        place = time_ % _BESIDE
+        together = [entrant.ask(deck.photos[i % len(deck.photos)]) for i in range(_BESIDE)]
+        together[place] = bad
+        rounds.append((place, at_once(server.port, together)))
+    return bad_photo_of(rounds)
+
+
+def _overload(
+    server: Running, requests: Sequence[bytes], steps: Sequence[Step], seconds: float
+) -> Overload:
+    per_s = 2 * max(step.per_s for step in steps)
+    return overload_of(
+        open_loop(server.port, requests, per_s=per_s, seconds=seconds), per_s, seconds
+    )
+
+
+def _stop(server: Running, requests: Sequence[bytes]) -> Stop:
+    signalled = ended = 0.0
+
+    def wait() -> None:
+        nonlocal ended
+        server.process.wait()
+        ended = time.perf_counter()
+
+    def terminate() -> None:
+        nonlocal signalled
+        signalled = time.perf_counter()
+        server.terminate()
+        threading.Thread(target=wait, daemon=True).start()
+
+    load = until_closed(
+        server.port, requests, clients=_BESIDE, after_s=1, stop=terminate, seconds=_STOP_S
+    )
+    while not ended and time.perf_counter() < signalled + _STOP_S:
+        time.sleep(0.02)
+    time.sleep(0.5)
+    try:
+        still_answers = at_once(server.port, requests[:1], timeout_s=2)[0].status == 200
+    except OSError:
+        still_answers = False
+    return stop_of(
+        load,
+        signalled,
+        seconds=ended - signalled if ended else None,
+        exit_code=server.process.returncode,
+        survivors=len(server.pids()),
+        still_answers=still_answers,
+    )

@@ -1,0 +1,219 @@
+"""A server under test: its environment made, started, watched with all its children, stopped.
+
+Children are known by a variable that they inherit, however far they have gone from their parent.
+"""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.peers.client import LOST, at_once
+from benchmarks.peers.entrants import Entrant
+
+__all__ = ["Running", "Unavailable", "prepare", "python_of", "running"]
+
+ROOT = Path(__file__).parents[2]
+_ENVIRONMENTS = Path(__file__).parent / ".envs"
+_SERVERS = Path(__file__).parent / "servers"
+_MARK = "PEER_RUN"
+_START_TIMEOUT_S = 90
+_INSTALL_TIMEOUT_S = 1200
+
+
+class Unavailable(Exception):
+    """A peer that cannot be measured here; the message says why."""
+
+
+def python_of(entrant: Entrant) -> Path:
+    """The interpreter of its own environment."""
+    return _ENVIRONMENTS / entrant.environment / "bin" / "python"
+
+
+def prepare(entrant: Entrant) -> None:
+    """Make the environment of a peer, unless it is there and its pins are the same.
+
+    Raises:
+        Unavailable: its packages cannot be installed, or a program is missing.
+    """
+    if entrant.needs and shutil.which(entrant.needs) is None:
+        raise Unavailable(f"needs {entrant.needs}, which is not on PATH")
+    if entrant.is_ours:
+        return
+    folder = _ENVIRONMENTS / entrant.environment
+    pins, installed = entrant.requirements.read_text(encoding="utf-8"), folder / "installed.txt"
+    if installed.exists() and installed.read_text(encoding="utf-8") == pins:
+        return
+    venv.create(folder, clear=True, with_pip=True)
+    command = [str(python_of(entrant)), "-m", "pip", "install", "--quiet"]
+    command += ["--disable-pip-version-check", "-r", str(entrant.requirements)]
+    try:
+        subprocess.run(
+            command, check=True, capture_output=True, text=True, timeout=_INSTALL_TIMEOUT_S
+        )
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.strip().splitlines()
+        raise Unavailable(f"does not install: {lines[-1] if lines else error}") from error
+    except subprocess.TimeoutExpired as error:
+        raise Unavailable(f"takes more than {_INSTALL_TIMEOUT_S} s to install") from error
+    installed.write_text(pins, encoding="utf-8")
+
+
+@dataclass
+class Running:
+    """A server that has answered once, with everything that it has started."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    mark: str
+    log_file: Path
+    seconds_to_ready: float = 0
+    """From its start to its first mask."""
+
+    def pids(self) -> list[int]:
+        """All its processes."""
+        needle = f"{_MARK}={self.mark}".encode()
+        found = []
+        for folder in Path("/proc").iterdir():
+            if not folder.name.isdigit():
+                continue
+            with contextlib.suppress(OSError):
+                is_zombie = (folder / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+                if not is_zombie and needle in (folder / "environ").read_bytes().split(b"\0"):
+                    found.append(int(folder.name))
+        return found
+
+    def memory_mib(self) -> float:
+        """Of all its processes, shared pages counted once (PSS)."""
+        total_kib = 0
+        for pid in self.pids():
+            with contextlib.suppress(OSError):
+                for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+                    if line.startswith("Pss:"):
+                        total_kib += int(line.split()[1])
+        return total_kib / 1024
+
+    def cpu_s(self) -> float:
+        """That its present processes have used."""
+        ticks = 0
+        for pid in self.pids():
+            with contextlib.suppress(OSError):
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    def terminate(self) -> None:
+        """SIGTERM to the process that was started, as a container's runtime sends it."""
+        self.process.send_signal(signal.SIGTERM)
+
+    def stop(self) -> None:
+        """End everything that is left."""
+        for pid in self.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@contextlib.contextmanager
+def running(
+    entrant: Entrant,
+    python: Path,
+    environment: Mapping[str, str],
+    stub_ms: float | None,
+    photo: bytes,
+) -> Iterator[Running]:
+    """The server, started and asked until it answers with a mask; killed in the end.
+
+    Args:
+        entrant: which.
+        python: the interpreter of a peer.
+        environment: what the peers' handlers go by.
+        stub_ms: of the network in this server's place; None is the real one.
+        photo: to ask with.
+
+    Raises:
+        Unavailable: it ended, or had no mask in time; holds the end of its output.
+    """
+    port = _free_ports()
+    if entrant.is_ours:
+        module = "server" if stub_ms is None else "benchmarks.peers.slsnet"
+        command = [sys.executable, "-m", module, "--port", str(port), *entrant.flags]
+        if stub_ms is None:
+            command += ["--model", environment["PEER_NETWORK"]]
+    else:
+        command = [str(python), str(_SERVERS / entrant.script)]
+    with tempfile.TemporaryDirectory(prefix="peer-") as folder:
+        log_file = Path(folder) / "output.txt"
+        mark = Path(folder).name
+        for name in ("files", "tmp"):
+            (Path(folder) / name).mkdir()
+        variables = {
+            **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+            **environment,
+            # TorchServe's socket and process id lie there: another one would be taken for it.
+            "TMPDIR": str(Path(folder) / "tmp"),
+            "PEER_PORT": str(port),
+            "PEER_FOLDER": str(Path(folder) / "files"),
+            "PEER_DEVICE": str(Path(folder) / "device"),
+            _MARK: mark,
+        }
+        with log_file.open("wb") as output:
+            started = time.perf_counter()
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT if entrant.is_ours else _SERVERS,
+                env=variables,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        server = Running(process, port, mark, log_file)
+        try:
+            _wait_until_ready(server, entrant.ask(photo), started)
+            yield server
+        finally:
+            server.stop()
+
+
+def _free_ports() -> int:
+    """The first of three in a row that nothing listens on, as some servers take so many.
+
+    Not of those that the system gives to clients: of its own load one could be in the way.
+    """
+    while True:
+        first = random.randrange(20000, 32000)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as probes:
+            for port in range(first, first + 3):
+                probes.enter_context(socket.create_server(("127.0.0.1", port)))
+            return first
+
+
+def _wait_until_ready(server: Running, request: bytes, started: float) -> None:
+    while time.perf_counter() < started + _START_TIMEOUT_S:
+        if server.process.poll() is not None:
+            raise Unavailable(f"ended with {server.process.returncode}: {_last_lines(server)}")
+        try:
+            status = at_once(server.port, [request], timeout_s=20)[0].status
+        except OSError:
+            status = LOST
+        if status == 200:
+            server.seconds_to_ready = time.perf_counter() - started
+            return
+        time.sleep(0.02)
+    raise Unavailable(f"no mask within {_START_TIMEOUT_S} s: {_last_lines(server)}")
+
+
+def _last_lines(server: Running) -> str:
+    lines = server.log_file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return " / ".join(lines[-3:])[-300:]

@@ -1,0 +1,60 @@
+"""The server with a stub in its network's place: `python -m benchmarks.peers.slsnet FLAGS`.
+
+The very stub that the peers run, behind the server's own interface of a backend; all else is the
+server as it comes. `PEER_NETWORK` says how long a run takes.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.peers.servers import handler
+from server import loading, supervisor, worker
+from server.__main__ import main
+from server.backends import BackendInfo
+from server.metrics import SHARED_FOLDER
+
+
+class StubBackend:
+    """Finds a disc, after a while."""
+
+    def __init__(self) -> None:
+        self._run = handler.load()
+
+    def describe(self) -> BackendInfo:
+        return BackendInfo("stub", "1", "cpu", "fp32", max_batch=handler.MAX_BATCH)
+
+    def warm_up(self) -> None:
+        self.infer(np.zeros((1, handler.SIDE, handler.SIDE, 3), np.uint8))
+
+    def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        probability: NDArray[np.float32] = self._run(batch)
+        return probability
+
+    def close(self) -> None:
+        pass
+
+
+def _open_stub(*_: object, **__: object) -> StubBackend:
+    return StubBackend()
+
+
+class _Popen(subprocess.Popen[bytes]):
+    """Starts the supervisor's workers through this module, too."""
+
+    def __init__(self, command: Sequence[str], **options: Any) -> None:
+        mine = [__spec__.name if part == "server.worker" else part for part in command]
+        super().__init__(mine, **options)
+
+
+if __name__ == "__main__":
+    loading.open_backend = _open_stub  # type: ignore[attr-defined]
+    if SHARED_FOLDER in os.environ:
+        sys.exit(worker.main())
+    supervisor.subprocess.Popen = _Popen  # type: ignore[attr-defined]
+    sys.exit(main())

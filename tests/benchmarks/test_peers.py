@@ -1,0 +1,426 @@
+"""The comparison with other servers: its client, its figures, and all of it in a small plan."""
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydantic import TypeAdapter
+
+from benchmarks.peers.__main__ import done, jobs, main
+from benchmarks.peers.client import LOST, Answer, Load, at_once, closed_loop, open_loop, post
+from benchmarks.peers.entrants import ENTRANTS, OURS, Entrant
+from benchmarks.peers.figures import (
+    Aim,
+    Bare,
+    Comparison,
+    Network,
+    Setting,
+    Step,
+    Visit,
+    bad_photo_of,
+    overload_of,
+    percentile,
+    step_of,
+    stop_of,
+)
+from benchmarks.peers.measure import Masks
+from benchmarks.peers.report import write_report
+from model.image import encode_png
+from tests.conftest import ROOT
+
+OK = b"HTTP/1.1 200 OK\r\n"
+LATER = b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 2\r\nContent-Length: 0\r\n\r\n"
+
+
+class Scripted:
+    """Answers each path with its pieces, one after another; no pieces end the connection."""
+
+    def __init__(self, answers: dict[str, Sequence[bytes]]) -> None:
+        self._answers = answers
+        self._listening = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self.port: int = self._listening.getsockname()[1]
+        self.requests: list[bytes] = []
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def close(self) -> None:
+        self._listening.shutdown(socket.SHUT_RDWR)
+        self._listening.close()
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listening.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with connection, connection.makefile("rb") as stream:
+            while line := stream.readline():
+                length = 0
+                while (header := stream.readline()) not in (b"\r\n", b""):
+                    if header.lower().startswith(b"content-length:"):
+                        length = int(header.split(b":")[1])
+                self.requests.append(stream.read(length))
+                pieces = self._answers[line.split()[1].decode()]
+                if not pieces:
+                    return
+                for piece in pieces:
+                    try:
+                        connection.sendall(piece)
+                    except OSError:
+                        return
+                    time.sleep(0.002)
+
+
+@pytest.fixture
+def scripted() -> Iterator[Callable[..., Scripted]]:
+    servers = []
+
+    def start(**answers: Sequence[bytes]) -> Scripted:
+        servers.append(Scripted({f"/{path}": pieces for path, pieces in answers.items()}))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def ask(path: str, body: bytes = b"photo") -> bytes:
+    return post(f"/{path}", body, {"Content-Type": "image/jpeg"})
+
+
+def test_answers_are_read_however_they_arrive(scripted: Callable[..., Scripted]) -> None:
+    whole = OK + b"Content-Type: image/png\r\nContent-Length: 4\r\n\r\nmask"
+    chunked = OK + b"Transfer-Encoding: chunked\r\n\r\n3;x=1\r\nmas\r\n1\r\nk\r\n0\r\n\r\n"
+    server = scripted(
+        whole=[whole],
+        bytewise=[whole[i : i + 1] for i in range(len(whole))],
+        chunked=[chunked],
+        pieces=[chunked[:20], chunked[20:70], chunked[70:]],
+        later=[LATER],
+        cut=[whole[:-1], b""],
+        ended=[],
+    )
+    paths = ["whole", "bytewise", "chunked", "pieces", "later", "ended"]
+    answers = at_once(server.port, [ask(path) for path in paths])
+    assert [answer.status for answer in answers] == [200, 200, 200, 200, 429, LOST]
+    assert [answer.body for answer in answers[:4]] == [b"mask"] * 4
+    assert [answer.retry_after for answer in answers] == [False] * 4 + [True, False]
+    assert server.requests == [b"photo"] * len(paths)
+    assert at_once(server.port, [ask("cut")], timeout_s=0.3)[0].status == LOST
+
+
+def test_a_closed_loop_counts_what_ends_within_it(scripted: Callable[..., Scripted]) -> None:
+    server = scripted(mask=[OK + b"Content-Length: 4\r\n\r\nmask"], later=[LATER])
+    load = closed_loop(
+        server.port, [ask("mask"), ask("later")], clients=3, seconds=0.2, lead_s=0.1, fewest=4
+    )
+    assert len(load.answers) >= 4
+    assert {answer.status for answer in load.answers} == {200, 429}
+    assert all(load.started <= answer.ended for answer in load.answers)
+    assert all(answer.due < answer.ended for answer in load.answers)
+    # More were sent: in the lead, and when the time was up.
+    assert len(server.requests) > len(load.answers)
+    assert any(answer.body == b"mask" for answer in load.answers)
+
+
+def test_a_server_that_hangs_up_is_asked_on_a_new_connection(
+    scripted: Callable[..., Scripted],
+) -> None:
+    closes = OK + b"Connection: close\r\nContent-Length: 4\r\n\r\nmask"
+    server = scripted(closes=[closes], ended=[])
+    load = closed_loop(server.port, [ask("closes"), ask("ended")], clients=2, seconds=0.1, fewest=6)
+    assert {answer.status for answer in load.answers} == {200, LOST}
+
+
+def test_an_open_loop_sends_what_is_due_and_counts_from_then(
+    scripted: Callable[..., Scripted],
+) -> None:
+    server = scripted(mask=[OK + b"Content-Length: 4\r\n\r\n", b"mask"])
+    load = open_loop(server.port, [ask("mask")], per_s=50, seconds=0.4)
+    assert len(load.answers) + load.unsent == 20
+    dues = sorted(answer.due - load.started for answer in load.answers)
+    assert dues == pytest.approx([n / 50 for n in range(20)])
+    # Nobody answers: what is due beyond the connections is not sent.
+    silent = socket.create_server(("127.0.0.1", 0))
+    with silent:
+        port = silent.getsockname()[1]
+        load = open_loop(port, [ask("")], per_s=50, seconds=0.2, connections=2, drain_s=0.1)
+    assert load.unsent == 8
+    assert [answer.status for answer in load.answers] == [LOST] * 2
+
+
+def load_of(*answers: Answer, started: float = 10, ended: float = 12, unsent: int = 0) -> Load:
+    return Load(started, ended, cpu_s=0.5, unsent=unsent, answers=list(answers))
+
+
+def test_a_percentile_is_a_value_that_happened() -> None:
+    values = list(range(1, 101))
+    assert percentile(values, 0.5) == 50
+    assert percentile(values, 0.99) == 99
+    assert percentile([7.0], 0.99) == 7
+    assert percentile([1, 2, 3], 0.99) == 3
+    assert percentile([], 0.5) == 0
+
+
+def test_a_step_counts_masks_and_their_latency_alone() -> None:
+    step = step_of(
+        load_of(
+            Answer(0, 10, 10.1, 200), Answer(1, 10, 10.3, 200), Answer(2, 10, 10.01, 429),
+            Answer(3, 10, 11, LOST),
+        ),
+        8,
+    )  # fmt: skip
+    assert (step.clients, step.requests, step.failed) == (8, 4, 2)
+    assert step.per_s == 1
+    assert step.p50_ms == pytest.approx(100)
+    assert step.p99_ms == pytest.approx(300)
+    assert step.generator_cores == 0.25
+
+
+def test_an_overload_tells_refused_from_lost_and_late() -> None:
+    overload = overload_of(
+        load_of(
+            Answer(0, 10, 10.5, 200),
+            Answer(0, 10.5, 13, 200),  # after the load, which lasted until 12
+            Answer(0, 11, 11.1, 429, retry_after=True),
+            Answer(0, 11, 11.2, 503),
+            Answer(0, 11, 22, LOST),
+            unsent=3,
+        ),
+        per_s=4,
+        seconds=2,
+    )
+    assert (overload.served, overload.served_per_s) == (2, 0.5)
+    assert overload.refused == {"429": 1, "503": 1}
+    assert (overload.with_retry_after, overload.lost, overload.unsent) == (1, 1, 3)
+    assert overload.drained_s == 10
+
+
+def test_a_bad_photo_and_its_neighbours_are_told_apart() -> None:
+    def together(*statuses: int) -> list[Answer]:
+        return [Answer(i, 0, 1, status) for i, status in enumerate(statuses)]
+
+    bad = bad_photo_of([(0, together(422, 200, 200)), (2, together(200, 422, 422))])
+    assert (bad.times, bad.good_failed, bad.statuses) == (2, 1, {"422": 2})
+
+
+def test_a_stop_looks_at_what_came_after_the_signal() -> None:
+    stop = stop_of(
+        load_of(
+            Answer(0, 10, 10.5, LOST),
+            Answer(0, 10, 11.5, 200),
+            Answer(0, 10, 11.6, 503),
+            Answer(0, 11, 11.7, LOST),
+        ),
+        11,
+        seconds=0.7,
+        exit_code=0,
+        survivors=2,
+        still_answers=True,
+    )
+    assert (stop.answered_after, stop.refused, stop.lost) == (1, 1, 1)
+
+
+def test_masks_may_have_rough_edges_but_no_other_shape() -> None:
+    y, x = np.mgrid[:90, :120]
+    mask = np.hypot(x - 60, y - 45) < 30
+    rough = np.kron(mask[::3, ::3], np.ones((3, 3), bool))
+    masks = Masks(ENTRANTS[0], [mask])
+
+    def answer(found: np.ndarray) -> Answer:
+        buffer = BytesIO()
+        Image.fromarray(found).save(buffer, "PNG")
+        return Answer(0, 0, 1, 200, buffer.getvalue())
+
+    ours = encode_png(np.packbits(mask, axis=1), 120, 90)
+    masks.check([Answer(0, 0, 1, 200, ours), answer(mask), answer(rough)])
+    assert (masks.checked, masks.wrong) == (3, 0)
+    assert masks.least_iou < 1
+    # Neither refused nor kept: not looked at.
+    masks.check([Answer(0, 0, 1, 422, b"{}"), Answer(0, 0, 1, 200)])
+    assert masks.checked == 3
+    masks.check([answer(~mask), answer(mask[:, :60]), Answer(0, 0, 1, 200, b"no image")])
+    assert (masks.checked, masks.wrong, masks.least_iou) == (6, 3, 0)
+
+
+@pytest.mark.parametrize("entrant", ENTRANTS, ids=lambda entrant: entrant.name)
+def test_every_entrant_is_complete(entrant: Entrant) -> None:
+    request = entrant.ask(b"\xff\xd8 photo")
+    head, _, body = request.partition(b"\r\n\r\n")
+    assert head.startswith(b"POST /") and b"Host: " in head
+    assert f"Content-Length: {len(body)}".encode() in head
+    if not entrant.is_ours:
+        assert entrant.version and entrant.settings and entrant.source.startswith("https://")
+        assert (ROOT / "benchmarks/peers/servers" / entrant.script).is_file()
+        pins = entrant.requirements.read_text(encoding="utf-8").splitlines()
+        assert all("==" in pin for pin in pins)
+
+
+SETTING = Setting("a machine", "abc", "a network", "photos", "2 processes", 2, 1, (1, 1, 1, 1), 1)
+
+
+def visit_of(entrant: str, network: Network, turn: int, per_s: float, p50_ms: float) -> Visit:
+    steps = [
+        Step(clients, 100, per_s * share, p50_ms * clients, 2 * p50_ms * clients, 0, 0.1)
+        for clients, share in ((1, 0.5), (8, 1), (32, 1), (128, 0.9))
+    ]
+    return Visit(entrant, network, turn, 1, 100, "", 0.01, steps, 8, 0, 0.97)
+
+
+@pytest.fixture
+def comparison() -> Comparison:
+    """Turns of which the second is twice as slow for everybody."""
+    visits = [
+        visit_of(name, network, turn, per_s / turn, p50_ms)
+        for turn in (1, 2)
+        for network in ("stub 0 ms", "stub 5 ms", "real")
+        for name, per_s, p50_ms in (
+            (OURS, 300, 6),
+            ("fastapi", 100, 7),
+            ("litserve", 150, 17),
+            ("triton", 400, 8),
+        )
+    ]
+    bare = [
+        Bare(turn, name, {"1": per_s / turn, "8": 1.25 * per_s / turn})
+        for turn in (1, 2)
+        for name, per_s in ((OURS, 250), ("slsnet-ort", 100))
+    ]
+    return Comparison(SETTING, visits, bare)
+
+
+def test_ratios_are_of_the_same_turn_and_aims_follow_from_them(comparison: Comparison) -> None:
+    found = {aim.measure: aim for aim in comparison.aims()}
+    python = found["stub 0 ms, throughput ÷ the best Python peer's (LitServe)"]
+    assert python.found == pytest.approx(2) and python.is_met
+    triton = found["same ÷ Triton core's"]
+    assert triton.found == pytest.approx(0.75) and not triton.is_met
+    assert found["same ÷ mosec's"].found is None and not found["same ÷ mosec's"].is_met
+    # FastAPI is quicker, but does not batch.
+    lone = next(aim for name, aim in found.items() if name.startswith("lone"))
+    assert "Triton" in lone.measure
+    assert lone.found == pytest.approx((6 - 5) / (8 - 5)) and lone.is_met
+    bare = found["real network, throughput ÷ its bare loop's"]
+    assert bare.found == pytest.approx(300 / (1.25 * 250))
+    assert found["real, throughput of 128 clients ÷ of 8"].found == pytest.approx(0.9)
+    assert found["bare network ÷ stock ONNX Runtime's, fp32"].found == pytest.approx(2.5)
+
+
+def test_an_aim_may_be_a_least_or_a_most() -> None:
+    assert Aim("", 1.5, 1.5).is_met and not Aim("", 1.5, 1.49).is_met
+    assert Aim("", 1 / 3, 0.3, at_most=True).is_met
+    assert not Aim("", 1 / 3, 0.34, at_most=True).is_met
+    assert Aim("", 1 / 3, None, at_most=True).wanted == "≤ 0.33"
+
+
+def test_the_report_says_where_a_peer_is_ahead(comparison: Comparison, tmp_path: Path) -> None:
+    markdown = write_report(comparison, tmp_path)
+    ahead = markdown[markdown.index("## Where a peer is ahead") :]
+    ahead = ahead[: ahead.index("\n## ")]
+    assert (
+        "| masks/s, 8 clients | stub 0 ms | Triton core + Python backend | 300 | 225 | 1.33 |"
+        in (ahead)
+    )
+    assert "LitServe" not in ahead
+    assert "| same ÷ Triton core's | ≥ 1.00 | 0.75 | **missed** |" in markdown
+    assert "| same ÷ mosec's | ≥ 1.00 | – | – |" in markdown
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 2
+
+
+def test_every_turn_begins_with_another_server_and_goes_on_where_it_stopped(
+    comparison: Comparison,
+) -> None:
+    entrants = [e for e in ENTRANTS if e.name in (OURS, "slsnet-ort", "fastapi", "triton")]
+    order = list(jobs(entrants, ("stub 0 ms", "real"), 2))
+    assert [job.entrant.name for job in order if job.network == "stub 0 ms"] == [
+        OURS, "fastapi", "triton", "fastapi", "triton", OURS,
+    ]  # fmt: skip
+    assert [str(job) for job in order[-6:]] == [
+        "turn 2, real, fastapi",
+        "turn 2, real, triton",
+        "turn 2, real, slsnet bare",
+        "turn 2, real, slsnet",
+        "turn 2, real, slsnet-ort bare",
+        "turn 2, real, slsnet-ort",
+    ]
+    left = [str(job) for job in order if job.key not in done(comparison)]
+    assert left == ["turn 1, real, slsnet-ort", "turn 2, real, slsnet-ort"]
+
+
+def run(results: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks.peers", "--output", str(results), "--quick"]
+    command += ["--servers", OURS, "fastapi", "--here", "fastapi", "--networks", "stub 5 ms"]
+    return subprocess.run(
+        [*command, "--step-s", "0.1", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_this_server_beside_the_control(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Given a run that is stopped after its first visit, when it is run again, then it goes on."""
+    first = run(tmp_path, "--stop-after-s", "0.001")
+    assert first.returncode == 0, first.stderr
+    assert "1 visits are left" in first.stderr
+    second = run(tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert second.stderr.count("turn 1, stub 5 ms") == 1
+    found = TypeAdapter(Comparison).validate_json((tmp_path / "report.json").read_bytes())
+    assert [visit.entrant for visit in found.visits] == [OURS, "fastapi"]
+    assert not found.missing
+    for visit in found.visits:
+        assert visit.masks_checked > 0 and visit.masks_wrong == 0
+        assert [step.clients for step in visit.steps] == [1, 8, 32, 128]
+        # One batch of at most eight at a time, 5 ms each.
+        assert all(0 < step.per_s < 8 / 0.005 for step in visit.steps)
+        assert all(0 < step.p50_ms <= step.p99_ms for step in visit.steps)
+        assert visit.steps[0].p50_ms > 5
+        assert visit.memory_mib > 10 and visit.seconds_to_ready > 0
+        assert visit.overload and visit.idle_cores is not None
+        assert visit.bad_photo and visit.bad_photo.good_failed == 0
+        assert visit.bad_photo.statuses == {"422": visit.bad_photo.times}
+        assert visit.stop and visit.stop.survivors == 0 and not visit.stop.still_answers
+    ours = found.visits[0]
+    assert "stub" in ours.backend
+    assert ours.stop and (ours.stop.exit_code, ours.stop.lost) == (0, 0)
+    assert ours.overload and ours.overload.lost == 0
+    assert set(ours.overload.refused) <= {"429"}
+    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "## Where a peer is ahead" in markdown
+    # What is of other settings is not mixed in.
+    with pytest.raises(SystemExit):
+        main(["--output", str(tmp_path), "--quick", "--turns", "2"])
+    assert "another turns" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_bare_loop_runs_in_as_many_processes_as_the_server() -> None:
+    flags = ["--workers", "2", "--threads", "1", "--max-batch", "2", "--backend", "onnxruntime"]
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.peers.bare", "0.2", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    per_s = json.loads(run.stdout)
+    assert set(per_s) == {"1", "2"}
+    assert all(value > 0 for value in per_s.values())
