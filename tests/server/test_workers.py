@@ -22,7 +22,7 @@ from tests.server.test_load import figures
 @pytest.fixture
 def pair() -> Iterator[ServerProcess]:
     with serve("--workers", "2", "--drain-grace-s", "0.5") as server:
-        until(lambda: server.log().count("ready: onnxruntime") == 2)
+        until(lambda: server.log().count(" ready: ") == 2)
         try:
             yield server
         finally:
@@ -59,7 +59,7 @@ def test_metrics_are_of_all_workers_and_survive_one(
     first = workers(pair)[0]
     first.kill()
     until(lambda: len(workers(pair)) == 2 and first not in workers(pair))
-    until(lambda: pair.log().count("ready: onnxruntime") == 3)
+    until(lambda: pair.log().count(" ready: ") == 3)
     assert "another one starts" in pair.log()
     send(photos[0])
     assert figures(pair)["slsnet_batch_size_sum"] == 2 * len(photos) + 1
@@ -124,6 +124,6 @@ def test_workers_that_cannot_start_end_the_supervisor(tmp_path: Path) -> None:
 
 def test_sighup_reaches_all_workers(pair: ServerProcess) -> None:
     os.kill(pair.process.pid, signal.SIGHUP)
-    until(lambda: pair.log().count("ready: onnxruntime") == 4)
+    until(lambda: pair.log().count(" ready: ") == 4)
     assert len(workers(pair)) == 2
     assert isinstance(pair.process, subprocess.Popen)
