@@ -35,7 +35,9 @@ def segment(url: str, photo: str, truth: str) -> None:
     if mask.shape != true.shape:
         sys.exit(f"the mask is {mask.shape}, the photo {true.shape}")
     jaccard = (mask & true).sum() / (mask | true).sum()
-    print(f"{Path(photo).name}: Jaccard {jaccard:.3f}")
+    with urllib.request.urlopen(f"{url}/model", timeout=_PATIENCE_S) as answer:
+        backend = json.load(answer)["backend"]
+    print(f"{Path(photo).name}: Jaccard {jaccard:.3f}, by {backend['name']}")
     if jaccard < _LEAST_JACCARD:
         sys.exit(f"below {_LEAST_JACCARD}")
 
