@@ -3,15 +3,16 @@
  * Sapphire Rapids and later).
  *
  * Why by hand: two thirds of the network are two attentions over 64 x 64 positions. A general
- * runtime writes their 4096 x 4096 weights to memory and reads them again; here a tile of them lives
- * in registers and L1 (as in FlashAttention, Dao et al. 2022), with exponentials of a few
+ * runtime writes their 4096 x 4096 weights to memory and reads them again; here a tile of them
+ * lives in registers and L1 (as in FlashAttention, Dao et al. 2022), with exponentials of a few
  * instructions. What multiplies bfloat16 adds up in float32. What is sensitive stays float32: the
  * stem, the residual stream, channel attention's energies, the query-key products of the small
  * attentions (which reach thousands), and every softmax.
  *
- * Maps are [position][channel]. Each map of the residual stream is kept twice: float32, and bfloat16
- * as the next product takes it. Work is cut into the same pieces and summed in the same order
- * whatever the number of threads and images, so an image's answer is the same bits in any company.
+ * Maps are [position][channel]. Each map of the residual stream is kept twice: float32, and
+ * bfloat16 as the next product takes it. Work is cut into the same pieces and summed in the same
+ * order whatever the number of threads and images, so an image's answer is the same bits in any
+ * company.
  *
  * Built by `python -m server.backends.native.build`, described in docs/cpu-engine.md.
  */
@@ -36,56 +37,67 @@ enum { SIDE = 128, LANES = 16, MOST_THREADS = 64 };
 
 /* ---- threads ------------------------------------------------------------------------------- */
 
-/* Threads that work on one image: each takes pieces of a step until there are none, then waits for
- * the others. A team of one does all of it and waits for nobody. */
+/*
+ * A step of the work is so many pieces; each thread takes pieces until there are none, then waits
+ * for those that others have taken. Nobody waits for a thread as such: one that the system does not
+ * let run has taken nothing, and when it comes it finds the steps done, walks through them and
+ * goes.
+ */
+enum { MOST_STEPS = 256, OPEN = 1 << 30, SPINS = 3000 };
+
 typedef struct {
-    int size;
-    _Atomic int arrived, sleepers;
-    _Atomic uint32_t phase;
-    _Atomic int next[2];
+    _Atomic uint32_t state; /* OPEN while it may be joined, plus the threads that are in it */
+    _Atomic int sleepers;
+    int images, first;            /* that threads take one by one; 0 where all are on the one */
+    _Atomic int next[MOST_STEPS]; /* piece of each step */
+    _Atomic uint32_t done[MOST_STEPS]; /* pieces of each step */
 } Team;
 
+/* A thread on its way through the steps; without a team it does all pieces itself. */
 typedef struct {
     Team *team;
-    int step;
+    int step, next, count, taken;
 } Member;
 
-enum { SPINS = 4000 };
+static long futex(void *word, int operation, uint32_t value) {
+    return syscall(SYS_futex, word, operation, value, NULL, NULL, 0);
+}
 
+/* The next piece of this step; `count` or more when none is left. */
+INLINE int next_piece(Member *me, int count) {
+    if (!me->team)
+        return me->next++;
+    int piece = atomic_fetch_add_explicit(&me->team->next[me->step], 1, memory_order_relaxed);
+    me->count = count;
+    me->taken += piece < count;
+    return piece;
+}
+
+#define FOR_PIECES(piece, count) for (int piece; (piece = next_piece(me, count)) < (count);)
+
+/* The end of a step: until all its pieces are done. */
 static void team_wait(Member *me) {
     Team *team = me->team;
+    if (!team) {
+        me->next = 0;
+        return;
+    }
+    _Atomic uint32_t *done = &team->done[me->step];
+    const uint32_t count = me->count, taken = me->taken;
     me->step++;
-    if (team->size == 1) {
-        team->next[0] = team->next[1] = 0;
-        return;
-    }
-    uint32_t phase = atomic_load(&team->phase);
-    if (atomic_fetch_add(&team->arrived, 1) == team->size - 1) {
-        atomic_store(&team->arrived, 0);
-        atomic_store(&team->next[(me->step + 1) & 1], 0);
-        atomic_fetch_add(&team->phase, 1);
-        if (atomic_load(&team->sleepers))
-            syscall(SYS_futex, &team->phase, FUTEX_WAKE_PRIVATE, team->size, NULL, NULL, 0);
-        return;
-    }
+    me->taken = 0;
+    if (taken && atomic_fetch_add(done, taken) + taken == count && atomic_load(&team->sleepers))
+        futex(done, FUTEX_WAKE_PRIVATE, INT32_MAX);
     for (int spin = 0; spin < SPINS; spin++) {
-        if (atomic_load_explicit(&team->phase, memory_order_acquire) != phase)
+        if (atomic_load_explicit(done, memory_order_acquire) == count)
             return;
         _mm_pause();
     }
     atomic_fetch_add(&team->sleepers, 1);
-    while (atomic_load(&team->phase) == phase)
-        syscall(SYS_futex, &team->phase, FUTEX_WAIT_PRIVATE, phase, NULL, NULL, 0);
+    for (uint32_t seen; (seen = atomic_load(done)) != count;)
+        futex(done, FUTEX_WAIT_PRIVATE, seen);
     atomic_fetch_sub(&team->sleepers, 1);
 }
-
-/* The next piece of this step for this thread; `count` or more when none is left. */
-INLINE int next_piece(Member *me) {
-    return atomic_fetch_add_explicit(&me->team->next[me->step & 1], 1, memory_order_relaxed);
-}
-
-#define FOR_PIECES(piece, count) \
-    for (int piece; (piece = next_piece(me)) < (count);)
 
 /* ---- numbers ------------------------------------------------------------------------------- */
 
@@ -95,15 +107,25 @@ INLINE bf16 to_bf16(float x) {
     return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-INLINE void store_bf16(bf16 *to, vec x) { _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x)); }
+INLINE void store_bf16(bf16 *to, vec x) {
+    _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x));
+}
 
-INLINE __m512i widen(const bf16 *from) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)); }
+INLINE __m512i widen(const bf16 *from) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
+}
 
-INLINE vec load_bf16(const bf16 *from) { return _mm512_castsi512_ps(_mm512_slli_epi32(widen(from), 16)); }
+INLINE vec load_bf16(const bf16 *from) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(widen(from), 16));
+}
 
-INLINE __m512i lane_numbers(void) { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+INLINE __m512i lane_numbers(void) {
+    return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
 
-INLINE vec dot2(vec sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+INLINE vec dot2(vec sum, __m512i a, __m512i b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
 
 INLINE __m512i pair(const bf16 *at) {
     int32_t bits;
@@ -141,7 +163,9 @@ INLINE vec exp_exact(vec x) {
 
 /* ---- convolution --------------------------------------------------------------------------- */
 
-enum { ROWS = 8 }; /* positions (or queries) of a tile; times two vectors of 16 it fills 16 registers */
+enum {
+    ROWS = 8
+}; /* positions (or queries) of a tile; times two vectors of 16 it fills 16 registers */
 
 /* Weights as the products read them: [outputs / (16 * vecs)][tap][inputs / 2][vecs][16][2]. */
 typedef struct {
@@ -154,21 +178,22 @@ typedef struct {
 typedef struct {
     const bf16 *in;
     int in_height, in_width;
-    int in_stride;          /* of the input: positions a step of the output moves */
-    int height, width;      /* of the output, or of one phase of it */
-    int out_stride;         /* 2 for a phase of a deconvolution */
-    int out_y, out_x;       /* of a phase */
-    const float *residual;  /* added; may be the same memory as out32 */
+    int in_stride;         /* of the input: positions a step of the output moves */
+    int height, width;     /* of the output, or of one phase of it */
+    int out_stride;        /* 2 for a phase of a deconvolution */
+    int out_y, out_x;      /* of a phase */
+    const float *residual; /* added; may be the same memory as out32 */
     int relu;
-    float *out32;           /* either may be NULL */
+    float *out32; /* either may be NULL */
     bf16 *out16;
-    int out_channels;       /* a position's channels in out, of which this writes the first */
+    int out_channels; /* a position's channels in out, of which this writes the first */
 } Place;
 
 /* A bias of none, and the channels of a position outside. */
 static float zeros[128] __attribute__((aligned(64)));
 
-INLINE void conv_tile(const Conv *c, const Place *p, const int rows, const int vecs, int block, int y, int x) {
+INLINE void conv_tile(const Conv *c, const Place *p, const int rows, const int vecs, int block,
+                      int y, int x) {
     vec sum[16][2];
     const float *bias = c->bias + block * LANES * vecs;
     for (int i = 0; i < rows; i++)
@@ -185,7 +210,8 @@ INLINE void conv_tile(const Conv *c, const Place *p, const int rows, const int v
             int ix = (x + i) * p->in_stride + c->dx[t];
             int inside = ix >= 0 && ix < p->in_width;
             any |= inside;
-            in[i] = inside ? p->in + ((size_t)iy * p->in_width + ix) * c->inputs : (const bf16 *)zeros;
+            in[i] =
+                inside ? p->in + ((size_t)iy * p->in_width + ix) * c->inputs : (const bf16 *)zeros;
         }
         if (!any)
             continue;
@@ -202,7 +228,8 @@ INLINE void conv_tile(const Conv *c, const Place *p, const int rows, const int v
     }
     const int out_width = p->width * p->out_stride;
     for (int i = 0; i < rows; i++) {
-        size_t at = (size_t)(y * p->out_stride + p->out_y) * out_width + (x + i) * p->out_stride + p->out_x;
+        size_t at =
+            (size_t)(y * p->out_stride + p->out_y) * out_width + (x + i) * p->out_stride + p->out_x;
         at = at * p->out_channels + block * LANES * vecs;
         for (int v = 0; v < vecs; v++) {
             vec value = sum[i][v];
@@ -279,7 +306,6 @@ enum { STEM = 16, POSITIONS = 4096 };
 
 /* What a thread, or a team of them, needs to take one image through. */
 typedef struct {
-    Team team;
     float image[(130 * 130 + 66 * 66 + 34 * 34 + 18 * 18) * 3];
     float branch[(SIDE * SIDE + 64 * 64 + 32 * 32 + 16 * 16) * STEM];
     float a32[SIDE * SIDE * STEM], b32[POSITIONS * 32];
@@ -307,15 +333,15 @@ typedef struct Engine {
     Up up[2];
     Conv head[4];
     void *scratch_memory[MOST_THREADS + 1];
-    Scratch *scratch[MOST_THREADS + 1]; /* one for each thread, and the last for all of them together */
+    Scratch
+        *scratch[MOST_THREADS + 1]; /* one for each thread, and the last for all of them together */
     pthread_mutex_t one_at_a_time;
     pthread_t workers[MOST_THREADS];
     int started;
+    Team *teams; /* one more than workers, so that one is always empty */
+    _Atomic int current;
     _Atomic uint32_t job;
-    _Atomic int unfinished;
-    _Atomic uint32_t finished;
-    _Atomic int next_image;
-    int closing, images, whole;
+    _Atomic int closing;
     const uint8_t *in;
     float *out;
 } Engine;
@@ -327,7 +353,8 @@ INLINE vec relu(vec x) { return _mm512_max_ps(x, _mm512_setzero_ps()); }
 enum { GRAM_POSITIONS = 512 };
 
 /* Rows r..r+7 and 32 columns (16 where there are no more) of A^T A over one block of positions. */
-INLINE void gram_tile(const float *a, int count, int channels, const int vecs, int row, int column, float *to) {
+INLINE void gram_tile(const float *a, int count, int channels, const int vecs, int row, int column,
+                      float *to) {
     vec sum[8][2];
     for (int i = 0; i < 8; i++)
         for (int v = 0; v < vecs; v++)
@@ -349,8 +376,8 @@ INLINE void gram_tile(const float *a, int count, int channels, const int vecs, i
 
 /* CAM, eq. 2 with DANet's energies: x + gamma * softmax(max - A A^T) A, from x32/x16 to y32/y16;
  * y32 may be x32, y16 not x16. */
-static void channel_attention(Member *me, Scratch *s, float gamma, int positions, int channels, const float *x32,
-                              const bf16 *x16, float *y32, bf16 *y16) {
+static void channel_attention(Member *me, Scratch *s, float gamma, int positions, int channels,
+                              const float *x32, const bf16 *x16, float *y32, bf16 *y16) {
     const int block = positions < GRAM_POSITIONS ? positions : GRAM_POSITIONS;
     const int blocks = positions / block;
     const int vecs = channels == 16 ? 1 : 2;
@@ -366,7 +393,12 @@ static void channel_attention(Member *me, Scratch *s, float gamma, int positions
     }
     team_wait(me);
     /* Row i of the softmax becomes output i of a 1x1 convolution. */
-    Conv mix = {.taps = 1, .inputs = channels, .outputs = channels, .vecs = vecs, .weights = s->mix, .bias = zeros};
+    Conv mix = {.taps = 1,
+                .inputs = channels,
+                .outputs = channels,
+                .vecs = vecs,
+                .weights = s->mix,
+                .bias = zeros};
     FOR_PIECES(piece, channels / 8) {
         for (int row = piece * 8; row < piece * 8 + 8; row++) {
             float energy[128] __attribute__((aligned(64)));
@@ -396,10 +428,22 @@ static void channel_attention(Member *me, Scratch *s, float gamma, int positions
         }
     }
     team_wait(me);
-    const int width = positions == SIDE * SIDE ? SIDE : positions == 4096 ? 64 : positions == 1024 ? 32 : 16;
+    const int width = positions == SIDE * SIDE ? SIDE
+                      : positions == 4096      ? 64
+                      : positions == 1024      ? 32
+                                               : 16;
     const Conv *list[] = {&mix};
-    Place place = {.in = x16, .in_height = width, .in_width = width, .in_stride = 1, .height = width, .width = width,
-                   .out_stride = 1, .residual = x32, .out32 = y32, .out16 = y16, .out_channels = channels};
+    Place place = {.in = x16,
+                   .in_height = width,
+                   .in_width = width,
+                   .in_stride = 1,
+                   .height = width,
+                   .width = width,
+                   .out_stride = 1,
+                   .residual = x32,
+                   .out32 = y32,
+                   .out16 = y16,
+                   .out_channels = channels};
     convs(me, 1, list, &place);
 }
 
@@ -408,7 +452,8 @@ static void channel_attention(Member *me, Scratch *s, float gamma, int positions
 enum { QUERIES = 16, KEYS = 128 }; /* of a tile: scores, weights, keys and values fit L1 */
 
 /* Scores of 8 queries against 32 keys, less what is given for each query. */
-INLINE void scores16(const bf16 *query, const bf16 *keys, const float *less, const int channels, vec sum[ROWS][2]) {
+INLINE void scores16(const bf16 *query, const bf16 *keys, const float *less, const int channels,
+                     vec sum[ROWS][2]) {
     for (int i = 0; i < ROWS; i++)
         sum[i][0] = sum[i][1] = _mm512_set1_ps(-less[i]);
     for (int k = 0; k < channels / 2; k++) {
@@ -421,7 +466,8 @@ INLINE void scores16(const bf16 *query, const bf16 *keys, const float *less, con
     }
 }
 
-INLINE void scores32(const float *query, const float *keys, const float *less, const int channels, vec sum[ROWS][2]) {
+INLINE void scores32(const float *query, const float *keys, const float *less, const int channels,
+                     vec sum[ROWS][2]) {
     for (int i = 0; i < ROWS; i++)
         sum[i][0] = sum[i][1] = _mm512_set1_ps(-less[i]);
     for (int k = 0; k < channels; k++) {
@@ -435,7 +481,8 @@ INLINE void scores32(const float *query, const float *keys, const float *less, c
 }
 
 /* out[rows][16 * vecs] += weights[rows][KEYS] * values, from column `at` of `channels`. */
-INLINE void weigh(const bf16 *weights, const bf16 *values, float *out, const int channels, const int rows, const int vecs) {
+INLINE void weigh(const bf16 *weights, const bf16 *values, float *out, const int channels,
+                  const int rows, const int vecs) {
     vec sum[16][2];
     for (int i = 0; i < rows; i++)
         for (int v = 0; v < vecs; v++)
@@ -455,9 +502,10 @@ INLINE void weigh(const bf16 *weights, const bf16 *values, float *out, const int
             _mm512_storeu_ps(out + i * channels + v * LANES, sum[i][v]);
 }
 
-/* Sixteen queries over all keys. Queries come times log2(e), so that weights are powers of two of scores. */
-INLINE void attend(const Scratch *s, const int channels, const int exact, int positions, int first, float eta,
-                   const float *x32, float *y32, bf16 *y16) {
+/* Sixteen queries over all keys. Queries come times log2(e), so that weights are powers of two of
+ * scores. */
+INLINE void attend(const Scratch *s, const int channels, const int exact, int positions, int first,
+                   float eta, const float *x32, float *y32, bf16 *y16) {
     float out[QUERIES * 128] __attribute__((aligned(64)));
     bf16 weights[QUERIES * KEYS] __attribute__((aligned(64)));
     float scores[QUERIES * KEYS] __attribute__((aligned(64)));
@@ -479,7 +527,8 @@ INLINE void attend(const Scratch *s, const int channels, const int exact, int po
         bounded &= most[i] < 100.0f;
         total[i] = _mm512_setzero_ps();
     }
-    /* Where no weight can underflow, the bound does as well as the highest score, which is then not looked for. */
+    /* Where no weight can underflow, the bound does as well as the highest score, which is then not
+     * looked for. */
     for (int i = 0; i < QUERIES; i++)
         if (bounded)
             less[i] = most[i];
@@ -494,15 +543,18 @@ INLINE void attend(const Scratch *s, const int channels, const int exact, int po
             for (int row = 0; row < QUERIES; row += ROWS) {
                 vec sum[ROWS][2];
                 if (exact)
-                    scores32(s->query32 + (size_t)(first + row) * channels, keys32, less + row, channels, sum);
+                    scores32(s->query32 + (size_t)(first + row) * channels, keys32, less + row,
+                             channels, sum);
                 else
-                    scores16(s->query + (size_t)(first + row) * channels, keys, less + row, channels, sum);
+                    scores16(s->query + (size_t)(first + row) * channels, keys, less + row,
+                             channels, sum);
                 if (bounded) {
 #pragma unroll
                     for (int i = 0; i < ROWS; i++) {
                         vec p0 = exp2_rough(sum[i][0]), p1 = exp2_rough(sum[i][1]);
                         total[row + i] = _mm512_add_ps(total[row + i], _mm512_add_ps(p0, p1));
-                        _mm512_store_si512(weights + (row + i) * KEYS + at, (__m512i)_mm512_cvtne2ps_pbh(p1, p0));
+                        _mm512_store_si512(weights + (row + i) * KEYS + at,
+                                           (__m512i)_mm512_cvtne2ps_pbh(p1, p0));
                     }
                 } else {
 #pragma unroll
@@ -524,16 +576,20 @@ INLINE void attend(const Scratch *s, const int channels, const int exact, int po
                     vec fade = exp2_rough(_mm512_max_ps(_mm512_set1_ps(most[i] - peak), lowest));
                     total[i] = _mm512_mul_ps(total[i], fade);
                     for (int c = 0; c < channels; c += LANES)
-                        _mm512_store_ps(out + i * channels + c, _mm512_mul_ps(_mm512_load_ps(out + i * channels + c), fade));
+                        _mm512_store_ps(
+                            out + i * channels + c,
+                            _mm512_mul_ps(_mm512_load_ps(out + i * channels + c), fade));
                     most[i] = peak;
                 }
                 vec bound = _mm512_set1_ps(most[i]);
                 for (int at = 0; at < KEYS; at += 32) {
                     vec t0 = _mm512_sub_ps(_mm512_load_ps(row + at), bound);
                     vec t1 = _mm512_sub_ps(_mm512_load_ps(row + at + LANES), bound);
-                    vec p0 = exp2_rough(_mm512_max_ps(t0, lowest)), p1 = exp2_rough(_mm512_max_ps(t1, lowest));
+                    vec p0 = exp2_rough(_mm512_max_ps(t0, lowest)),
+                        p1 = exp2_rough(_mm512_max_ps(t1, lowest));
                     total[i] = _mm512_add_ps(total[i], _mm512_add_ps(p0, p1));
-                    _mm512_store_si512(weights + i * KEYS + at, (__m512i)_mm512_cvtne2ps_pbh(p1, p0));
+                    _mm512_store_si512(weights + i * KEYS + at,
+                                       (__m512i)_mm512_cvtne2ps_pbh(p1, p0));
                 }
             }
         const bf16 *values = s->value_pack + (size_t)key * channels;
@@ -542,13 +598,15 @@ INLINE void attend(const Scratch *s, const int channels, const int exact, int po
         else
             for (int row = 0; row < QUERIES; row += ROWS)
                 for (int c = 0; c < channels; c += 32)
-                    weigh(weights + row * KEYS, values + c * 2, out + row * channels + c, channels, ROWS, 2);
+                    weigh(weights + row * KEYS, values + c * 2, out + row * channels + c, channels,
+                          ROWS, 2);
     }
     for (int i = 0; i < QUERIES; i++) {
         vec scale = _mm512_set1_ps(eta / _mm512_reduce_add_ps(total[i]));
         for (int c = 0; c < channels; c += LANES) {
             size_t at = (size_t)(first + i) * channels + c;
-            vec y = _mm512_fmadd_ps(_mm512_load_ps(out + i * channels + c), scale, _mm512_loadu_ps(x32 + at));
+            vec y = _mm512_fmadd_ps(_mm512_load_ps(out + i * channels + c), scale,
+                                    _mm512_loadu_ps(x32 + at));
             _mm512_storeu_ps(y32 + at, y);
             if (y16)
                 store_bf16(y16 + at, y);
@@ -556,18 +614,21 @@ INLINE void attend(const Scratch *s, const int channels, const int exact, int po
     }
 }
 
-/* Keys [position][channel] -> [position / 32][channel pair][32][2]; values -> [position / 2][channel][2]. */
+/* Keys [position][channel] -> [position / 32][channel pair][32][2]; values -> [position /
+ * 2][channel][2]. */
 static void pack_keys_and_values(Member *me, Scratch *s, int positions, int channels, int exact) {
     FOR_PIECES(piece, positions / 32) {
         const size_t base = (size_t)piece * 32 * channels;
-        const int step = exact ? channels : channels / 2; /* from one position to the next, in 32 bits */
+        const int step =
+            exact ? channels : channels / 2; /* from one position to the next, in 32 bits */
         const int *from = exact ? (const int *)(s->key32 + base) : (const int *)(s->key + base);
         int *to = exact ? (int *)(s->key_pack32 + base) : (int *)(s->key_pack + base);
         const __m512i lanes = _mm512_mullo_epi32(_mm512_set1_epi32(step), lane_numbers());
         for (int c = 0; c < step; c++)
             for (int half = 0; half < 2; half++)
-                _mm512_storeu_si512(to + c * 32 + half * LANES,
-                                    _mm512_i32gather_epi32(lanes, from + half * LANES * step + c, 4));
+                _mm512_storeu_si512(
+                    to + c * 32 + half * LANES,
+                    _mm512_i32gather_epi32(lanes, from + half * LANES * step + c, 4));
         for (int p = 0; p < 32; p += 2)
             for (int c = 0; c < channels; c += LANES) {
                 const bf16 *value = s->value + base + (size_t)p * channels + c;
@@ -594,11 +655,18 @@ static void pack_keys_and_values(Member *me, Scratch *s, int positions, int chan
 }
 
 /* PAM, eq. 4: x + eta * softmax(query key^T) value; y32 may be x32. */
-static void position_attention(Member *me, Scratch *s, const Pam *pam, int width, int channels, const float *x32,
-                               const bf16 *x16, float *y32, bf16 *y16) {
+static void position_attention(Member *me, Scratch *s, const Pam *pam, int width, int channels,
+                               const float *x32, const bf16 *x16, float *y32, bf16 *y16) {
     const int positions = width * width, exact = channels >= 64;
-    Place place = {.in = x16, .in_height = width, .in_width = width, .in_stride = 1, .height = width, .width = width,
-                   .out_stride = 1, .relu = 1, .out_channels = channels};
+    Place place = {.in = x16,
+                   .in_height = width,
+                   .in_width = width,
+                   .in_stride = 1,
+                   .height = width,
+                   .width = width,
+                   .out_stride = 1,
+                   .relu = 1,
+                   .out_channels = channels};
     Place places[3] = {place, place, place};
     if (exact)
         places[0].out32 = s->key32, places[1].out32 = s->query32;
@@ -611,10 +679,17 @@ static void position_attention(Member *me, Scratch *s, const Pam *pam, int width
     FOR_PIECES(piece, positions / QUERIES) {
         int first = piece * QUERIES;
         switch (channels) {
-        case 16: attend(s, 16, 0, positions, first, pam->eta, x32, y32, y16); break;
-        case 32: attend(s, 32, 0, positions, first, pam->eta, x32, y32, y16); break;
-        case 64: attend(s, 64, 1, positions, first, pam->eta, x32, y32, y16); break;
-        default: attend(s, 128, 1, positions, first, pam->eta, x32, y32, y16);
+        case 16:
+            attend(s, 16, 0, positions, first, pam->eta, x32, y32, y16);
+            break;
+        case 32:
+            attend(s, 32, 0, positions, first, pam->eta, x32, y32, y16);
+            break;
+        case 64:
+            attend(s, 64, 1, positions, first, pam->eta, x32, y32, y16);
+            break;
+        default:
+            attend(s, 128, 1, positions, first, pam->eta, x32, y32, y16);
         }
     }
     team_wait(me);
@@ -622,9 +697,20 @@ static void position_attention(Member *me, Scratch *s, const Pam *pam, int width
 
 /* ---- stages -------------------------------------------------------------------------------- */
 
-static void one_conv(Member *me, const Conv *c, int width, const bf16 *in, const float *residual, float *out32, bf16 *out16) {
-    Place place = {.in = in, .in_height = width, .in_width = width, .in_stride = 1, .height = width, .width = width,
-                   .out_stride = 1, .residual = residual, .relu = 1, .out32 = out32, .out16 = out16, .out_channels = c->outputs};
+static void one_conv(Member *me, const Conv *c, int width, const bf16 *in, const float *residual,
+                     float *out32, bf16 *out16) {
+    Place place = {.in = in,
+                   .in_height = width,
+                   .in_width = width,
+                   .in_stride = 1,
+                   .height = width,
+                   .width = width,
+                   .out_stride = 1,
+                   .residual = residual,
+                   .relu = 1,
+                   .out32 = out32,
+                   .out16 = out16,
+                   .out_channels = c->outputs};
     convs(me, 1, &c, &place);
 }
 
@@ -645,8 +731,17 @@ static void fcm(Member *me, Scratch *s, const Fcm *f, int width, int channels) {
 /* a32/a16 [2w x 2w x inputs] -> [w x w x outputs], in place. */
 static void down(Member *me, Scratch *s, const Down *d, int width, int inputs, int outputs) {
     const Conv *list[] = {&d->conv};
-    Place place = {.in = s->a16, .in_height = 2 * width, .in_width = 2 * width, .in_stride = 2, .height = width, .width = width,
-                   .out_stride = 1, .relu = 1, .out32 = s->b32, .out16 = s->b16, .out_channels = outputs};
+    Place place = {.in = s->a16,
+                   .in_height = 2 * width,
+                   .in_width = 2 * width,
+                   .in_stride = 2,
+                   .height = width,
+                   .width = width,
+                   .out_stride = 1,
+                   .relu = 1,
+                   .out32 = s->b32,
+                   .out16 = s->b16,
+                   .out_channels = outputs};
     convs(me, 1, list, &place);
     FOR_PIECES(y, width) {
         for (int x = 0; x < width; x++)
@@ -654,8 +749,10 @@ static void down(Member *me, Scratch *s, const Down *d, int width, int inputs, i
                 const float *from = s->a32 + ((size_t)(2 * y) * 2 * width + 2 * x) * inputs + c;
                 vec top = _mm512_max_ps(_mm512_loadu_ps(from), _mm512_loadu_ps(from + inputs));
                 from += (size_t)2 * width * inputs;
-                vec most = _mm512_max_ps(top, _mm512_max_ps(_mm512_loadu_ps(from), _mm512_loadu_ps(from + inputs)));
-                vec value = relu(_mm512_fmadd_ps(most, _mm512_loadu_ps(d->scale + c), _mm512_loadu_ps(d->shift + c)));
+                vec most = _mm512_max_ps(
+                    top, _mm512_max_ps(_mm512_loadu_ps(from), _mm512_loadu_ps(from + inputs)));
+                vec value = relu(_mm512_fmadd_ps(most, _mm512_loadu_ps(d->scale + c),
+                                                 _mm512_loadu_ps(d->shift + c)));
                 size_t at = ((size_t)y * width + x) * outputs + (outputs - inputs) + c;
                 _mm512_storeu_ps(s->b32 + at, value);
                 store_bf16(s->b16 + at, value);
@@ -666,13 +763,24 @@ static void down(Member *me, Scratch *s, const Down *d, int width, int inputs, i
 }
 
 /* The four phases of a deconvolution 3x3, stride 2: [w x w] -> [2w x 2w]. */
-static void deconv(Member *me, const Conv *phases, int width, const bf16 *in, int do_relu, float *out32, bf16 *out16) {
+static void deconv(Member *me, const Conv *phases, int width, const bf16 *in, int do_relu,
+                   float *out32, bf16 *out16) {
     const Conv *list[4];
     Place places[4];
     for (int i = 0; i < 4; i++) {
         list[i] = &phases[i];
-        places[i] = (Place){.in = in, .in_height = width, .in_width = width, .in_stride = 1, .height = width, .width = width,
-                            .out_stride = 2, .out_y = i / 2, .out_x = i % 2, .relu = do_relu, .out32 = out32, .out16 = out16,
+        places[i] = (Place){.in = in,
+                            .in_height = width,
+                            .in_width = width,
+                            .in_stride = 1,
+                            .height = width,
+                            .width = width,
+                            .out_stride = 2,
+                            .out_y = i / 2,
+                            .out_x = i % 2,
+                            .relu = do_relu,
+                            .out32 = out32,
+                            .out16 = out16,
                             .out_channels = phases[i].outputs};
     }
     convs(me, 4, list, places);
@@ -712,7 +820,8 @@ static void stem(Member *me, Scratch *s, const Engine *e, const uint8_t *pixels)
                 for (int x = 0; x < width[i]; x++)
                     for (int c = 0; c < 3; c++) {
                         const float *p = scale[i - 1] + ((2 * y + 1) * from + 2 * x + 1) * 3 + c;
-                        scale[i][((y + 1) * to + x + 1) * 3 + c] = (p[0] + p[3] + p[from * 3] + p[from * 3 + 3]) * 0.25f;
+                        scale[i][((y + 1) * to + x + 1) * 3 + c] =
+                            (p[0] + p[3] + p[from * 3] + p[from * 3 + 3]) * 0.25f;
                     }
         }
     }
@@ -750,7 +859,8 @@ static void stem(Member *me, Scratch *s, const Engine *e, const uint8_t *pixels)
             }
         }
         team_wait(me);
-        channel_attention(me, s, e->stem_gamma[i], width[i] * width[i], STEM, branch[i], s->a16, branch[i], NULL);
+        channel_attention(me, s, e->stem_gamma[i], width[i] * width[i], STEM, branch[i], s->a16,
+                          branch[i], NULL);
     }
     /* Up to full size, bilinear with half-pixel centres, and the mean of the four. */
     FOR_PIECES(y, SIDE) {
@@ -761,9 +871,12 @@ static void stem(Member *me, Scratch *s, const Engine *e, const uint8_t *pixels)
                 at = 0;
             int top = (int)at, bottom = top + 1 < width[i] ? top + 1 : top;
             vec low = _mm512_set1_ps(at - top), high = _mm512_set1_ps(1 - (at - top));
-            const float *a = branch[i] + (size_t)top * width[i] * STEM, *b = branch[i] + (size_t)bottom * width[i] * STEM;
+            const float *a = branch[i] + (size_t)top * width[i] * STEM,
+                        *b = branch[i] + (size_t)bottom * width[i] * STEM;
             for (int x = 0; x < width[i] * STEM; x += LANES)
-                _mm512_storeu_ps(rows[i - 1] + x, _mm512_fmadd_ps(low, _mm512_loadu_ps(b + x), _mm512_mul_ps(high, _mm512_loadu_ps(a + x))));
+                _mm512_storeu_ps(rows[i - 1] + x,
+                                 _mm512_fmadd_ps(low, _mm512_loadu_ps(b + x),
+                                                 _mm512_mul_ps(high, _mm512_loadu_ps(a + x))));
         }
         for (int x = 0; x < SIDE; x++) {
             vec sum = _mm512_loadu_ps(branch[0] + ((size_t)y * SIDE + x) * STEM);
@@ -772,8 +885,10 @@ static void stem(Member *me, Scratch *s, const Engine *e, const uint8_t *pixels)
                 if (at < 0)
                     at = 0;
                 int left = (int)at, right = left + 1 < width[i] ? left + 1 : left;
-                vec l = _mm512_loadu_ps(rows[i - 1] + left * STEM), r = _mm512_loadu_ps(rows[i - 1] + right * STEM);
-                sum = _mm512_add_ps(sum, _mm512_fmadd_ps(_mm512_set1_ps(at - left), _mm512_sub_ps(r, l), l));
+                vec l = _mm512_loadu_ps(rows[i - 1] + left * STEM),
+                    r = _mm512_loadu_ps(rows[i - 1] + right * STEM);
+                sum = _mm512_add_ps(
+                    sum, _mm512_fmadd_ps(_mm512_set1_ps(at - left), _mm512_sub_ps(r, l), l));
             }
             sum = _mm512_mul_ps(sum, _mm512_set1_ps(0.25f));
             size_t at = ((size_t)y * SIDE + x) * STEM;
@@ -784,7 +899,8 @@ static void stem(Member *me, Scratch *s, const Engine *e, const uint8_t *pixels)
     team_wait(me);
 }
 
-static void forward(Member *me, Scratch *s, const Engine *e, const uint8_t *pixels, float *probability) {
+static void forward(Member *me, Scratch *s, const Engine *e, const uint8_t *pixels,
+                    float *probability) {
     stem(me, s, e, pixels);
     down(me, s, &e->down[0], 64, 16, 32);
     down(me, s, &e->down[1], 32, 32, 64);
@@ -800,7 +916,8 @@ static void forward(Member *me, Scratch *s, const Engine *e, const uint8_t *pixe
     FOR_PIECES(piece, 256) {
         for (int c = 0; c < 128; c += LANES) {
             size_t at = (size_t)piece * 128 + c;
-            store_bf16(s->a16 + at, _mm512_add_ps(_mm512_loadu_ps(s->a32 + at), _mm512_loadu_ps(s->b32 + at)));
+            store_bf16(s->a16 + at,
+                       _mm512_add_ps(_mm512_loadu_ps(s->a32 + at), _mm512_loadu_ps(s->b32 + at)));
         }
     }
     team_wait(me);
@@ -812,10 +929,12 @@ static void forward(Member *me, Scratch *s, const Engine *e, const uint8_t *pixe
             __m512i lanes = _mm512_slli_epi32(lane_numbers(), 4);
             vec z = _mm512_i32gather_ps(lanes, s->logits + ((size_t)y * SIDE + x) * LANES, 4);
             /* 1 / (1 + e^-z), from the exponential that cannot overflow. */
-            vec e = exp_exact(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_abs_ps(z))), one = _mm512_set1_ps(1.0f);
+            vec e = exp_exact(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_abs_ps(z))),
+                one = _mm512_set1_ps(1.0f);
             vec small = _mm512_div_ps(e, _mm512_add_ps(one, e));
             __mmask16 positive = _mm512_cmp_ps_mask(z, _mm512_setzero_ps(), _CMP_GE_OQ);
-            _mm512_storeu_ps(probability + y * SIDE + x, _mm512_mask_sub_ps(small, positive, one, small));
+            _mm512_storeu_ps(probability + y * SIDE + x,
+                             _mm512_mask_sub_ps(small, positive, one, small));
         }
     }
     team_wait(me);
@@ -823,18 +942,22 @@ static void forward(Member *me, Scratch *s, const Engine *e, const uint8_t *pixe
 
 /* ---- jobs ---------------------------------------------------------------------------------- */
 
-/* As many whole images a thread as come out even; all threads together on each of the rest. */
-static void work(Engine *e, int thread) {
-    const size_t pixels = SIDE * SIDE * 3, answer = SIDE * SIDE;
-    for (int image; (image = atomic_fetch_add(&e->next_image, 1)) < e->whole;) {
-        Member me = {.team = &e->scratch[thread]->team};
-        forward(&me, e->scratch[thread], e, e->in + image * pixels, e->out + image * answer);
-    }
-    if (e->whole == e->images)
+static void one_image(Engine *e, Member *me, int scratch, int image) {
+    forward(me, e->scratch[scratch], e, e->in + (size_t)image * SIDE * SIDE * 3,
+            e->out + (size_t)image * SIDE * SIDE);
+}
+
+static void work(Engine *e, Team *team, int thread) {
+    Member member = {.team = team}, *me = &member;
+    if (!team->images) {
+        one_image(e, me, e->threads, team->first);
         return;
-    Member me = {.team = &e->scratch[e->threads]->team};
-    for (int image = e->whole; image < e->images; image++)
-        forward(&me, e->scratch[e->threads], e, e->in + image * pixels, e->out + image * answer);
+    }
+    FOR_PIECES(image, team->images) {
+        Member alone = {0};
+        one_image(e, &alone, thread, team->first + image);
+    }
+    team_wait(me);
 }
 
 typedef struct {
@@ -848,23 +971,42 @@ static void *worker(void *argument) {
     Engine *e = start.engine;
     uint32_t seen = 0;
     for (;;) {
-        uint32_t job;
-        while ((job = atomic_load(&e->job)) == seen)
-            syscall(SYS_futex, &e->job, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
-        seen = job;
-        if (e->closing)
+        for (int spin = 0; spin < SPINS && atomic_load(&e->job) == seen; spin++)
+            _mm_pause();
+        for (uint32_t job; (job = atomic_load(&e->job)) == seen;)
+            futex(&e->job, FUTEX_WAIT_PRIVATE, job);
+        seen = atomic_load(&e->job);
+        if (atomic_load(&e->closing))
             return NULL;
-        work(e, start.thread);
-        if (atomic_fetch_sub(&e->unfinished, 1) == 1) {
-            atomic_store(&e->finished, job);
-            syscall(SYS_futex, &e->finished, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
-        }
+        Team *team = &e->teams[atomic_load(&e->current)];
+        for (uint32_t state = atomic_load(&team->state); state & OPEN;)
+            if (atomic_compare_exchange_weak(&team->state, &state, state + 1)) {
+                work(e, team, start.thread);
+                atomic_fetch_sub(&team->state, 1);
+                break;
+            }
     }
 }
 
 static void post(Engine *e) {
     atomic_fetch_add(&e->job, 1);
-    syscall(SYS_futex, &e->job, FUTEX_WAKE_PRIVATE, MOST_THREADS, NULL, NULL, 0);
+    futex(&e->job, FUTEX_WAKE_PRIVATE, INT32_MAX);
+}
+
+/* Images from `first`: so many, one a thread, or one (`images` is 0) with all threads. */
+static void together(Engine *e, int first, int images) {
+    int empty = 0;
+    while (atomic_load(&e->teams[empty].state))
+        empty++;
+    Team *team = &e->teams[empty];
+    for (int step = 0; step < MOST_STEPS; step++)
+        team->next[step] = 0, team->done[step] = 0;
+    team->first = first, team->images = images;
+    atomic_store(&team->state, OPEN);
+    atomic_store(&e->current, empty);
+    post(e);
+    work(e, team, 0);
+    atomic_fetch_sub(&team->state, OPEN);
 }
 
 /* ---- what is called from outside ------------------------------------------------------------ */
@@ -882,7 +1024,8 @@ static void *some_memory(Engine *e, size_t bytes) {
     return memory;
 }
 
-/* [tap][input][output] and then the bias. Outputs that are no multiple of 16 are filled up with zeros. */
+/* [tap][input][output] and then the bias. Outputs that are no multiple of 16 are filled up with
+ * zeros. */
 static void take_conv(Engine *e, Conv *c, const float **at, int taps, int inputs, int outputs) {
     const int padded = (outputs + LANES - 1) / LANES * LANES;
     c->taps = taps, c->inputs = inputs, c->outputs = padded;
@@ -895,7 +1038,8 @@ static void take_conv(Engine *e, Conv *c, const float **at, int taps, int inputs
     for (int t = 0; t < taps; t++)
         for (int i = 0; i < inputs; i++)
             for (int o = 0; o < outputs; o++)
-                c->weights[(((size_t)(o / group) * taps + t) * (inputs / 2) + i / 2) * group * 2 + (o % group) * 2 + i % 2] =
+                c->weights[(((size_t)(o / group) * taps + t) * (inputs / 2) + i / 2) * group * 2 +
+                           (o % group) * 2 + i % 2] =
                     to_bf16(weights[((size_t)t * inputs + i) * outputs + o]);
 }
 
@@ -932,11 +1076,12 @@ static void take_down(Engine *e, Down *d, const float **at, int inputs, int outp
     take_pam(e, &d->pam, at, outputs);
 }
 
-/* Phase (a, b) gives outputs (2y + a, 2x + b). Padding 1: an even line sees the kernel's middle at the same place,
- * an odd one its last at the same place and its first at the next. */
+/* Phase (a, b) gives outputs (2y + a, 2x + b). Padding 1: an even line sees the kernel's middle at
+ * the same place, an odd one its last at the same place and its first at the next. */
 static void take_deconv(Engine *e, Conv *phases, const float **at, int inputs, int outputs) {
     const float *weights = take(at, (size_t)9 * inputs * outputs), *bias = take(at, outputs);
-    static const int count[2] = {1, 2}, tap[2][2] = {{1, 1}, {2, 0}}, offset[2][2] = {{0, 0}, {0, 1}};
+    static const int count[2] = {1, 2}, tap[2][2] = {{1, 1}, {2, 0}},
+                     offset[2][2] = {{0, 0}, {0, 1}};
     const size_t size = (size_t)inputs * outputs;
     float some[4 * 128 * 64 + 64];
     for (int phase = 0; phase < 4; phase++) {
@@ -944,7 +1089,8 @@ static void take_deconv(Engine *e, Conv *phases, const float **at, int inputs, i
         int dy[4], dx[4], n = 0;
         for (int i = 0; i < count[a]; i++)
             for (int j = 0; j < count[b]; j++, n++) {
-                memcpy(some + n * size, weights + (tap[a][i] * 3 + tap[b][j]) * size, sizeof(float) * size);
+                memcpy(some + n * size, weights + (tap[a][i] * 3 + tap[b][j]) * size,
+                       sizeof(float) * size);
                 dy[n] = offset[a][i], dx[n] = offset[b][j];
             }
         memcpy(some + taps * size, bias, sizeof(float) * outputs);
@@ -965,18 +1111,19 @@ static void take_up(Engine *e, Up *u, const float **at, int inputs, int outputs)
 enum { WEIGHTS = 2338524 };
 
 EXPORT void slsnet_close(Engine *e) {
-    e->closing = 1;
+    atomic_store(&e->closing, 1);
     post(e);
     for (int i = 1; i <= e->started; i++)
         pthread_join(e->workers[i], NULL);
     for (int i = 0; i <= e->threads; i++)
         free(e->scratch_memory[i]);
     free(e->memory);
+    free(e->teams);
     free(e);
 }
 
-/* Returns NULL where memory or threads are short, or `count` is not this network's. Weights are copied; their order is
- * that of server/backends/native/weights.py. */
+/* Returns NULL where memory or threads are short, or `count` is not this network's. Weights are
+ * copied; their order is that of server/backends/native/weights.py. */
 EXPORT Engine *slsnet_open(const float *weights, int64_t count, int threads) {
     Engine *e = count == WEIGHTS ? calloc(1, sizeof *e) : NULL;
     if (!e)
@@ -985,7 +1132,8 @@ EXPORT Engine *slsnet_open(const float *weights, int64_t count, int threads) {
     pthread_mutex_init(&e->one_at_a_time, NULL);
     /* Half of it as bfloat16, what remains as it is, and room for filling up. */
     e->memory = calloc(1, sizeof(float) * WEIGHTS * 2);
-    int complete = e->memory != NULL;
+    e->teams = calloc(e->threads, sizeof *e->teams);
+    int complete = e->memory && e->teams;
     for (int i = 0; i <= e->threads; i++) {
         /* Not touched here: threads that never run cost nothing. Borders stay zero. */
         char *memory = e->scratch_memory[i] = calloc(1, sizeof(Scratch) + 64);
@@ -993,7 +1141,6 @@ EXPORT Engine *slsnet_open(const float *weights, int64_t count, int threads) {
         if (!memory)
             continue;
         e->scratch[i] = (Scratch *)(memory + 64 - (uintptr_t)memory % 64);
-        e->scratch[i]->team.size = i < e->threads ? 1 : e->threads;
     }
     if (!complete) {
         slsnet_close(e);
@@ -1038,22 +1185,12 @@ EXPORT Engine *slsnet_open(const float *weights, int64_t count, int threads) {
 /* uint8 [n][128][128][3] -> float32 [n][128][128]. */
 EXPORT void slsnet_infer(Engine *e, const uint8_t *in, int n, float *out) {
     pthread_mutex_lock(&e->one_at_a_time);
-    e->in = in, e->out = out, e->images = n;
-    e->whole = n / e->threads * e->threads;
-    if (e->threads == 1)
-        e->whole = n;
-    Team *team = &e->scratch[e->threads]->team;
-    team->next[0] = team->next[1] = 0;
-    atomic_store(&e->next_image, 0);
-    atomic_store(&e->unfinished, e->threads);
-    uint32_t job = atomic_load(&e->job) + 1;
-    if (e->threads > 1)
-        post(e);
-    work(e, 0);
-    if (atomic_fetch_sub(&e->unfinished, 1) != 1) {
-        uint32_t seen;
-        while ((seen = atomic_load(&e->finished)) != job)
-            syscall(SYS_futex, &e->finished, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
-    }
+    e->in = in, e->out = out;
+    /* As many as come out even an image a thread, then all threads on each of the rest. */
+    const int even = n / e->threads * e->threads;
+    if (even)
+        together(e, 0, even);
+    for (int image = even; image < n; image++)
+        together(e, image, 0);
     pthread_mutex_unlock(&e->one_at_a_time);
 }
