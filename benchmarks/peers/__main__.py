@@ -35,6 +35,8 @@ QUICK = Plan(turns=1, step_s=0.5, real_s=(0.5, 0.5, 0.5, 1), overload_s=1, bare_
 
 _COMPARISON = TypeAdapter(Comparison)
 _PHOTOS = 8
+_ROTATE = 3
+"""Servers by which each turn begins later than the one before."""
 _LOOKED_AT: tuple[Network, ...] = ("real", "stub 5 ms")
 """Networks with which overload, a bad photo, SIGTERM and idling are seen, in the first turn."""
 
@@ -61,7 +63,7 @@ class Job:
 def jobs(entrants: Sequence[Entrant], networks: Sequence[Network], turns: int) -> Iterator[Job]:
     """All of them; each turn begins with another server."""
     for turn in range(1, turns + 1):
-        start = (turn - 1) * len(entrants) // turns
+        start = (turn - 1) * _ROTATE % len(entrants)
         order = [*entrants[start:], *entrants[:start]]
         for network in networks:
             for entrant in order:
@@ -73,8 +75,8 @@ def jobs(entrants: Sequence[Entrant], networks: Sequence[Network], turns: int) -
 
 
 def done(comparison: Comparison) -> set[tuple[int, Network, str, bool]]:
-    """Keys of the jobs that have been; what was missing is tried again."""
-    return {(v.turn, v.network, v.entrant, False) for v in comparison.visits} | {
+    """Keys of the jobs that have been; what was missing, or disturbed, is tried again."""
+    return {(v.turn, v.network, v.entrant, False) for v in comparison.visits if v.is_quiet} | {
         (b.turn, "real", b.entrant, True) for b in comparison.bare
     }
 
@@ -93,11 +95,6 @@ class Run:
     def do(self, job: Job) -> None:
         """One job; what cannot be measured is put down as missing."""
         comparison = self.comparison
-        comparison.missing = [
-            m
-            for m in comparison.missing
-            if (m.turn, m.network, m.entrant) != (job.turn, job.network, job.entrant.name)
-        ]
         if job.bare:
             bare = measure_bare(job.entrant, job.turn, self._plan.bare_s, self._deck.model)
             comparison.bare.append(bare)
@@ -115,11 +112,10 @@ class Run:
             )
         except (Unavailable, OSError) as error:
             print(f"  {error}", file=sys.stderr)
-            comparison.missing.append(
-                Missing(job.entrant.name, job.network, job.turn, str(error).replace("|", "/"))
-            )
+            reason = str(error).replace("|", "/")
+            comparison.put(Missing(job.entrant.name, job.network, job.turn, reason))
         else:
-            comparison.visits.append(found)
+            comparison.put(found)
 
     def _python(self, entrant: Entrant) -> Path:
         if entrant.is_ours or entrant.name in self._here:
@@ -268,7 +264,6 @@ def _setting(plan: Plan, photos: Sequence[bytes], source: str, model: Path) -> S
         model=f"{model.name}, sha256 {sha256(model.read_bytes()).hexdigest()[:12]}",
         photos=f"{len(read)} {source} JPEG photos of {sizes}, {mean_kb:.0f} kB on average",
         layout=f"{processes} processes that run the network, {threads} thread each",
-        turns=plan.turns,
         step_s=plan.step_s,
         real_s=plan.real_s,
         overload_s=plan.overload_s,

@@ -35,6 +35,9 @@ CLIENTS = (1, 8, 32, 128)
 NETWORKS: tuple[Network, ...] = get_args(Network)
 
 
+_QUIET_CORES = 0.25
+
+
 @dataclass(frozen=True)
 class Step:
     """Clients in a closed loop. Latencies in ms, of answers with a mask."""
@@ -132,6 +135,11 @@ class Visit:
         return next(step for step in self.steps if step.clients == clients)
 
     @property
+    def is_quiet(self) -> bool:
+        """Whether the machine did hardly anything else."""
+        return self.others_cores < _QUIET_CORES
+
+    @property
     def best_per_s(self) -> float:
         """The highest throughput of its steps."""
         return max(step.per_s for step in self.steps)
@@ -190,7 +198,6 @@ class Setting:
     photos: str
     layout: str
     """Processes and threads of the peers."""
-    turns: int
     step_s: float
     real_s: tuple[float, float, float, float]
     overload_s: float
@@ -204,6 +211,25 @@ class Comparison:
     visits: list[Visit] = field(default_factory=list)
     bare: list[Bare] = field(default_factory=list)
     missing: list[Missing] = field(default_factory=list)
+
+    def put(self, found: "Visit | Missing") -> None:
+        """In the place of what is known of the same visit, unless that was less disturbed."""
+
+        def is_other(known: Visit | Missing) -> bool:
+            return (known.entrant, known.network, known.turn) != (
+                found.entrant,
+                found.network,
+                found.turn,
+            )
+
+        self.missing = [missing for missing in self.missing if is_other(missing)]
+        known = [visit for visit in self.visits if not is_other(visit)]
+        if isinstance(found, Missing):
+            if not known:
+                self.missing.append(found)
+            return
+        best = min([*known, found], key=lambda visit: visit.others_cores)
+        self.visits = [*filter(is_other, self.visits), best]
 
     def of(self, entrant: str, network: Network) -> list[Visit]:
         """Its visits, in turn."""

@@ -91,19 +91,21 @@ def _facts(comparison: Comparison) -> list[Block]:
     turns = sorted({visit.turn for visit in visits})
     text = (
         f"Machine: {setting.machine}. Server and load share it. Commit {setting.commit}, network"
-        f" {setting.model}; {setting.photos}. {len(turns)} of {setting.turns} turns, in each of"
+        f" {setting.model}; {setting.photos}. Turns: {len(turns)}, in each of"
         " which every server is started with each network and loaded by 1, 8, 32 and 128 clients"
         " in a closed loop; servers take turns in another order each time. Figures are medians of"
         " the turns, ratios are medians of ratios within a turn."
     )
-    others = max((visit.others_cores for visit in visits), default=0)
+    others = [visit.others_cores for visit in visits] or [0.0]
+    disturbed = sum(not visit.is_quiet for visit in visits)
     return [
         text,
         f"{checked} masks were compared with those predicted without a server, **{wrong} were"
         f" wrong** (overlap below 0.9: peers' handlers enlarge masks in blocks, this server smooths"
-        f" their outlines). Beside server and load the machine used at most {others:.2f} cores"
-        f" during a visit; turns differ in throughput by {comparison.spread:.0%} (median over"
-        " servers and loads).",
+        f" their outlines). Beside server and load the machine used {statistics.median(others):.2f}"
+        f" cores during a visit (median; at most {max(others):.2f}; {disturbed} of {len(visits)}"
+        f" visits count as disturbed). Turns differ in throughput by {comparison.spread:.0%}"
+        " (median over servers and loads).",
     ]
 
 
