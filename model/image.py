@@ -70,6 +70,9 @@ _JPEG_MARGIN = 2
 # Pixels that are converted to RGB at a time where the mode calls for it.
 _STRIP_PIXELS = 1_000_000
 
+# Bytes of a mask, eight pixels each, that are interpolated at a time: their floats stay in cache.
+_MASK_BYTES = 1 << 13
+
 _MAGIC = (
     (b"\xff\xd8\xff", "JPEG"),
     (b"\x89PNG\r\n\x1a\n", "PNG"),
@@ -226,30 +229,34 @@ def lesion_mask(
         lesion 1; padding bits are 0. See `unpack_mask`.
     """
     stride = -(-width // 8)
-    left, across = _sample_positions(width, probability.shape[1])
-    # The last column repeated up to a whole byte: the padding bits are cleared at the end.
-    pad = (0, stride * 8 - width)
-    left, across = np.pad(left, pad, mode="edge"), np.pad(across, pad, mode="edge")
+    # Up to a whole byte: the padding bits are cleared at the end.
+    left, across = _sample_positions(width, probability.shape[1], stride * 8)
     columns = probability.astype(np.float32, copy=False)
     last = columns.shape[1] - 1
-    rows = columns[:, left]
-    rows += (columns[:, np.minimum(left + 1, last)] - rows) * across  # [rows, stride * 8]
+    rows = columns.take(left, axis=1)
+    rows += (columns.take(np.minimum(left + 1, last), axis=1) - rows) * across  # [rows, stride * 8]
 
-    above = rows > threshold
-    packed = np.packbits(above, axis=1)  # [rows, stride]
-    top, down = _sample_positions(height, probability.shape[0])
-    mask = packed[top]
-    lines = rows.reshape(len(rows), stride, 8)
-    changed = packed[:-1] ^ packed[1:]
-    first_line = np.searchsorted(top, np.arange(len(rows) + 1))
-    for row in np.flatnonzero(changed.any(axis=1)):
-        band = slice(first_line[row], first_line[row + 1])
-        weights = down[band, None, None]
-        bytes_ = np.flatnonzero(changed[row])
-        upper, lower = lines[row, bytes_], lines[row + 1, bytes_]  # [bytes, 8]
-        mask[band, bytes_] = np.packbits(
-            upper + (lower - upper) * weights > threshold, axis=2
-        ).squeeze(2)
+    packed = np.packbits(rows > threshold, axis=1)  # [rows, stride]
+    top, down = _sample_positions(height, probability.shape[0], height)
+    mask = packed.take(top, axis=0)
+    # Between its two source rows a line may differ from the upper one in these bytes alone.
+    row, byte = np.nonzero(packed[:-1] ^ packed[1:])
+    # A source row's lines, but those above the centre of the first: they repeat it.
+    first = np.searchsorted(top, np.arange(len(rows)))
+    first[0] = np.count_nonzero(down[: np.searchsorted(top, 1)] == 0)
+    count = np.searchsorted(top, np.arange(len(rows)), side="right") - first
+    row, byte = row[count[row] > 0], byte[count[row] > 0]
+    if row.size:
+        lines = rows.reshape(len(rows), stride, 8)
+        # All bands as long as the longest, whose last line others repeat.
+        line = np.minimum(np.arange(count[row].max()), count[:, None] - 1) + first[:, None]
+        weight = down.take(line, mode="clip")[..., None]
+        step = max(1, _MASK_BYTES // line.shape[1])
+        for part in (slice(start, start + step) for start in range(0, row.size, step)):
+            at, bytes_ = row[part], byte[part]
+            upper = lines[at, bytes_][:, None]  # [bytes, 1, 8]
+            above = upper + (lines[at + 1, bytes_][:, None] - upper) * weight[at] > threshold
+            mask[line[at], bytes_[:, None]] = np.packbits(above, axis=2)[..., 0]
     if width % 8:
         mask[:, -1] &= 0xFF << (8 - width % 8) & 0xFF
     return mask
@@ -409,9 +416,11 @@ def _why_corrupt(name: str, error: Exception) -> str:
     )
 
 
-def _sample_positions(length: int, source: int) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
-    """For each of `length` output pixels: the source pixel before it, and the share of the next."""
-    position = (np.arange(length) + 0.5) * (source / length) - 0.5
-    position = np.clip(position, 0, source - 1)
+def _sample_positions(
+    length: int, source: int, count: int
+) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+    """For `count` of `length` output pixels: the source pixel before it, the share of the next."""
+    position = (np.arange(count) + 0.5) * (source / length) - 0.5
+    position = position.clip(0, source - 1)
     before = position.astype(np.intp)
     return before, (position - before).astype(np.float32)
