@@ -108,8 +108,10 @@ async def deadline(
         ) from None
 
 
-def only_known(request: Request) -> None:
+async def only_known(request: Request) -> None:
     """Refuse a query whose parameters would be passed over; a dependency of the path.
+
+    Without `async` it would be run in a thread, and back.
 
     Raises:
         Unprocessable: a parameter that the path does not have, or one that comes twice.
