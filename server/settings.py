@@ -5,7 +5,6 @@ its fields.
 """
 
 import argparse
-import os
 from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -15,6 +14,7 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from model.image import DEFAULT_MAX_PIXELS
+from server.cores import available_cores
 from trt_build.plan import Precision
 
 __all__ = [
@@ -28,13 +28,6 @@ __all__ = [
 
 _PREFIX = "SLSNET_"
 SHIPPED_MODEL = Path("model/weights/slsnet.onnx")
-
-
-def available_cores() -> int:
-    """Cores that this process may run on, which in a container can be fewer than there are."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class Settings(BaseSettings):
