@@ -179,7 +179,7 @@ def main() -> None:
     if options.cores:
         os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[: options.cores]))
     default = Path(os.environ.get("SLSNET_DATA", "../shared/data")) / "native"
-    image = _largest(options.images or default)
+    image = largest(options.images or default)
     if options.images and image is None:
         parser.error(f"--images: {options.images} holds no .jpg")
     photos = photos_at_all_sizes(image)
@@ -195,7 +195,8 @@ def main() -> None:
     print(start_table(options.flags, options.starts))
 
 
-def _largest(folder: Path) -> Path | None:
+def largest(folder: Path) -> Path | None:
+    """The JPEG of a folder that has most bytes; None if it has none."""
     return max(folder.glob("*.jpg"), key=lambda file: file.stat().st_size, default=None)
 
 

@@ -1,0 +1,145 @@
+"""What a photo costs beside the network: `python -m benchmarks.path`.
+
+Bytes of a JPEG to the network's pixels, and its probability to a PNG of the photo's size, in one
+thread and without a server, next to what is usually written there: the whole photo decoded, the
+probability enlarged as floats, Pillow's default PNG. Both run in turn, on the same photo and the
+same probability; the table has medians of milliseconds by step, and the ratio of the sums.
+
+The photo is the largest of `--images`, resized, or a generated one (see `benchmarks.latency`).
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from benchmarks.latency import SIZES, largest, machine, photos_at_all_sizes
+from model.image import MODEL_SIZE, encode_png, lesion_mask, read_photo
+from server.settings import SHIPPED_MODEL
+from trt_build.parity import Infer, onnx_runner
+
+__all__ = ["STEPS", "Comparison", "compare"]
+
+STEPS = ("decode", "mask", "encode")
+"""Bytes → pixels for the network; its probability → mask of the photo's size; mask → PNG."""
+
+THRESHOLD = 0.5
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Medians in milliseconds, by step, and both PNGs."""
+
+    ours: dict[str, float]
+    usual: dict[str, float]
+    png: bytes
+    usual_png: bytes
+
+    @property
+    def ratio(self) -> float:
+        """How many times as long the usual way takes."""
+        return sum(self.usual.values()) / sum(self.ours.values())
+
+
+def compare(photo: bytes, infer: Infer, turns: int) -> Comparison:
+    """Run both ways in turn, once more than `turns`: the first is not counted.
+
+    Args:
+        photo: a JPEG.
+        infer: the network, whose time is not.
+        turns: that medians are of.
+    """
+    pixels = read_photo(photo).pixels
+    probability = infer(pixels[None])[0]
+    ways = (_ours, _usual)
+    runs: dict[Any, list[dict[str, float]]] = {way: [] for way in ways}
+    pngs = {}
+    for turn in range(turns + 1):
+        for way in ways if turn % 2 else reversed(ways):
+            clock = _Clock()
+            pngs[way] = way(photo, probability, clock.lap)
+            if turn:
+                runs[way].append(clock.milliseconds)
+    ours, usual = (
+        {step: statistics.median(run[step] for run in runs[way]) for step in STEPS} for way in ways
+    )
+    return Comparison(ours, usual, pngs[_ours], pngs[_usual])
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.milliseconds: dict[str, float] = {}
+        self._lap = time.perf_counter()
+
+    def lap(self, step: str) -> None:
+        now = time.perf_counter()
+        self.milliseconds[step] = (now - self._lap) * 1000
+        self._lap = now
+
+
+def _ours(data: bytes, probability: NDArray[np.float32], lap: Callable[[str], None]) -> bytes:
+    photo = read_photo(data)
+    lap("decode")
+    packed = lesion_mask(probability, photo.width, photo.height, THRESHOLD)
+    lap("mask")
+    png = encode_png(packed, photo.width, photo.height)
+    lap("encode")
+    return png
+
+
+def _usual(data: bytes, probability: NDArray[np.float32], lap: Callable[[str], None]) -> bytes:
+    with Image.open(BytesIO(data)) as image:
+        photo = image.convert("RGB")
+    np.asarray(photo.resize((MODEL_SIZE, MODEL_SIZE), Image.Resampling.BOX))
+    lap("decode")
+    enlarged = Image.fromarray(probability).resize(photo.size, Image.Resampling.BILINEAR)
+    mask = (np.asarray(enlarged) > THRESHOLD).astype(np.uint8) * 255
+    lap("mask")
+    buffer = BytesIO()
+    Image.fromarray(mask).save(buffer, "PNG")
+    lap("encode")
+    return buffer.getvalue()
+
+
+def _rows(size: tuple[int, int], comparison: Comparison) -> str:
+    rows = []
+    for name, steps in (("here", comparison.ours), ("usual", comparison.usual)):
+        figures = " | ".join(f"{steps[step]:.2f}" for step in STEPS)
+        rows.append(f"| {size[0]}×{size[1]} | {name} | {figures} | {sum(steps.values()):.2f} |")
+    return f"{rows[0]} |\n{rows[1]} **{comparison.ratio:.1f}×** |"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.path",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--images", type=Path, help="folder of JPEGs; the largest is taken")
+    parser.add_argument("--turns", type=int, default=9, help="measured, of each way and size")
+    parser.add_argument("--model", type=Path, default=SHIPPED_MODEL, help="the network")
+    options = parser.parse_args(arguments)
+    image = largest(options.images) if options.images else None
+    if options.images and image is None:
+        parser.error(f"--images: {options.images} holds no .jpg")
+    infer = onnx_runner(options.model)
+    photos = photos_at_all_sizes(image)
+    print(f"Photos: {f'the largest in {image.parent}, resized' if image else 'generated'}.")
+    print(f"Machine: {machine()}. Milliseconds, p50 of {options.turns}.\n")
+    print(f"| photo | way | {' | '.join(STEPS)} | all | ratio |")
+    print("|---|---" + "|--:" * (len(STEPS) + 2) + "|")
+    for size in SIZES:
+        print(_rows(size, compare(photos[size], infer, options.turns)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
