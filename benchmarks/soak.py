@@ -36,8 +36,8 @@ DEADLINE_MS = 2000
 BULK_DEADLINE_MS = 10_000
 OVERLOAD = 1.5
 
-_CLIENTS = 128
-_LIMITS = httpx.Limits(max_connections=_CLIENTS, max_keepalive_connections=_CLIENTS)
+CLIENTS = 128
+_LIMITS = httpx.Limits(max_connections=CLIENTS, max_keepalive_connections=CLIENTS)
 _BULK_SHARE = 8
 
 # Memory, files and threads settle in the first part, but not for longer than the first minutes.
@@ -104,12 +104,13 @@ class Soak:
         middle = statistics.median(parts)
         return max(abs(part - middle) for part in parts) / middle
 
-    def faults(self, *, memory: float = 0.03, late: float = _LATE) -> list[str]:
+    def faults(self, *, memory: float = 0.03, late: float = _LATE, growth: int = 2) -> list[str]:
         """What must not have been.
 
         Args:
             memory: how far memory may be from its median once it has settled, a fraction.
             late: share of what was let in that may miss its deadline.
+            growth: files, and threads, that there may be more in the end.
         """
         faults = []
         if lost := {n: count for n, count in self.statuses.items() if n not in _ALLOWED}:
@@ -130,7 +131,7 @@ class Soak:
             faults.append(f"memory is not flat: ±{self.memory_band():.1%}")
         for name, values in (("files", self.files), ("threads", self.threads)):
             parts = self.settled(values)
-            if parts[-1] > parts[0] + 2:
+            if parts[-1] > parts[0] + growth:
                 faults.append(f"{name} grew from {parts[0]:g} to {parts[-1]:g}")
         if self.in_flight_after:
             faults.append(f"{self.in_flight_after:g} requests are still in flight")
@@ -205,7 +206,7 @@ class _Load:
         self._closed_loop(min(5.0, seconds / 8))
         started = due = time.perf_counter()
         number = 0
-        with ThreadPoolExecutor(_CLIENTS) as clients:
+        with ThreadPoolExecutor(CLIENTS) as clients:
             for card in deal(self._cards):
                 now = time.perf_counter()
                 if now - started > seconds:

@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 
 from benchmarks.launch import ServerProcess, serve
-from benchmarks.soak import soak
+from benchmarks.soak import CLIENTS, soak
 from tests.conftest import Offline, Sample, until
 from tests.server.test_segment import read_png
 
@@ -114,6 +114,7 @@ def test_a_worker_that_is_killed_loses_only_what_it_held(photos: list[Sample]) -
 
 
 def test_overload_is_refused_and_nothing_grows() -> None:
-    # Quicker than in half an hour the queue must fill, and slower than then memory settles.
+    # Quicker than in half an hour the queue must fill, and slower than then memory settles. Clients
+    # are still connecting in the end, while what each request left would be hundreds by then.
     result = soak(10, overload=4)
-    assert result.faults(memory=0.15, late=0.1) == []
+    assert result.faults(memory=0.15, late=0.1, growth=CLIENTS) == []
