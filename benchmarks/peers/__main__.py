@@ -37,8 +37,10 @@ _COMPARISON = TypeAdapter(Comparison)
 _PHOTOS = 8
 _ROTATE = 3
 """Servers by which each turn begins later than the one before."""
-_LOOKED_AT: tuple[Network, ...] = ("real", "stub 5 ms")
-"""Networks with which overload, a bad photo, SIGTERM and idling are seen, in the first turn."""
+_OVERLOADED: tuple[Network, ...] = ("real", "stub 5 ms")
+"""Networks with which servers are overloaded, in the first turn."""
+_TROUBLED: tuple[Network, ...] = ("stub 5 ms",)
+"""With which a bad photo comes, then SIGTERM."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ class Run:
                 job.turn,
                 self._plan,
                 self._deck,
-                extras=job.turn == 1 and job.network in _LOOKED_AT,
+                overload=job.turn == 1 and job.network in _OVERLOADED,
+                trouble=job.turn == 1 and job.network in _TROUBLED,
             )
         except (Unavailable, OSError) as error:
             print(f"  {error}", file=sys.stderr)

@@ -21,6 +21,8 @@ LOST = 0
 """Status of a request that was sent, or was due, and has had no whole answer."""
 
 _KEEP_EVERY = 8
+_PAUSE_S = 0.05
+"""Of a client in a closed loop that was refused: none comes again at once for ever."""
 
 
 @dataclass(slots=True)
@@ -266,11 +268,14 @@ async def _client(
                 except OSError:
                     if until_closed:
                         return
-                    await asyncio.sleep(0.05)
+                    await asyncio.sleep(_PAUSE_S)
                     continue
             number = next(numbers) % len(requests)
             due = time.perf_counter()
-            load.add(number, due, await connection.ask(requests[number]))
+            reply = await connection.ask(requests[number])
+            load.add(number, due, reply)
+            if reply.status != 200:
+                await asyncio.sleep(_PAUSE_S)
     finally:
         if connection is not None:
             connection.close()

@@ -142,13 +142,15 @@ def visit(
     plan: Plan,
     deck: Deck,
     *,
-    extras: bool,
+    overload: bool,
+    trouble: bool,
 ) -> Visit:
     """Start the server and measure it.
 
     Args:
         python: the interpreter of a peer.
-        extras: whether to look at everything but closed loops, too.
+        overload: whether to send more than it can do, too.
+        trouble: whether to leave it idle, send a bad photo and stop it under load, too.
 
     Raises:
         Unavailable: it does not start.
@@ -167,7 +169,7 @@ def visit(
         backend = _backend(server) if entrant.is_ours else ""
         masks.check(at_once(server.port, requests))
         closed_loop(server.port, requests, clients=_BESIDE, seconds=_WARM_UP_S)
-        idle = _idle_cores(server, plan.idle_s) if extras else None
+        idle = _idle_cores(server, plan.idle_s) if trouble else None
         steps = []
         others = _Others(server)
         for place, clients in enumerate(CLIENTS):
@@ -184,11 +186,9 @@ def visit(
             masks.check(load.answers)
         others_cores = others.cores()
         memory_mib = server.memory_mib()
-        bad = overload = stop = None
-        if extras:
-            bad = _bad_photo(server, entrant, deck)
-            overload = _overload(server, requests, steps, plan.overload_s)
-            stop = _stop(server, requests)
+        bad = _bad_photo(server, entrant, deck) if trouble else None
+        too_much = _overload(server, requests, steps, plan.overload_s) if overload else None
+        stop = _stop(server, requests) if trouble else None
         return Visit(
             entrant=entrant.name,
             network=network,
@@ -202,7 +202,7 @@ def visit(
             masks_wrong=masks.wrong,
             least_iou=masks.least_iou,
             idle_cores=idle,
-            overload=overload,
+            overload=too_much,
             bad_photo=bad,
             stop=stop,
         )

@@ -265,7 +265,8 @@ def _troubles(comparison: Comparison) -> list[Block]:
         Heading("A bad photo among good ones, and SIGTERM under load"),
         "Ten times a truncated photo comes at the same moment as seven good ones: what became of"
         " the good ones, and the status of the bad one. Then SIGTERM goes to the process that was"
-        " started, under eight clients in a closed loop that come again until the port is closed;"
+        " started, under eight clients in a closed loop that come again until the port is closed,"
+        " 50 ms after a refusal;"
         " lost are requests that were sent and got no answer.",
         Table(
             (
