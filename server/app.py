@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, Query, Request
@@ -135,12 +135,13 @@ def create_app(
         lifespan=lifespan,
     )
     install(app)
+    # The first ones, as each request is held against one route after the other.
+    _add_routes(app, service, metrics)
     app.include_router(router)
     app.include_router(page_router)
     app.include_router(bulk_router(service))
     app.include_router(openinference_router(service, VERSION))
     app.include_router(admin_router(loader.load, on_reloaded))
-    _add_routes(app, service, metrics)
     guarded: ASGIApp = Access(
         app,
         keys,
@@ -169,6 +170,25 @@ def create_app(
     return context, service
 
 
+class _BriefRoute(APIRoute):
+    """A route all of whose parameters have defaults, called at once by requests that bring none.
+
+    Most photos come so, and to find that out takes FastAPI as long as all else on the event loop.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        with_parameters = super().get_route_handler()
+        headers = [field.alias for field in self.dependant.header_params]
+
+        async def handle(request: Request) -> Response:
+            if request.scope["query_string"] or any(name in request.headers for name in headers):
+                return await with_parameters(request)
+            response: Response = await self.endpoint(request)
+            return response
+
+        return handle
+
+
 def _operation_id(route: APIRoute) -> str:
     """Such as `health_ready`: generated clients name their functions so."""
     return "_".join(part for part in route.path.split("/") if part and not part.startswith("{"))
@@ -184,15 +204,6 @@ async def _refresh(metrics: Metrics) -> None:
 def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
     settings = service.settings
 
-    @app.post(
-        "/segment",
-        tags=["segmentation"],
-        summary="Segment the lesion in a photo",
-        dependencies=[Depends(only_known)],
-        response_class=Response,
-        responses=SEGMENT_RESPONSES,
-        openapi_extra=SEGMENT_BODY,
-    )
     async def segment(
         request: Request,
         threshold: Threshold = 0.5,
@@ -261,6 +272,19 @@ def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
                 stages.end("encode")
                 place.end(served=True)
         return Response(content, media_type=media_type, headers={"Vary": "Accept"})
+
+    app.router.add_api_route(
+        "/segment",
+        segment,
+        methods=["POST"],
+        tags=["segmentation"],
+        summary="Segment the lesion in a photo",
+        dependencies=[Depends(only_known)],
+        response_class=Response,
+        responses=SEGMENT_RESPONSES,
+        openapi_extra=SEGMENT_BODY,
+        route_class_override=_BriefRoute,
+    )
 
     @app.get("/health/live", tags=["health"], summary="Whether the process works")
     async def live() -> StatusAnswer:

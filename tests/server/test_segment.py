@@ -280,3 +280,18 @@ def test_health(server: ServerProcess) -> None:
     ready = httpx.get(f"{server.url}/health/ready")
     assert ready.status_code == 200
     assert ready.json() == {"status": "ready", "backend": CPU_BACKEND}
+
+
+def test_a_request_without_parameters_is_answered_as_one_that_brings_the_defaults(
+    server: ServerProcess, photos: list[Sample]
+) -> None:
+    brief = httpx.post(f"{server.url}/segment", content=photos[0].data, timeout=60)
+    full = httpx.post(
+        f"{server.url}/segment?threshold=0.5&size=original",
+        content=photos[0].data,
+        headers={"X-Request-Timeout-Ms": "60000", "Priority": "u=3"},
+        timeout=60,
+    )
+    assert brief.status_code == full.status_code == 200
+    assert brief.content == full.content
+    assert brief.headers["content-type"] == full.headers["content-type"] == "image/png"
