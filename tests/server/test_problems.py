@@ -131,7 +131,7 @@ def test_406_nothing_is_wanted(server: ServerProcess, path: str, accept: str) ->
 @pytest.mark.parametrize(
     ("query", "accept", "words"),
     [
-        ("format=json", "*/*", ["no parameter 'format'", "threshold, size, mask"]),
+        ("format=json", "*/*", ["no parameter 'format'", "threshold, size, clean, mask"]),
         ("mask=polygons", "multipart/mixed", ["mask=polygons", "multipart/mixed"]),
     ],
 )
@@ -173,7 +173,7 @@ def test_422_a_truncated_jpeg(server: ServerProcess, good: Sample, tenths: int) 
         ("size=huge", ["size", "original", "model"]),
         ("format=gif", ["format", "png", "json"]),
         ("format=json&mask=svg", ["mask", "polygons"]),
-        ("treshold=0.3", ["no parameter 'treshold'", "threshold, size, format, mask"]),
+        ("treshold=0.3", ["no parameter 'treshold'", "threshold, size, clean, format, mask"]),
         ("threshold=0.3&threshold=0.7", ["'threshold' comes more than once"]),
         ("format=png&mask=rle", ["mask=rle", "JSON", "image/png"]),
     ],
