@@ -57,7 +57,7 @@ $(VENV)/.benchmarks: requirements.txt requirements-bench.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	@touch $@ $(VENV)/.serving
 
-$(VENV)/.development: requirements.txt requirements-train.txt requirements-otel.txt \
+$(VENV)/.development: requirements.txt requirements-train.txt requirements-otel.txt requirements-ray.txt \
 		requirements-bench.txt docker/requirements-tools.txt requirements-dev.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@ $(VENV)/.serving $(VENV)/.benchmarks

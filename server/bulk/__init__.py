@@ -5,5 +5,6 @@ machines.
     ledger     what is done: survives a kill at any moment, and becomes the table
     segmenter  a photo's file → its mask's file and its row of the table
     local      all of it on this machine
+    cluster    all of it on a Ray cluster
     progress   what a person sees meanwhile
 """

@@ -4,12 +4,13 @@ import argparse
 import sqlite3
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 
 from server.backends import BackendError, BackendInfo
 from server.bulk.ledger import MASKS, STATE, TABLE, Ledger, Row
-from server.bulk.local import this_machine
+from server.bulk.local import Place, this_machine
 from server.bulk.progress import Progress
 from server.bulk.segmenter import Options
 from server.bulk.sources import SUFFIXES, BulkError, Source, open_source
@@ -66,16 +67,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="leave only the largest region of a mask, without its holes",
     )
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="of a Ray cluster to run on (requirements-ray.txt): auto, HOST:PORT, or local; every"
+        " node needs this project, SRC, DST and the network under the same paths",
+    )
+    parser.add_argument(
+        "--ray-gpus",
+        type=float,
+        default=0,
+        metavar="VALUE",
+        help="GPUs that each of Ray's actors asks for, such as 1 or 0.5 (default 0); of CPUs it is"
+        " --threads, or one",
+    )
     add_flags(parser, _SETTINGS)
     given = vars(parser.parse_args(arguments))
-    source, results = given.pop("source"), given.pop("results")
+    source_path, results = given.pop("source"), given.pop("results")
     options = Options(given.pop("threshold"), given.pop("clean"))
+    address, gpus = given.pop("ray"), given.pop("ray_gpus")
     if not 0 <= options.threshold <= 1:
         parser.error(f"--threshold is a probability, 0 to 1, got {options.threshold:g}")
     settings = settings_of(parser, given)
     configure(settings.log_level, settings.log_format)
     try:
-        return _run(settings, options, source, results)
+        source = open_source(source_path, results)
+        with Ledger(results) as ledger:
+            return _run(settings, options, source, ledger, address, gpus)
     except (BulkError, BackendError) as error:
         print(f"error: {error}", file=sys.stderr)
     except sqlite3.Error as error:
@@ -85,12 +103,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 2
 
 
-def _run(settings: Settings, options: Options, source_path: Path, results: Path) -> int:
-    source = open_source(source_path, results)
-    with (
-        Ledger(results) as ledger,
-        this_machine(settings, options, source.root, ledger.masks) as place,
-    ):
+def _place(
+    settings: Settings,
+    options: Options,
+    root: Path,
+    masks: Path,
+    address: str | None,
+    gpus: float,
+) -> AbstractContextManager[Place]:
+    if address is None:
+        return this_machine(settings, options, root, masks)
+    try:
+        from server.bulk.cluster import on_ray
+    except ImportError as error:
+        raise BulkError(f"Ray cannot be loaded, install requirements-ray.txt: {error}") from error
+    return on_ray(settings, options, root, masks, address=address, gpus=gpus)
+
+
+def _run(
+    settings: Settings,
+    options: Options,
+    source: Source,
+    ledger: Ledger,
+    address: str | None,
+    gpus: float,
+) -> int:
+    with _place(settings, options, source.root, ledger.masks, address, gpus) as place:
         _take_stock(ledger, source, place.info, options)
         counts = ledger.counts()
         progress = Progress(counts.listed, counts.done, counts.unsuccessful)

@@ -469,6 +469,15 @@ def test_a_list_of_any_length_is_gone_through_in_the_same_memory(tmp_path: Path)
     assert many < few + 500_000, "far less than as many paths take"
 
 
+def test_neither_ray_nor_torch_is_loaded_unasked() -> None:
+    code = (
+        "import sys, server.__main__, server.worker, server.bulk.__main__;"
+        "print({'ray', 'pyarrow', 'torch'} & set(sys.modules))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    assert found.stdout.decode().strip() == "set()"
+
+
 def test_progress_tells_pace_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("time.monotonic", lambda: now)

@@ -1,0 +1,112 @@
+"""A Ray cluster of two nodes on this machine with the service on it, for tests and measurements."""
+
+import contextlib
+import copy
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+import yaml
+from ray import serve
+from ray.cluster_utils import Cluster
+from ray.serve.schema import ServeDeploySchema
+
+from benchmarks.launch import free_port
+
+__all__ = ["GATEWAY", "PROXY", "SEGMENTER", "RayService", "ray_service", "wait_for"]
+
+_ROOT = Path(__file__).parent.parent
+_CONFIG = _ROOT / "docker/ray/serve.yaml"
+
+# Of each node: CPUs as it tells Ray, whatever the machine has, and memory for what travels.
+_NODE: dict[str, Any] = {"num_cpus": 4, "object_store_memory": 128 * 2**20}
+
+# How Ray's workers call themselves.
+SEGMENTER = "ray::ServeReplica:slsnet:Segmenter"
+GATEWAY = "ray::ServeReplica:slsnet:Gateway"
+PROXY = "ray::ProxyActor"
+
+
+@dataclass(frozen=True)
+class RayService:
+    """The service on the cluster."""
+
+    address: str
+    """Of the cluster."""
+    url: str
+    """Of the service, without a slash at the end."""
+    _config: dict[str, Any]
+
+    def deploy(self, replicas: int) -> None:
+        """Have so many replicas; those that are too many are let finish what they have."""
+        config = copy.deepcopy(self._config)
+        config["applications"][0]["deployments"] = [
+            {"name": "Gateway", "num_replicas": 1},
+            {
+                "name": "Segmenter",
+                "autoscaling_config": {"min_replicas": replicas, "max_replicas": replicas},
+            },
+        ]
+        client = serve.context._get_global_client()
+        assert client is not None
+        client.deploy_apps(ServeDeploySchema(**config), _blocking=True)
+        wait_for(lambda: len(self.processes(SEGMENTER)) == replicas)
+
+    def processes(self, kind: str) -> list[psutil.Process]:
+        """Workers of this cluster, and of no other, whose name begins so."""
+        found = []
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if " ".join(process.cmdline()).startswith(kind):
+                    found.append(process)
+        return found
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float = 120) -> None:
+    """Raises:
+    TimeoutError: it does not come true.
+    """
+    give_up = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > give_up:
+            raise TimeoutError("what was waited for does not come true")
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def ray_service() -> Iterator[RayService]:
+    """Two nodes, and two replicas as the shipped configuration has them."""
+    environment = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_automatic_object_spilling_enabled": "0",
+        "PYTHONPATH": str(_ROOT),
+    }
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    cluster = Cluster(initialize_head=True, head_node_args={**_NODE, "include_dashboard": False})
+    try:
+        cluster.add_node(**_NODE)
+        ray.init(cluster.address, log_to_driver=False)
+        config = yaml.safe_load(_CONFIG.read_text())
+        # One proxy: the nodes have one machine, and so one port, in common.
+        config["proxy_location"] = "HeadOnly"
+        config["http_options"] |= {"host": "127.0.0.1", "port": free_port()}
+        serve.start(http_options=config["http_options"], proxy_location="HeadOnly")
+        url = f"http://127.0.0.1:{config['http_options']['port']}"
+        service = RayService(cluster.address, url, config)
+        service.deploy(replicas=2)
+        yield service
+        serve.shutdown()  # type: ignore[no-untyped-call]
+    finally:
+        ray.shutdown()
+        cluster.shutdown()  # type: ignore[no-untyped-call]
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

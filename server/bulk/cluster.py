@@ -1,0 +1,218 @@
+"""The work on a Ray cluster (Ray Data): each of its actors loads the network once.
+
+Every node has this project, the network's file, the photos and the folder of masks under the same
+paths. Actors write the masks; paths and rows alone travel. Where one dies, Ray runs what it was
+given again, and its masks are replaced by the same ones.
+"""
+
+import asyncio
+import contextlib
+import functools
+import itertools
+import json
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import ray
+import ray.data
+import ray.exceptions
+
+from server.backends import BackendError, BackendInfo, open_backend
+from server.bulk.ledger import Row, Task
+from server.bulk.local import Place, Record
+from server.bulk.segmenter import Options, Segmenter
+from server.bulk.sources import BulkError
+from server.settings import Settings
+
+__all__ = ["on_ray"]
+
+# What an actor is given at a time, and is run again with it.
+_BLOCK = 16
+
+# Photos of one data set: it is held in memory, and setting one up takes seconds.
+_WINDOW = 50_000
+
+_CONNECT_S = 10
+
+_PATH, _ROW, _STOP = "path", "row", "stop"
+
+Result = TypeVar("Result")
+
+
+@contextlib.contextmanager
+def on_ray(
+    settings: Settings, options: Options, root: Path, masks: Path, *, address: str, gpus: float
+) -> Iterator[Place]:
+    """The cluster at `address`, as `ray.init` takes it; the rest is as for `Segmenter`.
+
+    Args:
+        settings: `threads` is also how many CPUs an actor asks for; 0 is one.
+        options, root, masks: as for `Segmenter`.
+        address: `auto`, `local`, `HOST:PORT` or `ray://HOST:PORT`.
+        gpus: that an actor asks for.
+
+    Raises:
+        BackendError: the network cannot be loaded.
+        BulkError: there is no such cluster, or it lacks what an actor asks for.
+    """
+    info = _describe(settings)
+    _start(address)
+    try:
+        cpus = settings.threads or 1
+        own = settings.model_copy(update={"threads": cpus, "decode_threads": cpus})
+        weights = info.model.get("weights_sha256", "")
+        segmented = functools.partial(
+            ray.data.Dataset.map_batches,
+            fn=_Actor,
+            fn_constructor_args=(own, options, root, masks, weights),
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=_actors(cpus, gpus)),
+            batch_format="pyarrow",
+            num_cpus=cpus,
+            num_gpus=gpus,
+        )
+        yield Place(info, functools.partial(_run, segmented))
+    finally:
+        ray.shutdown()
+
+
+def _describe(settings: Settings) -> BackendInfo:
+    backend = open_backend(settings.backend, settings.model, threads=1)
+    try:
+        return backend.describe()
+    finally:
+        backend.close()
+
+
+def _start(address: str) -> None:
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        # Ray itself tries for minutes.
+        try:
+            socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+        except OSError as error:
+            raise BulkError(f"There is no Ray cluster at {address}: {error}") from error
+    # Nothing is reported elsewhere, should the cluster be started here.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
+    except (ConnectionError, OSError, ValueError) as error:
+        raise BulkError(f"There is no Ray cluster at {address}: {error}") from error
+    context = ray.data.DataContext.get_current()
+    # Its bars and notes would be in the way of this program's own.
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def _actors(cpus: int, gpus: float) -> int:
+    """As many as the cluster has room for now."""
+    found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    room = found.get("CPU", 0) / cpus
+    if gpus:
+        room = min(room, found.get("GPU", 0) / gpus)
+    if room < 1:
+        raise BulkError(
+            f"The cluster has {found.get('CPU', 0):g} CPUs and {found.get('GPU', 0):g} GPUs; one"
+            f" actor asks for {cpus} (--threads) and {gpus:g} (--ray-gpus)."
+        )
+    return int(room)
+
+
+def _run(
+    segmented: Callable[[ray.data.Dataset], ray.data.Dataset],
+    tasks: Iterator[Task],
+    record: Record,
+) -> int:
+    signals: list[int] = []
+
+    def stop(number: int, _: FrameType | None) -> None:
+        signals.append(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while not signals and (blocks := list(_blocks(itertools.islice(tasks, _WINDOW)))):
+            rows = segmented(ray.data.from_arrow(blocks))
+            for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
+                _take(batch, record)
+                if signals:
+                    break
+    except ray.exceptions.RayError as error:
+        raise BulkError(f"Ray gave up: {error}") from error
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    return signals[0] if signals else 0
+
+
+def _blocks(tasks: Iterator[Task]) -> Iterator[pa.Table]:
+    while block := list(itertools.islice(tasks, _BLOCK)):
+        # As bytes: names need not be UTF-8.
+        yield pa.table(
+            {
+                _PATH: [os.fsencode(task.path) for task in block],
+                "mask": [os.fsencode(task.mask) for task in block],
+            }
+        )
+
+
+def _take(batch: pa.Table, record: Record) -> None:
+    for line in batch.to_pylist():
+        if line[_STOP]:
+            raise BulkError(line[_STOP])
+        record(os.fsdecode(line[_PATH]), Row(**json.loads(line[_ROW])))
+
+
+class _Actor:
+    """What one actor runs; it is given a block of photos at a time."""
+
+    def __init__(
+        self, settings: Settings, options: Options, root: Path, masks: Path, weights: str
+    ) -> None:
+        # Ray calls from a thread of its own, the network's event loop runs in another.
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self._segmenter = Segmenter(settings, options, root, masks)
+        info = self._do(self._segmenter.open())
+        if info.model.get("weights_sha256") != weights:
+            raise BackendError(f"{settings.model} is another network here than where it started.")
+        if not masks.is_dir():
+            raise NotADirectoryError(f"{masks} is not there: every node needs it.")
+
+    def _do(self, work: Coroutine[Any, Any, Result]) -> Result:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        tasks = [
+            Task(os.fsdecode(line[_PATH]), os.fsdecode(line["mask"])) for line in block.to_pylist()
+        ]
+        rows = self._do(self._segment(tasks))
+        return pa.table(
+            {
+                _PATH: block[_PATH],
+                _ROW: [
+                    json.dumps(None if isinstance(row, BulkError) else asdict(row)) for row in rows
+                ],
+                _STOP: [str(row) if isinstance(row, BulkError) else "" for row in rows],
+            }
+        )
+
+    async def _segment(self, tasks: list[Task]) -> list[Row | BulkError]:
+        async def segment(task: Task) -> Row | BulkError:
+            try:
+                return await self._segmenter.segment(task)
+            except BulkError as error:
+                # Handed over, or Ray would start others that fail as well.
+                return error
+
+        return await asyncio.gather(*map(segment, tasks))
