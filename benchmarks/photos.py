@@ -46,7 +46,7 @@ _MOST_GIVEN = 48
 
 _ROUNDING = {"fp32": 1e-4, "bf16": 0.02}
 """Far more than a probability changes by: in float32 because sums are in another order in another
-batch, in bfloat16 because values have 8 bits (0.008 at most on ISIC's validation photos)."""
+batch, in bfloat16 because values have 8 bits (0.01 at most on ISIC's validation photos)."""
 
 _BOUNDARY = "slsnet-boundary-5c4b1f"
 
