@@ -46,6 +46,8 @@ _SAME_MASK_IOU = 0.9
 """Masks that overlap less are wrong: peers enlarge theirs in blocks, which costs a few percent."""
 
 _WARM_UP_S = 0.5
+_WARM_UP = 32
+"""Answers at least: BentoML makes its first requests wait while it learns how long a batch takes."""
 _LEAD = 0.25
 """Of a load's time, before it is measured."""
 _BESIDE = 8
@@ -168,7 +170,7 @@ def visit(
     with running(entrant, python, environment, stub_ms, deck.photos[0]) as server:
         backend = _backend(server) if entrant.is_ours else ""
         masks.check(at_once(server.port, requests))
-        closed_loop(server.port, requests, clients=_BESIDE, seconds=_WARM_UP_S)
+        closed_loop(server.port, requests, clients=_BESIDE, seconds=_WARM_UP_S, fewest=_WARM_UP)
         idle = _idle_cores(server, plan.idle_s) if trouble else None
         steps = []
         others = _Others(server)
