@@ -47,7 +47,7 @@ _SAME_MASK_IOU = 0.9
 
 _WARM_UP_S = 0.5
 _WARM_UP = 32
-"""Answers at least: BentoML makes its first requests wait while it learns how long a batch takes."""
+"""Answers at least: BentoML lets first requests wait while it learns how long a batch takes."""
 _LEAD = 0.25
 """Of a load's time, before it is measured."""
 _BESIDE = 8
