@@ -68,6 +68,10 @@ look_inside() {
         ' || fail "the container is not as locked up as it should be"
     engine run --rm "${hardened[@]}" --network none -v "$root:/source:ro" --entrypoint python \
         "$image" /source/docker/test/client.py bill || fail "the bill of materials"
+    local cores='from server.cores import available_cores; print(available_cores())'
+    cores=$(engine run --rm "${hardened[@]}" --network none --cpus 1 --entrypoint python "$image" \
+        -c "$cores")
+    [ "$cores" = 1 ] || fail "with --cpus 1 the server counts $cores cores"
 }
 
 serve() {
@@ -77,6 +81,14 @@ serve() {
     try "the server was not healthy within a minute" healthy
     say "healthy $(($(now_ms) - started)) ms after the command, its own check included"
     ask segment "$url" "$photo" "$truth" || fail "segmentation"
+}
+
+serve_without_a_network() {
+    engine run -d --name "$server" "${hardened[@]}" --network none "$image" >/dev/null
+    try "the server was not healthy without a network" healthy
+    engine stop --time 30 "$server" >/dev/null
+    end 0 "a server without a network"
+    say "serves and drains without a network: it fetches nothing"
 }
 
 stop_under_load() {
@@ -125,5 +137,6 @@ build_and_measure
 look_inside
 serve
 stop_under_load
+serve_without_a_network
 stop_while_it_starts
 start_to_ready
