@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import io
 import json
 import logging
 import sys
@@ -52,6 +53,14 @@ def configure(level: str, form: Literal["text", "json"]) -> None:
 
     Of other packages warnings alone: at debug level Pillow writes what a photo's EXIF says.
     """
+    # Unbuffered: what a full disk does not take must not be kept, nor tried once more at the end,
+    # where it would change the exit code.
+    sys.stderr = io.TextIOWrapper(
+        io.FileIO(2, "w", closefd=False),
+        encoding="utf-8",
+        errors="backslashreplace",
+        write_through=True,
+    )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json() if form == "json" else logging.Formatter(_TEXT))
     least = logging.getLevelNamesMapping()[level.upper()]

@@ -66,6 +66,22 @@ def test_idle_server_ends_with_0() -> None:
         assert server.wait() == 0
 
 
+def test_a_log_on_a_full_disk_costs_no_answer_and_no_exit_code(photos: list[Sample]) -> None:
+    program = """
+import os, runpy, sys
+os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+sys.argv[0] = "server"
+runpy.run_module("server", run_name="__main__", alter_sys=True)
+"""
+    # Python's own buffers are what is tried here.
+    with serve(command=["-c", program], environment={"PYTHONUNBUFFERED": ""}) as server:
+        for _ in range(100):
+            httpx.get(f"{server.url}/health/live").raise_for_status()
+        httpx.post(f"{server.url}/segment", content=photos[0].data).raise_for_status()
+        server.terminate()
+        assert server.wait() == 0
+
+
 def test_second_signal_ends_at_once() -> None:
     with serve("--drain-grace-s", "600") as server:
         server.terminate()
