@@ -303,14 +303,14 @@ _INFER_ANSWERS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def _known_model(
+async def _known_model(
     model: Annotated[str, Path(description="of the model", examples=[NAME])],
 ) -> None:
     if model != NAME:
         raise NotFound(f"There is no model {model[:80]!r}: the one that is served is {NAME!r}.")
 
 
-def _known_version(
+async def _known_version(
     version: Annotated[str, Path(description="of the model", examples=[VERSION])],
 ) -> None:
     if version != VERSION:
