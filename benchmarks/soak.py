@@ -11,6 +11,7 @@ stay as they were. `--output` gets soak.json and soak.md.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
@@ -79,6 +80,8 @@ class Soak:
     files: list[int] = field(default_factory=list)
     threads: list[int] = field(default_factory=list)
     in_flight_after: float = 0
+    sockets_left: int = 0
+    """More than before the load, once the clients are gone."""
 
     @property
     def late(self) -> float:
@@ -135,6 +138,8 @@ class Soak:
                 faults.append(f"{name} grew from {parts[0]:g} to {parts[-1]:g}")
         if self.in_flight_after:
             faults.append(f"{self.in_flight_after:g} requests are still in flight")
+        if self.sockets_left > 0:
+            faults.append(f"{self.sockets_left} connections are left")
         return faults
 
     def markdown(self) -> str:
@@ -175,15 +180,20 @@ def soak(seconds: float, overload: float = OVERLOAD) -> Soak:
     result = Soak(seconds)
     cards = generated(Settings().model).cards
     flags = ("--request-timeout-ms", str(BULK_DEADLINE_MS), "--log-level", "warning")
-    with (
-        serve(*flags) as server,
-        httpx.Client(base_url=server.url, timeout=30, limits=_LIMITS) as client,
-    ):
-        _Load(server, client, cards, result).run(seconds, overload)
+    with serve(*flags) as server:
+        process = psutil.Process(server.process.pid)
+        _, sockets_before = _count_files(process)
+        with httpx.Client(base_url=server.url, timeout=30, limits=_LIMITS) as client:
+            _Load(server, client, cards, result).run(seconds, overload)
         give_up = time.perf_counter() + 30
         while (left := _in_flight(server)) and time.perf_counter() < give_up:
             time.sleep(0.1)
         result.in_flight_after = left
+        while True:
+            result.sockets_left = max(0, _count_files(process)[1] - sockets_before)
+            if not result.sockets_left or time.perf_counter() > give_up:
+                break
+            time.sleep(0.1)
     return result
 
 
@@ -241,7 +251,9 @@ class _Load:
         with self._process.oneshot():
             result.memory_mib.append(self._process.memory_info().rss / 2**20)
             result.threads.append(self._process.num_threads())
-        result.files.append(self._process.num_fds())
+        # Connections come and go with what the load needs; none may be left in the end.
+        files, _ = _count_files(self._process)
+        result.files.append(files)
         now = time.perf_counter()
         with self._lock:
             while self._served and self._served[0] < now - _PACE_S:
@@ -285,6 +297,18 @@ def _headers(card: Card) -> dict[str, str]:
 def _total_ms(answer: httpx.Response) -> float:
     """From `Server-Timing`."""
     return float(answer.headers["server-timing"].rpartition("total;dur=")[2])
+
+
+def _count_files(process: psutil.Process) -> tuple[int, int]:
+    """Open files that are no sockets, and sockets."""
+    files = sockets = 0
+    for entry in Path(f"/proc/{process.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if str(entry.readlink()).startswith("socket:"):
+                sockets += 1
+            else:
+                files += 1
+    return files, sockets
 
 
 def _in_flight(server: ServerProcess) -> float:
