@@ -31,8 +31,8 @@ _BULK_PHOTOS = 8
 _BATCHES = 4
 
 # Of what is left until its deadline a request may spend so much by expectation; the rest is for
-# what nobody expects.
-_USABLE = 0.9
+# what nobody expects, such as other work on the machine that comes while it waits.
+_USABLE = 0.7
 
 # A body that takes longer than this to come is not ahead of anyone: a slow client must not keep
 # others out. When it is there it has to find room anew.
