@@ -30,6 +30,10 @@ _PHOTOS = 32
 _BULK_PHOTOS = 8
 _BATCHES = 4
 
+# What was measured at the start counts as so many photos done. The first ones done under load say
+# little: all of those that came with them were decoded while they were.
+_SUPPOSED_PHOTOS = 8
+
 # Of what is left until its deadline a request may spend so much by expectation; the rest is for
 # what nobody expects, such as other work on the machine that comes while it waits.
 _USABLE = 0.7
@@ -50,14 +54,13 @@ class Pace:
         """That are being worked on or wait for it."""
         self._busy_s = 0.0
         self._counted = 0.0
-        self._supposed_s = 0.0
         self._done: deque[float] = deque([0.0], memory + 1)
 
     @property
     def seconds_each(self) -> float:
         """From one that gets done to the next, while there are any; 0 before it is known."""
         count = len(self._done) - 1
-        return (self._done[-1] - self._done[0]) / count if count else self._supposed_s
+        return (self._done[-1] - self._done[0]) / count if count else 0.0
 
     @property
     def overdue_s(self) -> float:
@@ -70,8 +73,10 @@ class Pace:
 
     def suppose(self, seconds_each: float, memory: int) -> None:
         """What to go by until photos have been seen, and of how many to make an average."""
-        self._supposed_s = seconds_each
-        self._done = deque(self._done, memory + 1)
+        done = list(self._done)
+        if len(done) == 1:
+            done = [done[0] - seconds_each * n for n in range(_SUPPOSED_PHOTOS, -1, -1)]
+        self._done = deque(done, memory + 1)
 
     def begin(self, photos: int) -> None:
         """So many more are worked on or wait."""

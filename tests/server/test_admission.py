@@ -166,6 +166,22 @@ def test_nobody_ahead_or_nothing_known_is_no_reason_to_refuse(clock: Clock) -> N
     assert is_let_in(gate, clock, 0.001, bulk=True)
 
 
+def test_the_first_of_many_that_came_together_does_not_stand_for_all(clock: Clock) -> None:
+    gate = Gate(Settings())
+    gate.expect(0.02, 8)
+    with contextlib.ExitStack() as stack:
+        places = [
+            stack.enter_context(gate.enter(deadline=clock.now + 30, bulk=False)) for _ in range(32)
+        ]
+        for place in places:
+            place.check()
+            place.begin()
+        # All of them were being decoded when this one got done.
+        clock.now += 1.1
+        places[0].end(served=True)
+        assert is_let_in(gate, clock, 30)
+
+
 def test_slow_bodies_keep_nobody_out(clock: Clock) -> None:
     gate = Gate(Settings())
     gate.expect(0.1, 1)
