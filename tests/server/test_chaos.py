@@ -1,6 +1,7 @@
 """Everything at once, and a ledger: each request is answered, and with its own photo's mask."""
 
 import contextlib
+import io
 import os
 import signal
 import socket
@@ -8,14 +9,21 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
 
 import httpx
 import numpy as np
 import psutil
+import pytest
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.launch import ServerProcess, serve
 from benchmarks.soak import CLIENTS, soak
 from tests.conftest import Offline, Sample, until
+from tests.server.faulty_server import POISON
+from tests.server.test_drain import masks_of
 from tests.server.test_segment import read_png
 
 
@@ -58,10 +66,7 @@ def vanish(server: ServerProcess, photo: Sample, sent: int) -> None:
 def test_good_clients_notice_nothing_of_bad_ones(photos: list[Sample], offline: Offline) -> None:
     flags = ("--head-timeout-s", "2", "--max-connections", "800")
     with serve(*flags) as server, contextlib.ExitStack() as stack:
-        masks = [
-            httpx.post(f"{server.url}/segment", content=photo.data, timeout=60).content
-            for photo in photos[:4]
-        ]
+        masks = masks_of(server, photos[:4])
         for photo, mask in zip(photos, masks, strict=False):
             np.testing.assert_array_equal(read_png(mask), offline.mask(photo.data))
         stop = threading.Event()
@@ -89,14 +94,104 @@ def test_good_clients_notice_nothing_of_bad_ones(photos: list[Sample], offline: 
         assert server.wait() == 0
 
 
+def answers(server: ServerProcess) -> dict[str, float]:
+    """How often it says it answered `/segment`, by status."""
+    families = text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text)
+    counts: dict[str, float] = {}
+    for family in families:
+        for sample in family.samples:
+            if sample.name == "slsnet_requests_total" and sample.labels["path"] == "/segment":
+                status = sample.labels["status"]
+                counts[status] = counts.get(status, 0) + sample.value
+    return counts
+
+
+def test_a_backend_that_raises_now_and_then_costs_no_answer_but_the_bad_photos(
+    photos: list[Sample],
+) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (300, 200), POISON).save(buffer, "PNG")
+    poisoned = Sample("poisoned", buffer.getvalue(), np.zeros((200, 300), np.bool_))
+
+    def alternate(mask: bytes, stop: threading.Event) -> tuple[int, set[int]]:
+        """Good and bad in turn: the bad one alone would be a backend that always fails."""
+        bad: list[int] = []
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            while not stop.is_set():
+                bad.append(client.post("/segment", content=poisoned.data).status_code)
+                good = client.post("/segment", content=photos[0].data)
+                assert good.status_code == 200
+                assert good.content == mask
+        return len(bad), set(bad)
+
+    with serve(command=["-m", "tests.server.faulty_server"]) as server:
+        masks = masks_of(server, photos[:5])
+        stop = threading.Event()
+        with ThreadPoolExecutor(5) as clients, contextlib.ExitStack() as stack:
+            stack.callback(stop.set)
+            bad = clients.submit(alternate, masks[0], stop)
+            sending = [
+                clients.submit(keep_sending, server, photo, mask, stop)
+                for photo, mask in zip(photos[1:5], masks[1:], strict=True)
+            ]
+            until(lambda: server.log().count("one in seven") >= 5 or bad.done())
+        ledgers = [future.result() for future in sending]
+        sent, statuses = bad.result()
+        assert [ledger.wrong for ledger in ledgers] == [[]] * 4
+        assert statuses == {500}
+        good = sum(ledger.right for ledger in ledgers) + sent + len(masks)
+        until(lambda: answers(server) == {"200": good, "500": sent})
+        assert httpx.get(f"{server.url}/health/ready").status_code == 200
+        server.terminate()
+        assert server.wait() == 0
+
+
+def test_a_clock_that_jumps_loses_nothing(photos: list[Sample], tmp_path: Path) -> None:
+    library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
+    if library is None:
+        pytest.skip("no libfaketime here")
+    clock = tmp_path / "clock"
+    clock.write_text("+0", encoding="ascii")
+    environment = {
+        "LD_PRELOAD": str(library),
+        "FAKETIME_TIMESTAMP_FILE": str(clock),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }
+    today = datetime.now()
+    with serve("--drain-grace-s", "0.5", environment=environment) as server:
+        masks = masks_of(server, photos[:4])
+        stop = threading.Event()
+        with ThreadPoolExecutor(4) as clients, contextlib.ExitStack() as stack:
+            stack.callback(stop.set)
+            sending = [
+                clients.submit(keep_sending, server, photo, mask, stop)
+                for photo, mask in zip(photos, masks, strict=False)
+            ]
+            for days in (1, -1, 1):
+                clock.write_text(f"{days * 86400:+d}", encoding="ascii")
+                # Over midnight it is a day more.
+                dates = {f"\n{today + timedelta(days + more):%Y-%m-%d}" for more in (0, 1)}
+                said = len(server.log())
+                until(lambda: any(date in server.log()[said:] for date in dates))  # noqa: B023
+                until(lambda: server.log()[said:].count("/segment 200") > 20)  # noqa: B023
+        ledgers = [future.result() for future in sending]
+        assert [ledger.wrong for ledger in ledgers] == [[]] * 4
+        good = sum(ledger.right for ledger in ledgers) + len(masks)
+        until(lambda: answers(server) == {"200": good})
+        server.terminate()
+        assert server.wait() == 0
+
+
 def test_a_worker_that_is_killed_loses_only_what_it_held(photos: list[Sample]) -> None:
     with serve("--workers", "2") as server:
         until(lambda: server.log().count(" ready: ") == 2)
-        mask = httpx.post(f"{server.url}/segment", content=photos[0].data, timeout=60).content
+        masks = masks_of(server, photos[:4])
         stop = threading.Event()
         with ThreadPoolExecutor(4) as clients:
             sending = [
-                clients.submit(keep_sending, server, photos[0], mask, stop) for _ in range(4)
+                clients.submit(keep_sending, server, photo, mask, stop)
+                for photo, mask in zip(photos, masks, strict=False)
             ]
             time.sleep(0.5)
             psutil.Process(server.process.pid).children()[0].kill()
@@ -109,6 +204,9 @@ def test_a_worker_that_is_killed_loses_only_what_it_held(photos: list[Sample]) -
         assert len(lost) <= 4
         assert all("Error" in wrong for wrong in lost)
         assert all(ledger.right for ledger in ledgers)
+        # What it had counted is counted still; only what it held may be on one side alone.
+        right = sum(ledger.right for ledger in ledgers) + len(masks)
+        assert abs(answers(server)["200"] - right) <= 4
         server.terminate()
         assert server.wait() == 0
 

@@ -21,7 +21,19 @@ class Ledger:
     lost: str = ""
 
 
-def keep_sending(server: ServerProcess, photo: Sample, started: threading.Event) -> Ledger:
+def masks_of(server: ServerProcess, photos: list[Sample]) -> list[bytes]:
+    """What it answers to each while it has nothing else to do."""
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        answers = [client.post("/segment", content=photo.data) for photo in photos]
+    masks = [answer.raise_for_status().content for answer in answers]
+    # Or nobody would see that two were mixed up.
+    assert len(set(masks)) == len(masks)
+    return masks
+
+
+def keep_sending(
+    server: ServerProcess, photo: Sample, mask: bytes, started: threading.Event
+) -> Ledger:
     """Send until the port is closed."""
     ledger = Ledger()
     with httpx.Client(base_url=server.url, timeout=60) as client:
@@ -34,6 +46,7 @@ def keep_sending(server: ServerProcess, photo: Sample, started: threading.Event)
                 ledger.lost = repr(error)
             else:
                 assert response.status_code == 200
+                assert response.content == mask
                 ledger.answered += 1
                 started.set()
     return ledger
@@ -41,9 +54,11 @@ def keep_sending(server: ServerProcess, photo: Sample, started: threading.Event)
 
 def test_sigterm_under_load_loses_nothing(photos: list[Sample]) -> None:
     with serve("--drain-grace-s", "3") as server, ThreadPoolExecutor(8) as clients:
+        masks = masks_of(server, photos[:8])
         started = threading.Event()
         ledgers = [
-            clients.submit(keep_sending, server, photos[index], started) for index in range(8)
+            clients.submit(keep_sending, server, photo, mask, started)
+            for photo, mask in zip(photos, masks, strict=False)
         ]
         assert started.wait(30)
         time.sleep(0.5)

@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks.launch import ServerProcess, serve
 from tests.conftest import Sample, until
-from tests.server.test_drain import Ledger, keep_sending
+from tests.server.test_drain import Ledger, keep_sending, masks_of
 from tests.server.test_load import figures
 
 
@@ -86,9 +86,13 @@ def test_sigterm_drains_all_workers_and_loses_nothing(
 ) -> None:
     folder = metrics_folder(pair)
     children = workers(pair)
+    masks = masks_of(pair, photos[:6])
     with ThreadPoolExecutor(6) as clients:
         started = threading.Event()
-        sending = [clients.submit(keep_sending, pair, photo, started) for photo in photos[:6]]
+        sending = [
+            clients.submit(keep_sending, pair, photo, mask, started)
+            for photo, mask in zip(photos, masks, strict=False)
+        ]
         assert started.wait(30)
         time.sleep(0.5)
         pair.terminate()

@@ -1,0 +1,59 @@
+"""`python -m tests.server.faulty_server FLAGS…`: a server whose network fails now and then."""
+
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from numpy.typing import NDArray
+
+from server import loading
+from server.__main__ import main
+from server.backends import Backend, BackendError, BackendInfo, open_backend
+
+POISON = (255, 0, 255)
+"""A batch with a photo of nothing but this colour always fails."""
+
+EVERY = 7
+"""So does each seventh batch, once."""
+
+
+class Faulty:
+    """The real network, with faults. What is run again after one is no batch that counts."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._batches = 0
+        self._again: set[bytes] = set()
+
+    def describe(self) -> BackendInfo:
+        return self._backend.describe()
+
+    def warm_up(self) -> None:
+        self._backend.warm_up()
+
+    def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        if len(batch) == 1 and batch.tobytes() in self._again:
+            self._again.remove(batch.tobytes())
+        else:
+            self._batches += 1
+            if self._batches % EVERY == 0:
+                self._again |= {image.tobytes() for image in batch}
+                raise BackendError("one in seven")
+        if (batch == POISON).all((1, 2, 3)).any():
+            self._again |= {image.tobytes() for image in batch}
+            raise BackendError("poisoned")
+        return self._backend.infer(batch)
+
+    def close(self) -> None:
+        self._backend.close()
+
+
+def _open(name: str, model: Path, **options: Any) -> Backend:
+    return Faulty(open_backend(name, model, **options))
+
+
+if __name__ == "__main__":
+    with mock.patch.object(loading, "open_backend", _open):
+        sys.exit(main())
