@@ -1,14 +1,18 @@
 """Hostile photos: real encodings, damaged at random, must decode or be refused, and nothing else.
 
-    python -m benchmarks.fuzz --images 20000
+    python -m benchmarks.fuzz --images 20000 [--photos FOLDER]
 
-Seeds are photos in all formats and many modes. Each image is one of them with bytes flipped, cut,
-repeated, exchanged or spliced with another's. It passes if `read_photo` gives the network's pixels
-or raises an ImageError, within a second; memory must be back where it was after the first thousand.
-A crash of the process ends the run with its signal; `--seed` and the number printed make it again.
+Seeds are photos in all formats and many modes, generated ones and those of a folder. Each image is
+one of them with bytes flipped, cut, repeated, exchanged or spliced with another's. It passes if
+`read_photo` gives the network's pixels or raises an ImageError, within a second; memory must be
+back where it was after the first tenth. A crash of the process ends the run with its signal, a
+hang with a traceback; `--seed` and the number printed make an image again.
 """
 
 import argparse
+import ctypes
+import faulthandler
+import gc
 import random
 import resource
 import sys
@@ -17,12 +21,19 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
 from model.image import FORMATS, MODEL_SIZE, ImageError, read_photo
+from server.logs import silence_libtiff
 from tests.lesions import encode_photo, lesion_photo
 
 __all__ = ["Report", "fuzz"]
 
 _SLOW_S = 1.0
+_HANG_S = 60.0
+_MOST_GROWTH_MIB = 16.0
 _MAX_PIXELS = 4_000_000
 _INTERESTING = (b"\x00", b"\xff", b"\x7f", b"\x80", b"\xff\xff\xff\xff", b"\x00\x00\x00\x00")
 
@@ -38,10 +49,16 @@ class Report:
         """Of the process's memory after the first tenth."""
 
 
-def seeds() -> list[bytes]:
-    """Small photos, in every format that is served and in unusual modes of each."""
+def seeds(folder: Path | None = None) -> list[bytes]:
+    """Small photos, in every format that is served and in unusual modes of each.
+
+    Args:
+        folder: of JPEG photos that are taken too: the files themselves, and made small.
+    """
     photos = [lesion_photo(seed, 96, 80).pixels for seed in range(2)]
-    encoded = []
+    files = sorted(folder.glob("*.jpg"))[:8] if folder else []
+    photos += [_made_small(file) for file in files]
+    encoded = [file.read_bytes() for file in files]
     for pixels in photos:
         encoded += [encode_photo(pixels, name) for name in FORMATS]
         encoded.append(encode_photo(pixels, "JPEG", progressive=True))
@@ -56,6 +73,11 @@ def seeds() -> list[bytes]:
         encoded.append(encode_photo(pixels, "TIFF", mode="CMYK", compression="tiff_adobe_deflate"))
         encoded.append(encode_photo(pixels, "BMP", mode="P"))
     return encoded
+
+
+def _made_small(file: Path) -> NDArray[np.uint8]:
+    with Image.open(file) as photo:
+        return np.asarray(photo.convert("RGB").resize((96, 80)))
 
 
 def mutated(originals: list[bytes], choose: random.Random) -> Iterator[bytes]:
@@ -92,14 +114,15 @@ def _damage(data: bytearray, originals: list[bytes], choose: random.Random) -> N
         data[at : at + length] = other[start : start + length]
 
 
-def fuzz(images: int, seed: int) -> Report:
+def fuzz(images: int, seed: int, folder: Path | None = None) -> Report:
     """Try so many images; what went wrong is in the report."""
     choose = random.Random(seed)
     report = Report()
-    source = mutated(seeds(), choose)
+    source = mutated(seeds(folder), choose)
     baseline = 0.0
     for number in range(images):
         data = next(source)
+        faulthandler.dump_traceback_later(_HANG_S, exit=True)
         started = time.perf_counter()
         try:
             photo = read_photo(data, max_pixels=_MAX_PIXELS)
@@ -117,12 +140,17 @@ def fuzz(images: int, seed: int) -> Report:
             report.wrong.append(f"image {number}: took {taken_s:.1f} s")
         if number == images // 10:
             baseline = _memory_mib()
+    faulthandler.cancel_dump_traceback_later()
     report.growth_mib = _memory_mib() - baseline
+    if report.growth_mib > _MOST_GROWTH_MIB:
+        report.wrong.append(f"memory grew by {report.growth_mib:.1f} MiB")
     return report
 
 
 def _memory_mib() -> float:
-    """Of this process, now."""
+    """Of this process, now, without what it only has not given back yet."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * resource.getpagesize() / 2**20
 
@@ -132,9 +160,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz")
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--photos", type=Path, help="a folder of JPEG photos to damage, too")
     given = parser.parse_args()
+    silence_libtiff()
     started = time.perf_counter()
-    report = fuzz(given.images, given.seed)
+    report = fuzz(given.images, given.seed, given.photos)
     for outcome, count in report.outcomes.most_common():
         print(f"{outcome:24} {count}")
     print(

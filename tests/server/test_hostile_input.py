@@ -8,10 +8,13 @@ import pytest
 
 from benchmarks.fuzz import fuzz
 from benchmarks.launch import ServerProcess
+from tests.conftest import Sample
 
 
-def test_damaged_photos_decode_or_are_refused() -> None:
-    report = fuzz(2000, seed=7)
+def test_damaged_photos_decode_or_are_refused(tmp_path: Path, photos: list[Sample]) -> None:
+    for number, photo in enumerate(photos[:2]):
+        (tmp_path / f"{number}.jpg").write_bytes(photo.data)
+    report = fuzz(2000, 7, tmp_path)
     assert report.wrong == []
     assert report.outcomes["decoded"] > 100
     assert report.outcomes["CorruptImageError"] > 100
