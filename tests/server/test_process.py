@@ -1,5 +1,6 @@
 """The process: what it loads, what it can be told, what it leaves on the disk."""
 
+import gzip
 import json
 import os
 import socket
@@ -167,6 +168,18 @@ runpy.run_module("server", run_name="__main__", alter_sys=True)
         assert client.post("/segment", files={"file": padded}).status_code == 200
         assert client.post("/segment", content=padded).status_code == 200
         assert client.post("/segment", files={"file": padded[:1000]}).status_code == 422
+        tiff = BytesIO()
+        Image.open(BytesIO(photos[0].data)).save(tiff, "TIFF", compression="tiff_lzw")
+        assert client.post("/segment", content=tiff.getvalue()).status_code == 200
+        many = [("file", padded), ("file", tiff.getvalue())]
+        lines = client.post("/segment/batch", files=many).text.splitlines()
+        assert [json.loads(line)["status"] for line in lines] == [200, 200]
+        image = {"name": "image", "shape": [1, 128, 128, 3], "datatype": "UINT8"}
+        tensor = gzip.compress(json.dumps({"inputs": [image | {"data": [0] * 49152}]}).encode())
+        answer = client.post(
+            "/v2/models/slsnet/infer", content=tensor, headers={"Content-Encoding": "gzip"}
+        )
+        assert answer.status_code == 200
         log = server.log()
     assert "POST /segment 200" in log
     assert "WRITES" not in log
@@ -185,6 +198,8 @@ def test_log_has_nothing_of_the_photo(photos: list[Sample]) -> None:
             assert b"Jane-Doe" in buffer.getvalue()
             files = {"file": ("Jane-Doe.jpg", buffer.getvalue(), "image/jpeg")}
             assert client.post("/segment", files=files).status_code == 200
+        many = [("Jane-Doe", files["file"])]
+        assert client.post("/segment/batch", files=many).status_code == 200
         assert client.post("/segment?threshold=Jane-Doe", files=files).status_code == 422
         assert client.post("/Jane-Doe", files=files).status_code == 404
         log = server.log()
