@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.fuzz import fuzz
-from benchmarks.launch import ServerProcess
+from benchmarks.launch import ServerProcess, serve
+from server.keys import new_key
 from tests.conftest import Sample
 
 
@@ -44,6 +45,19 @@ def test_the_api_does_what_its_reference_says(
     server: ServerProcess, tmp_path: Path, paths: str, checks: tuple[str, ...]
 ) -> None:
     """No 500, and each answer as the document has it (schemathesis)."""
+    ask(server, tmp_path, checks, paths)
+
+
+def test_what_keys_open_does_what_its_reference_says(tmp_path: Path) -> None:
+    key, line = new_key("ops", "admin")
+    keys = tmp_path / "keys"
+    keys.write_text(line + "\n", encoding="utf-8")
+    with serve("--api-keys-file", str(keys)) as server:
+        bearer = f"--header=Authorization: Bearer {key}"
+        ask(server, tmp_path, _CHECKS, "--include-path-regex=^/(admin|model|metrics)", bearer)
+
+
+def ask(server: ServerProcess, tmp_path: Path, checks: tuple[str, ...], *arguments: str) -> None:
     config = tmp_path / "schemathesis.toml"
     config.write_text(_CONFIG, encoding="utf-8")
     command = [
@@ -54,7 +68,7 @@ def test_the_api_does_what_its_reference_says(
         "--max-examples=5",
         "--generation-deterministic",
         "--request-timeout=30",
-        paths,
+        *arguments,
     ]
     result = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
