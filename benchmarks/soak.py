@@ -45,6 +45,9 @@ _BULK_SHARE = 8
 _SETTLING = 0.25
 _SETTLING_S = 180.0
 
+# Files, and threads, that there may be more in the end.
+_GROWTH = 2
+
 # Parts of the rest whose medians are compared: single seconds differ by what is being decoded.
 _PARTS = 9
 
@@ -107,13 +110,12 @@ class Soak:
         middle = statistics.median(parts)
         return max(abs(part - middle) for part in parts) / middle
 
-    def faults(self, *, memory: float = 0.03, late: float = _LATE, growth: int = 2) -> list[str]:
+    def faults(self, *, memory: float = 0.03, late: float = _LATE) -> list[str]:
         """What must not have been.
 
         Args:
             memory: how far memory may be from its median once it has settled, a fraction.
             late: share of what was let in that may miss its deadline.
-            growth: files, and threads, that there may be more in the end.
         """
         faults = []
         if lost := {n: count for n, count in self.statuses.items() if n not in _ALLOWED}:
@@ -134,7 +136,7 @@ class Soak:
             faults.append(f"memory is not flat: ±{self.memory_band():.1%}")
         for name, values in (("files", self.files), ("threads", self.threads)):
             parts = self.settled(values)
-            if parts[-1] > parts[0] + growth:
+            if parts[-1] > parts[0] + _GROWTH:
                 faults.append(f"{name} grew from {parts[0]:g} to {parts[-1]:g}")
         if self.in_flight_after:
             faults.append(f"{self.in_flight_after:g} requests are still in flight")
