@@ -31,6 +31,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from model import pixels
+
 __all__ = [
     "DEFAULT_MAX_PIXELS",
     "FORMATS",
@@ -205,7 +207,7 @@ def read_photo(
         raise CorruptImageError(_why_corrupt(name, error)) from error
     if 5 <= orientation <= 8:
         width, height = height, width
-    return Photo(np.array(square), width, height)
+    return Photo(square, width, height)
 
 
 def lesion_mask(
@@ -228,35 +230,9 @@ def lesion_mask(
         uint8 [height, ceil(width / 8)]: eight pixels a byte, the leftmost in the highest bit,
         lesion 1; padding bits are 0. See `unpack_mask`.
     """
-    stride = -(-width // 8)
-    # Up to a whole byte: the padding bits are cleared at the end.
-    left, across = _sample_positions(width, probability.shape[1], stride * 8)
-    columns = probability.astype(np.float32, copy=False)
-    last = columns.shape[1] - 1
-    rows = columns.take(left, axis=1)
-    rows += (columns.take(np.minimum(left + 1, last), axis=1) - rows) * across  # [rows, stride * 8]
-
-    packed = np.packbits(rows > threshold, axis=1)  # [rows, stride]
-    top, down = _sample_positions(height, probability.shape[0], height)
-    mask = packed.take(top, axis=0)
-    # Between its two source rows a line may differ from the upper one in these bytes alone.
-    row, byte = np.nonzero(packed[:-1] ^ packed[1:])
-    # A source row's lines, but those above the centre of the first: they repeat it.
-    first = np.searchsorted(top, np.arange(len(rows)))
-    first[0] = np.count_nonzero(down[: np.searchsorted(top, 1)] == 0)
-    count = np.searchsorted(top, np.arange(len(rows)), side="right") - first
-    row, byte = row[count[row] > 0], byte[count[row] > 0]
-    if row.size:
-        lines = rows.reshape(len(rows), stride, 8)
-        # All bands as long as the longest, whose last line others repeat.
-        line = np.minimum(np.arange(count[row].max()), count[:, None] - 1) + first[:, None]
-        weight = down.take(line, mode="clip")[..., None]
-        step = max(1, _MASK_BYTES // line.shape[1])
-        for part in (slice(start, start + step) for start in range(0, row.size, step)):
-            at, bytes_ = row[part], byte[part]
-            upper = lines[at, bytes_][:, None]  # [bytes, 1, 8]
-            above = upper + (lines[at + 1, bytes_][:, None] - upper) * weight[at] > threshold
-            mask[line[at], bytes_[:, None]] = np.packbits(above, axis=2)[..., 0]
+    mask = pixels.mask(probability, width, height, threshold)
+    if mask is None:
+        mask = _mask(probability, width, height, threshold)
     if width % 8:
         mask[:, -1] &= 0xFF << (8 - width % 8) & 0xFF
     return mask
@@ -361,15 +337,18 @@ def _orientation(image: ImageFile.ImageFile) -> int:
         return 1
 
 
-def _squash(image: Image.Image, size: int) -> Image.Image:
+def _squash(image: Image.Image, size: int) -> NDArray[np.uint8]:
     """
-    The whole frame at `size`×`size` RGB by area average.
+    The whole frame by area average, uint8 [size, size, 3].
 
     What is not RGB is converted a strip at a time, so that no second picture of the photo's size
     is held.
     """
     if image.mode == "RGB" and "transparency" not in image.info:
-        return image.resize((size, size), Image.Resampling.BOX)
+        compiled = pixels.squash(image, size)
+        if compiled is not None:
+            return compiled
+        return np.array(image.resize((size, size), Image.Resampling.BOX))
     if image.mode in ("I", "F"):
         black, white = cast("tuple[float, float]", image.getextrema())
     else:
@@ -384,7 +363,7 @@ def _squash(image: Image.Image, size: int) -> Image.Image:
         strip = _to_rgb(image.crop((0, first, image.width, last)), black, white)
         box = (0, upper - first, image.width, lower - first)
         square.paste(strip.resize((size, rows), Image.Resampling.BOX, box), (0, row))
-    return square
+    return np.array(square)
 
 
 def _grey_white(image: Image.Image) -> int:
@@ -414,6 +393,42 @@ def _why_corrupt(name: str, error: Exception) -> str:
         f"The {name} image does not decode (damaged, or an unusual variant of the format): send"
         " the original file again, or save it anew as JPEG or PNG."
     )
+
+
+def _mask(
+    probability: NDArray[np.float32], width: int, height: int, threshold: float
+) -> NDArray[np.uint8]:
+    """`lesion_mask`, but for the padding bits, where it is not compiled."""
+    stride = -(-width // 8)
+    # Up to a whole byte.
+    left, across = _sample_positions(width, probability.shape[1], stride * 8)
+    columns = probability.astype(np.float32, copy=False)
+    last = columns.shape[1] - 1
+    rows = columns.take(left, axis=1)
+    rows += (columns.take(np.minimum(left + 1, last), axis=1) - rows) * across  # [rows, stride * 8]
+
+    packed = np.packbits(rows > threshold, axis=1)  # [rows, stride]
+    top, down = _sample_positions(height, probability.shape[0], height)
+    mask = packed.take(top, axis=0)
+    # Between its two source rows a line may differ from the upper one in these bytes alone.
+    row, byte = np.nonzero(packed[:-1] ^ packed[1:])
+    # A source row's lines, but those above the centre of the first: they repeat it.
+    first = np.searchsorted(top, np.arange(len(rows)))
+    first[0] = np.count_nonzero(down[: np.searchsorted(top, 1)] == 0)
+    count = np.searchsorted(top, np.arange(len(rows)), side="right") - first
+    row, byte = row[count[row] > 0], byte[count[row] > 0]
+    if row.size:
+        lines = rows.reshape(len(rows), stride, 8)
+        # All bands as long as the longest, whose last line others repeat.
+        line = np.minimum(np.arange(count[row].max()), count[:, None] - 1) + first[:, None]
+        weight = down.take(line, mode="clip")[..., None]
+        step = max(1, _MASK_BYTES // line.shape[1])
+        for part in (slice(start, start + step) for start in range(0, row.size, step)):
+            at, bytes_ = row[part], byte[part]
+            upper = lines[at, bytes_][:, None]  # [bytes, 1, 8]
+            above = upper + (lines[at + 1, bytes_][:, None] - upper) * weight[at] > threshold
+            mask[line[at], bytes_[:, None]] = np.packbits(above, axis=2)[..., 0]
+    return mask
 
 
 def _sample_positions(
