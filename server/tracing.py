@@ -25,12 +25,21 @@ def open_tracing() -> tuple[Record, Callable[[], None]] | None:
     """What records a request, and what sends the last spans off; None where traces are not wanted.
 
     Raises:
-        RuntimeError: they are wanted, and OpenTelemetry is not installed.
+        RuntimeError: they are wanted, and OpenTelemetry is not installed, or by another way than
+            OTLP over HTTP.
     """
     exporter = os.environ.get("OTEL_TRACES_EXPORTER", "")
     wanted = exporter or any(name.startswith("OTEL_EXPORTER_OTLP_") for name in os.environ)
     if not wanted or exporter == "none" or os.environ.get("OTEL_SDK_DISABLED", "") == "true":
         return None
+    protocol = os.environ.get(
+        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL", "")
+    )
+    if exporter not in ("", "otlp") or protocol not in ("", "http/protobuf"):
+        raise RuntimeError(
+            "Traces go to a collector by OTLP over HTTP: OTEL_TRACES_EXPORTER can be otlp or none,"
+            f" OTEL_EXPORTER_OTLP_PROTOCOL http/protobuf, and not {exporter or protocol}."
+        )
     try:
         from opentelemetry import propagate, trace
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter

@@ -13,6 +13,7 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.launch import ServerProcess, serve
+from server.tracing import open_tracing
 from tests.conftest import CPU_BACKEND, Sample
 from tests.lesions import encode_photo, lesion_photo
 
@@ -50,6 +51,18 @@ def collector() -> Iterator[Collector]:
         finally:
             server.shutdown()
             thread.join()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("OTEL_TRACES_EXPORTER", "console"), ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")],
+)
+def test_traces_that_would_go_nowhere_are_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(RuntimeError, match=f"OTLP over HTTP.*not {value}"):
+        open_tracing()
 
 
 def test_a_request_leaves_a_line_of_json_and_a_trace(
