@@ -57,8 +57,8 @@ class RayService:
         client.deploy_apps(ServeDeploySchema(**config), _blocking=True)
         wait_for(lambda: len(self.processes(SEGMENTER)) == replicas)
 
-    def processes(self, kind: str) -> list[psutil.Process]:
-        """Workers of this cluster, and of no other, whose name begins so."""
+    def processes(self, kind: str = "") -> list[psutil.Process]:
+        """Processes of this cluster, and of no other, whose name begins so."""
         found = []
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):

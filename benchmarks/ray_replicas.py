@@ -4,15 +4,20 @@ The same photos go to a server without Ray, then to 1, 2 and 4 replicas on a Ray
 nodes on this machine, all with one thread for the network; then to the server again, as machines
 get faster and slower. CPU time is counted beside requests a second: replicas, clients and all of
 Ray share this machine's cores, so that seconds of CPU a request, unlike requests a second, hold
-for larger ones too.
+for larger ones too. What Ray does beside the requests (raylets, GCS, Serve's controller, agents) is
+counted by the second.
 """
 
 import argparse
+import contextlib
 import http.client
 import itertools
+import json
 import statistics
+import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,6 +46,32 @@ class Figures:
     """Median of a lone client."""
     cpu_ms: dict[str, float]
     """A request's, by kind of process, with all clients."""
+    rest_cpu: float
+    """Cores that Ray's other processes kept busy meanwhile."""
+    failed: int
+
+
+class NothingAnsweredError(Exception):
+    """There is nothing to measure."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Processes whose CPU time counts."""
+
+    serving: dict[str, list[psutil.Process]]
+    rest: list[psutil.Process]
+
+
+@dataclass(frozen=True)
+class Load:
+    """What became of the requests of some clients."""
+
+    taken_s: list[float]
+    """Of each that was answered with its mask."""
+    requests_per_s: float
+    took_s: float
+    """Until the last was answered."""
     failed: int
 
 
@@ -54,12 +85,16 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=10, help="for each way to serve")
     args = parser.parse_args()
     cards = generated(Settings().model).cards
-    rows = [_alone("without Ray", cards, args.clients, args.seconds)]
-    with ray_service() as service:
-        for replicas in REPLICAS:
-            service.deploy(replicas)
-            rows.append(_on_ray(service, replicas, cards, args.clients, args.seconds))
-    rows.append(_alone("without Ray, again", cards, args.clients, args.seconds))
+    try:
+        rows = [_alone("without Ray", cards, args.clients, args.seconds)]
+        with ray_service() as service:
+            for replicas in REPLICAS:
+                service.deploy(replicas)
+                rows.append(_on_ray(service, replicas, cards, args.clients, args.seconds))
+        rows.append(_alone("without Ray, again", cards, args.clients, args.seconds))
+    except NothingAnsweredError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print(report(rows, args.clients))
     return int(any(row.failed for row in rows))
 
@@ -67,8 +102,8 @@ def main() -> int:
 def _alone(name: str, cards: Sequence[Card], clients: int, seconds: float) -> Figures:
     flags = ("--threads", "1", "--decode-threads", "1", "--log-level", "warning")
     with serve(*flags) as server:
-        process = psutil.Process(server.process.pid)
-        return measure(name, server.url, cards, clients, seconds, lambda: {"server": [process]})
+        watched = Watched({"server": [psutil.Process(server.process.pid)]}, [])
+        return measure(name, server.url, cards, clients, seconds, lambda: watched)
 
 
 def _on_ray(
@@ -80,12 +115,18 @@ def _on_ray(
         cards,
         clients,
         seconds,
-        lambda: {
-            "replicas": service.processes(SEGMENTER),
-            "gateway": service.processes(GATEWAY),
-            "proxy": service.processes(PROXY),
-        },
+        lambda: _of_ray(service),
     )
+
+
+def _of_ray(service: RayService) -> Watched:
+    serving = {
+        "replicas": service.processes(SEGMENTER),
+        "gateway": service.processes(GATEWAY),
+        "proxy": service.processes(PROXY),
+    }
+    known = set(itertools.chain.from_iterable(serving.values()))
+    return Watched(serving, [each for each in service.processes() if each not in known])
 
 
 def measure(
@@ -94,59 +135,92 @@ def measure(
     cards: Sequence[Card],
     clients: int,
     seconds: float,
-    processes: Callable[[], dict[str, list[psutil.Process]]],
+    processes: Callable[[], Watched],
 ) -> Figures:
-    """Load `url` with one client, then with all of them, `seconds` each after a warm-up."""
+    """Load `url` with one client, then with all of them, `seconds` each after a warm-up.
+
+    Raises:
+        NothingAnsweredError: not one request was answered with its mask.
+    """
     _load(url, cards, clients, seconds / 4)
-    lone, lone_failed = _load(url, cards, 1, seconds / 2)
+    lone = _load(url, cards, 1, seconds / 2)
     watched = processes()
-    before = {kind: _cpu_s(found) for kind, found in watched.items()}
-    taken, failed = _load(url, cards, clients, seconds)
+    before = {kind: _cpu_s(found) for kind, found in watched.serving.items()}
+    rest_before = _cpu_s(watched.rest)
+    load = _load(url, cards, clients, seconds)
+    if not lone.taken_s or not load.taken_s:
+        raise NothingAnsweredError(f"{name}: no request was answered with its mask")
     cpu_ms = {
-        kind: 1000 * (_cpu_s(found) - before[kind]) / len(taken) for kind, found in watched.items()
+        kind: 1000 * _more(before[kind], _cpu_s(found)) / len(load.taken_s)
+        for kind, found in watched.serving.items()
     }
     return Figures(
         name,
-        len(taken) / seconds,
-        1000 * statistics.median(lone),
+        load.requests_per_s,
+        1000 * statistics.median(lone.taken_s),
         cpu_ms,
-        failed + lone_failed,
+        _more(rest_before, _cpu_s(watched.rest)) / load.took_s,
+        load.failed + lone.failed,
     )
 
 
-def _cpu_s(processes: Sequence[psutil.Process]) -> float:
-    times = [process.cpu_times() for process in processes]
-    return sum(each.user + each.system for each in times)
+def _cpu_s(processes: Sequence[psutil.Process]) -> dict[int, float]:
+    """Of each that still runs: an agent of Ray's may end at any time."""
+    found = {}
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            found[process.pid] = times.user + times.system
+    return found
 
 
-def _load(url: str, cards: Sequence[Card], clients: int, seconds: float) -> tuple[list[float], int]:
-    """Seconds of each request that was answered with its mask, and how many were not."""
-    until = time.monotonic() + seconds
+def _more(before: dict[int, float], after: dict[int, float]) -> float:
+    return sum(seconds - before[pid] for pid, seconds in after.items())
+
+
+def _load(url: str, cards: Sequence[Card], clients: int, seconds: float) -> Load:
+    """Send for so long. What is under way then is waited for and counts, with its time: a client's
+    pace is its answers over the time until its own last one.
+    """
+    with urllib.request.urlopen(f"{url}/model", timeout=60) as answer:
+        precision = json.load(answer)["backend"]["precision"]
+    begun = time.monotonic()
+    until = begun + seconds
     lock = threading.Lock()
     dealt = deal(cards)
     taken: list[float] = []
     wrong = itertools.count()
 
-    def send() -> None:
+    def send() -> float:
         connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
+        answered = 0
         while time.monotonic() < until:
             with lock:
                 card = next(dealt)
             started = time.perf_counter()
-            connection.request("POST", "/segment", card.body, {"Content-Type": card.content_type})
-            response = connection.getresponse()
-            answer = response.read()
+            try:
+                connection.request(
+                    "POST", "/segment", card.body, {"Content-Type": card.content_type}
+                )
+                response = connection.getresponse()
+                mask = response.read()
+            except (OSError, http.client.HTTPException):
+                connection.close()
+                next(wrong)
+                continue
             took_s = time.perf_counter() - started
-            if response.status != 200 or card.expected.verdict(answer, "fp32") == "wrong":
+            if response.status != 200 or card.expected.verdict(mask, precision) == "wrong":
                 next(wrong)
             else:
                 taken.append(took_s)
+                answered += 1
         connection.close()
+        return answered / (time.monotonic() - begun)
 
     with ThreadPoolExecutor(clients) as pool:
-        for client in [pool.submit(send) for _ in range(clients)]:
-            client.result()
-    return taken, next(wrong)
+        sending = [pool.submit(send) for _ in range(clients)]
+        requests_per_s = sum(client.result() for client in sending)
+    return Load(taken, requests_per_s, time.monotonic() - begun, next(wrong))
 
 
 def report(rows: Sequence[Figures], clients: int) -> str:
@@ -158,15 +232,16 @@ def report(rows: Sequence[Figures], clients: int) -> str:
         f"{available_cores()} cores for all of it, clients too. {clients} clients; one thread a"
         " network.",
         "",
-        "| | requests/s | ratio | lone client, ms | ratio | CPU ms a request | of it Ray's hops |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "| | requests/s | ratio | lone client, ms | ratio | CPU ms a request | of it Ray's hops |"
+        " beside it, cores |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         hops = row.cpu_ms.get("gateway", 0) + row.cpu_ms.get("proxy", 0)
         lines.append(
             f"| {row.name} | {row.requests_per_s:.1f} | {row.requests_per_s / requests_per_s:.2f} |"
             f" {row.lone_ms:.1f} | {row.lone_ms / lone_ms:.2f} |"
-            f" {sum(row.cpu_ms.values()):.1f} | {hops:.1f} |"
+            f" {sum(row.cpu_ms.values()):.1f} | {hops:.1f} | {row.rest_cpu:.2f} |"
         )
     failed = sum(row.failed for row in rows)
     lines += ["", f"{failed} requests failed or had a wrong mask."]
