@@ -61,6 +61,8 @@ class _Load:
         print(f"{self._answered} answered, {len(self._lost)} lost", flush=True)
         if self._lost:
             sys.exit("\n".join(self._lost))
+        if self._answered < _ANSWERS_BEFORE_STOP:
+            sys.exit("it was gone before it was under load")
 
     def _client(self) -> None:
         while True:
@@ -68,6 +70,9 @@ class _Load:
             try:
                 connection.connect()
             except ConnectionRefusedError:
+                return
+            except OSError as error:
+                self._lost.append(repr(error))
                 return
             try:
                 while True:
@@ -94,7 +99,7 @@ class _Load:
 
 
 def load(url: str, photo: str) -> None:
-    """Exit with 1 if one request is not answered with 200."""
+    """Exit with 1 if one request is not answered with 200, or if they are too few to tell."""
     _Load(url, Path(photo).read_bytes()).run()
 
 
