@@ -1,4 +1,5 @@
-"""Look for known vulnerabilities in what is shipped: every package of the images' lock files.
+"""Look for known vulnerabilities in what is shipped: every package of the images' lock files, and
+what is installed beside them.
 
     python -m docker.audit
 
@@ -15,8 +16,12 @@ from typing import Any
 __all__ = ["main", "verdict"]
 
 _ROOT = Path(__file__).parent.parent
-# `requirements-otel.txt` is installed by who wants traces; all else is in an image.
-_SHIPPED = (*sorted((_ROOT / "docker").glob("requirements*.lock")), _ROOT / "requirements-otel.txt")
+# Traces and Ray are installed by who wants them; all else is in an image.
+_SHIPPED = (
+    *sorted((_ROOT / "docker").glob("requirements*.lock")),
+    _ROOT / "requirements-otel.txt",
+    _ROOT / "requirements-ray.txt",
+)
 
 
 def verdict(report: dict[str, Any]) -> tuple[bool, list[str]]:
