@@ -2,6 +2,7 @@
 
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -11,7 +12,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
 
+import pytest
+
 from benchmarks.launch import free_port, serve
+from tests.server.test_access import Authority
 
 ROOT = Path(__file__).parent.parent.parent
 HEALTH = ROOT / "docker/health.py"
@@ -24,13 +28,13 @@ runpy.run_path({str(ROOT / "docker/entrypoint.py")!r}, run_name="__main__")
 """
 
 
-def check(port: int, host: str = "0.0.0.0") -> int:
-    environment = {**os.environ, "SLSNET_HOST": host, "SLSNET_PORT": str(port)}
+def check(port: int, host: str = "0.0.0.0", **variables: str) -> int:
+    environment = {**os.environ, "SLSNET_HOST": host, "SLSNET_PORT": str(port), **variables}
     return subprocess.run([sys.executable, HEALTH], env=environment, timeout=60).returncode
 
 
 @contextmanager
-def answering(status: int) -> Iterator[int]:
+def answering(status: int, tls: ssl.SSLContext | None = None) -> Iterator[int]:
     """A server that answers everything with `status`; gives its port."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -41,7 +45,13 @@ def answering(status: int) -> Iterator[int]:
         def log_message(self, *_: object) -> None:
             pass
 
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+    class Server(HTTPServer):
+        def handle_error(self, *_: object) -> None:
+            """A handshake that came to nothing."""
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        if tls:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
         thread = Thread(target=server.serve_forever)
         thread.start()
         yield server.server_port
@@ -73,6 +83,44 @@ def test_health_check_says_no_to_any_error() -> None:
     for status in (404, 500, 503):
         with answering(status) as port:
             assert check(port, host="127.0.0.1") == 1
+
+
+@pytest.mark.parametrize("clients", ["any", "of the server's authority", "of another"])
+def test_health_check_under_tls(tmp_path: Path, clients: str) -> None:
+    own, other = Authority(tmp_path, "own"), Authority(tmp_path, "other")
+    certificate = str(own.issue("server"))
+    variables = {"SLSNET_TLS_CERT": certificate}
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate)
+    if clients != "any":
+        accepted = str((other if clients == "of another" else own).certificate)
+        variables["SLSNET_TLS_CLIENT_CA"] = accepted
+        tls.verify_mode = ssl.CERT_REQUIRED
+        tls.load_verify_locations(accepted)
+    for status, code in ((200, 0), (503, 0 if clients == "of another" else 1)):
+        with answering(status, tls) as port:
+            assert check(port, "127.0.0.1", **variables) == code
+    assert check(free_port(), "127.0.0.1", **variables) == 1
+    with answering(404) as port:
+        assert check(port, "127.0.0.1", **variables) == 1, "no TLS there"
+
+
+def test_a_real_server_with_mutual_tls_is_healthy_once_it_listens(tmp_path: Path) -> None:
+    own, other = Authority(tmp_path, "own"), Authority(tmp_path, "other")
+    variables = {
+        "SLSNET_TLS_CERT": str(own.issue("server")),
+        "SLSNET_TLS_CLIENT_CA": str(other.certificate),
+    }
+    port = free_port()
+    environment = {**os.environ, **variables, "SLSNET_PORT": str(port)}
+    with subprocess.Popen([sys.executable, "-m", "server"], cwd=ROOT, env=environment) as process:
+        give_up = time.monotonic() + 120
+        while check(port, "127.0.0.1", **variables):
+            assert process.poll() is None
+            assert time.monotonic() < give_up
+        process.terminate()
+        assert process.wait(60) == 0
+    assert check(port, "127.0.0.1", **variables) == 1
 
 
 def test_stop_is_heard_before_the_server_listens_to_it() -> None:
