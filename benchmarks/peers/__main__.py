@@ -7,6 +7,7 @@ machine, so nothing else should run on it.
 """
 
 import argparse
+import signal
 import subprocess
 import sys
 import time
@@ -14,13 +15,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Literal
 
 from pydantic import TypeAdapter
 
 from benchmarks.latency import machine
-from benchmarks.peers.entrants import ENTRANTS, Entrant
-from benchmarks.peers.figures import NETWORKS, Comparison, Missing, Network, Setting
-from benchmarks.peers.measure import Deck, Plan, layout, measure_bare, visit
+from benchmarks.peers.entrants import ENTRANTS, OURS, Entrant
+from benchmarks.peers.figures import NETWORKS, STOCK, Comparison, Missing, Network, Setting
+from benchmarks.peers.measure import (
+    Deck,
+    Plan,
+    layout,
+    measure_bare,
+    measure_path,
+    measure_stock,
+    visit,
+)
 from benchmarks.peers.processes import ROOT, Unavailable, prepare, python_of
 from benchmarks.peers.report import write_report
 from model.files import write_atomically
@@ -30,8 +40,18 @@ from tests.lesions import encode_photo, lesion_photo
 
 RESULTS = ROOT / "benchmarks" / "results" / "peers"
 
-FULL = Plan(turns=3, step_s=1.5, real_s=(2, 3, 3, 5), overload_s=3, bare_s=3, idle_s=2)
-QUICK = Plan(turns=1, step_s=0.5, real_s=(0.5, 0.5, 0.5, 1), overload_s=1, bare_s=0.5, idle_s=0.5)
+FULL = Plan(
+    turns=3, step_s=1.5, real_s=(2, 3, 3, 5), overload_s=3, bare_s=3, idle_s=2, path_turns=5
+)
+QUICK = Plan(
+    turns=1,
+    step_s=0.5,
+    real_s=(0.5, 0.5, 0.5, 1),
+    overload_s=1,
+    bare_s=0.5,
+    idle_s=0.5,
+    path_turns=1,
+)
 
 _COMPARISON = TypeAdapter(Comparison)
 _PHOTOS = 8
@@ -43,23 +63,29 @@ _TROUBLED: tuple[Network, ...] = ("stub 5 ms",)
 """With which a bad photo comes, then SIGTERM."""
 
 
+Kind = Literal["visit", "bare", "stock", "path"]
+"""A server's visit; without one: its bare loop, stock ONNX Runtime's, a large photo's path."""
+Key = tuple[int, Network, str, Kind]
+
+
 @dataclass(frozen=True)
 class Job:
-    """What is saved as a whole: a visit, or the bare loop where `bare`."""
+    """What is saved as a whole."""
 
     turn: int
     network: Network
     entrant: Entrant
-    bare: bool
+    kind: Kind = "visit"
 
     def __str__(self) -> str:
         """For whoever watches."""
-        return f"turn {self.turn}, {self.network}, {self.entrant.name}{' bare' * self.bare}"
+        kind = "" if self.kind == "visit" else f" {self.kind}"
+        return f"turn {self.turn}, {self.network}, {self.entrant.name}{kind}"
 
     @property
-    def key(self) -> tuple[int, Network, str, bool]:
+    def key(self) -> Key:
         """What tells it from others."""
-        return self.turn, self.network, self.entrant.name, self.bare
+        return self.turn, self.network, self.entrant.name, self.kind
 
 
 def jobs(entrants: Sequence[Entrant], networks: Sequence[Network], turns: int) -> Iterator[Job]:
@@ -71,24 +97,41 @@ def jobs(entrants: Sequence[Entrant], networks: Sequence[Network], turns: int) -
             for entrant in order:
                 if network != "real" and not entrant.stubs:
                     continue
+                if network == "real" and entrant.name == OURS:
+                    yield Job(turn, network, entrant, "path")
+                    yield Job(turn, network, entrant, "stock")
                 if network == "real" and entrant.is_ours:
-                    yield Job(turn, network, entrant, bare=True)
-                yield Job(turn, network, entrant, bare=False)
+                    yield Job(turn, network, entrant, "bare")
+                yield Job(turn, network, entrant)
 
 
-def done(comparison: Comparison) -> set[tuple[int, Network, str, bool]]:
+def done(comparison: Comparison) -> set[Key]:
     """Keys of the jobs that have been; what was missing, or disturbed, is tried again."""
-    return {(v.turn, v.network, v.entrant, False) for v in comparison.visits if v.is_quiet} | {
-        (b.turn, "real", b.entrant, True) for b in comparison.bare
+    found: set[Key] = {
+        (v.turn, v.network, v.entrant, "visit") for v in comparison.visits if v.is_quiet
     }
+    for bare in comparison.bare:
+        if bare.is_quiet and bare.entrant == STOCK:
+            found.add((bare.turn, "real", OURS, "stock"))
+        elif bare.is_quiet:
+            found.add((bare.turn, "real", bare.entrant, "bare"))
+    return found | {(path.turn, "real", OURS, "path") for path in comparison.paths if path.is_quiet}
 
 
 class Run:
     """Does jobs and keeps what they find."""
 
-    def __init__(self, plan: Plan, deck: Deck, here: Sequence[str], comparison: Comparison) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        deck: Deck,
+        images: Path | None,
+        here: Sequence[str],
+        comparison: Comparison,
+    ) -> None:
         self._plan = plan
         self._deck = deck
+        self._images = images
         self._here = here
         self.comparison = comparison
         self._unavailable: dict[str, str] = {}
@@ -97,10 +140,20 @@ class Run:
     def do(self, job: Job) -> None:
         """One job; what cannot be measured is put down as missing."""
         comparison = self.comparison
-        if job.bare:
-            bare = measure_bare(job.entrant, job.turn, self._plan.bare_s, self._deck.model)
-            comparison.bare.append(bare)
-            return
+        seconds, model = self._plan.bare_s, self._deck.model
+        match job.kind:
+            case "bare":
+                comparison.put_bare(measure_bare(job.entrant, job.turn, seconds, model))
+            case "stock":
+                comparison.put_bare(measure_stock(job.turn, seconds, model))
+            case "path":
+                turns = self._plan.path_turns
+                comparison.put_path(measure_path(job.turn, turns, self._images, model))
+            case "visit":
+                self._visit(job)
+
+    def _visit(self, job: Job) -> None:
+        comparison = self.comparison
         try:
             python = self._python(job.entrant)
             found = visit(
@@ -115,22 +168,21 @@ class Run:
             )
         except (Unavailable, OSError) as error:
             print(f"  {error}", file=sys.stderr)
+            if isinstance(error, Unavailable):
+                # Nor would it start the next time, and each costs the whole wait.
+                self._unavailable[job.entrant.name] = str(error)
             reason = str(error).replace("|", "/")
             comparison.put(Missing(job.entrant.name, job.network, job.turn, reason))
         else:
             comparison.put(found)
 
     def _python(self, entrant: Entrant) -> Path:
-        if entrant.is_ours or entrant.name in self._here:
-            return Path(sys.executable)
         if entrant.name in self._unavailable:
             raise Unavailable(self._unavailable[entrant.name])
+        if entrant.is_ours or entrant.name in self._here:
+            return Path(sys.executable)
         if entrant.name not in self._prepared:
-            try:
-                prepare(entrant)
-            except Unavailable as error:
-                self._unavailable[entrant.name] = str(error)
-                raise
+            prepare(entrant)
             self._prepared.add(entrant.name)
         return python_of(entrant)
 
@@ -216,7 +268,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
     entrants = [entrant for entrant in ENTRANTS if entrant.name in options.servers]
     print("predicting the masks", file=sys.stderr)
-    run = Run(plan, Deck.of(photos, model), options.here, comparison)
+    run = Run(plan, Deck.of(photos, model), options.images, options.here, comparison)
+    # A server under test is ended with this process, not left behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     options.output.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     been = done(comparison)
@@ -274,14 +328,13 @@ def _setting(plan: Plan, photos: Sequence[bytes], source: str, model: Path) -> S
 
 
 def _commit() -> str:
-    """Of what is measured; with a + where it was changed since."""
+    """The last that touched what is measured or measures; with a + where it was changed since."""
     git = ["git", "-C", str(ROOT)]
-    run = subprocess.run(
-        [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    if run.returncode:
+    watched = ["server", "model", "trt_build", "benchmarks/peers"]
+    log = [*git, "log", "-1", "--format=%h", "--", *watched]
+    run = subprocess.run(log, capture_output=True, text=True, check=False)
+    if run.returncode or not run.stdout:
         return "unknown"
-    watched = ["server", "model", "trt_build", "benchmarks/*.py"]
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *watched], check=False)
     return run.stdout.strip() + "+" * bool(changed.returncode)
 

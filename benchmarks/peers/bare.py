@@ -1,7 +1,8 @@
 """The network in a loop, no server: `python -m benchmarks.peers.bare SECONDS FLAGS`.
 
 Takes the server's flags and runs what they choose as the server does: in as many processes, from as
-many threads at a time. Prints images a second by batch size, as JSON.
+many threads at a time. With `--stock` it is ONNX Runtime with its own defaults, in one process.
+Prints images a second by batch size, as JSON.
 """
 
 import json
@@ -12,22 +13,25 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from benchmarks.cpu_engine import stock
 from model.image import MODEL_SIZE
-from server.backends import Backend, open_backend
+from server.backends import open_backend
 from server.settings import Settings, read_settings
+from trt_build.parity import Infer
+
+_STOCK_BATCHES = (1, 8)
 
 
-def per_second(backend: Backend, batch: int, seconds: float) -> float:
-    """Images a second, from as many threads as the backend wants."""
-    slots = backend.describe().slots
+def per_second(infer: Infer, slots: int, batch: int, seconds: float) -> float:
+    """Images a second, from so many threads."""
     pixels = np.random.default_rng(0).integers(0, 256, (batch, MODEL_SIZE, MODEL_SIZE, 3), np.uint8)
-    backend.infer(pixels)
+    infer(pixels)
     started = time.perf_counter()
 
     def loop(_slot: int) -> int:
         runs = 0
         while time.perf_counter() < started + seconds:
-            backend.infer(pixels)
+            infer(pixels)
             runs += 1
         return runs
 
@@ -41,14 +45,24 @@ def measure(settings: Settings, seconds: float) -> dict[str, float]:
     threads = settings.threads or settings.cores
     backend = open_backend(settings.backend, settings.model, threads=threads)
     backend.warm_up()
-    batches = sorted({1, settings.max_batch or backend.describe().max_batch})
-    return {str(batch): per_second(backend, batch, seconds) for batch in batches}
+    about = backend.describe()
+    batches = sorted({1, settings.max_batch or about.max_batch})
+    return {str(batch): per_second(backend.infer, about.slots, batch, seconds) for batch in batches}
+
+
+def measure_stock(settings: Settings, seconds: float) -> dict[str, float]:
+    """Of ONNX Runtime as it comes, with as many threads."""
+    infer = stock(settings.model, settings.threads or settings.cores)
+    return {str(batch): per_second(infer, 1, batch, seconds) for batch in _STOCK_BATCHES}
 
 
 def main() -> None:
     """Print the sum over all processes."""
     seconds, flags = float(sys.argv[1]), sys.argv[2:]
-    settings = read_settings([flag for flag in flags if flag != "--one"])
+    settings = read_settings([flag for flag in flags if flag not in ("--one", "--stock")])
+    if "--stock" in flags:
+        print(json.dumps(measure_stock(settings, seconds)))
+        return
     if settings.workers == 1 or "--one" in flags:
         print(json.dumps(measure(settings, seconds)))
         return

@@ -182,10 +182,13 @@ def closed_loop(
     lead_s: float = 0,
     fewest: int = 0,
     give_up_s: float = 30,
+    drain_s: float = 10,
 ) -> Load:
     """Clients that send their next request once the last one is answered.
 
-    What is unanswered at the end belongs to the stretch neither as an answer nor as a loss.
+    What is unanswered at the end belongs to the stretch neither as an answer nor as a loss. It is
+    waited for all the same: a server that works on for clients who have left would do so in the
+    next stretch.
 
     Args:
         port: on this machine.
@@ -196,6 +199,7 @@ def closed_loop(
             of the stretch, and its edges favour nobody.
         fewest: answers to wait for beyond that.
         give_up_s: how much longer at most.
+        drain_s: how long to wait then for what is not answered.
     """
 
     async def run() -> Load:
@@ -210,6 +214,7 @@ def closed_loop(
             # Looked at now and then: an event for each answer would cost the server's time.
             while len(load.answers) < fewest and time.perf_counter() < give_up:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
+        await asyncio.wait(tasks, timeout=drain_s)
         await _end(tasks)
         return load
 
@@ -261,7 +266,7 @@ async def _client(
 ) -> None:
     connection: _Connection | None = None
     try:
-        while True:
+        while not load.ended:
             if connection is None or not connection.is_open:
                 try:
                     connection = await _Connection.open(port)
@@ -273,7 +278,8 @@ async def _client(
             number = next(numbers) % len(requests)
             due = time.perf_counter()
             reply = await connection.ask(requests[number])
-            load.add(number, due, reply)
+            if not load.ended:
+                load.add(number, due, reply)
             if reply.status != 200:
                 await asyncio.sleep(_PAUSE_S)
     finally:

@@ -14,6 +14,8 @@ __all__ = ["ENTRANTS", "OURS", "Entrant"]
 OURS = "slsnet"
 """This server, as it comes."""
 
+_QUIET = ("--log-level", "warning")
+
 
 def _bare(photo: bytes) -> bytes:
     return post("/segment", photo, {"Content-Type": "image/jpeg"})
@@ -102,12 +104,16 @@ class Entrant:
     mask: Callable[[bytes], bytes] = bytes
     """An answer's body → the PNG in it."""
     batches: bool = True
+    waits: bool = False
+    """Whether a batch waits some milliseconds, as configured, for more to come."""
     is_python: bool = True
     """Whether its front end is."""
     needs: str = ""
     """A program beside Python."""
     stubs: bool = True
     """Whether a stub in the network's place tells anything of it."""
+    one_process: bool = False
+    """Whether one process runs the network with the threads of all."""
 
     @property
     def is_ours(self) -> bool:
@@ -129,12 +135,17 @@ class Entrant:
 
 
 ENTRANTS = (
-    Entrant(OURS, "**this server**", "as it comes"),
+    Entrant(
+        OURS,
+        "**this server**",
+        "`--log-level warning`, as no peer logs requests; else as it comes",
+        flags=_QUIET,
+    ),
     Entrant(
         "slsnet-ort",
         "this server, ONNX Runtime",
-        "`--backend onnxruntime`",
-        flags=("--backend", "onnxruntime"),
+        "the same, `--backend onnxruntime`",
+        flags=(*_QUIET, "--backend", "onnxruntime"),
         stubs=False,
     ),
     Entrant(
@@ -148,6 +159,18 @@ ENTRANTS = (
         batches=False,
     ),
     Entrant(
+        "fastapi-wide",
+        "FastAPI, one process with all threads",
+        "one uvicorn worker; no batching",
+        "fastapi",
+        "https://fastapi.tiangolo.com/deployment/server-workers/",
+        "fastapi",
+        "fastapi_app.py",
+        batches=False,
+        stubs=False,
+        one_process=True,
+    ),
+    Entrant(
         "litserve",
         "LitServe",
         "`batch_timeout=0.01`, `fast_queue=True`",
@@ -155,6 +178,7 @@ ENTRANTS = (
         "https://lightning.ai/docs/litserve/features/batching",
         "litserve",
         "litserve_app.py",
+        waits=True,
         ask=_litserve,
     ),
     Entrant(
@@ -165,6 +189,7 @@ ENTRANTS = (
         "https://mosecorg.github.io/mosec/reference/interface.html",
         "mosec",
         "mosec_app.py",
+        waits=True,
         ask=_mosec,
         is_python=False,
     ),
@@ -183,7 +208,7 @@ ENTRANTS = (
     Entrant(
         "bentoml",
         "BentoML",
-        "adaptive batching, in a service of its own that runs in one process",
+        "adaptive batching in a service of its own, `workers`",
         "bentoml",
         "https://docs.bentoml.com/en/latest/get-started/adaptive-batching.html",
         "bentoml",
@@ -197,6 +222,7 @@ ENTRANTS = (
         "https://docs.ray.io/en/latest/serve/advanced-guides/dyn-req-batch.html",
         "ray",
         "ray_app.py",
+        waits=True,
     ),
     Entrant(
         "mlserver",
@@ -206,6 +232,7 @@ ENTRANTS = (
         "https://docs.seldon.ai/mlserver/user-guide/adaptive-batching",
         "mlserver",
         "mlserver_app.py",
+        waits=True,
         ask=_mlserver,
         mask=_mlserver_mask,
     ),
@@ -217,6 +244,7 @@ ENTRANTS = (
         "https://pytorch.org/serve/batch_inference_with_ts.html",
         "torchserve",
         "torchserve_app.py",
+        waits=True,
         ask=_torchserve,
         is_python=False,
         needs="java",

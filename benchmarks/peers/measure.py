@@ -2,12 +2,13 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -16,14 +17,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from benchmarks.latency import largest, photos_at_all_sizes
+from benchmarks.path import compare
 from benchmarks.peers.client import Answer, at_once, closed_loop, open_loop, until_closed
 from benchmarks.peers.entrants import Entrant
 from benchmarks.peers.figures import (
     CLIENTS,
+    LARGE,
+    STOCK,
     BadPhoto,
     Bare,
     Network,
     Overload,
+    PhotoPath,
     Step,
     Stop,
     Visit,
@@ -38,7 +44,16 @@ from model.image import lesion_mask, read_photo, unpack_mask
 from server.settings import available_cores
 from trt_build.parity import mask_iou, onnx_runner
 
-__all__ = ["Deck", "Masks", "Plan", "layout", "measure_bare", "visit"]
+__all__ = [
+    "Deck",
+    "Masks",
+    "Plan",
+    "layout",
+    "measure_bare",
+    "measure_path",
+    "measure_stock",
+    "visit",
+]
 
 _STUB_MS: dict[Network, float | None] = {"stub 0 ms": 0, "stub 5 ms": 5, "real": None}
 
@@ -68,6 +83,8 @@ class Plan:
     bare_s: float
     """Of the bare loop, with each batch size."""
     idle_s: float
+    path_turns: int
+    """How often a large photo goes each way, in each turn."""
 
 
 @dataclass(frozen=True)
@@ -131,9 +148,10 @@ class Masks:
         return mask_iou(found, expected) if found.shape == expected.shape else 0.0
 
 
-def layout() -> tuple[int, int]:
+def layout(entrant: Entrant | None = None) -> tuple[int, int]:
     """Of peers: processes that run the network, and the threads of each for one run."""
-    return available_cores(), 1
+    cores = available_cores()
+    return (1, cores) if entrant and entrant.one_process else (cores, 1)
 
 
 def visit(
@@ -159,7 +177,7 @@ def visit(
         OSError: it takes no more connections.
     """
     stub_ms = _STUB_MS[network]
-    workers, threads = layout()
+    workers, threads = layout(entrant)
     environment = {
         "PEER_NETWORK": str(deck.model.resolve()) if stub_ms is None else f"stub:{stub_ms:g}",
         "PEER_WORKERS": str(workers),
@@ -173,7 +191,7 @@ def visit(
         closed_loop(server.port, requests, clients=_BESIDE, seconds=_WARM_UP_S, fewest=_WARM_UP)
         idle = _idle_cores(server, plan.idle_s) if trouble else None
         steps = []
-        others = _Others(server)
+        others = _Others(server.cpu_s)
         for place, clients in enumerate(CLIENTS):
             seconds = plan.step_s if stub_ms is not None else plan.real_s[place]
             load = closed_loop(
@@ -212,10 +230,39 @@ def visit(
 
 def measure_bare(entrant: Entrant, turn: int, seconds: float, model: Path) -> Bare:
     """What this server's network does in a loop, in as many processes and threads."""
-    command = [sys.executable, "-m", "benchmarks.peers.bare", str(seconds)]
-    command += ["--model", str(model.resolve()), *entrant.flags]
+    return _bare(entrant.name, turn, seconds, ["--model", str(model.resolve()), *entrant.flags])
+
+
+def measure_stock(turn: int, seconds: float, model: Path) -> Bare:
+    """What ONNX Runtime as it comes does there, with as many threads."""
+    return _bare(STOCK, turn, seconds, ["--model", str(model.resolve()), "--stock"])
+
+
+def _bare(name: str, turn: int, seconds: float, flags: Sequence[str]) -> Bare:
+    others = _Others(_children_s)
+    command = [sys.executable, "-m", "benchmarks.peers.bare", str(seconds), *flags]
     run = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
-    return Bare(turn, entrant.name, json.loads(run.stdout))
+    return Bare(turn, name, json.loads(run.stdout), others.cores())
+
+
+def measure_path(turn: int, turns: int, images: Path | None, model: Path) -> PhotoPath:
+    """What a large photo costs beside the network, in one thread and without a server.
+
+    Args:
+        turns: how often each way is measured in this one.
+        images: folder of which the largest photo is resized; a generated one if None.
+    """
+    photo = photos_at_all_sizes(largest(images) if images else None)[LARGE]
+    others = _Others(lambda: 0)
+    found = compare(photo, onnx_runner(model), turns)
+    ours, usual = (sum(way.values()) for way in (found.ours, found.usual))
+    return PhotoPath(turn, ours, usual, others.cores())
+
+
+def _children_s() -> float:
+    # Of those that have ended, with all that they waited for.
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _backend(server: Running) -> str:
@@ -225,10 +272,10 @@ def _backend(server: Running) -> str:
 
 
 class _Others:
-    """What the machine does beside the server and the load on it."""
+    """What the machine does beside this process and what it measures."""
 
-    def __init__(self, server: Running) -> None:
-        self._server = server
+    def __init__(self, measured_s: Callable[[], float]) -> None:
+        self._measured_s = measured_s
         self._started, self._before = time.perf_counter(), self._used_s()
 
     def cores(self) -> float:
@@ -240,7 +287,7 @@ class _Others:
         # proc(5): user, nice, system, idle, iowait, irq, softirq, steal.
         ticks = [int(t) for t in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
         busy_s = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
-        return busy_s - self._server.cpu_s() - time.process_time()
+        return busy_s - self._measured_s() - time.process_time()
 
 
 def _idle_cores(server: Running, seconds: float) -> float:

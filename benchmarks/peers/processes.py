@@ -117,10 +117,12 @@ class Running:
         self.process.send_signal(signal.SIGTERM)
 
     def stop(self) -> None:
-        """End everything that is left."""
-        for pid in self.pids():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        """End everything that is left, and what that has started meanwhile."""
+        while pids := self.pids():
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
         self.process.wait()
 
 
@@ -152,7 +154,8 @@ def running(
             command += ["--model", environment["PEER_NETWORK"]]
     else:
         command = [str(python), str(_SERVERS / entrant.script)]
-    with tempfile.TemporaryDirectory(prefix="peer-") as folder:
+    # What a server left there in its last moment is no reason to lose a visit.
+    with tempfile.TemporaryDirectory(prefix="peer-", ignore_cleanup_errors=True) as folder:
         log_file = Path(folder) / "output.txt"
         mark = Path(folder).name
         for name in ("files", "tmp"):

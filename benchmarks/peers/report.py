@@ -22,6 +22,7 @@ _COLOURS = {
     OURS: "#c2263d",
     "slsnet-ort": "#f0883e",
     "fastapi": "#6e7781",
+    "fastapi-wide": "#afb8c1",
     "litserve": "#8250df",
     "mosec": "#1f6feb",
     "triton": "#2da44e",

@@ -1,6 +1,8 @@
 """The comparison with other servers: its client, its figures, and all of it in a small plan."""
 
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,15 +18,18 @@ import pytest
 from PIL import Image
 from pydantic import TypeAdapter
 
-from benchmarks.peers.__main__ import done, jobs, main
+import benchmarks.peers.__main__ as command_line
+from benchmarks.peers.__main__ import QUICK, Job, Run, done, jobs, main
 from benchmarks.peers.client import LOST, Answer, Load, at_once, closed_loop, open_loop, post
 from benchmarks.peers.entrants import ENTRANTS, OURS, Entrant
 from benchmarks.peers.figures import (
+    STOCK,
     Aim,
     Bare,
     Comparison,
     Missing,
     Network,
+    PhotoPath,
     Setting,
     Step,
     Visit,
@@ -34,10 +39,11 @@ from benchmarks.peers.figures import (
     step_of,
     stop_of,
 )
-from benchmarks.peers.measure import Masks
+from benchmarks.peers.measure import Deck, Masks
+from benchmarks.peers.processes import Running, Unavailable
 from benchmarks.peers.report import write_report
 from model.image import encode_png
-from tests.conftest import ROOT
+from tests.conftest import ROOT, until
 
 OK = b"HTTP/1.1 200 OK\r\n"
 LATER = b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 2\r\nContent-Length: 0\r\n\r\n"
@@ -51,6 +57,8 @@ class Scripted:
         self._listening = socket.create_server(("127.0.0.1", 0), backlog=64)
         self.port: int = self._listening.getsockname()[1]
         self.requests: list[bytes] = []
+        self.answered = 0
+        """Whole answers that were sent."""
         threading.Thread(target=self._listen, daemon=True).start()
 
     def close(self) -> None:
@@ -83,6 +91,7 @@ class Scripted:
                     except OSError:
                         return
                     time.sleep(0.002)
+                self.answered += 1
 
 
 @pytest.fixture
@@ -135,6 +144,16 @@ def test_a_closed_loop_counts_what_ends_within_it(scripted: Callable[..., Script
     # More were sent: in the lead, and when the time was up.
     assert len(server.requests) > len(load.answers)
     assert any(answer.body == b"mask" for answer in load.answers)
+
+
+def test_a_closed_loop_leaves_no_work_behind(scripted: Callable[..., Scripted]) -> None:
+    """Given an answer that takes longer than the stretch, when that ends, it is waited for."""
+    head = OK + b"Content-Length: 200\r\n\r\n"
+    server = scripted(slow=[head, *[b"m"] * 200])
+    load = closed_loop(server.port, [ask("slow")], clients=2, seconds=0.05)
+    assert not load.answers
+    assert len(server.requests) == 2
+    until(lambda: server.answered == 2)
 
 
 def test_a_server_that_hangs_up_is_asked_on_a_new_connection(
@@ -296,11 +315,12 @@ def comparison() -> Comparison:
         )
     ]
     bare = [
-        Bare(turn, name, {"1": per_s / turn, "8": 1.25 * per_s / turn})
+        Bare(turn, name, {"1": per_s / turn, "8": 1.25 * per_s / turn}, 0.01)
         for turn in (1, 2)
-        for name, per_s in ((OURS, 250), ("slsnet-ort", 100))
+        for name, per_s in ((OURS, 250), ("slsnet-ort", 125), (STOCK, 100))
     ]
-    return Comparison(SETTING, visits, bare)
+    paths = [PhotoPath(turn, 100 * turn, 600 * turn, 0.01) for turn in (1, 2)]
+    return Comparison(SETTING, visits, bare, paths=paths)
 
 
 def test_ratios_are_of_the_same_turn_and_aims_follow_from_them(comparison: Comparison) -> None:
@@ -310,14 +330,20 @@ def test_ratios_are_of_the_same_turn_and_aims_follow_from_them(comparison: Compa
     triton = found["same ÷ Triton core's"]
     assert triton.found == pytest.approx(0.75) and not triton.is_met
     assert found["same ÷ mosec's"].found is None and not found["same ÷ mosec's"].is_met
-    # FastAPI is quicker, but does not batch.
-    lone = next(aim for name, aim in found.items() if name.startswith("lone"))
+    # FastAPI is quicker, but does not batch; Triton does, and waits for nobody.
+    lone, lone_waiting = (aim for name, aim in found.items() if name.startswith("lone"))
     assert "Triton" in lone.measure
     assert lone.found == pytest.approx((6 - 5) / (8 - 5)) and lone.is_met
+    assert "LitServe" in lone_waiting.measure
+    assert lone_waiting.found == pytest.approx((6 - 5) / (17 - 5)) and lone_waiting.is_met
+    assert found["real network, throughput ÷ its bare loop's, both with ONNX Runtime"].found is None
     bare = found["real network, throughput ÷ its bare loop's"]
     assert bare.found == pytest.approx(300 / (1.25 * 250))
     assert found["real, throughput of 128 clients ÷ of 8"].found == pytest.approx(0.9)
-    assert found["bare network ÷ stock ONNX Runtime's, fp32"].found == pytest.approx(2.5)
+    engine = found["bare loop's throughput ÷ that of stock ONNX Runtime, fp32"]
+    assert engine.found == pytest.approx(2.5)
+    large = next(aim for name, aim in found.items() if name.startswith("6000×4000"))
+    assert large.found == pytest.approx(6) and large.is_met
 
 
 def test_a_disturbed_visit_is_made_again(comparison: Comparison) -> None:
@@ -334,6 +360,82 @@ def test_a_disturbed_visit_is_made_again(comparison: Comparison) -> None:
     assert [missing.entrant for missing in comparison.missing] == ["triton"]
     comparison.put(visit_of("triton", "stub 0 ms", 1, 100, 6))
     assert len(comparison.visits) == 2 and not comparison.missing
+
+
+def test_what_runs_without_a_server_is_made_again_when_disturbed(comparison: Comparison) -> None:
+    order = list(jobs([ENTRANTS[0]], ("real",), 1))
+    assert [job.kind for job in order] == ["path", "stock", "bare", "visit"]
+    assert not [job for job in order if job.key not in done(comparison)]
+    for others_cores in (0.5, 0.7):
+        for bare in comparison.bare[:]:
+            comparison.bare.remove(bare)
+            comparison.put_bare(replace(bare, others_cores=others_cores))
+        for path in comparison.paths[:]:
+            comparison.paths.remove(path)
+            comparison.put_path(replace(path, others_cores=others_cores))
+        left = [job.kind for job in order if job.key not in done(comparison)]
+        assert left == ["path", "stock", "bare"]
+    known = len(comparison.bare)
+    comparison.put_bare(replace(comparison.bare[0], others_cores=0.9))
+    assert len(comparison.bare) == known
+    assert {bare.others_cores for bare in comparison.bare} == {0.7}
+    comparison.put_path(replace(comparison.paths[0], others_cores=0.1))
+    assert sorted(path.others_cores for path in comparison.paths) == [0.1, 0.7]
+
+
+def test_a_peer_that_does_not_start_is_not_waited_for_again(
+    comparison: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visits = []
+
+    def fail(entrant: Entrant, *_: object, **__: object) -> Visit:
+        visits.append(entrant.name)
+        raise Unavailable("no mask")
+
+    monkeypatch.setattr(command_line, "visit", fail)
+    fastapi, mosec = (next(e for e in ENTRANTS if e.name == n) for n in ("fastapi", "mosec"))
+    run = Run(QUICK, Deck([], {}, Path()), None, ["fastapi", "mosec"], Comparison(SETTING))
+    for job in (Job(1, "real", fastapi), Job(1, "stub 0 ms", fastapi), Job(1, "real", mosec)):
+        run.do(job)
+    assert visits == ["fastapi", "mosec"]
+    assert [missing.reason for missing in run.comparison.missing] == ["no mask"] * 3
+
+
+def test_a_server_that_starts_others_while_it_is_killed_is_ended_whole(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    server = Running(process, 1, "mark", tmp_path / "output.txt")
+    seen, killed = iter([[1001], [1002, 1003], []]), list[int]()
+
+    monkeypatch.setattr(server, "pids", lambda: next(seen))
+    monkeypatch.setattr(os, "kill", lambda pid, _signal: killed.append(pid))
+    server.stop()
+    assert killed == [1001, 1002, 1003]
+
+
+def test_a_commit_that_touches_nothing_measured_leaves_a_comparison_valid(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def git(*arguments: str) -> None:
+        who = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+        subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True)
+
+    def commit(name: str, text: str = "x") -> str:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+        git("add", ".")
+        git("commit", "--quiet", "-m", name)
+        return command_line._commit()
+
+    monkeypatch.setattr(command_line, "ROOT", tmp_path)
+    assert command_line._commit() == "unknown"
+    git("init", "--quiet")
+    first = commit("server/a.py")
+    assert commit("docs/a.md") == first
+    assert commit("server/b.py") != first
+    (tmp_path / "server/b.py").write_text("changed")
+    assert command_line._commit().endswith("+")
 
 
 def test_an_aim_may_be_a_least_or_a_most() -> None:
@@ -363,6 +465,7 @@ def test_every_turn_begins_with_another_server_and_goes_on_where_it_stopped(
 ) -> None:
     entrants = [e for e in ENTRANTS if e.name in (OURS, "slsnet-ort", "fastapi", "triton")]
     order = list(jobs(entrants, ("stub 0 ms", "real"), 2))
+    order = [job for job in order if job.kind in ("visit", "bare")]
     assert [job.entrant.name for job in order if job.network == "stub 0 ms"] == [
         OURS, "fastapi", "triton", "triton", OURS, "fastapi",
     ]  # fmt: skip
@@ -425,6 +528,39 @@ def test_this_server_beside_the_control(tmp_path: Path, capsys: pytest.CaptureFi
     with pytest.raises(SystemExit):
         main(["--output", str(tmp_path), "--quick", "--step-s", "2"])
     assert "another step_s" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_server_under_test_too(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.peers", "--output", str(tmp_path / "results")]
+    command += ["--servers", OURS, "--networks", "stub 0 ms", "--step-s", "100"]
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE) as run:
+        until(lambda: bool(list(folder.glob("peer-*/output.txt"))))
+        mark = next(folder.glob("peer-*")).name
+        server = Running(run, 0, mark, folder)
+        until(lambda: bool(server.pids()))
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(60) == 128 + signal.SIGTERM
+        assert not server.pids()
+    assert not list(folder.glob("peer-*"))
+
+
+@pytest.mark.slow
+def test_stock_onnx_runtime_runs_in_the_bare_loop() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.peers.bare", "0.1", "--stock"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    per_s = json.loads(run.stdout)
+    assert set(per_s) == {"1", "8"}
+    assert all(value > 0 for value in per_s.values())
 
 
 @pytest.mark.slow

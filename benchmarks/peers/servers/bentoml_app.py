@@ -1,7 +1,8 @@
 """BentoML: https://docs.bentoml.com/en/latest/get-started/adaptive-batching.html.
 
 As there, a service takes single photos, and one behind it runs the network in batches that it
-sizes by itself.
+sizes by itself; `workers` for more than one core as on
+https://docs.bentoml.com/en/latest/build-with-bentoml/parallelize-requests.html.
 """
 
 import os
@@ -16,9 +17,9 @@ from bentoml.validators import ContentType
 from handler import MAX_BATCH, PORT, TIMEOUT_S, WORKERS, decode, encode, load
 
 
-@bentoml.service(workers=1, traffic={"timeout": TIMEOUT_S})
+@bentoml.service(workers=WORKERS, traffic={"timeout": TIMEOUT_S})
 class Network:
-    """Runs alone, on batches."""
+    """Runs on batches, in a process for each core."""
 
     def __init__(self) -> None:
         self.network = load()
@@ -49,4 +50,5 @@ class Segmentation:
 if __name__ == "__main__":
     bento = Path(sys.executable).with_name("bentoml")
     arguments = ["serve", "bentoml_app:Segmentation", "--host=127.0.0.1", f"--port={PORT}"]
+    arguments += ["--quiet"]  # no peer logs requests
     os.execve(bento, [str(bento), *arguments], {**os.environ, "BENTOML_DO_NOT_TRACK": "True"})

@@ -18,6 +18,12 @@ maxBatchDelay: {MAX_BATCH_DELAY_MS}
 responseTimeout: {TIMEOUT_S}
 """
 
+# Its own writes a line and several metrics for each request; no peer logs requests.
+LOGGING = """<?xml version="1.0" encoding="UTF-8"?>
+<Configuration><Appenders><Console name="console"/></Appenders>
+<Loggers><Root level="warn"><AppenderRef ref="console"/></Root></Loggers></Configuration>
+"""
+
 if __name__ == "__main__":
     folder, here = Path(os.environ["PEER_FOLDER"]), Path(__file__).parent
     binaries = Path(sys.executable).parent
@@ -26,6 +32,7 @@ if __name__ == "__main__":
     archive += [f"--handler={here}/torchserve_handler.py", f"--config-file={folder}/model.yaml"]
     archive += [f"--extra-files={here}/handler.py"]
     subprocess.run([binaries / "torch-model-archiver", *archive], check=True)
+    (folder / "log4j2.xml").write_text(LOGGING)
     (folder / "config.properties").write_text(
         f"inference_address=http://127.0.0.1:{PORT}\n"
         f"management_address=http://127.0.0.1:{PORT + 1}\n"
@@ -36,6 +43,7 @@ if __name__ == "__main__":
     binary = binaries / "torchserve"
     arguments = ["--start", "--foreground", f"--model-store={folder}", "--models=segment.mar"]
     arguments += [f"--ts-config={folder / 'config.properties'}", "--disable-token-auth"]
+    arguments += [f"--log-config={folder / 'log4j2.xml'}"]
     os.chdir(folder)
     os.environ["PATH"] = f"{binaries}:{os.environ['PATH']}"
     os.execve(binary, [str(binary), *arguments], os.environ)

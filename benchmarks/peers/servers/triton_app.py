@@ -24,7 +24,8 @@ dynamic_batching {{ }}
 if __name__ == "__main__":
     triton = Path(pytriton.__file__).parent / "tritonserver"
     stub = "triton_python_backend_stub"
-    source = triton / "python_backend_stubs" / "3.11" / stub
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    source = triton / "python_backend_stubs" / version / stub
     target = triton / "backends" / "python" / stub
     if not target.exists():
         shutil.copy(source, target)
