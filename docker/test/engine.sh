@@ -38,6 +38,9 @@ use_docker() {
             --file "$2" --tag "$1" "${@:3}" .
     }
     compose() { docker compose "$@"; }
+    # As the image has it, but more often: a drain is over in seconds.
+    health=(--health-interval 1s)
+    health() { [ "$(engine inspect "$1" --format '{{.State.Health.Status}}')" = healthy ]; }
     # A host's network is the engine's, which need not be this machine.
     server_network=(--publish "127.0.0.1:$port:$port")
     client_network=(--network "container:server-$port")
@@ -47,7 +50,9 @@ use_docker() {
 use_podman() {
     podman=1
     local package missing=()
-    for package in buildah podman runc debootstrap netavark aardvark-dns iptables catatonit; do
+    # The last ones are for the tests themselves; a browser for SCREENSHOT alone.
+    for package in buildah podman runc debootstrap netavark aardvark-dns iptables catatonit \
+        curl ca-certificates python3-venv ${SCREENSHOT:+chromium}; do
         dpkg --status "$package" >/dev/null 2>&1 || missing+=("$package")
     done
     if [ "${#missing[@]}" -gt 0 ]; then
@@ -58,6 +63,8 @@ use_podman() {
     fi
     # Timers of health checks need systemd; without it they are asked for by hand.
     export DISABLE_HC_SYSTEMD=true
+    health=()
+    health() { engine healthcheck run "$1"; } # CONTAINER: by the image's HEALTHCHECK
     local driver=vfs # copies a layer for each step: slow, but works everywhere
     mkdir -p "$STORE"/{lower,upper,work,merged}
     if mount -t overlay overlay "$STORE/merged" -o \
@@ -95,6 +102,7 @@ make_base() { # sets PYTHON_IMAGE
     ! engine image exists "$PYTHON_IMAGE" || return 0
     say "base image: Debian trixie, by debootstrap"
     local system
+    at_exit+=(remove_unpacked)
     system=$(mktemp -d "$STORE/trixie.XXXX")
     quietly "$STORE/debootstrap.log" debootstrap --variant=minbase \
         --include=python3,python3-venv,ca-certificates trixie "$system"
@@ -102,18 +110,25 @@ make_base() { # sets PYTHON_IMAGE
     tar -C "$system" -cf - . | engine import --quiet - "$PYTHON_IMAGE" >/dev/null
     rm -rf "$system"
 }
+remove_unpacked() { rm -rf "$STORE"/trixie.*; }
 
 tools() { # the folder of what docker/requirements-tools.txt brings
     local folder=$STORE/tools
+    # Each step by itself: in `$(tools)` no error ends the shell.
     if ! [ "$folder/.installed" -nt docker/requirements-tools.txt ]; then
-        python3 -m venv "$folder" >&2
-        "$folder/bin/pip" install --quiet --disable-pip-version-check \
-            -r docker/requirements-tools.txt >&2
-        touch "$folder/.installed"
+        { python3 -m venv "$folder" && "$folder/bin/pip" install --quiet \
+            --disable-pip-version-check -r docker/requirements-tools.txt &&
+            touch "$folder/.installed"; } >&2 || return 1
     fi
     echo "$folder/bin"
 }
 
+size_and_layers() { # IMAGE: sets bytes, and prints
+    bytes=$(engine image inspect "$1" --format '{{.Size}}')
+    say "size: $((bytes / 1000000)) MB; layers, the newest first:"
+    engine history --no-trunc --format '{{.Size}}	{{.CreatedBy}}' "$1" | grep -v '^0 \?B' |
+        sed -E 's/(.{110}).*/\1…/'
+}
 need_image() { # the CPU image, where no test before has built it
     engine image inspect "$image" >/dev/null 2>&1 || quietly "$output/build.log" build_cpu "$image"
 }
@@ -124,16 +139,19 @@ build_cpu() { # TAG
 }
 
 at_exit=()
+loading=
 clean_up() {
     local command
-    for command in "${at_exit[@]}"; do
+    [ -z "$loading" ] || kill "$loading" 2>/dev/null || true
+    for command in ${at_exit[@]+"${at_exit[@]}"}; do
         $command >/dev/null 2>&1 || true
     done
     rm -rf "$output"
+    command -v engine >/dev/null || return 0 # nothing was started yet
     [ -n "${KEEP:-}" ] || engine rmi -f "$image" "$image-again" >/dev/null 2>&1 || true
     # Steps of the builds, in the folder of this test; Docker's are not this test's to remove.
     [ -z "$podman" ] || engine image prune -f >/dev/null 2>&1 || true
 }
 
-if docker info >/dev/null 2>&1; then use_docker; else use_podman; fi
 trap clean_up EXIT
+if docker info >/dev/null 2>&1; then use_docker; else use_podman; fi

@@ -12,6 +12,7 @@ target=(--target libraries)
 started=$(now_ms)
 quietly "$output/gpu.log" build localhost/slsnet:gpu-test docker/Dockerfile.gpu "${target[@]}"
 say "built ${target[*]:-all} in $((($(now_ms) - started) / 1000)) s"
+size_and_layers localhost/slsnet:gpu-test
 providers='import onnxruntime; print(onnxruntime.__version__, *onnxruntime.get_available_providers())'
 found=$(engine run --rm --network none "${hardened[@]}" -e ORT_DISABLE_TELEMETRY=1 --entrypoint /opt/venv/bin/python \
     localhost/slsnet:gpu-test -c "$providers")

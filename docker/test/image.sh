@@ -10,14 +10,15 @@ remove_containers() { engine rm -f "$server" "$client"; }
 at_exit+=(remove_containers)
 
 start() { # OPTION…: a server in the background
-    engine run -d --name "$server" "${hardened[@]}" "${server_network[@]}" \
+    engine run -d --name "$server" ${health[@]+"${health[@]}"} "${hardened[@]}" \
+        "${server_network[@]}" \
         -e SLSNET_PORT="$port" "$@" "$image" >/dev/null
 }
 ask() { # COMMAND…: of client.py, in a container of its own
     engine run --rm "${hardened[@]}" "${client_network[@]}" -v "$root:/source:ro" \
         --entrypoint python "$image" /source/docker/test/client.py "$@"
 }
-healthy() { engine exec "$server" python /opt/slsnet/health.py; }
+healthy() { health "$server" >/dev/null 2>&1; }
 unhealthy() { ! healthy; }
 under_load() { grep -qs "under load" "$output/load" || ! kill -0 "$loading" 2>/dev/null; }
 ready() ( # without the start of the health check's Python
@@ -38,10 +39,7 @@ build_and_measure() {
     started=$(now_ms)
     quietly "$output/build.log" build_cpu "$image"
     say "built in $((($(now_ms) - started) / 1000)) s"
-    bytes=$(engine image inspect "$image" --format '{{.Size}}')
-    say "size: $((bytes / 1000000)) MB; layers, the newest first:"
-    engine history --no-trunc --format '{{.Size}}	{{.CreatedBy}}' "$image" | grep -v '^0 \?B' |
-        sed -E 's/(.{110}).*/\1…/'
+    size_and_layers "$image"
     [ "$bytes" -le $most_bytes ] || fail "larger than $((most_bytes / 1000000)) MB"
     engine image inspect "$image" --format '{{json .Config.Labels}}'
 }
@@ -104,6 +102,7 @@ stop_under_load() {
     [ "$(engine inspect "$server" --format '{{.State.Running}}')" = true ] || fail "ended undrained"
     say "health check turned to unhealthy while the server drains"
     wait $loading || { cat "$output/load" >&2; fail "requests were lost"; }
+    loading=
     end 0 "a drained server"
     say "SIGTERM under load: $(tail -1 "$output/load"); exit code 0"
     engine rm "$client" >/dev/null

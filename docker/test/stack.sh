@@ -17,8 +17,10 @@ export SLSNET_IMAGE=$image SLSNET_ENV_FILE=$output/server.env \
 
 stack() { compose --project-name slsnet-test --file docker/compose.yaml "$@"; }
 take_down() {
-    stack --profile load down --volumes
-    [ -n "${KEEP:-}" ] || engine rmi -f "$LOAD_IMAGE"
+    local code=0
+    stack --profile load down --volumes || code=$?
+    [ -n "${KEEP:-}" ] || engine rmi -f "$LOAD_IMAGE" || code=$?
+    return $code
 }
 ask_stack() { "$(tools)/python" docker/test/stack.py "$@"; }
 
@@ -67,8 +69,9 @@ if [ -n "${SCREENSHOT:-}" ]; then
     ask_stack screenshot "$prometheus" "$SCREENSHOT" || fail "the screenshot"
 fi
 wait $loading || { tail -30 "$output/locust.log" >&2; fail "locust found a wrong mask or an error"; }
+loading=
 say "locust: $(grep -m 1 Aggregated "$output/locust.log")"
 
 quietly "$output/stop.log" stack stop server
 ask_stack alert "$prometheus" SlsnetAbsent firing || fail "no alert"
-take_down >/dev/null 2>&1
+quietly "$output/down.log" take_down
