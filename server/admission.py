@@ -15,7 +15,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from itertools import takewhile
 
 from server.batching import INTERACTIVE_PER_BULK
 from server.problems import Overloaded
@@ -38,8 +37,8 @@ _SUPPOSED_PHOTOS = 8
 # what nobody expects, such as other work on the machine that comes while it waits.
 _USABLE = 0.7
 
-# A body that takes longer than this to come is not ahead of anyone: a slow client must not keep
-# others out. When it is there it has to find room anew.
+# A body that takes longer than this to come is not ahead of anyone and has no place: a slow client
+# must not keep others out. When it is there it has to find room anew.
 _ARRIVING_S = 1.0
 
 
@@ -122,7 +121,7 @@ class Place:
         """The body is there, with so many photos.
 
         Raises:
-            Overloaded: they would be done too late.
+            Overloaded: they would be done too late, or the place was lost while the body came.
         """
         self._gate.arrived(self)
         self._gate.check(photos, self.deadline - time.perf_counter(), bulk=self.bulk)
@@ -141,7 +140,7 @@ class Place:
 
     def leave(self) -> None:
         """The request is over, whatever photos it still has."""
-        self._gate.arrived(self)
+        self._gate.left(self)
         if self._photos:
             self.end(self._photos, served=False)
 
@@ -151,8 +150,9 @@ class Gate:
 
     def __init__(self, settings: Settings) -> None:
         self.admitted = 0
-        """Places that are taken."""
+        """Requests that have been let in."""
         self.body_bytes = ByteBudget(settings.max_bytes_in_flight)
+        self._bulk_bytes = ByteBudget(settings.bulk_bytes, self.body_bytes)
         self._settings = settings
         self._pace = Pace(_PHOTOS)
         self._bulk_pace = Pace(_BULK_PHOTOS)
@@ -196,14 +196,15 @@ class Gate:
 
         Args:
             deadline: second of `time.perf_counter` after which an answer is of no use.
-            bulk: the half of the places that was free last is not for this one.
+            bulk: the half of the places, and of the bytes, that was free last is not for this one.
 
         Raises:
             Overloaded: all places are taken, or the answer would come too late.
         """
         usable_s = (deadline - time.perf_counter()) * _USABLE
         self.check(1, usable_s, bulk=bulk, arriving=self._count_arriving(bulk))
-        with self.places(1, bulk=bulk), self.body_bytes.account(self._memory_full) as take:
+        body_bytes = self._bulk_bytes if bulk else self.body_bytes
+        with self.places(1, bulk=bulk), body_bytes.account(self._memory_full) as take:
             place = Place(self, take, deadline, bulk)
             self._arriving[place] = time.perf_counter()
             try:
@@ -218,9 +219,7 @@ class Gate:
         Raises:
             Overloaded: fewer are free.
         """
-        limit = self._settings.bulk_queue if bulk else self._settings.max_queue
-        if self.admitted + count > limit:
-            raise self._overloaded("the queue is full", "queue_full")
+        self._find_places(count, bulk=bulk)
         self.admitted += count
         try:
             yield
@@ -228,8 +227,24 @@ class Gate:
             self.admitted -= count
 
     def arrived(self, place: Place) -> None:
-        """The body of this one has come, or never will."""
+        """The body of this one has come.
+
+        Raises:
+            Overloaded: it came so slowly that its place was given to others, and none is free.
+        """
+        if time.perf_counter() - self._arriving[place] >= _ARRIVING_S:
+            self._find_places(1, bulk=place.bulk)
+        self.left(place)
+
+    def left(self, place: Place) -> None:
+        """Nothing more is to come for this one."""
         self._arriving.pop(place, None)
+
+    def _find_places(self, count: int, *, bulk: bool) -> None:
+        limit = self._settings.bulk_queue if bulk else self._settings.max_queue
+        slow = len(self._arriving) - sum(1 for _ in self._arriving_in_time())
+        if self.admitted - slow + count > limit:
+            raise self._overloaded("the queue is full", "queue_full")
 
     def check(self, photos: int, left_s: float, *, bulk: bool, arriving: int = 0) -> None:
         """Raises:
@@ -244,9 +259,14 @@ class Gate:
             )
 
     def _count_arriving(self, bulk: bool) -> int:
-        since = time.perf_counter() - _ARRIVING_S
-        arriving = takewhile(lambda item: item[1] > since, reversed(self._arriving.items()))
-        return sum(place.bulk is bulk for place, _ in arriving)
+        return sum(place.bulk is bulk for place in self._arriving_in_time())
+
+    def _arriving_in_time(self) -> Iterator[Place]:
+        now = time.perf_counter()
+        for place, since in reversed(self._arriving.items()):
+            if now - since >= _ARRIVING_S:
+                return
+            yield place
 
     def _memory_full(self) -> Overloaded:
         return self._overloaded("the photos in flight fill the memory set aside for them", "memory")

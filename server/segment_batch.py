@@ -117,7 +117,7 @@ class _Answers(Response):
                 photos = await read_parts(
                     receive,
                     request.headers,
-                    max_bytes=settings.bulk_max_bytes,
+                    max_bytes=min(settings.bulk_max_bytes, settings.bulk_bytes),
                     max_parts=settings.bulk_max_photos,
                     max_part_bytes=settings.max_body_bytes,
                     take=place.take,

@@ -177,6 +177,11 @@ class Settings(BaseSettings):
         """Of `max_queue`, how much bulk requests may fill; also the most images of one request."""
         return max(1, self.max_queue // 2)
 
+    @property
+    def bulk_bytes(self) -> int:
+        """Of `max_bytes_in_flight`, how much bulk requests may fill."""
+        return self.max_bytes_in_flight // 2
+
     def timeout_s(self, asked_ms: float | None) -> float:
         """Seconds that a request has which asks for `asked_ms` (`X-Request-Timeout-Ms`)."""
         return min(asked_ms or self.request_timeout_ms, self.request_timeout_ms) / 1000

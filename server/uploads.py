@@ -60,9 +60,22 @@ _MAX_NAME = 200
 class ByteBudget:
     """Bytes of all the bodies that are held at this moment, kept under a limit."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, whole: "ByteBudget | None" = None) -> None:
+        """Args:
+        limit: most bytes.
+        whole: the budget that this one is a share of.
+        """
         self.limit = limit
         self.used = 0
+        self._whole = whole
+
+    def _take(self, amount: int) -> bool:
+        if self.used + amount > self.limit:
+            return False
+        if self._whole is not None and not self._whole._take(amount):
+            return False
+        self.used += amount
+        return True
 
     @contextlib.contextmanager
     def account(self, full: Callable[[], Exception]) -> Iterator[Callable[[int], None]]:
@@ -77,15 +90,14 @@ class ByteBudget:
 
         def take(amount: int) -> None:
             nonlocal taken
-            if self.used + amount > self.limit:
+            if not self._take(amount):
                 raise full()
-            self.used += amount
             taken += amount
 
         try:
             yield take
         finally:
-            self.used -= taken
+            self._take(-taken)
 
 
 class PixelBudget:
@@ -149,7 +161,8 @@ async def read_body(
         receive: the ASGI channel.
         headers: the request's.
         max_bytes: largest body that is read.
-        take: accounts for bytes that are about to be held; see `ByteBudget.account`.
+        take: accounts for bytes that have come, not for what is announced: who sends slowly must
+            not take what others could use. See `ByteBudget.account`.
 
     Raises:
         TooLarge: the length announced, or the bytes that came, exceed `max_bytes`.
@@ -248,11 +261,9 @@ async def _chunks(
         " one that is compressed more."
     )
     announced = headers.get("content-length")
-    if announced is not None:
-        # A number: whatever is not does not get past the parser of HTTP.
-        if int(announced) > max_bytes:
-            raise too_large
-        take(int(announced))
+    # A number: whatever is not does not get past the parser of HTTP.
+    if announced is not None and int(announced) > max_bytes:
+        raise too_large
     size = 0
     more = True
     while more:
@@ -264,8 +275,7 @@ async def _chunks(
         size += len(chunk)
         if size > max_bytes:
             raise too_large
-        if announced is None:
-            take(len(chunk))
+        take(len(chunk))
         yield chunk
 
 

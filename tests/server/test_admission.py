@@ -13,7 +13,7 @@ from itertools import cycle, islice
 import httpx
 import pytest
 
-from benchmarks.launch import ServerProcess
+from benchmarks.launch import ServerProcess, serve
 from server import admission
 from server.admission import Gate, Place
 from server.problems import Overloaded
@@ -199,6 +199,90 @@ def test_slow_bodies_keep_nobody_out(clock: Clock) -> None:
         places[50].deadline = clock.now + 1
         with pytest.raises(Overloaded, match="longer than the request may take"):
             places[50].check()
+
+
+def test_slow_bodies_hold_no_places(clock: Clock) -> None:
+    gate = Gate(Settings(max_queue=4))
+    with contextlib.ExitStack() as stack:
+
+        def come() -> Place:
+            return stack.enter_context(gate.enter(deadline=clock.now + 30, bulk=False))
+
+        slow = [come() for _ in range(4)]
+        assert not is_let_in(gate, clock, 30)
+        clock.now += 2
+        quick = [come() for _ in range(3)]
+        for place in quick:
+            place.check()
+        # One place is left, for whoever of the slow ones is there first.
+        slow[0].check()
+        with pytest.raises(Overloaded, match="queue is full"):
+            slow[1].check()
+        assert not is_let_in(gate, clock, 30)
+    assert gate.admitted == 0
+    assert is_let_in(gate, clock, 30)
+
+
+def test_bulk_leaves_half_of_the_bytes_to_others(clock: Clock) -> None:
+    gate = Gate(Settings(max_bytes_in_flight=100))
+    with contextlib.ExitStack() as stack:
+
+        def come(*, bulk: bool) -> Place:
+            return stack.enter_context(gate.enter(deadline=clock.now + 30, bulk=bulk))
+
+        bulk, other = come(bulk=True), come(bulk=False)
+        bulk.take(50)
+        with pytest.raises(Overloaded, match="memory"):
+            bulk.take(1)
+        other.take(50)
+        with pytest.raises(Overloaded, match="memory"):
+            other.take(1)
+        bulk.take(-50)
+        other.take(50)
+        # The half that is not taken may be full of others'.
+        with pytest.raises(Overloaded, match="memory"):
+            bulk.take(1)
+    assert gate.body_bytes.used == 0
+
+
+def announce(server: ServerProcess, path: str, content_type: str, size: int) -> socket.socket:
+    """A client that sends a request's head and the first byte of its body."""
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=60)
+    connection.sendall(
+        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {content_type}\r\n"
+        f"Content-Length: {size}\r\n\r\n-".encode()
+    )
+    return connection
+
+
+def test_announced_bytes_that_do_not_come_keep_nobody_out(
+    server: ServerProcess, photos: list[Sample]
+) -> None:
+    form = "multipart/form-data; boundary=b"
+    bodies = [("/segment", "image/jpeg", 64 * 2**20)] * 10
+    bodies += [("/segment/batch", form, 256 * 2**20)] * 2
+    with contextlib.ExitStack() as stack:
+        for path, content_type, size in bodies:
+            stack.enter_context(announce(server, path, content_type, size))
+        until(lambda: figures(server)["slsnet_requests_in_flight"] == len(bodies))
+        assert httpx.post(f"{server.url}/segment", content=photos[0].data).status_code == 200
+
+
+def test_silent_bodies_keep_nobody_out(photos: list[Sample]) -> None:
+    photo = photos[0].data
+    # They stay for as long as the test.
+    flags = ("--max-queue", "4", "--stall-timeout-s", "600", "--request-timeout-ms", "600000")
+    with serve(*flags) as server, contextlib.ExitStack() as stack:
+        url = f"{server.url}/segment"
+        silent = [
+            stack.enter_context(announce(server, "/segment", "image/jpeg", 1000)) for _ in range(4)
+        ]
+        until(lambda: figures(server)["slsnet_requests_in_flight"] == 4)
+        until(lambda: httpx.post(url, content=photo).status_code == 200)
+        assert figures(server)["slsnet_requests_in_flight"] == 4
+        # Who was slow is served when all of it is there.
+        silent[0].sendall(bytes(999))
+        assert silent[0].recv(4096).startswith(b"HTTP/1.1 415 ")
 
 
 def test_bulk_expects_others_to_go_first(clock: Clock) -> None:

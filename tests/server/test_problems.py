@@ -6,20 +6,24 @@ import socket
 import struct
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 
-from benchmarks.launch import ServerProcess, serve
+from benchmarks.launch import ServerProcess
 from model.image import DEFAULT_MAX_PIXELS
 from server.answers import ProblemAnswer
 from server.app import create_app
 from server.service import Service
 from server.settings import Settings
-from tests.conftest import Sample
+from tests.conftest import Sample, until
 from tests.lesions import encode_photo
+from tests.server.held import serve_held
+from tests.server.test_load import figures
 
 
 @pytest.fixture
@@ -259,26 +263,28 @@ def test_504_a_body_that_does_not_come(server: ServerProcess) -> None:
         assert connection.recv(100).startswith(b"HTTP/1.1 504 Gateway Timeout\r\n")
 
 
-def test_429_more_requests_or_bytes_than_there_is_room_for(photos: list[Sample]) -> None:
+def test_429_more_requests_or_bytes_than_there_is_room_for(
+    tmp_path: Path, photos: list[Sample]
+) -> None:
     data = photos[0].data
     room = 2 * len(data)
+    flags = ("--max-queue", "1", "--max-bytes-in-flight", str(room))
     with (
-        serve("--max-queue", "1", "--max-bytes-in-flight", str(room)) as server,
+        serve_held(tmp_path, *flags) as (server, hold),
         httpx.Client(base_url=server.url, timeout=60) as client,
+        ThreadPoolExecutor(1) as other,
     ):
         too_many_bytes = client.post("/segment", content=bytes(room + 1))
         problem = assert_problem(too_many_bytes, 429, "memory")
         assert int(too_many_bytes.headers["retry-after"]) >= 1
         assert f"{too_many_bytes.headers['retry-after']} s" in problem["detail"]
-
-        def while_another_is_sent() -> Iterator[bytes]:
-            yield data[:1000]
+        with hold():
+            answer = other.submit(client.post, "/segment", content=data)
+            until(lambda: figures(server)["slsnet_requests_in_flight"] == 1)
             refused = httpx.post(f"{server.url}/segment", content=data)
             assert_problem(refused, 429, "queue is full")
             assert int(refused.headers["retry-after"]) >= 1
-            yield data[1000:]
-
-        assert client.post("/segment", content=while_another_is_sent()).status_code == 200
+        assert answer.result().status_code == 200
         assert client.post("/segment", content=data).status_code == 200
 
 

@@ -3,10 +3,11 @@
 import base64
 import email
 import json
-import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from email.message import Message
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -18,6 +19,7 @@ from benchmarks.launch import ServerProcess, serve
 from model.image import encode_png
 from tests.conftest import Offline, Sample, until
 from tests.lesions import encode_photo, lesion_photo
+from tests.server.held import serve_held
 from tests.server.test_load import figures
 from tests.server.test_segment import post, read_png
 
@@ -227,20 +229,25 @@ def test_answers_come_while_others_are_worked_on_and_interactive_ones_go_first(
     assert answered > count / 6
 
 
-def test_bulk_leaves_half_of_the_queue_to_others(photos: list[Sample]) -> None:
-    with serve("--max-queue", "2") as server:
-        body = b"--b\r\nContent-Disposition: form-data; name=a\r\n\r\n"
-        with socket.create_connection(("127.0.0.1", server.port)) as slow:
-            slow.sendall(
-                b"POST /segment/batch HTTP/1.1\r\nHost: x\r\nContent-Length: 999999\r\n"
-                b"Content-Type: multipart/form-data; boundary=b\r\n\r\n" + body
-            )
-            until(lambda: figures(server)["slsnet_requests_in_flight"] == 1)
-            url = f"{server.url}/segment"
-            bulk = httpx.post(url, content=photos[0].data, headers={"Priority": "bulk"})
+def test_bulk_leaves_half_of_the_queue_to_others(tmp_path: Path, photos: list[Sample]) -> None:
+    photo = photos[0].data
+    flags = ("--max-queue", "2")
+    with serve_held(tmp_path, *flags) as (server, hold), ThreadPoolExecutor(2) as clients:
+        url = f"{server.url}/segment"
+
+        def in_flight(count: int) -> None:
+            until(lambda: figures(server)["slsnet_requests_in_flight"] == count)
+
+        with hold():
+            batch = clients.submit(send, server, form(("a", photo)))
+            in_flight(1)
+            bulk = httpx.post(url, content=photo, headers={"Priority": "bulk"})
             assert bulk.status_code == 429
-            assert send(server, form(("a", photos[0].data))).status_code == 429
-            assert httpx.post(url, content=photos[0].data, timeout=30).status_code == 200
+            assert "queue is full" in bulk.json()["detail"]
+            assert send(server, form(("a", photo))).status_code == 429
+            alone = clients.submit(httpx.post, url, content=photo)
+            in_flight(2)
+        assert batch.result().status_code == alone.result().status_code == 200
 
 
 def test_photos_of_who_hung_up_are_not_run(server: ServerProcess) -> None:

@@ -1,0 +1,75 @@
+"""A server whose network stands still for as long as a test wants, so that others wait for it.
+
+Run as `python -m tests.server.held LOCK FLAGS…`: each inference waits for the lock on that file.
+"""
+
+import contextlib
+import fcntl
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.launch import ServerProcess, serve
+from server import loading
+from server.__main__ import main
+from server.backends import Backend, BackendInfo, open_backend
+
+__all__ = ["serve_held"]
+
+
+class _Held:
+    """A backend behind a lock."""
+
+    def __init__(self, backend: Backend, lock: Path) -> None:
+        self._backend = backend
+        self._lock = lock
+
+    def describe(self) -> BackendInfo:
+        return self._backend.describe()
+
+    def warm_up(self) -> None:
+        self._backend.warm_up()
+
+    def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        with _locked(self._lock):
+            return self._backend.infer(batch)
+
+    def close(self) -> None:
+        self._backend.close()
+
+
+@contextlib.contextmanager
+def _locked(lock: Path) -> Iterator[None]:
+    with lock.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def serve_held(
+    folder: Path, *flags: str
+) -> Iterator[tuple[ServerProcess, Callable[[], contextlib.AbstractContextManager[None]]]]:
+    """A server, and what holds its network, but for a batch that runs already.
+
+    Args:
+        folder: for the lock.
+        flags: of the server.
+    """
+    lock = folder / "lock"
+    lock.touch()
+    with serve(*flags, command=["-m", "tests.server.held", str(lock)]) as server:
+        yield server, lambda: _locked(lock)
+
+
+if __name__ == "__main__":
+    lock_file = Path(sys.argv.pop(1))
+
+    def _open(*arguments: Any, **options: Any) -> Backend:
+        return _Held(open_backend(*arguments, **options), lock_file)
+
+    vars(loading)["open_backend"] = _open
+    sys.exit(main())
