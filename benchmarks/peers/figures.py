@@ -13,6 +13,7 @@ __all__ = [
     "LARGE",
     "NETWORKS",
     "STOCK",
+    "STOP_S",
     "Aim",
     "BadPhoto",
     "Bare",
@@ -24,6 +25,7 @@ __all__ = [
     "Setting",
     "Step",
     "Stop",
+    "Value",
     "Visit",
     "bad_photo_of",
     "overload_of",
@@ -38,6 +40,8 @@ CLIENTS = (1, 8, 32, 128)
 NETWORKS: tuple[Network, ...] = get_args(Network)
 STOCK = "stock"
 """What runs as it comes in the bare loop: ONNX Runtime."""
+STOP_S = 12
+"""Waited for a server to end after SIGTERM."""
 LARGE = (6000, 4000)
 """Width and height of the photo whose path is measured."""
 

@@ -25,6 +25,7 @@ from benchmarks.peers.figures import (
     CLIENTS,
     LARGE,
     STOCK,
+    STOP_S,
     BadPhoto,
     Bare,
     Network,
@@ -67,7 +68,6 @@ _LEAD = 0.25
 """Of a load's time, before it is measured."""
 _BESIDE = 8
 _BAD_TIMES = 10
-_STOP_S = 12
 
 
 @dataclass(frozen=True)
@@ -333,9 +333,9 @@ def _stop(server: Running, requests: Sequence[bytes]) -> Stop:
         threading.Thread(target=wait, daemon=True).start()
 
     load = until_closed(
-        server.port, requests, clients=_BESIDE, after_s=1, stop=terminate, seconds=_STOP_S
+        server.port, requests, clients=_BESIDE, after_s=1, stop=terminate, seconds=STOP_S
     )
-    while not ended and time.perf_counter() < signalled + _STOP_S:
+    while not ended and time.perf_counter() < signalled + STOP_S:
         time.sleep(0.02)
     time.sleep(0.5)
     try:

@@ -446,11 +446,12 @@ def test_an_aim_may_be_a_least_or_a_most() -> None:
 
 
 def test_the_report_says_where_a_peer_is_ahead(comparison: Comparison, tmp_path: Path) -> None:
+    comparison.visits = [visit for visit in comparison.visits if visit.turn == 1]
     markdown = write_report(comparison, tmp_path)
     ahead = markdown[markdown.index("## Where a peer is ahead") :]
     ahead = ahead[: ahead.index("\n## ")]
     assert (
-        "| masks/s, 8 clients | stub 0 ms | Triton core + Python backend | 300 | 225 | 1.33 |"
+        "| masks/s, 8 clients | stub 0 ms | Triton core + Python backend | 400 | 300 | 1.33 |"
         in (ahead)
     )
     assert "LitServe" not in ahead
@@ -458,6 +459,38 @@ def test_the_report_says_where_a_peer_is_ahead(comparison: Comparison, tmp_path:
     assert "| same ÷ mosec's | ≥ 1.00 | – | – |" in markdown
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 2
+
+
+def test_all_that_was_measured_can_put_a_peer_ahead(comparison: Comparison, tmp_path: Path) -> None:
+    """Given turns that differ by two thirds, when a peer is ahead by less, then it is not."""
+
+    def troubled(visit: Visit, *, idle: float, per_s: float, seconds: float | None) -> Visit:
+        overload = overload_of(Load(0, 1, answers=[]), 1, 1)
+        stop = stop_of(Load(), 0, seconds=seconds, exit_code=0, survivors=0, still_answers=False)
+        return replace(
+            visit,
+            others_cores=0.0,
+            idle_cores=idle,
+            overload=replace(overload, served_per_s=per_s),
+            stop=stop,
+        )
+
+    assert comparison.spread == pytest.approx((1 - 1 / 2) / 0.75)
+    ours = comparison.of(OURS, "stub 5 ms")[0]
+    triton = comparison.of("triton", "stub 5 ms")[0]
+    litserve = comparison.of("litserve", "stub 5 ms")[0]
+    comparison.put(troubled(ours, idle=0.02, per_s=100, seconds=2))
+    comparison.put(troubled(triton, idle=0, per_s=200, seconds=0.5))
+    comparison.put(troubled(litserve, idle=0.015, per_s=130, seconds=None))
+    markdown = write_report(comparison, tmp_path)
+    ahead = markdown[markdown.index("## Where a peer is ahead") :]
+    ahead = ahead[: ahead.index("\n## ")]
+    name = "stub 5 ms | Triton core + Python backend"
+    assert f"| idle, % of a core | {name} | 0.50 | 2.00 | 4.00 |" in ahead
+    assert f"| masks/s at twice its load | {name} | 200 | 100 | 2.00 |" in ahead
+    assert f"| ended after SIGTERM, s | {name} | 0.50 | 2.00 | 4.00 |" in ahead
+    assert "LitServe" not in ahead
+    assert "masks/s, 8 clients" not in ahead
 
 
 def test_every_turn_begins_with_another_server_and_goes_on_where_it_stopped(
