@@ -312,6 +312,9 @@ def _jpeg_scans(data: bytes) -> int:
     Segments are skipped by their length and what follows the picture is not looked at: maker notes,
     previews and the film that phones append hold marker bytes by chance.
     """
+    compiled = pixels.scans(data)
+    if compiled is not None:
+        return compiled
     values = np.frombuffer(data, np.uint8)
     at = np.flatnonzero(values[:-1] == 0xFF)
     code = values[at + 1]

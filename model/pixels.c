@@ -1,7 +1,7 @@
 /*
- * The two loops over a photo's pixels that model/image.py would leave to Pillow and numpy: `squash`
- * is Pillow's BOX to the bit, `mask` is what numpy computes there to the bit. Tests hold them
- * against each other; where this library does not load, Pillow and numpy run.
+ * The loops over a photo that model/image.py would leave to Pillow and numpy: `squash` is Pillow's
+ * BOX to the bit, `mask` is what numpy computes there to the bit, `scans` counts as it does. Tests
+ * hold them against each other; where this library does not load, Pillow and numpy run.
  *
  * Pillow's BOX gives each of the averaged samples the same weight, so one multiplication of their
  * sum is enough. It averages along the rows, rounds, then along the columns; so does this, but a
@@ -165,4 +165,28 @@ PUBLIC void pixels_mask(const float *probability, int64_t rows, int64_t columns,
                              : pack(between(a, b, share), between(a + 4, b + 4, share), limit);
         }
     }
+}
+
+/* How many scans a JPEG has, by its markers up to the end of image. */
+PUBLIC int64_t pixels_scans(const uint8_t *data, int64_t size) {
+    const uint8_t *at = data + 2, *last = data + size - 1;
+    int64_t scans = 0;
+    while (at < last && (at = memchr(at, 0xFF, last - at))) {
+        uint8_t marker = at[1];
+        /* stuffed, fill bytes, restart */
+        if (marker == 0 || marker == 0xFF || (marker >= 0xD0 && marker <= 0xD7)) {
+            ++at;
+            continue;
+        }
+        if (marker == 0xD9)
+            break;
+        scans += marker == 0xDA;
+        if (last - at < 3)
+            break;
+        int64_t length = at[2] << 8 | at[3];
+        if (last - at < 2 + length)
+            break;
+        at += 2 + length;
+    }
+    return scans;
 }

@@ -1,7 +1,7 @@
-"""The two loops over a photo's pixels, compiled: the same bits as Pillow's and numpy's, sooner.
+"""The loops over a photo that are compiled: the same bits as Pillow's and numpy's, sooner.
 
 `pixels.c` is in the tree as a library too, as users have no compiler, and is made by
-`server.backends.native.build`. Where it does not load (another processor, another system) both
+`server.backends.native.build`. Where it does not load (another processor, another system) all
 functions give None.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-__all__ = ["LIBRARY", "mask", "squash"]
+__all__ = ["LIBRARY", "mask", "scans", "squash"]
 
 LIBRARY = Path(__file__).parent / "pixels-x86_64.so"
 
@@ -22,18 +22,21 @@ LIBRARY = Path(__file__).parent / "pixels-x86_64.so"
 def _load() -> ctypes.CDLL | None:
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return None
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
     try:
         library = ctypes.CDLL(str(LIBRARY))
-    except OSError:
+        library.pixels_squash.restype = None
+        library.pixels_squash.argtypes = [pointer, number, number, ctypes.c_int32, pointer, pointer]
+        library.pixels_mask.restype = None
+        library.pixels_mask.argtypes = [
+            *(pointer, number, number, number, number),
+            *(ctypes.c_float, pointer, pointer),
+        ]
+        library.pixels_scans.restype = number
+        library.pixels_scans.argtypes = [ctypes.c_char_p, number]
+    except (OSError, AttributeError):
+        # Of an older source, too: what builds it anew imports this.
         return None
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.pixels_squash.restype = None
-    library.pixels_squash.argtypes = [pointer, number, number, ctypes.c_int32, pointer, pointer]
-    library.pixels_mask.restype = None
-    library.pixels_mask.argtypes = [
-        *(pointer, number, number, number, number),
-        *(ctypes.c_float, pointer, pointer),
-    ]
     return library
 
 
@@ -88,3 +91,11 @@ def mask(
         *(width, height, threshold, scratch.ctypes.data, packed.ctypes.data),
     )
     return packed
+
+
+def scans(jpeg: bytes) -> int | None:
+    """How many scans the picture has; None where numpy has to count them."""
+    if _library is None:
+        return None
+    count: int = _library.pixels_scans(jpeg, len(jpeg))
+    return count

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from model import pixels
+from model import image, pixels
 from model.image import MODEL_SIZE, lesion_mask, read_photo
 
 runs_here = pytest.mark.skipif(
@@ -70,6 +70,26 @@ def test_the_mask_is_numpys(threshold: float, monkeypatch: pytest.MonkeyPatch) -
                 patch.setattr(pixels, "_library", None)
                 expected = lesion_mask(probability, width, height, threshold)
             np.testing.assert_array_equal(compiled, expected, f"{width}×{height}")
+
+
+@runs_here
+def test_scans_are_counted_alike_whatever_the_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = BytesIO()
+    Image.fromarray(noise(90, 70)).save(buffer, "JPEG", progressive=True)
+    photo = buffer.getvalue()
+    rng = np.random.default_rng(11)
+    # Marker bytes all over, lengths that are short, and ends in the middle of anything.
+    markers = np.array([0, 1, 3, 0xD0, 0xD9, 0xDA, 0xDB, 0xFF, 0xFF, 0xFF], np.uint8)
+    files = [photo, *(photo[:length] for length in range(3, len(photo), 97))]
+    files += [
+        b"\xff\xd8\xff" + rng.choice(markers, length - 3).tobytes()
+        for length in [*range(3, 12), *rng.integers(12, 400, 300)]
+    ]
+    counts = [image._jpeg_scans(data) for data in files]
+    monkeypatch.setattr(pixels, "_library", None)
+    assert counts == [image._jpeg_scans(data) for data in files]
+    assert counts[0] == 10
+    assert max(counts[len(files) - 300 :]) > 1
 
 
 def test_without_the_library_photos_and_masks_are_the_same(
