@@ -1,6 +1,7 @@
 """`python -m server`: serve in this process, or in several workers that it looks after."""
 
 import logging
+import signal
 import socket
 import sys
 
@@ -21,6 +22,8 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def main() -> int:
     """Serve until a signal ends it; gives the process's exit code."""
+    # Nothing is loaded yet that could be loaded again; by default it would end the process.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     settings = read_settings()
     configure(settings.log_level, settings.log_format)
     try:

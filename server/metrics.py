@@ -11,18 +11,21 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
     generate_latest,
+    values,
 )
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from server.backends import BackendInfo
+from server.shared_metrics import PLACE, SHARED_FOLDER
 
-__all__ = ["SHARED", "SHARED_FOLDER", "Metrics"]
-
-SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
-"""Environment variable that the library reads when it is imported: where processes share."""
+__all__ = ["SHARED", "Metrics"]
 
 SHARED = SHARED_FOLDER in os.environ
 """Whether this process is one of several whose metrics are shown together."""
+
+if SHARED:
+    _place = os.environ.get(PLACE, str(os.getpid()))
+    values.ValueClass = values.MultiProcessValue(lambda: _place)  # type: ignore[no-untyped-call]
 
 # Their creation times would double the series and tell nothing that a scraper needs.
 disable_created_metrics()  # type: ignore[no-untyped-call]

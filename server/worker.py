@@ -18,6 +18,7 @@ import signal
 import socket
 import ssl
 import sys
+import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -29,9 +30,9 @@ from server.backends import BackendError
 from server.connections import Connection, House
 from server.keys import KeyFileError
 from server.logs import configure, silence_libtiff
-from server.metrics import SHARED_FOLDER
 from server.service import Service
 from server.settings import Settings, read_settings
+from server.shared_metrics import SHARED_FOLDER
 
 __all__ = ["run"]
 
@@ -47,13 +48,17 @@ _ORPHANED = signal.SIGUSR1
 # Who connected before the port closed may take this long to send what they connected for.
 _LAST_REQUESTS_S = 0.5
 
+# Beyond the drain's timeout, for what is closed after it.
+_MARGIN_S = 3.0
+
 
 class _Server(uvicorn.Server):
     """Uvicorn with a drain that loses no request, and exit code 0 after it."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, held: list[int]) -> None:
         super().__init__(config)
         self._service = service
+        self._held = held
         self._house = House(service.settings, service.metrics)
         self._reloading: asyncio.Task[None] | None = None
 
@@ -98,6 +103,10 @@ class _Server(uvicorn.Server):
             sys.exit(1)
         self._loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
         self._loop.add_signal_handler(_ORPHANED, self._drain)
+        if signal.SIGHUP in self._held:
+            self._on_hangup()
+        if set(self._held) - {signal.SIGHUP}:
+            self._drain()
         self.servers = [
             await self._loop.create_server(
                 self._protocol, sock=listener, backlog=self.config.backlog, **self._tls
@@ -133,6 +142,32 @@ class _Server(uvicorn.Server):
 
     def _stop(self) -> None:
         self.should_exit = True
+        patience_s = self._service.settings.drain_timeout_s + _MARGIN_S
+        backstop = threading.Timer(patience_s, _end_at_last)
+        backstop.daemon = True
+        backstop.start()
+
+
+def _end_at_last() -> None:
+    """A thread that never comes back, say one in a driver, would hold up the end for ever."""
+    log.error("something does not end: the process is ended")
+    os._exit(1)
+
+
+def _hold_signals() -> list[int]:
+    """Keep what is signalled until the server can heed it; by default it would end the process."""
+    held: list[int] = []
+
+    def hold(number: int, _: FrameType | None) -> None:
+        if number in held and number in (signal.SIGTERM, signal.SIGINT):
+            os._exit(128 + number)
+        held.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, _ORPHANED):
+        signal.signal(number, hold)
+    # Blocked until there was something that could keep them.
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    return held
 
 
 def _allow_files(wanted: int) -> None:
@@ -155,6 +190,7 @@ def run(
         listener: accepts connections.
         on_reloaded: called when an administrator has had the network loaded again.
     """
+    held = _hold_signals()
     _allow_files(settings.max_connections + _OTHER_FILES)
     silence_libtiff()
     failed = False
@@ -189,7 +225,7 @@ def run(
     except OSError as error:
         log.error("TLS cannot be set up, look at --tls-cert and its kin: %s", error)
         return 1
-    server = _Server(config, service)
+    server = _Server(config, service, held)
     server.run([listener])
     return 1 if failed else 0
 
@@ -203,8 +239,6 @@ def main() -> int:
     supervisor, listener = int(sys.argv[1]), int(sys.argv[2])
     settings = read_settings(sys.argv[3:])
     configure(settings.log_level, settings.log_format)
-    # Inherited from the supervisor, which waits for its signals instead.
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     # However the supervisor ends, its workers drain and end too.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, _ORPHANED)
     if os.getppid() != supervisor:

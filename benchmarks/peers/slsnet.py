@@ -17,7 +17,7 @@ from benchmarks.peers.servers import handler
 from server import loading, supervisor, worker
 from server.__main__ import main
 from server.backends import BackendInfo
-from server.metrics import SHARED_FOLDER
+from server.shared_metrics import SHARED_FOLDER
 
 
 class StubBackend:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -109,6 +110,23 @@ def test_a_network_that_cannot_be_loaded_ends_the_process(
     assert str(model) in failure
     assert "Traceback" not in result.stderr
     assert ("listening on" in result.stderr) is (content is not None)
+
+
+def test_a_hangup_while_it_starts_does_not_end_it() -> None:
+    port = free_port()
+    with subprocess.Popen(
+        [sys.executable, "-m", "server", "--port", str(port), "--drain-grace-s", "0"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        lines = iter(process.stderr)
+        assert any("listening on" in line for line in lines)
+        process.send_signal(signal.SIGHUP)
+        assert any(" ready: " in line for line in lines)
+        process.terminate()
+        assert process.wait(60) == 0
 
 
 def test_an_address_that_is_taken_is_named() -> None:
