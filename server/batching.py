@@ -12,20 +12,22 @@ it never starves, one photo for every eight interactive ones.
 
 import asyncio
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 
 import numpy as np
 from numpy.typing import NDArray
 
 from server.backends import Backend, BackendError
 from server.metrics import Metrics
-from server.problems import ClientGone, DeadlineExceeded, InferenceFailed
+from server.problems import ClientGone, DeadlineExceeded, InferenceFailed, Unavailable
 
-__all__ = ["FAILURES", "INTERACTIVE_PER_BULK", "Batcher", "Inference"]
+__all__ = ["FAILING", "FAILURES", "INTERACTIVE_PER_BULK", "Batcher", "Inference"]
 
 log = logging.getLogger("slsnet.batching")
 
@@ -33,11 +35,23 @@ FAILURES = 5
 """A batch that fails and its retry can be one photo's fault; after this many runs in a row that
 failed, the backend is at fault."""
 
+FAILING = (
+    "The network fails on every photo and is being loaded anew. Try again when GET /health/ready"
+    " answers 200."
+)
+"""What clients are told of it."""
+
 INTERACTIVE_PER_BULK = 8
 """While both kinds wait, so many interactive photos run for one bulk photo."""
 
 # A run of bulk photos alone is kept about this short: it cannot be interrupted.
 _BULK_RUN_S = 0.1
+
+# A run that takes longer than this, and so many times what was to be expected, never ends.
+_HUNG_S = 30.0
+_HUNG_TIMES = 20
+# Looks at the clock meanwhile, so that a process that was stopped for a while has lost one of them.
+_LOOKS = 10
 
 
 @dataclass(frozen=True)
@@ -77,7 +91,7 @@ class Batcher:
         metrics: told of batch sizes, drops and failures.
         max_batch: 0 for the backend's own.
         max_wait_ms: how long an idle backend waits for a batch to fill.
-        on_failing: called once, when the backend has failed `FAILURES` times in a row.
+        on_failing: called once, when the backend has failed `FAILURES` times in a row, or hangs.
         """
         self.info = info = backend.describe()
         self._backend = backend
@@ -94,9 +108,11 @@ class Batcher:
         self._interactive_since_bulk = 0
         self._running: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
-        self._threads = ThreadPoolExecutor(info.slots, thread_name_prefix="infer")
+        self._threads = _Threads(info.slots)
         self._on_failing = on_failing
         self._failures = 0
+        self._is_failing = False
+        self._hung = False
         self.seconds_per_image = 0.0
         """Moving average of the backend's time an image."""
 
@@ -118,6 +134,7 @@ class Batcher:
             DeadlineExceeded: the deadline passed while the image waited.
             ClientGone: `is_gone` said so.
             InferenceFailed: the backend failed on this image in its batch and again alone.
+            Unavailable: the backend fails all the time, or does not come back.
         """
         return await self.submit([pixels], deadline=deadline, is_gone=is_gone)[0]
 
@@ -147,8 +164,8 @@ class Batcher:
 
     @property
     def is_failing(self) -> bool:
-        """Whether the backend failed `FAILURES` times in a row; once so, it stays so."""
-        return self._failures >= FAILURES
+        """Whether the backend failed `FAILURES` times in a row, or hangs; once so, it stays so."""
+        return self._is_failing
 
     def waiting(self, *, bulk: bool) -> int:
         """Images in the queue."""
@@ -160,15 +177,21 @@ class Batcher:
         return time.perf_counter() - min(heads) if heads else 0.0
 
     async def close(self) -> None:
-        """Finish what is queued and running, then close the backend."""
+        """Finish what is queued and running, then close the backend, unless it hangs."""
         self._max_wait_s = 0
         self._dispatch()
         while self._running:
             await asyncio.wait(self._running)
-        self._threads.shutdown()
-        self._backend.close()
+        self._threads.close()
+        if not self._hung:
+            # A thread is in there otherwise.
+            self._backend.close()
 
     def _dispatch(self) -> None:
+        if self._is_failing:
+            for queue in (self._interactive, self._bulk):
+                while queue:
+                    _refuse(queue.popleft())
         while len(self._running) < self._slots and (self._interactive or self._bulk):
             if self._should_wait():
                 return
@@ -251,7 +274,9 @@ class Batcher:
             log.exception("inference failed on a batch of %d, retrying one by one", len(batch))
             self._metrics.batch_failures.inc()
             for item in batch:
-                if self._is_wanted(item):
+                if self._is_failing:
+                    _refuse(item)
+                elif self._is_wanted(item):
                     await self._retry(item)
 
     async def _retry(self, item: _Item) -> None:
@@ -259,7 +284,9 @@ class Batcher:
             await self._infer([item])
         except Exception as error:
             log.exception("inference failed on a single image")
-            if not item.result.done():
+            if self._hung:
+                _refuse(item)
+            elif not item.result.done():
                 failure = InferenceFailed(
                     "The network failed on this photo twice. Trying again later may work; if it"
                     " does not, report the request_id."
@@ -269,16 +296,13 @@ class Batcher:
 
     async def _infer(self, batch: list[_Item]) -> None:
         try:
-            started, ended, probabilities = await asyncio.get_running_loop().run_in_executor(
-                self._threads, self._call_backend, [item.pixels for item in batch]
-            )
+            started, ended, probabilities = await self._in_time(batch)
         except Exception:
             self._failures += 1
-            if self._failures == FAILURES:
-                self._on_failing()
+            if self._failures >= FAILURES:
+                self._fail()
             raise
-        if not self.is_failing:
-            self._failures = 0
+        self._failures = 0
         self._metrics.batch_size.observe(len(batch))
         self._metrics.padding.inc(self._bucket(len(batch)) - len(batch))
         per_image = (ended - started) / len(batch)
@@ -288,6 +312,27 @@ class Batcher:
         for item, probability in zip(batch, probabilities, strict=True):
             if not item.result.done():
                 item.result.set_result(Inference(probability, started, ended, len(batch)))
+
+    async def _in_time(self, batch: list[_Item]) -> tuple[float, float, NDArray[np.float32]]:
+        """What `_call_backend` gives; BackendError if that takes for ever."""
+        images = [item.pixels for item in batch]
+        running = asyncio.wrap_future(self._threads.submit(lambda: self._call_backend(images)))
+        expected_s = self.seconds_per_image * self._bucket(len(batch))
+        limit_s = max(_HUNG_S, _HUNG_TIMES * expected_s)
+        for _ in range(_LOOKS):
+            await asyncio.wait([running], timeout=limit_s / _LOOKS)
+            if running.done():
+                return running.result()
+        self._hung = True
+        self._fail()
+        raise BackendError(f"The backend has not come back for {limit_s:g} s.")
+
+    def _fail(self) -> None:
+        """Give the backend nothing more, and tell those who wait for it."""
+        if not self._is_failing:
+            self._is_failing = True
+            self._dispatch()
+            self._on_failing()
 
     def _call_backend(
         self, images: Sequence[NDArray[np.uint8]]
@@ -302,6 +347,48 @@ class Batcher:
         if len(probabilities) != len(images) or not np.isfinite(probabilities).all():
             raise BackendError("The backend's answer is not one finite map for each image.")
         return started, time.perf_counter(), probabilities
+
+
+_Result = tuple[float, float, NDArray[np.float32]]
+
+
+class _Threads:
+    """Threads that the end of the process does not wait for: one may be in a driver for ever."""
+
+    def __init__(self, count: int) -> None:
+        self._work: SimpleQueue[tuple[Future[_Result], Callable[[], _Result]] | None] = (
+            SimpleQueue()
+        )
+        self._count = count
+        for number in range(count):
+            threading.Thread(target=self._run, name=f"infer_{number}", daemon=True).start()
+
+    def submit(self, work: Callable[[], _Result]) -> Future[_Result]:
+        future: Future[_Result] = Future()
+        self._work.put((future, work))
+        return future
+
+    def close(self) -> None:
+        """Let them end once they are idle."""
+        for _ in range(self._count):
+            self._work.put(None)
+
+    def _run(self) -> None:
+        while (item := self._work.get()) is not None:
+            future, work = item
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(work())
+            except Exception as error:  # noqa: BLE001  # it goes to who waits
+                future.set_exception(error)
+            # Or the last batch would be held until the next one.
+            del item, future, work
+
+
+def _refuse(item: _Item) -> None:
+    if not item.result.done():
+        item.result.set_exception(Unavailable(FAILING))
 
 
 _TOO_LATE = (

@@ -14,7 +14,6 @@ from server.backends import (
     open_cpu_backend,
 )
 from server.backends.engine_cache import EngineCache, EngineEvent, open_engine_cache
-from server.batching import FAILURES
 from server.service import Service
 from server.settings import Settings
 
@@ -100,11 +99,11 @@ class Loader:
 
     def _lost(self) -> None:
         self._count("lost")
-        log.error("engine lost: %d batches failed in a row; the CPU serves now", FAILURES)
+        log.error("engine lost: it fails on every batch, or hangs; the CPU serves now")
         self._recover(_on_cpu)
 
     def _failing(self) -> None:
-        log.error("%d batches failed in a row: no requests are taken until it works", FAILURES)
+        log.error("the network fails on every batch, or hangs: requests are refused until it works")
         self._recover(_first)
 
     def _recover(self, open_anew: Callable[[Settings], Backend]) -> None:

@@ -21,7 +21,7 @@ from model.image import MODEL_SIZE, Photo, read_photo
 from model.image import ImageError as PhotoError
 from server.admission import Gate, Place
 from server.backends import Backend, BackendError, BackendInfo
-from server.batching import Batcher, Inference
+from server.batching import FAILING, Batcher, Inference
 from server.metrics import Metrics
 from server.problems import ClientGone, Unavailable, of_photo_error
 from server.settings import Settings
@@ -104,7 +104,7 @@ class Service:
 
     @property
     def is_failing(self) -> bool:
-        """Whether the backend has failed so often in a row that nothing is given to it."""
+        """Whether the backend fails so often in a row, or hangs, that nothing is given to it."""
         return self._batcher is not None and self._batcher.is_failing
 
     async def use(self, backend: Backend, on_failing: Callable[[], None] = lambda: None) -> None:
@@ -114,7 +114,7 @@ class Service:
 
         Args:
             backend: loaded.
-            on_failing: called if it fails many times in a row.
+            on_failing: called if it fails many times in a row, or hangs.
 
         Raises:
             BackendError: it does not work; the one before goes on.
@@ -155,7 +155,7 @@ class Service:
         if self._batcher is None:
             raise Unavailable(_STARTING)
         if self._batcher.is_failing:
-            raise Unavailable(_FAILING)
+            raise Unavailable(FAILING)
 
     def check_ready(self) -> None:
         """Raises:
@@ -281,8 +281,4 @@ def _prove(backend: Backend) -> float:
     return taken_s
 
 
-_FAILING = (
-    "The network fails on every photo and is being loaded anew. Try again when GET /health/ready"
-    " answers 200."
-)
 _STARTING = "The network is still being loaded. Try again when GET /health/ready answers 200."

@@ -21,7 +21,7 @@ from server.bulk.sources import BulkError
 from server.loading import Loader
 from server.masks import measure
 from server.metrics import Metrics
-from server.problems import InferenceFailed
+from server.problems import InferenceFailed, Unavailable
 from server.service import Service
 from server.settings import Settings
 from server.uploads import PixelBudget
@@ -103,9 +103,9 @@ class Segmenter:
         except ValueError as error:
             # A path that no file can have, such as one with a NUL in it.
             return Row("failed", str(error))
+        except Unavailable:
+            raise BulkError("The network fails on every photo, the log says why.") from None
         except InferenceFailed:
-            if service.is_failing:
-                raise BulkError("The network fails on every photo, the log says why.") from None
             return Row("failed", "the network failed on this photo, in its batch and alone")
 
     def _read(self, path: Path) -> tuple[Photo, float]:

@@ -1,6 +1,7 @@
 """`python -m tests.server.faulty_server FLAGS…`: a server whose network fails now and then."""
 
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,6 +15,9 @@ from server.backends import Backend, BackendError, BackendInfo, open_backend
 
 POISON = (255, 0, 255)
 """A batch with a photo of nothing but this colour always fails."""
+
+ENDLESS = (0, 255, 255)
+"""With one of this colour it never comes back."""
 
 EVERY = 7
 """So does each seventh batch, once."""
@@ -44,6 +48,8 @@ class Faulty:
         if (batch == POISON).all((1, 2, 3)).any():
             self._again |= {image.tobytes() for image in batch}
             raise BackendError("poisoned")
+        if (batch == ENDLESS).all((1, 2, 3)).any():
+            threading.Event().wait()
         return self._backend.infer(batch)
 
     def close(self) -> None:

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from server import batching
 from server.backends import BackendError, BackendInfo
-from server.batching import Batcher, Inference
+from server.batching import FAILURES, Batcher, Inference
 from server.metrics import Metrics
-from server.problems import ClientGone, DeadlineExceeded, InferenceFailed
+from server.problems import ClientGone, DeadlineExceeded, InferenceFailed, Unavailable
 
 FAR = time.perf_counter() + 3600
 POISON = 255
@@ -166,6 +167,47 @@ def test_one_bad_image_fails_alone() -> None:
         assert metrics.registry.get_sample_value("slsnet_batch_failures_total") == 1
         # The backend goes on being used.
         assert (await ask(batcher, 5)).batch_size == 1
+
+    run(scenario)
+
+
+def test_a_backend_that_always_fails_is_given_nothing_more() -> None:
+    async def scenario() -> None:
+        backend = HeldBackend(slots=2)
+        told: list[bool] = []
+        batcher = Batcher(backend, Metrics(), on_failing=lambda: told.append(True))
+        tasks = [ask(batcher, POISON) for _ in range(30)]
+        backend.gate.release(1000)
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert {type(result) for result in results} == {InferenceFailed, Unavailable}
+        assert len(backend.batches) <= FAILURES + backend.info.slots
+        assert batcher.is_failing
+        with pytest.raises(Unavailable):
+            await batcher.infer(image(1), deadline=FAR)
+        assert told == [True]
+        await batcher.close()
+        assert backend.closed
+
+    run(scenario)
+
+
+def test_a_backend_that_hangs_is_given_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "_HUNG_S", 0.2)
+
+    async def scenario() -> None:
+        backend = HeldBackend()
+        told: list[bool] = []
+        batcher = Batcher(backend, Metrics(), on_failing=lambda: told.append(True))
+        tasks = [ask(batcher, value) for value in range(10)]
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert {type(result) for result in results} == {Unavailable}
+        assert len(backend.batches) == 1
+        assert batcher.is_failing
+        assert told == [True]
+        await batcher.close()
+        # A thread is in there still.
+        assert not backend.closed
+        backend.gate.release()
 
     run(scenario)
 

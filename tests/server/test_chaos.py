@@ -22,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from benchmarks.launch import ServerProcess, serve
 from benchmarks.soak import soak
 from tests.conftest import Offline, Sample, until
-from tests.server.faulty_server import POISON
+from tests.server.faulty_server import ENDLESS, POISON
 from tests.server.test_drain import masks_of
 from tests.server.test_segment import read_png
 
@@ -106,19 +106,34 @@ def answers(server: ServerProcess) -> dict[str, float]:
     return counts
 
 
+def plain(colour: tuple[int, int, int]) -> bytes:
+    """A photo of nothing but this."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (300, 200), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_a_backend_that_never_comes_back_does_not_hold_up_the_end() -> None:
+    flags = ("--drain-grace-s", "0", "--drain-timeout-s", "1", "--request-timeout-ms", "2000")
+    with serve(*flags, command=["-m", "tests.server.faulty_server"]) as server:
+        answer = httpx.post(f"{server.url}/segment", content=plain(ENDLESS))
+        assert answer.status_code == 504
+        server.terminate()
+        assert server.wait() == 1
+        assert "something does not end" in server.log()
+
+
 def test_a_backend_that_raises_now_and_then_costs_no_answer_but_the_bad_photos(
     photos: list[Sample],
 ) -> None:
-    buffer = io.BytesIO()
-    Image.new("RGB", (300, 200), POISON).save(buffer, "PNG")
-    poisoned = Sample("poisoned", buffer.getvalue(), np.zeros((200, 300), np.bool_))
+    poisoned = plain(POISON)
 
     def alternate(mask: bytes, stop: threading.Event) -> tuple[int, set[int]]:
         """Good and bad in turn: the bad one alone would be a backend that always fails."""
         bad: list[int] = []
         with httpx.Client(base_url=server.url, timeout=60) as client:
             while not stop.is_set():
-                bad.append(client.post("/segment", content=poisoned.data).status_code)
+                bad.append(client.post("/segment", content=poisoned).status_code)
                 good = client.post("/segment", content=photos[0].data)
                 assert good.status_code == 200
                 assert good.content == mask

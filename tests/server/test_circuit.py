@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from server import loading
+from server import batching, loading
 from server.app import create_app
 from server.backends import BackendError, BackendInfo
 from server.settings import Settings
@@ -62,8 +62,8 @@ def test_a_backend_that_keeps_failing_is_left_alone_until_it_is_brought_back(
         assert segment() == 200
         assert metric("slsnet_circuit_open") == 0
         broken.set()
-        # Each photo fails in its batch and once more alone: five failures are three photos.
-        assert [segment() for _ in range(3)] == [500, 500, 500]
+        # Each photo fails in its batch and once more alone; the fifth failure is one too many.
+        assert [segment() for _ in range(3)] == [500, 500, 503]
         calls = opened[0].calls
         answer = client.post("/segment", content=PHOTO)
         assert answer.status_code == 503
@@ -80,6 +80,33 @@ def test_a_backend_that_keeps_failing_is_left_alone_until_it_is_brought_back(
         _until(lambda: _backend(client) == "fragile")
         assert segment() == 200
         assert metric("slsnet_circuit_open") == 0
+
+
+def test_a_backend_that_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    hangs = threading.Event()
+    opened: list[Fragile] = []
+
+    class Hanging(Fragile):
+        def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+            if hangs.is_set() and self is opened[0]:
+                threading.Event().wait()
+            return super().infer(batch)
+
+    def open_hanging(*_: Any, **__: Any) -> Fragile:
+        opened.append(Hanging(threading.Event()))
+        return opened[-1]
+
+    monkeypatch.setattr(loading, "open_backend", open_hanging)
+    monkeypatch.setattr(batching, "_HUNG_S", 0.5)
+    app, _ = create_app(Settings(backend="onnxruntime"))
+    with _serve(app) as client:
+        _until(lambda: _backend(client) == "fragile")
+        hangs.set()
+        assert client.post("/segment", content=PHOTO).status_code == 503
+        _until(lambda: len(opened) == 2)
+        _until(lambda: _backend(client) == "fragile")
+        assert client.post("/segment", content=PHOTO).status_code == 200
+    # What hangs does not hold up the end.
 
 
 def test_single_failures_leave_the_backend_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
