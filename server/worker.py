@@ -48,6 +48,9 @@ _ORPHANED = signal.SIGUSR1
 # Who connected before the port closed may take this long to send what they connected for.
 _LAST_REQUESTS_S = 0.5
 
+# And this long to agree on how to encrypt it.
+_LAST_HANDSHAKES_S = 1.0
+
 # Beyond the drain's timeout, for what is closed after it.
 _MARGIN_S = 3.0
 
@@ -89,7 +92,9 @@ class _Server(uvicorn.Server):
         settings = self._service.settings
         try:
             if self.config.ssl is not None and settings.tls_cert is not None:
-                self.config.ssl.load_cert_chain(settings.tls_cert, settings.tls_key)
+                # Tried apart first: where it fails half of it would be in use.
+                for context in (ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), self.config.ssl):
+                    context.load_cert_chain(settings.tls_cert, settings.tls_key)
             await self.lifespan.state["reload"]()
         except (BackendError, OSError) as error:
             log.error("nothing is changed: %s", error)
@@ -125,17 +130,33 @@ class _Server(uvicorn.Server):
         """Take in who has connected already, then close: closing alone would reset them."""
         waiting: list[socket.socket] = []
         listener.setblocking(False)
-        try:
-            while True:
+        while True:
+            try:
                 waiting.append(listener.accept()[0])
-        except BlockingIOError:
-            pass
+            except BlockingIOError:
+                break
+            except ConnectionAbortedError:
+                # This one has given up.
+                continue
+            except OSError as error:
+                log.error("who has connected last is not answered: %s", error)
+                break
         for server in self.servers:
             server.close()
         listener.close()
+        options = self._tls
+        if options:
+            options["ssl_handshake_timeout"] = _LAST_HANDSHAKES_S
         for connection in waiting:
             connection.setblocking(False)
-            await self._loop.connect_accepted_socket(self._protocol, connection, **self._tls)
+        # All at once, for some may say nothing; whoever fails at TLS has been let go.
+        await asyncio.gather(
+            *(
+                self._loop.connect_accepted_socket(self._protocol, connection, **options)
+                for connection in waiting
+            ),
+            return_exceptions=True,
+        )
 
     def _protocol(self) -> asyncio.Protocol:
         return Connection(self._house, self.config, self.server_state, self.lifespan.state)

@@ -5,6 +5,8 @@ import datetime
 import hashlib
 import ipaddress
 import os
+import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -22,7 +24,7 @@ from cryptography.x509.oid import NameOID
 
 from benchmarks.launch import ServerProcess, free_port, serve
 from server.keys import KeyFile, KeyFileError, new_key
-from tests.conftest import ROOT, Sample
+from tests.conftest import ROOT, Sample, until
 from tests.server.test_problems import assert_problem
 
 
@@ -268,6 +270,49 @@ def test_tls_and_clients_that_show_their_certificate(tmp_path: Path, photos: lis
             with pytest.raises(httpx.TransportError):
                 httpx.get(f"http://127.0.0.1:{port}/health/live")
             assert client.get("/health/live").status_code == 200
+        finally:
+            process.terminate()
+        assert process.wait(60) == 0
+
+
+def test_a_certificate_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    authority = Authority(tmp_path, "authority")
+    trust = ssl.create_default_context(cafile=str(authority.certificate))
+    first, second = (authority.issue(name).read_text() for name in ("first", "second"))
+    begin = "-----BEGIN CERTIFICATE-----"
+    certificate, key = tmp_path / "served.crt", tmp_path / "served.key"
+    certificate.write_text(first)
+    key.write_text(first.partition(begin)[0])
+    port = free_port()
+    log = tmp_path / "log"
+    command = [sys.executable, "-m", "server", "--port", str(port)]
+    command += ["--tls-cert", str(certificate), "--tls-key", str(key)]
+
+    def served() -> str:
+        """Whom the certificate is for that a new connection is shown."""
+        with (
+            socket.create_connection(("127.0.0.1", port), timeout=60) as plain,
+            trust.wrap_socket(plain, server_hostname="127.0.0.1") as connection,
+        ):
+            shown = connection.getpeercert(binary_form=True)
+            assert shown is not None
+            (name,) = x509.load_der_x509_certificate(shown).subject
+            return str(name.value)
+
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(command, cwd=ROOT, env=os.environ, stderr=output) as process,
+        httpx.Client(base_url=f"https://127.0.0.1:{port}", verify=trust) as client,
+    ):
+        try:
+            until_ready(client, process)
+            certificate.write_text(second)
+            process.send_signal(signal.SIGHUP)
+            until(lambda: "nothing is changed" in log.read_text())
+            assert served() == "first"
+            key.write_text(second.partition(begin)[0])
+            process.send_signal(signal.SIGHUP)
+            until(lambda: served() == "second")
         finally:
             process.terminate()
         assert process.wait(60) == 0

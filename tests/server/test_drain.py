@@ -1,15 +1,32 @@
 """SIGTERM: what was accepted is answered, readiness says no, and the process ends with 0."""
 
+import asyncio
+import contextlib
+import errno
 import signal
+import socket
+import ssl
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
 import httpx
+import pytest
+import uvicorn
+import uvloop
 
 from benchmarks.launch import ServerProcess, serve
+from server import worker
+from server.app import create_app
+from server.connections import Connection
+from server.settings import Settings
+from server.worker import _Server
 from tests.conftest import Sample, until
+from tests.server.test_access import Authority
 
 
 @dataclass
@@ -79,6 +96,76 @@ def test_idle_server_ends_with_0() -> None:
     with serve("--drain-grace-s", "0") as server:
         server.process.send_signal(signal.SIGINT)
         assert server.wait() == 0
+
+
+class _Listener(socket.socket):
+    """Fails first."""
+
+    errors: ClassVar[list[OSError]] = []
+
+    def accept(self) -> Any:
+        if self.errors:
+            raise self.errors.pop(0)
+        return super().accept()
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_who_fails_at_tls_while_the_port_closes_harms_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    # For a busy machine.
+    monkeypatch.setattr(worker, "_LAST_HANDSHAKES_S", 5.0)
+    authority = Authority(tmp_path, "authority")
+    trust = ssl.create_default_context(cafile=str(authority.certificate))
+    settings = Settings(head_timeout_s=3600, tls_cert=authority.issue("server"))
+    app, service = create_app(settings)
+    config = uvicorn.Config(app, http=Connection, log_config=None, ssl_certfile=settings.tls_cert)
+    config.load()
+
+    def ask(connection: socket.socket) -> bytes:
+        with trust.wrap_socket(connection, server_hostname="127.0.0.1") as encrypted:
+            encrypted.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+            return encrypted.recv(12)
+
+    async def close_the_port(listener: socket.socket, good: socket.socket) -> bytes:
+        server = _Server(config, service, [])
+        server._loop = asyncio.get_running_loop()
+        server.lifespan = config.lifespan_class(config)
+        server.servers = []
+        answer = asyncio.create_task(asyncio.to_thread(ask, good))
+        await server._accept_backlog(listener)
+        return await answer
+
+    with _Listener() as listener, contextlib.ExitStack() as stack:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        plain, *_, good = [
+            stack.enter_context(socket.create_connection(listener.getsockname(), timeout=60))
+            for _ in range(20)
+        ]
+        plain.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        _Listener.errors = [ConnectionAbortedError()]
+        with asyncio.Runner(loop_factory=loop) as runner:
+            assert runner.run(close_the_port(listener, good)) == b"HTTP/1.1 200"
+
+
+def test_no_file_left_for_who_has_connected_last_is_survived() -> None:
+    app, service = create_app(Settings())
+
+    async def close_the_port() -> None:
+        config = uvicorn.Config(app, http=Connection, log_config=None)
+        config.load()
+        server = _Server(config, service, [])
+        server._loop = asyncio.get_running_loop()
+        server.servers = []
+        with _Listener() as listener:
+            _Listener.errors = [OSError(errno.EMFILE, "Too many open files")]
+            await server._accept_backlog(listener)
+            assert listener.fileno() == -1
+
+    asyncio.run(close_the_port())
 
 
 def test_a_log_on_a_full_disk_costs_no_answer_and_no_exit_code(photos: list[Sample]) -> None:
