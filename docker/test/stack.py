@@ -7,6 +7,8 @@ python docker/test/stack.py dashboard PROMETHEUS SERVER PHOTO
                                                      while clients do all that it shows
 python docker/test/stack.py alert PROMETHEUS NAME STATE…
                                                      an alert is in one of these states
+python docker/test/stack.py annotation PROMETHEUS NAME
+                                                     what the dashboard marks so has happened
 python docker/test/stack.py grafana GRAFANA          the dashboard is there, and its source answers
 python docker/test/stack.py screenshot PROMETHEUS FILE
                                                      two of the dashboard's queries on its own page
@@ -15,6 +17,7 @@ python docker/test/stack.py screenshot PROMETHEUS FILE
 import contextlib
 import http.client
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -37,15 +40,33 @@ _CLIENTS = 40
 _PICTURED = ("Requests by status", "Where the time goes")
 
 
+def _dashboard() -> dict[str, Any]:
+    read: dict[str, Any] = json.loads((FOLDER / "grafana/dashboards/slsnet.json").read_text())
+    return read
+
+
 def dashboard_queries(range_: str, instance: str = ".*") -> Iterator[tuple[str, str]]:
     """Title of the panel and PromQL of each query, with the dashboard's variables filled in."""
-    dashboard = json.loads((FOLDER / "grafana/dashboards/slsnet.json").read_text())
-    for panel in dashboard["panels"]:
+    for panel in _dashboard()["panels"]:
         for target in panel.get("targets", []):
             expr = target["expr"]
             for name, value in (("$__rate_interval", range_), ("$instance", instance)):
                 expr = expr.replace(name, value)
             yield panel["title"], expr
+
+
+def annotations() -> dict[str, str]:
+    """PromQL of what is marked on every panel, by name."""
+    listed = _dashboard()["annotations"]["list"]
+    return {each["name"]: each["expr"] for each in listed if "expr" in each}
+
+
+def variables() -> Iterator[tuple[str, str]]:
+    """Selector and label of each variable that Prometheus is asked for."""
+    for variable in _dashboard()["templating"]["list"]:
+        asked = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"]["query"])
+        assert asked, f"{variable['name']} asks for more than a label"
+        yield asked[1], asked[2]
 
 
 def query(prometheus: str, path: str, **parameters: str) -> Any:
@@ -105,6 +126,13 @@ def alert(prometheus: str, name: str, states: Sequence[str]) -> None:
     started = time.monotonic()
     wait_for(f"{name} is {' or '.join(states)}", raised)
     print(f"{name} is {' or '.join(states)} after {time.monotonic() - started:.0f} s")
+
+
+def annotation(prometheus: str, name: str) -> None:
+    """Wait until the query of that name is answered."""
+    expr = annotations()[name]
+    wait_for(f"{name}, {expr}", lambda: bool(query(prometheus, "query", query=expr)["result"]))
+    print(f"the dashboard marks {name}")
 
 
 def grafana(url: str) -> None:
@@ -207,6 +235,9 @@ def dashboard(prometheus: str, server: str, photo: str) -> None:
             raise
         # Then once more all of them at one moment.
         counts = [len(query(prometheus, "query", query=expr)["result"]) for _, expr in queries]
+    for selector, label in variables():
+        if not query(prometheus, f"label/{label}/values", **{"match[]": selector}):
+            sys.exit(f"no {label} of {selector} to choose from")
     if not all(counts):
         sys.exit("a query that had an answer has none any more")
     print(
@@ -256,6 +287,8 @@ if __name__ == "__main__":
             dashboard(prometheus, server, photo)
         case ["alert", prometheus, name, *states]:
             alert(prometheus, name, states)
+        case ["annotation", prometheus, name]:
+            annotation(prometheus, name)
         case ["grafana", url]:
             grafana(url)
         case ["screenshot", prometheus, path]:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from prometheus_client.metrics import Histogram, MetricWrapperBase
 
-from docker.test.stack import dashboard_queries
+from docker.test.stack import annotations, dashboard_queries, variables
 from server.metrics import Metrics
 
 ROOT = Path(__file__).parent.parent.parent
@@ -51,6 +51,8 @@ def _alerts() -> list[dict[str, Any]]:
 
 def _expressions() -> Iterator[tuple[str, str]]:
     yield from dashboard_queries("5m")
+    yield from annotations().items()
+    yield from (("variable", selector) for selector, _ in variables())
     for alert in _alerts():
         yield alert["alert"], alert["expr"]
 
