@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from ray import get_runtime_context, serve
-from ray.exceptions import RayActorError
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.responses import Response
@@ -46,6 +46,8 @@ _RAYS_OWN = {"host", "port", "workers", "tls_cert", "tls_key", "tls_client_ca"}
 
 # What a form adds to its photos, generously.
 _FORM_BYTES = 2**20
+
+_BATCH_PATH = "/segment/batch"
 
 _POLL_S = 0.05
 
@@ -128,6 +130,11 @@ class Segmenter:
         await self._lifespan.shutdown()
 
 
+def _full(request: Request, why: str) -> Response:
+    headers = {"Retry-After": "1", "Connection": "close"}
+    return answer(request, HTTPStatus.TOO_MANY_REQUESTS, f"{why} Try again later.", headers)
+
+
 def _plain(scope: Scope) -> dict[str, Any]:
     """What of a request's scope can travel and means something elsewhere."""
     names = ("http_version", "method", "scheme", "query_string", "headers", "client", "server")
@@ -175,7 +182,8 @@ class Gateway:
 
     def __init__(self, segmenters: DeploymentHandle[Segmenter], settings: Settings) -> None:
         self._segmenters = segmenters
-        self._most_bytes = max(settings.max_body_bytes, settings.bulk_max_bytes) + _FORM_BYTES
+        self._most_bytes = settings.max_body_bytes + _FORM_BYTES
+        self._most_bytes_of_many = settings.bulk_max_bytes + _FORM_BYTES
         self._bytes_in_flight = 0
         self._max_bytes_in_flight = settings.max_bytes_in_flight
         longest_ms = max(settings.request_timeout_ms, settings.bulk_timeout_ms)
@@ -196,6 +204,9 @@ class Gateway:
                 "No replica is there to answer. Try again later.",
                 {"Retry-After": "10"},
             )
+        except (ObjectStoreFullError, OutOfDiskError):
+            # To a replica, or on the way back.
+            return _full(request, "Ray's object store has no room for this request.")
         except RayActorError:
             return answer(
                 request,
@@ -204,22 +215,21 @@ class Gateway:
             )
 
     async def _forward(self, request: Request) -> Response:
+        many = request.url.path == _BATCH_PATH
+        most_bytes = self._most_bytes_of_many if many else self._most_bytes
         with contextlib.ExitStack() as held:
             body = bytearray()
-            async for chunk in request.stream():
-                if self._bytes_in_flight + len(chunk) > self._max_bytes_in_flight:
-                    return answer(
-                        request,
-                        HTTPStatus.TOO_MANY_REQUESTS,
-                        "The server holds as many bytes of requests as it may. Try again later.",
-                        {"Retry-After": "1", "Connection": "close"},
-                    )
-                self._bytes_in_flight += len(chunk)
-                held.callback(self._let_go, len(chunk))
-                body += chunk
-                if len(body) > self._most_bytes:
-                    # The replica says how many are allowed.
-                    break
+            # Of what is too large nothing is read, if that is told: the replica refuses it by the
+            # same header, and says how many bytes are allowed.
+            if int(request.headers.get("content-length", "0")) <= most_bytes:
+                async for chunk in request.stream():
+                    if self._bytes_in_flight + len(chunk) > self._max_bytes_in_flight:
+                        return _full(request, "The server holds as many bytes as it may.")
+                    self._bytes_in_flight += len(chunk)
+                    held.callback(self._let_go, len(chunk))
+                    body += chunk
+                    if len(body) > most_bytes:
+                        break
             status, headers, content = await self._ask(_plain(request.scope), bytes(body))
         response = Response(content, status)
         # Serve's proxy adds the request's id, which it made before and the replica took over.
