@@ -41,21 +41,33 @@ class RayService:
     url: str
     """Of the service, without a slash at the end."""
     _config: dict[str, Any]
+    _cluster: Cluster
 
-    def deploy(self, replicas: int) -> None:
-        """Have so many replicas; those that are too many are let finish what they have."""
+    def deploy(self, replicas: int, **autoscaling: float) -> None:
+        """Have so many replicas, all else as shipped; those that are too many are let finish what
+        they have.
+
+        Args:
+            replicas: from the start.
+            autoscaling: other values than those shipped, such as `max_replicas=2`.
+        """
         config = copy.deepcopy(self._config)
-        config["applications"][0]["deployments"] = [
-            {"name": "Gateway", "num_replicas": 1},
-            {
-                "name": "Segmenter",
-                "autoscaling_config": {"min_replicas": replicas, "max_replicas": replicas},
-            },
-        ]
+        deployments = {each["name"]: each for each in config["applications"][0]["deployments"]}
+        scaling = {"min_replicas": replicas, "max_replicas": replicas, **autoscaling}
+        deployments["Segmenter"]["autoscaling_config"] |= scaling
         client = serve.context._get_global_client()
         assert client is not None
         client.deploy_apps(ServeDeploySchema(**config), _blocking=True)
         wait_for(lambda: len(self.processes(SEGMENTER)) == replicas)
+
+    @contextlib.contextmanager
+    def another_node(self, **resources: float) -> Iterator[psutil.Process]:
+        """One more node meanwhile; gives what its workers are the children of."""
+        node = self._cluster.add_node(**(_NODE | resources))
+        try:
+            yield psutil.Process(node.all_processes["raylet"][0].process.pid)
+        finally:
+            self._cluster.remove_node(node)
 
     def processes(self, kind: str = "") -> list[psutil.Process]:
         """Processes of this cluster, and of no other, whose name begins so."""
@@ -98,7 +110,7 @@ def ray_service() -> Iterator[RayService]:
         config["http_options"] |= {"host": "127.0.0.1", "port": free_port()}
         serve.start(http_options=config["http_options"], proxy_location="HeadOnly")
         url = f"http://127.0.0.1:{config['http_options']['port']}"
-        service = RayService(cluster.address, url, config)
+        service = RayService(cluster.address, url, config, cluster)
         service.deploy(replicas=2)
         yield service
         serve.shutdown()  # type: ignore[no-untyped-call]

@@ -11,9 +11,11 @@ import functools
 import itertools
 import json
 import logging
+import math
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import asdict
@@ -25,6 +27,7 @@ import pyarrow as pa
 import ray
 import ray.data
 import ray.exceptions
+from ray.util import placement_group, remove_placement_group
 
 from server.backends import BackendError, BackendInfo, open_backend
 from server.bulk.ledger import Row, Task
@@ -41,7 +44,16 @@ _BLOCK = 16
 # Photos of one data set: it is held in memory, and setting one up takes seconds.
 _WINDOW = 50_000
 
+# Of a block, or a photo, whose actor died.
+_RETRIES = 2
+
+# Of a data set: beyond it something else is wrong than photos.
+_LOST_BLOCKS = 100
+
 _CONNECT_S = 10
+
+# After which it is said that there is no room.
+_ROOM_S = 5
 
 _PATH, _ROW, _STOP = "path", "row", "stop"
 
@@ -74,12 +86,15 @@ def on_ray(
             ray.data.Dataset.map_batches,
             fn=_Actor,
             fn_constructor_args=(own, options, root, masks, weights),
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=_actors(cpus, gpus)),
             batch_format="pyarrow",
             num_cpus=cpus,
             num_gpus=gpus,
+            max_task_retries=_RETRIES,
         )
-        yield Place(info, functools.partial(_run, segmented))
+        pool = functools.partial(
+            ray.data.ActorPoolStrategy, min_size=1, max_size=_actors(cpus, gpus)
+        )
+        yield Place(info, functools.partial(_run, segmented, pool))
     finally:
         ray.shutdown()
 
@@ -110,25 +125,36 @@ def _start(address: str) -> None:
     # Its bars and notes would be in the way of this program's own.
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # What of them is missing is run again, photo by photo.
+    context.max_errored_blocks = _LOST_BLOCKS
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def _actors(cpus: int, gpus: float) -> int:
-    """As many as the cluster has room for now."""
-    found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    room = found.get("CPU", 0) / cpus
-    if gpus:
-        room = min(room, found.get("GPU", 0) / gpus)
+    """As many as the cluster has room for, whatever else runs on it; waits for the first."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    room = sum(
+        int(min(node.get("CPU", 0) / cpus, node.get("GPU", 0) / gpus if gpus else math.inf))
+        for node in nodes
+    )
+    asked = f"{cpus} CPUs and {gpus:g} GPUs (--threads, --ray-gpus)"
     if room < 1:
+        found = ", ".join(f"{node.get('CPU', 0):g} and {node.get('GPU', 0):g}" for node in nodes)
         raise BulkError(
-            f"The cluster has {found.get('CPU', 0):g} CPUs and {found.get('GPU', 0):g} GPUs; one"
-            f" actor asks for {cpus} (--threads) and {gpus:g} (--ray-gpus)."
+            f"One actor asks for {asked} of a node; the cluster's nodes have, in all: {found}."
         )
-    return int(room)
+    place = placement_group([{"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}])
+    if not place.wait(_ROOM_S):
+        print(f"waiting for a node with {asked} to spare", file=sys.stderr)
+        while not place.wait(_ROOM_S):
+            pass
+    remove_placement_group(place)
+    return room
 
 
 def _run(
-    segmented: Callable[[ray.data.Dataset], ray.data.Dataset],
+    segmented: Callable[..., ray.data.Dataset],
+    pool: Callable[..., ray.data.ActorPoolStrategy],
     tasks: Iterator[Task],
     record: Record,
 ) -> int:
@@ -139,14 +165,30 @@ def _run(
         for each, handler in before.items():
             signal.signal(each, handler)
 
+    def go_through(window: list[Task], block: int, compute: ray.data.ActorPoolStrategy) -> None:
+        """Leave in `window` those that no row came of."""
+        left = {task.path: task for task in window}
+        blocks = list(_blocks(iter(window), block))
+        # Told once more, or Ray puts small ones together, and refuses GPUs.
+        rows = segmented(ray.data.from_arrow(blocks), compute=compute, batch_size=block)
+        for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for path, row in _rows(batch):
+                record(path, row)
+                del left[path]
+            if signals:
+                break
+        window[:] = left.values()
+
     before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
-        while not signals and (blocks := list(_blocks(itertools.islice(tasks, _WINDOW)))):
-            rows = segmented(ray.data.from_arrow(blocks))
-            for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
-                _take(batch, record)
-                if signals:
-                    break
+        while not signals and (window := list(itertools.islice(tasks, _WINDOW))):
+            go_through(window, _BLOCK, pool())
+            if window and not signals:
+                # One at a time, so that none dies of what another one does.
+                go_through(window, 1, pool(max_tasks_in_flight_per_actor=1))
+            if not signals:
+                for task in window:
+                    record(task.path, Row("failed", f"{_RETRIES + 1} actors died at work on it"))
     except ray.exceptions.RayError as error:
         raise BulkError(f"Ray gave up: {error}") from error
     finally:
@@ -155,8 +197,8 @@ def _run(
     return signals[0] if signals else 0
 
 
-def _blocks(tasks: Iterator[Task]) -> Iterator[pa.Table]:
-    while block := list(itertools.islice(tasks, _BLOCK)):
+def _blocks(tasks: Iterator[Task], size: int) -> Iterator[pa.Table]:
+    while block := list(itertools.islice(tasks, size)):
         # As bytes: names need not be UTF-8.
         yield pa.table(
             {
@@ -166,11 +208,11 @@ def _blocks(tasks: Iterator[Task]) -> Iterator[pa.Table]:
         )
 
 
-def _take(batch: pa.Table, record: Record) -> None:
+def _rows(batch: pa.Table) -> Iterator[tuple[str, Row]]:
     for line in batch.to_pylist():
         if line[_STOP]:
             raise BulkError(line[_STOP])
-        record(os.fsdecode(line[_PATH]), Row(**json.loads(line[_ROW])))
+        yield os.fsdecode(line[_PATH]), Row(**json.loads(line[_ROW]))
 
 
 class _Actor:
