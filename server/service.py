@@ -235,7 +235,8 @@ class Service:
             deadline, is_gone, bulk: as for `Batcher.submit`.
 
         Raises:
-            DeadlineExceeded, ClientGone, InferenceFailed: of whichever image it was first.
+            DeadlineExceeded, ClientGone, InferenceFailed, Unavailable: of whichever image it was
+                first.
         """
         # Looked up only now: while a photo was decoded another backend may have come into use.
         batcher = self._batcher
