@@ -34,6 +34,23 @@ def test_shellcheck_finds_nothing() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def test_tools_that_could_not_be_installed_are_not_taken_for_installed(tmp_path: Path) -> None:
+    """Given a pip that fails, the next run installs again."""
+    (tmp_path / "tools/bin").mkdir(parents=True)
+    for name, code in (("python3", 0), ("tools/bin/pip", 1)):
+        (tmp_path / name).write_text(f"#!/bin/sh\nexit {code}\n")
+        (tmp_path / name).chmod(0o755)
+    script = """
+set -eu
+eval "$(sed -n '/^tools()/,/^}/p' docker/test/engine.sh)"
+folder=$(tools)
+"""
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "STORE": str(tmp_path)}
+    result = subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment)
+    assert result.returncode == 1
+    assert not (tmp_path / "tools/.installed").exists()
+
+
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
 def test_packages_are_known_by_their_hash(path: Path) -> None:
     steps = path.read_text().replace("\\\n", " ").replace("\n", "&&").split("&&")
