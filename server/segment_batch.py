@@ -185,7 +185,7 @@ class _Answers(Response):
         status, content = 200, b""
         media_type = "image/png" if self._options.media_type == MIXED else "application/json"
         try:
-            content = await self._segment(request, part, gone)
+            content = await self._service.unless_closing(self._segment(request, part, gone))
         except ClientGone:
             raise
         except Exception as error:

@@ -9,11 +9,11 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar, TypeVarTuple
+from typing import Any, TypeVar, TypeVarTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +59,8 @@ class Service:
         self.settings = settings
         self.metrics = metrics
         self.draining = False
+        self.closing = asyncio.Event()
+        """Set when the drain's time is nearly up: no photo of several is waited for any more."""
         self.gate = Gate(settings)
         self._pixels = PixelBudget(settings.max_pixels_decoding)
         metrics.observe(metrics.pixels_decoding, lambda: self._pixels.used)
@@ -149,6 +151,23 @@ class Service:
         self.workers.shutdown()
         self._bulk_workers.shutdown()
 
+    async def unless_closing(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """What `work` gives, if the drain's time suffices.
+
+        Raises:
+            Unavailable: it does not.
+        """
+        doing = asyncio.ensure_future(work)
+        closing = asyncio.ensure_future(self.closing.wait())
+        try:
+            await asyncio.wait((doing, closing), return_when=asyncio.FIRST_COMPLETED)
+            if not doing.done():
+                raise Unavailable(_GOING_DOWN)
+            return await doing
+        finally:
+            doing.cancel()
+            closing.cancel()
+
     def check_works(self) -> None:
         """Raises:
         Unavailable: no backend is ready, or it fails all the time.
@@ -164,7 +183,7 @@ class Service:
         """
         self.check_works()
         if self.draining:
-            raise Unavailable("The server is going down: send requests to another one.")
+            raise Unavailable(_GOING_DOWN)
 
     @contextlib.contextmanager
     def admission(self, *, deadline: float, bulk: bool = False) -> Iterator[Place]:
@@ -287,4 +306,5 @@ def _prove(backend: Backend) -> float:
     return taken_s
 
 
+_GOING_DOWN = "The server is going down: send requests to another one."
 _STARTING = "The network is still being loaded. Try again when GET /health/ready answers 200."

@@ -11,6 +11,7 @@ It is all there is, or one of several that a supervisor started on one port (`se
 import asyncio
 import ctypes
 import logging
+import math
 import os
 import resource
 import shutil
@@ -50,6 +51,10 @@ _LAST_REQUESTS_S = 0.5
 
 # And this long to agree on how to encrypt it.
 _LAST_HANDSHAKES_S = 1.0
+
+# So long before the drain's timeout, photos of several that are not done yet are given up: their
+# request's answer can be ended as it should.
+_LAST_ANSWERS_S = 5.0
 
 # Beyond the drain's timeout, for what is closed after it.
 _MARGIN_S = 3.0
@@ -124,6 +129,9 @@ class _Server(uvicorn.Server):
         for listener in sockets or []:
             await self._accept_backlog(listener)
         await asyncio.sleep(_LAST_REQUESTS_S)
+        timeout_s = self._service.settings.drain_timeout_s
+        give_up_s = max(timeout_s - _LAST_ANSWERS_S, timeout_s / 2)
+        self._loop.call_later(give_up_s, self._service.closing.set)
         await super().shutdown(sockets)
 
     async def _accept_backlog(self, listener: socket.socket) -> None:
@@ -235,7 +243,7 @@ def run(
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=settings.keep_alive_s,
-        timeout_graceful_shutdown=round(settings.drain_timeout_s),
+        timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s),
         ssl_certfile=settings.tls_cert,
         ssl_keyfile=settings.tls_key,
         ssl_ca_certs=settings.tls_client_ca and str(settings.tls_client_ca),

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import json
 import signal
 import socket
 import ssl
@@ -26,7 +27,9 @@ from server.connections import Connection
 from server.settings import Settings
 from server.worker import _Server
 from tests.conftest import Sample, until
+from tests.server.held import serve_held
 from tests.server.test_access import Authority
+from tests.server.test_load import figures
 
 
 @dataclass
@@ -90,6 +93,25 @@ def test_sigterm_under_load_loses_nothing(photos: list[Sample]) -> None:
         assert server.wait() == 0
         assert [ledger.lost for ledger in results] == [""] * 8
         assert all(ledger.answered for ledger in results)
+
+
+def test_photos_that_the_drain_has_no_time_for_are_told_so(
+    tmp_path: Path, photos: list[Sample]
+) -> None:
+    files = [("file", ("a.jpg", photos[0].data))] * 100
+    flags = ("--drain-grace-s", "0", "--drain-timeout-s", "2")
+    with serve_held(tmp_path, *flags) as (server, hold), ThreadPoolExecutor(1) as client:
+        with hold():
+            url = f"{server.url}/segment/batch"
+            sending = client.submit(httpx.post, url, files=files, timeout=60)
+            until(lambda: figures(server)["slsnet_queue_depth"] > 0)
+            server.terminate()
+            answer = sending.result()
+        lines = [json.loads(line) for line in answer.text.splitlines()]
+        assert sorted(line["index"] for line in lines) == list(range(100))
+        assert {line["status"] for line in lines} == {503}
+        assert "going down" in lines[0]["error"]["detail"]
+        assert server.wait() == 0
 
 
 def test_idle_server_ends_with_0() -> None:
