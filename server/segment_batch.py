@@ -112,7 +112,10 @@ class _Answers(Response):
         stages: Stages = request.state.stages
         settings = self._service.settings
         until = stages.started + self._options.timeout_s
-        with self._service.admission(deadline=until, bulk=True) as place:
+        with (
+            self._service.admission(deadline=until, bulk=True) as place,
+            self._service.pinned() as network,
+        ):
             async with deadline(self._options.timeout_s):
                 photos = await read_parts(
                     receive,
@@ -136,7 +139,7 @@ class _Answers(Response):
                 }
             )
             with hang_up(receive) as gone:
-                await self._send_all(request, photos, gone, place, send)
+                await self._send_all(request, photos, gone, place, network, send)
 
     async def _send_all(
         self,
@@ -144,6 +147,7 @@ class _Answers(Response):
         photos: list[Part],
         gone: asyncio.Future[Message],
         place: Place,
+        network: str,
         send: Send,
     ) -> None:
         waiting = deque(enumerate(photos))
@@ -154,7 +158,7 @@ class _Answers(Response):
             while waiting:
                 index, part = waiting.popleft()
                 place.begin()
-                status, answer = await self._answer(request, index, part, gone)
+                status, answer = await self._answer(request, index, part, gone, network)
                 place.end(served=status == 200)
                 place.take(-part.size)
                 del part
@@ -179,13 +183,20 @@ class _Answers(Response):
             workers.cancel()
 
     async def _answer(
-        self, request: Request, index: int, part: Part, gone: asyncio.Future[Message]
+        self,
+        request: Request,
+        index: int,
+        part: Part,
+        gone: asyncio.Future[Message],
+        network: str,
     ) -> tuple[int, bytes]:
         """A photo's status, and its line, or part, of the answer."""
         status, content = 200, b""
         media_type = "image/png" if self._options.media_type == MIXED else "application/json"
         try:
-            content = await self._service.unless_closing(self._segment(request, part, gone))
+            content = await self._service.unless_closing(
+                self._segment(request, part, gone, network)
+            )
         except ClientGone:
             raise
         except Exception as error:
@@ -217,7 +228,9 @@ class _Answers(Response):
         )
         return status, "\r\n".join(lines).encode() + content + b"\r\n"
 
-    async def _segment(self, request: Request, part: Part, gone: asyncio.Future[Message]) -> bytes:
+    async def _segment(
+        self, request: Request, part: Part, gone: asyncio.Future[Message], network: str
+    ) -> bytes:
         if isinstance(part.photo, Problem):
             raise part.photo
         options = self._options
@@ -232,6 +245,7 @@ class _Answers(Response):
                 deadline=started + options.timeout_s,
                 is_gone=gone.done,
                 bulk=True,
+                network=network,
             )
             if options.media_type == MIXED:
                 content = await self._service.in_thread(

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -85,6 +86,10 @@ class Service:
         self.bulk_photos = asyncio.Semaphore(settings.max_queue)
         """Photos of requests with several that are worked on, whosever they are."""
         self._batcher: Batcher | None = None
+        self._networks: dict[str, Batcher] = {}
+        """The last batcher of each network that serves, by what answers say of it."""
+        self._pins: Counter[str] = Counter()
+        self._retiring: set[asyncio.Task[None]] = set()
 
     def _waiting(self, bulk: bool) -> int:
         return self._batcher.waiting(bulk=bulk) if self._batcher else 0
@@ -113,7 +118,8 @@ class Service:
     async def use(self, backend: Backend, on_failing: Callable[[], None] = lambda: None) -> None:
         """Warm `backend` up and let it serve from now on, in place of the one before.
 
-        Whatever the one before has accepted it still answers; then it is closed.
+        Whatever the one before has accepted it still answers; then it is closed. While requests
+        have it `pinned` this does not wait for them.
 
         Args:
             backend: loaded.
@@ -141,13 +147,32 @@ class Service:
         self.gate.expect(seconds_an_image / info.slots, self._batcher.max_batch)
         self.metrics.serves(info)
         log.info("ready: %s %s on %s, %s", info.name, info.version, info.device, info.precision)
-        if former is not None:
-            await former.close()
+        retired = [self._networks.pop(_network(self._batcher), None)]
+        self._networks[_network(self._batcher)] = self._batcher
+        if former is not None and former not in retired and not self._pins[_network(former)]:
+            retired.append(self._networks.pop(_network(former)))
+        for batcher in retired:
+            if batcher is not None:
+                await batcher.close()
+
+    @contextlib.contextmanager
+    def pinned(self) -> Iterator[str]:
+        """The network in use: it stays available, whatever takes over meanwhile; see `infer`."""
+        assert self._batcher is not None
+        network = _network(self._batcher)
+        self._pins[network] += 1
+        try:
+            yield network
+        finally:
+            self._pins[network] -= 1
+            if not self._pins[network] and self._networks[network] is not self._batcher:
+                retiring = asyncio.create_task(self._networks.pop(network).close())
+                self._retiring.add(retiring)
+                retiring.add_done_callback(self._retiring.discard)
 
     async def close(self) -> None:
         """Finish what was accepted, then give threads and backend back."""
-        if self._batcher is not None:
-            await self._batcher.close()
+        await asyncio.gather(*self._retiring, *(one.close() for one in self._networks.values()))
         self.workers.shutdown()
         self._bulk_workers.shutdown()
 
@@ -206,6 +231,7 @@ class Service:
         deadline: float,
         is_gone: Callable[[], bool],
         bulk: bool = False,
+        network: str | None = None,
     ) -> Segmentation:
         """A request's body → the lesion probability of its photo.
 
@@ -215,6 +241,7 @@ class Service:
             deadline: second of `time.perf_counter` after which the network is not run.
             is_gone: whether the client hung up.
             bulk: others go first.
+            network: that `pinned` gave; else the one in use.
 
         Raises:
             Problem: whatever is wrong with the request or its photo.
@@ -225,7 +252,7 @@ class Service:
         if is_gone():
             raise ClientGone
         (inference,), backend = await self.infer(
-            [photo.pixels], deadline=deadline, is_gone=is_gone, bulk=bulk
+            [photo.pixels], deadline=deadline, is_gone=is_gone, bulk=bulk, network=network
         )
         stages.end("queue", inference.started)
         stages.end("infer", inference.ended)
@@ -246,19 +273,21 @@ class Service:
         deadline: float,
         is_gone: Callable[[], bool],
         bulk: bool,
+        network: str | None = None,
     ) -> tuple[list[Inference], BackendInfo]:
         """Images of one request through the network, and what ran all of them.
 
         Args:
             images: each uint8 [128, 128, 3].
             deadline, is_gone, bulk: as for `Batcher.submit`.
+            network: that `pinned` gave; else the one in use.
 
         Raises:
             DeadlineExceeded, ClientGone, InferenceFailed, Unavailable: of whichever image it was
                 first.
         """
         # Looked up only now: while a photo was decoded another backend may have come into use.
-        batcher = self._batcher
+        batcher = self._networks[network] if network is not None else self._batcher
         assert batcher is not None
         results = batcher.submit(images, deadline=deadline, is_gone=is_gone, bulk=bulk)
         try:
@@ -286,6 +315,12 @@ class Service:
             )
         except PhotoError as error:
             raise of_photo_error(error) from error
+
+
+def _network(batcher: Batcher) -> str:
+    """What tells it from others: its weights may be in another graph."""
+    card = batcher.info.model
+    return " ".join(card.get(key, "") for key in ("name", "version", "weights_sha256"))
 
 
 def _prove(backend: Backend) -> float:

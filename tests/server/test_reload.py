@@ -1,6 +1,7 @@
 """Another network in the same file: it takes over under load, or it does not and says so."""
 
 import contextlib
+import json
 import shutil
 import signal
 import threading
@@ -17,6 +18,7 @@ import pytest
 from benchmarks.launch import ServerProcess, serve
 from server.keys import new_key
 from tests.conftest import MODEL, Sample, until
+from tests.lesions import encode_photo, lesion_photo
 from tests.server.test_load import figures
 from tests.server.test_problems import assert_problem
 from tests.server.test_segment import read_png
@@ -150,3 +152,22 @@ def test_a_network_whose_answers_are_not_probabilities_is_refused(site: Site) ->
     assert_problem(site.reload(), 422, "not probabilities")
     assert site.version() != "broken"
     shutil.copy(MODEL, site.model)
+
+
+def test_a_batch_keeps_its_network_to_the_end(site: Site) -> None:
+    first = site.version()
+    photo = encode_photo(lesion_photo(3, 600, 450).pixels)
+    files = [("file", ("a.jpg", photo))] * 500
+    url = f"{site.server.url}/segment/batch"
+    before = site.model.read_bytes()
+    with httpx.stream("POST", url, files=files, headers=site.headers, timeout=60) as response:
+        lines = response.iter_lines()
+        answers = [json.loads(next(lines))]
+        site.model.write_bytes(inverted("later"))
+        assert site.reload().json()["version"] == "later"
+        answers += [json.loads(line) for line in lines]
+    assert [answer["status"] for answer in answers] == [200] * 500
+    assert {answer["result"]["model"]["version"] for answer in answers} == {first}
+    assert site.version() == "later"
+    site.model.write_bytes(before)
+    assert site.reload().json()["version"] == first
