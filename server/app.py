@@ -54,7 +54,7 @@ from server.service import Service
 from server.settings import Settings
 from server.stages import Stages
 from server.tracing import open_tracing
-from server.uploads import check_type, hang_up, read_body
+from server.uploads import check_type, hang_up, has_hung_up, read_body
 
 __all__ = ["create_app"]
 
@@ -246,7 +246,7 @@ def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
                         content_type,
                         stages=stages,
                         deadline=stages.started + timeout_s,
-                        is_gone=gone.done,
+                        is_gone=lambda: has_hung_up(gone),
                         bulk=bulk,
                     )
                 stages.notes["batch"] = str(segmentation.batch_size)

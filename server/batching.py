@@ -253,8 +253,12 @@ class Batcher:
     def _is_wanted(self, item: _Item) -> bool:
         """Whether someone still waits for this image; who waits in vain is told so."""
         if item.result.done():
-            # Cancelled by the deadline's own timer.
-            self._metrics.dropped.labels("deadline").inc()
+            if time.perf_counter() >= item.deadline:
+                reason = "deadline"
+            else:
+                # Else another image of the request failed, or it was given up.
+                reason = "client_gone" if item.is_gone() else "abandoned"
+            self._metrics.dropped.labels(reason).inc()
             return False
         if item.is_gone():
             self._metrics.dropped.labels("client_gone").inc()

@@ -34,7 +34,7 @@ from server.problems import (
 from server.reference import HEADERS, error_content, error_headers, inlined
 from server.service import Service
 from server.stages import Stages
-from server.uploads import hang_up, read_body
+from server.uploads import hang_up, has_hung_up, read_body
 
 __all__ = ["openinference_router"]
 
@@ -417,7 +417,7 @@ def _model_router(service: Service) -> APIRouter:
                     results, _ = await service.infer(
                         images,
                         deadline=place.deadline,
-                        is_gone=gone.done,
+                        is_gone=lambda: has_hung_up(gone),
                         bulk=place.bulk,
                     )
                 stages.end("queue", min(result.started for result in results))

@@ -36,7 +36,7 @@ from server.problems import PROBLEM_JSON, ClientGone, InferenceFailed, Problem, 
 from server.reference import HEADERS, inlined, problem_responses
 from server.service import Service
 from server.stages import Stages
-from server.uploads import MULTIPART, Part, hang_up, read_parts
+from server.uploads import MULTIPART, Part, hang_up, has_hung_up, read_parts
 
 __all__ = ["bulk_router"]
 
@@ -243,7 +243,7 @@ class _Answers(Response):
                 "application/octet-stream",
                 stages=stages,
                 deadline=started + options.timeout_s,
-                is_gone=gone.done,
+                is_gone=lambda: has_hung_up(gone),
                 bulk=True,
                 network=network,
             )

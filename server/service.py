@@ -247,10 +247,14 @@ class Service:
             Problem: whatever is wrong with the request or its photo.
             ClientGone: `is_gone` said so between two stages.
         """
-        photo = await self.in_thread(self._decode, body, content_type, bulk=bulk)
+        try:
+            photo = await self.in_thread(self._decode, body, content_type, is_gone, bulk=bulk)
+            if is_gone():
+                raise ClientGone
+        except ClientGone:
+            self.metrics.dropped.labels("client_gone").inc()
+            raise
         stages.end("decode")
-        if is_gone():
-            raise ClientGone
         (inference,), backend = await self.infer(
             [photo.pixels], deadline=deadline, is_gone=is_gone, bulk=bulk, network=network
         )
@@ -306,7 +310,9 @@ class Service:
         pool = self._bulk_workers if bulk else self.workers
         return await asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
 
-    def _decode(self, body: bytes, content_type: str) -> Photo:
+    def _decode(self, body: bytes, content_type: str, is_gone: Callable[[], bool]) -> Photo:
+        if is_gone():
+            raise ClientGone
         try:
             return read_photo(
                 image_in_body(body, content_type),

@@ -24,6 +24,7 @@ __all__ = [
     "Part",
     "check_type",
     "hang_up",
+    "has_hung_up",
     "image_in_body",
     "read_body",
     "read_parts",
@@ -287,6 +288,11 @@ def hang_up(receive: Receive) -> Iterator[asyncio.Future[Message]]:
         yield gone
     finally:
         gone.cancel()
+
+
+def has_hung_up(gone: asyncio.Future[Message]) -> bool:
+    """Whether the client did, and not just nobody looks any more: `gone` is from `hang_up`."""
+    return gone.done() and not gone.cancelled()
 
 
 def image_in_body(body: bytes, content_type: str) -> bytes:

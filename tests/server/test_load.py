@@ -2,6 +2,7 @@
 
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -9,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.launch import ServerProcess
 from tests.conftest import Offline, Sample, until
+from tests.server.held import serve_held
 from tests.server.test_segment import read_png
 
 CLIENTS = 8
@@ -54,29 +56,42 @@ def test_200_photos_from_8_clients_equal_the_offline_prediction(
             np.testing.assert_array_equal(read_png(mask), offline.mask(photo.data), photo.name)
 
 
-def test_photos_of_clients_that_hung_up_are_not_run(
-    server: ServerProcess, photos: list[Sample]
+def test_photos_that_nobody_waits_for_any_more_are_not_run(
+    tmp_path: Path, photos: list[Sample]
 ) -> None:
-    clients = 64
     data = photos[0].data
     request = (
         b"POST /segment HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/jpeg\r\n"
         b"Content-Length: %d\r\n\r\n" % len(data)
     )
-    before = figures(server)
-    connections = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(clients)]
-    for connection in connections:
-        connection.sendall(request + data)
-    for connection in connections:
-        connection.close()
 
-    # Whoever comes after them is served, and by then all of them are done with.
-    assert httpx.post(f"{server.url}/segment", content=data, timeout=60).status_code == 200
-    until(lambda: figures(server)["slsnet_requests_in_flight"] == 0)
-    after = figures(server)
-    assert after["slsnet_bytes_in_flight"] == 0
-    run = after["slsnet_batch_size_sum"] - before["slsnet_batch_size_sum"] - 1
-    assert run < clients / 2
+    def dropped(server: ServerProcess, reason: str) -> float:
+        text = httpx.get(f"{server.url}/metrics").text
+        name = f'slsnet_dropped_total{{reason="{reason}"}} '
+        return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
+
+    with (
+        serve_held(tmp_path, "--decode-threads", "2") as (server, hold),
+        ThreadPoolExecutor(1) as client,
+    ):
+        url = f"{server.url}/segment"
+        with hold():
+            first = client.submit(httpx.post, url, content=data, timeout=60)
+            until(lambda: figures(server)["slsnet_requests_in_flight"] == 1)
+            gone = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(32)]
+            for connection in gone:
+                connection.sendall(request + data)
+            until(lambda: figures(server)["slsnet_queue_depth"] >= 32)
+            for connection in gone:
+                connection.close()
+            late = httpx.post(url, content=data, headers={"X-Request-Timeout-Ms": "5000"})
+            assert late.status_code == 504
+        assert first.result().status_code == 200
+        until(lambda: figures(server)["slsnet_requests_in_flight"] == 0)
+        assert dropped(server, "client_gone") == 32
+        assert dropped(server, "deadline") == 1
+        assert batch_statistics(server) == (1, 1)
+        assert figures(server)["slsnet_bytes_in_flight"] == 0
 
 
 def test_a_bad_photo_among_good_ones_fails_alone(
