@@ -250,9 +250,9 @@ def test_who_is_gone_or_late_is_not_inferred() -> None:
         assert backend.batches == [[1], [5]]
         dropped = {
             reason: metrics.registry.get_sample_value("slsnet_dropped_total", {"reason": reason})
-            for reason in ("client_gone", "deadline")
+            for reason in ("client_gone", "deadline", "abandoned")
         }
-        assert dropped == {"client_gone": 1, "deadline": 2}
+        assert dropped == {"client_gone": 1, "deadline": 1, "abandoned": 1}
 
     run(scenario)
 
