@@ -73,7 +73,7 @@ loading=
 say "locust: $(grep -m 1 Aggregated "$output/locust.log")"
 
 quietly "$output/restart.log" stack restart server
-ask_stack annotation "$prometheus" Restarts || fail "a restart is not marked"
+ask_stack annotation "$prometheus" Starts || fail "a start is not marked"
 quietly "$output/stop.log" stack stop server
 ask_stack alert "$prometheus" SlsnetAbsent firing || fail "no alert"
 ask_stack annotation "$prometheus" Alerts || fail "an alert is not marked"
