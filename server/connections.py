@@ -26,7 +26,7 @@ from server.settings import Settings
 __all__ = ["Connection", "House"]
 
 # Who is refused may take this long to read why; closing at once would reset what it still sends,
-# and the answer with it.
+# and the answer with it. So may, in a drain, who is idle, to say goodbye over TLS.
 _FAREWELL_S = 2
 
 # Connections that have been told that they are refused; of more, the oldest is cut at once.
@@ -171,6 +171,12 @@ class Connection(HttpToolsProtocol):
             )
         if self.transport.get_write_buffer_size():
             self._watch_writing()
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self.transport.is_closing() and not self.transport.get_write_buffer_size():
+            # Over TLS asyncio waits half a minute for the goodbye of a client that does not look.
+            self.loop.call_later(_FAREWELL_S, self.transport.abort)
 
     def pause_writing(self) -> None:
         super().pause_writing()
