@@ -95,14 +95,17 @@ class _Server(uvicorn.Server):
 
     async def _reload(self) -> None:
         settings = self._service.settings
-        try:
-            if self.config.ssl is not None and settings.tls_cert is not None:
+        if self.config.ssl is not None and settings.tls_cert is not None:
+            try:
                 # Tried apart first: where it fails half of it would be in use.
                 for context in (ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), self.config.ssl):
                     context.load_cert_chain(settings.tls_cert, settings.tls_key)
+            except OSError as error:
+                log.error("the certificate is not changed: %s", error)
+        try:
             await self.lifespan.state["reload"]()
         except (BackendError, OSError) as error:
-            log.error("nothing is changed: %s", error)
+            log.error("the network is not changed: %s", error)
 
     def _on_hangup(self) -> None:
         self._reloading = self._loop.create_task(self._reload())

@@ -309,7 +309,7 @@ def test_a_certificate_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
             until_ready(client, process)
             certificate.write_text(second)
             process.send_signal(signal.SIGHUP)
-            until(lambda: "nothing is changed" in log.read_text())
+            until(lambda: "certificate is not changed" in log.read_text())
             assert served() == "first"
             key.write_text(second.partition(begin)[0])
             process.send_signal(signal.SIGHUP)
