@@ -59,6 +59,10 @@ DEFAULT_MAX_PIXELS = 64_000_000
 that while it is turned, four times in WebP (libwebp's two canvases and their copies). A JPEG is
 decoded at reduced scale, but a progressive one holds its coefficients, up to 6 bytes a pixel."""
 
+# JPEG's own limit. A picture of one row within the limit of pixels would need a thousand times the
+# memory of a photo to have its mask made.
+_MAX_SIDE = 65_535
+
 # A progressive JPEG needs about ten scans. Each costs a pass over the whole picture, however few
 # bytes it holds, so thousands of them in a small file would keep a core busy for minutes.
 _MAX_JPEG_SCANS = 100
@@ -156,7 +160,8 @@ def read_photo(
 
     Raises:
         UnsupportedImageError: not one of `FORMATS`.
-        ImageTooLargeError: more than `max_pixels` (or than Pillow's own limit, 178,956,970).
+        ImageTooLargeError: more than 65,535 pixels a side, or more than `max_pixels` (or than
+            Pillow's own limit, 178,956,970).
         CorruptImageError: truncated, damaged, or stored in a way that Pillow does not read.
     """
     name = _sniff(data)
@@ -285,6 +290,11 @@ def _sniff(data: bytes) -> str:
 
 
 def _check_pixels(width: int, height: int, max_pixels: int) -> None:
+    if max(width, height) > _MAX_SIDE:
+        raise ImageTooLargeError(
+            f"The image has {width}×{height} pixels, {_MAX_SIDE} a side are allowed: send a"
+            " smaller version of it."
+        )
     if width * height > max_pixels:
         raise ImageTooLargeError(
             f"The image has {width}×{height} = {width * height} pixels, {max_pixels} are allowed:"

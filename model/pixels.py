@@ -18,6 +18,9 @@ __all__ = ["LIBRARY", "mask", "scans", "squash"]
 
 LIBRARY = Path(__file__).parent / "pixels-x86_64.so"
 
+# Of an RGB picture in Pillow's memory.
+_PIXEL_BYTES = 4
+
 
 def _load() -> ctypes.CDLL | None:
     if sys.platform != "linux" or platform.machine() != "x86_64":
@@ -57,14 +60,19 @@ def squash(image: Image.Image, size: int) -> NDArray[np.uint8] | None:
 
     Returns:
         None where Pillow has to do it: also for a large picture, which it holds in several pieces,
-        and a tall one, of which it averages columns first and rounds otherwise.
+        a tall one, of which it averages columns first and rounds otherwise, and where
+        PILLOW_ALIGNMENT has it leave room between lines.
     """
-    if _library is None or 2 * image.width <= image.height + size:
+    if (
+        _library is None
+        or Image.core.get_alignment() > _PIXEL_BYTES
+        or 2 * image.width <= image.height + size
+    ):
         return None
     try:
         # Its own memory, not a copy: held as long as the capsule is.
         _, array = image.__arrow_c_array__()
-    except ValueError:
+    except (AttributeError, ValueError):
         return None
     scratch = np.empty(6 * size, np.int32)
     square = np.empty((size, size, 3), np.uint8)

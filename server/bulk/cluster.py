@@ -256,5 +256,8 @@ class _Actor:
             except BulkError as error:
                 # Handed over, or Ray would start others that fail as well.
                 return error
+            except Exception as error:  # noqa: BLE001
+                # Likewise: Ray would take it for an actor's death.
+                return BulkError(f"a fault of this program: {error!r}")
 
         return await asyncio.gather(*map(segment, tasks))

@@ -269,6 +269,14 @@ def test_too_many_pixels_are_refused_by_the_header(name: str, width: int, height
         read_photo(header_of(name, width, height))
 
 
+def test_a_picture_that_is_no_photo_by_its_shape_is_refused() -> None:
+    for size in ((70_000, 1), (1, 70_000)):
+        buffer = BytesIO()
+        Image.new("1", size).save(buffer, "PNG")
+        with pytest.raises(ImageTooLargeError, match="65535 a side"):
+            read_photo(buffer.getvalue())
+
+
 def test_the_pixel_limit_is_inclusive(photo: Image.Image) -> None:
     data = encode(photo, "PNG")
     read_photo(data, max_pixels=WIDTH * HEIGHT)

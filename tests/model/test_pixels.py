@@ -55,6 +55,14 @@ def test_common_photos_are_compiled_and_the_rest_is_left_to_pillow() -> None:
 
 
 @runs_here
+def test_lines_with_room_between_them_are_left_to_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = Image.new("RGB", (601, 450))
+    assert pixels.squash(picture, MODEL_SIZE) is not None
+    monkeypatch.setattr(Image.core, "get_alignment", lambda: 64)
+    assert pixels.squash(picture, MODEL_SIZE) is None
+
+
+@runs_here
 @pytest.mark.parametrize("threshold", [0.0, 0.25, 0.5, 1.0])
 def test_the_mask_is_numpys(threshold: float, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(5)
