@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, _imaging
 
 __all__ = ["LIBRARY", "mask", "scans", "squash"]
 
@@ -65,7 +65,7 @@ def squash(image: Image.Image, size: int) -> NDArray[np.uint8] | None:
     """
     if (
         _library is None
-        or Image.core.get_alignment() > _PIXEL_BYTES
+        or _imaging.get_alignment() > _PIXEL_BYTES
         or 2 * image.width <= image.height + size
     ):
         return None

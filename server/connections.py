@@ -171,12 +171,17 @@ class Connection(HttpToolsProtocol):
             )
         if self.transport.get_write_buffer_size():
             self._watch_writing()
+        elif self.transport.is_closing():
+            self._say_goodbye()
 
     def shutdown(self) -> None:
         super().shutdown()
         if self.transport.is_closing() and not self.transport.get_write_buffer_size():
-            # Over TLS asyncio waits half a minute for the goodbye of a client that does not look.
-            self.loop.call_later(_FAREWELL_S, self.transport.abort)
+            self._say_goodbye()
+
+    def _say_goodbye(self) -> None:
+        # Over TLS asyncio waits half a minute for that of a client that does not look.
+        self.loop.call_later(_FAREWELL_S, self.transport.abort)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -238,6 +243,8 @@ class Connection(HttpToolsProtocol):
         self._write_timer = None
         left = self.transport.get_write_buffer_size()
         if not left:
+            if self.transport.is_closing():
+                self._say_goodbye()
             return
         # What is written meanwhile hides some of what was sent; but while writing is paused nothing
         # is, and where it was resumed the client does read.

@@ -128,10 +128,19 @@ class Service:
         Raises:
             BackendError: it does not work; the one before goes on.
         """
+        proving = asyncio.get_running_loop().run_in_executor(self.workers, _prove, backend)
         try:
-            seconds_an_image = await asyncio.get_running_loop().run_in_executor(
-                self.workers, _prove, backend
-            )
+            seconds_an_image = await asyncio.shield(proving)
+        except asyncio.CancelledError:
+
+            def close(proved: asyncio.Future[float]) -> None:
+                if not proved.cancelled():
+                    proved.exception()
+                backend.close()
+
+            # A thread is still in it.
+            proving.add_done_callback(close)
+            raise
         except BaseException:
             backend.close()
             raise

@@ -67,8 +67,18 @@ class Folder:
             OSError: there is none.
         """
         for name in _FILES:
-            with (self.path / f"{name}_{place}.db").open("ab") as file:
-                os.posix_fallocate(file.fileno(), 0, _FILE_BYTES)
+            path = self.path / f"{name}_{place}.db"
+            if path.exists():
+                continue
+            # Whoever is asked for the metrics reads all that have that name: it is whole by then.
+            begun = path.with_suffix(".begun")
+            try:
+                with begun.open("w+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, _FILE_BYTES)
+                begun.rename(path)
+            except OSError:
+                begun.unlink(missing_ok=True)
+                raise
 
     def vacate(self, place: int) -> None:
         """Take away what is of a worker only while it lives."""

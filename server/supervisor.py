@@ -33,8 +33,9 @@ _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 30.0
 _EARLY_S = 10.0
 
-# Beyond the drain's own limits, and once a second signal has told them to end at once.
-_MARGIN_S = 4.0
+# Beyond the drain's own limits, at which a worker ends by itself, and once a second signal has told
+# them to end at once.
+_MARGIN_S = 7.0
 _SECOND_SIGNAL_S = 2.0
 
 

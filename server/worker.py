@@ -56,7 +56,7 @@ _LAST_HANDSHAKES_S = 1.0
 # request's answer can be ended as it should.
 _LAST_ANSWERS_S = 5.0
 
-# Beyond the drain's timeout, for what is closed after it.
+# Beyond all of these and the drain's timeout, for what is closed after it.
 _MARGIN_S = 3.0
 
 
@@ -174,7 +174,8 @@ class _Server(uvicorn.Server):
 
     def _stop(self) -> None:
         self.should_exit = True
-        patience_s = self._service.settings.drain_timeout_s + _MARGIN_S
+        patience_s = _LAST_HANDSHAKES_S + _LAST_REQUESTS_S + _MARGIN_S
+        patience_s += math.ceil(self._service.settings.drain_timeout_s)
         backstop = threading.Timer(patience_s, _end_at_last)
         backstop.daemon = True
         backstop.start()

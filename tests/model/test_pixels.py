@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, _imaging
 
 from model import image, pixels
 from model.image import MODEL_SIZE, lesion_mask, read_photo
@@ -58,7 +58,7 @@ def test_common_photos_are_compiled_and_the_rest_is_left_to_pillow() -> None:
 def test_lines_with_room_between_them_are_left_to_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     picture = Image.new("RGB", (601, 450))
     assert pixels.squash(picture, MODEL_SIZE) is not None
-    monkeypatch.setattr(Image.core, "get_alignment", lambda: 64)
+    monkeypatch.setattr(_imaging, "get_alignment", lambda: 64)
     assert pixels.squash(picture, MODEL_SIZE) is None
 
 

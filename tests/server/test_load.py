@@ -71,7 +71,7 @@ def test_photos_that_nobody_waits_for_any_more_are_not_run(
         return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
 
     with (
-        serve_held(tmp_path, "--decode-threads", "2") as (server, hold),
+        serve_held(tmp_path, "--decode-threads", "1") as (server, hold),
         ThreadPoolExecutor(1) as client,
     ):
         url = f"{server.url}/segment"

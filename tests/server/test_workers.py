@@ -1,6 +1,7 @@
 """`--workers`: several processes on one port that crash, drain and are counted as one server."""
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import psutil
 import pytest
 
 from benchmarks.launch import ServerProcess, free_port, serve
+from server.shared_metrics import Folder
 from tests.conftest import ROOT, Sample, until
 from tests.server.test_drain import Ledger, keep_sending, masks_of
 from tests.server.test_load import figures
@@ -188,6 +190,25 @@ def test_no_memory_for_metrics_is_told_at_the_start() -> None:
     assert "Traceback" not in str(error.value)
 
 
+def test_what_there_was_no_room_for_is_not_there_to_be_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = Folder()
+    try:
+        folder.reserve(0)
+        before = sorted(folder.path.iterdir())
+
+        def refuse(*_: int) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "posix_fallocate", refuse)
+        with pytest.raises(OSError, match="No space"):
+            folder.reserve(1)
+        assert sorted(folder.path.iterdir()) == before
+    finally:
+        folder.remove()
+
+
 def test_memory_that_is_full_takes_no_worker(photos: list[Sample]) -> None:
     with serve("--workers", "2", "--drain-grace-s", "0.5", command=small_memory(2000)) as server:
         until(lambda: server.log().count(" ready: ") == 2)
@@ -211,11 +232,18 @@ def test_memory_that_is_full_takes_no_worker(photos: list[Sample]) -> None:
         assert server.wait() == 0
 
 
+def lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
 def test_a_hung_worker_does_not_hold_up_a_second_signal(pair: ServerProcess) -> None:
     hung = workers(pair)[0]
     hung.suspend()
     pair.terminate()
-    until(lambda: len([child for child in workers(pair) if child.status() != "zombie"]) == 1)
+    until(lambda: sum(map(lives, workers(pair))) == 1)
     assert pair.process.poll() is None
     pair.terminate()
     assert pair.wait() == 128 + signal.SIGKILL
