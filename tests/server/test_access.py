@@ -4,6 +4,7 @@ import base64
 import datetime
 import hashlib
 import ipaddress
+import json
 import os
 import signal
 import socket
@@ -269,11 +270,17 @@ def test_tls_and_clients_that_show_their_certificate(tmp_path: Path, photos: lis
                     httpx.get(f"{url}/health/live", verify=context)
             with pytest.raises(httpx.TransportError):
                 httpx.get(f"http://127.0.0.1:{port}/health/live")
-            assert client.get("/health/live").status_code == 200
+            many = [("file", photos[index % 3].data) for index in range(30)]
+            with client.stream("POST", "/segment/batch", files=many) as answer:
+                lines = answer.iter_lines()
+                statuses = [json.loads(next(lines))["status"]]
+                process.terminate()
+                statuses += [json.loads(line)["status"] for line in lines]
+            assert statuses == [200] * 30
+            # The client is still connected, but does not look; asyncio alone would wait for 30 s.
+            assert process.wait(25) == 0
         finally:
-            process.terminate()
-        # The client is still connected, but does not look; asyncio alone would wait for 30 s.
-        assert process.wait(25) == 0
+            process.kill()
 
 
 def test_a_certificate_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
