@@ -47,6 +47,7 @@ if __name__ == "__main__":
         "grpc_port": PORT + 1,
         "metrics_port": PORT + 2,
         "parallel_workers": WORKERS,
+        "metrics_dir": str(folder / "metrics"),
         "debug": False,
     }
     (folder / "settings.json").write_text(json.dumps(settings))
