@@ -151,6 +151,7 @@ class Gate:
     def __init__(self, settings: Settings) -> None:
         self.admitted = 0
         """Requests that have been let in."""
+        self._admitted_bulk = 0
         self.body_bytes = ByteBudget(settings.max_bytes_in_flight)
         self._bulk_bytes = ByteBudget(settings.bulk_bytes, self.body_bytes)
         self._settings = settings
@@ -196,7 +197,7 @@ class Gate:
 
         Args:
             deadline: second of `time.perf_counter` after which an answer is of no use.
-            bulk: the half of the places, and of the bytes, that was free last is not for this one.
+            bulk: takes half of the places, and of the bytes, at most with all others of its kind.
 
         Raises:
             Overloaded: all places are taken, or the answer would come too late.
@@ -220,11 +221,14 @@ class Gate:
             Overloaded: fewer are free.
         """
         self._find_places(count, bulk=bulk)
+        counted_as_bulk = count if bulk else 0
         self.admitted += count
+        self._admitted_bulk += counted_as_bulk
         try:
             yield
         finally:
             self.admitted -= count
+            self._admitted_bulk -= counted_as_bulk
 
     def arrived(self, place: Place) -> None:
         """The body of this one has come.
@@ -241,9 +245,18 @@ class Gate:
         self._arriving.pop(place, None)
 
     def _find_places(self, count: int, *, bulk: bool) -> None:
-        limit = self._settings.bulk_queue if bulk else self._settings.max_queue
-        slow = len(self._arriving) - sum(1 for _ in self._arriving_in_time())
-        if self.admitted - slow + count > limit:
+        # Bulk has a share of its own: held against all, it would never be let in, and so starve,
+        # where others keep the queue half full.
+        in_time = list(self._arriving_in_time())
+        is_full = (
+            self.admitted - (len(self._arriving) - len(in_time)) + count > self._settings.max_queue
+        )
+        if bulk and not is_full:
+            slow = sum(place.bulk for place in self._arriving) - sum(
+                place.bulk for place in in_time
+            )
+            is_full = self._admitted_bulk - slow + count > self._settings.bulk_queue
+        if is_full:
             raise self._overloaded("the queue is full", "queue_full")
 
     def check(self, photos: int, left_s: float, *, bulk: bool, arriving: int = 0) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Annotated, Any, Literal
 
@@ -121,7 +122,11 @@ def create_app(
         await loader.close()
         await service.close()
         if tracing is not None:
-            await asyncio.to_thread(tracing[1])
+            # The last spans are worth two seconds; a collector that is away would take up to thirty
+            # and, as the drain's time ends, the exit code 0 with them.
+            sending = threading.Thread(target=tracing[1], name="traces", daemon=True)
+            sending.start()
+            await asyncio.to_thread(sending.join, 2)
 
     app = FastAPI(
         title="SLSNet Server",

@@ -55,6 +55,8 @@ class KeyFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        # The state in which it could not be read the last time; no file has this one.
+        self._unread: tuple[int, int, int] | None = (-1, -1, -1)
         self._state = self._stat()
         self._keys = _read(path)
 
@@ -78,13 +80,16 @@ class KeyFile:
         state = self._stat()
         if state == self._state:
             return
-        self._state = state
         try:
             self._keys = _read(self._path)
         except KeyFileError as error:
-            # Half written, perhaps: the keys from before hold until it can be read.
-            log.error("the keys stay as they were: %s", error)
+            # Half written, or not readable for a moment: the keys from before hold until it can be
+            # read, and it is tried again each time, as it need not look any different then.
+            if state != self._unread:
+                self._unread = state
+                log.error("the keys stay as they were: %s", error)
         else:
+            self._state = state
             log.info("%d keys read from %s", len(self._keys), self._path)
 
     def _stat(self) -> tuple[int, int, int] | None:

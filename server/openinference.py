@@ -13,11 +13,12 @@ and deadlines as a photo sent to `/segment`. Errors have the protocol's shape (`
 import json
 import zlib
 from collections.abc import Callable, Sequence
+from enum import Enum
 from itertools import chain
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from fastapi import APIRouter, Depends, Path, Request
+from fastapi import APIRouter, Depends, Path, Request, params
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError
 from starlette.responses import Response
@@ -317,9 +318,12 @@ async def _known_version(
         raise NotFound(f"There is no version {version[:80]!r} of {NAME!r}: there is {VERSION!r}.")
 
 
+_TAGS: list[str | Enum] = ["open inference protocol"]
+
+
 def openinference_router(service: Service, server_version: str) -> APIRouter:
     """The paths under `/v2`."""
-    router = APIRouter(prefix="/v2", tags=["open inference protocol"])
+    router = APIRouter(prefix="/v2", tags=_TAGS)
 
     @router.get("", summary="The server, and the extensions it has")
     async def server_metadata() -> ServerMetadata:
@@ -338,18 +342,21 @@ def openinference_router(service: Service, server_version: str) -> APIRouter:
         service.check_ready()
         return ReadyAnswer()
 
-    models = _model_router(service)
+    every = APIRouter()
+    every.include_router(router)
     is_model, is_version = Depends(_known_model), Depends(_known_version)
-    router.include_router(models, prefix="/models/{model}", dependencies=[is_model])
-    router.include_router(
-        models, prefix="/models/{model}/versions/{version}", dependencies=[is_model, is_version]
+    model = "/v2/models/{model}"
+    every.include_router(_model_router(service, model, [is_model]))
+    every.include_router(
+        _model_router(service, f"{model}/versions/{{version}}", [is_model, is_version])
     )
+    return every
 
-    return router
 
-
-def _model_router(service: Service) -> APIRouter:
-    router = APIRouter()
+def _model_router(service: Service, prefix: str, known: list[params.Depends]) -> APIRouter:
+    # Its own prefix, not that of an inclusion: a route's path, by which requests are counted, has
+    # only the former.
+    router = APIRouter(prefix=prefix, tags=_TAGS, dependencies=known)
     settings = service.settings
 
     @router.get("", summary="The model's tensors", responses=_errors(404, 503))

@@ -51,7 +51,11 @@ def open_tracing() -> tuple[Record, Callable[[], None]] | None:
             f"OTEL_… asks for traces: install requirements-otel.txt ({error})"
         ) from error
     named = "OTEL_SERVICE_NAME" in os.environ
-    provider = TracerProvider(resource=Resource.create({} if named else {"service.name": "slsnet"}))
+    provider = TracerProvider(
+        resource=Resource.create({} if named else {"service.name": "slsnet"}),
+        # It is the server that ends it, and does not wait for ever.
+        shutdown_on_exit=False,
+    )
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     tracer = provider.get_tracer("slsnet.server")
 

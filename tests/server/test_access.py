@@ -2,6 +2,7 @@
 
 import base64
 import datetime
+import errno
 import hashlib
 import ipaddress
 import json
@@ -103,6 +104,27 @@ def test_keys_change_without_a_restart_and_are_never_logged(guarded: Guarded) ->
     assert "clinic-2027 GET /model 200" in log
     assert "the keys stay as they were" in log
     assert not any(key in log for key in (new, guarded.user, guarded.admin))
+
+
+def test_keys_that_could_not_be_read_when_they_changed_are_read_once_they_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "keys"
+    (old, old_line), (new, new_line) = new_key("old"), new_key("new")
+    file.write_text(old_line, encoding="utf-8")
+    keys = KeyFile(file)
+    file.write_text(f"{new_line}  # instead", encoding="utf-8")
+
+    def fail(*_: object, **__: object) -> str:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_text", fail)
+        assert keys.find(old)
+        assert not keys.find(new)
+    assert keys.find(new)
+    assert not keys.find(old)
+    assert len([line for line in caplog.messages if "stay as they were" in line]) == 1
 
 
 def test_only_named_origins_are_told_that_they_may(guarded: Guarded) -> None:

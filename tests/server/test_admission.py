@@ -223,6 +223,35 @@ def test_slow_bodies_hold_no_places(clock: Clock) -> None:
     assert is_let_in(gate, clock, 30)
 
 
+def test_bulk_has_half_of_the_places_whoever_has_the_others(clock: Clock) -> None:
+    gate = Gate(Settings(max_queue=8))
+    with contextlib.ExitStack() as stack:
+
+        def come(*, bulk: bool) -> None:
+            stack.enter_context(gate.enter(deadline=clock.now + 30, bulk=bulk))
+
+        for _ in range(5):
+            come(bulk=False)
+        for _ in range(3):
+            come(bulk=True)
+        for bulk in (True, False):
+            with pytest.raises(Overloaded, match="queue is full"):
+                come(bulk=bulk)
+    with contextlib.ExitStack() as stack:
+        for _ in range(4):
+            come(bulk=True)
+        with pytest.raises(Overloaded, match="queue is full"):
+            come(bulk=True)
+        # Bodies that come too slowly give their places to others of their kind.
+        clock.now += 2
+        come(bulk=True)
+        for _ in range(7):
+            come(bulk=False)
+        with pytest.raises(Overloaded, match="queue is full"):
+            come(bulk=False)
+    assert gate.admitted == 0
+
+
 def test_bulk_leaves_half_of_the_bytes_to_others(clock: Clock) -> None:
     gate = Gate(Settings(max_bytes_in_flight=100))
     with contextlib.ExitStack() as stack:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -113,6 +114,17 @@ def test_a_request_leaves_a_line_of_json_and_a_trace(
     for span in parts.values():
         assert root.start_time_unix_nano <= span.start_time_unix_nano
         assert span.end_time_unix_nano <= root.end_time_unix_nano
+
+
+def test_a_collector_that_says_nothing_does_not_hold_up_the_end(photos: list[Sample]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        flags = ("--drain-grace-s", "0", "--drain-timeout-s", "1")
+        with serve(*flags, environment={"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint}) as server:
+            answer = httpx.post(f"{server.url}/segment", content=photos[0].data, timeout=60)
+            assert answer.status_code == 200
+            server.terminate()
+            assert server.wait() == 0
 
 
 def _value(family: Metric, suffix: str = "_total", **labels: str) -> float:

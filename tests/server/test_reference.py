@@ -180,10 +180,17 @@ def test_references_in_the_document_lead_somewhere(server: ServerProcess) -> Non
         assert node
 
 
-def test_paths_of_the_reference_are_counted_by_name(server: ServerProcess) -> None:
-    httpx.get(f"{server.url}/openapi.json")
+def test_every_path_is_counted_by_its_name(server: ServerProcess) -> None:
+    document = httpx.get(f"{server.url}/openapi.json").json()
+    for path, methods in document["paths"].items():
+        for method in methods:
+            httpx.request(method, server.url + path.format(model="slsnet", version="1"))
     figures = httpx.get(f"{server.url}/metrics").text
-    assert re.search(r'slsnet_requests_total\{[^}]*path="/openapi.json"', figures)
+    counted = set(re.findall(r'slsnet_requests_total\{[^}]*path="([^"]*)"', figures))
+    assert {"/openapi.json", "/v2/models/{model}/versions/{version}/infer"} <= counted
+    # Without keys there is no administration.
+    assert set(document["paths"]) - counted == {"/admin/reload"}
+    assert all(path.startswith("/") or path == "other" for path in counted)
 
 
 @pytest.mark.parametrize(
