@@ -7,6 +7,7 @@ python docker/test/stack.py dashboard PROMETHEUS SERVER PHOTO
                                                      while clients do all that it shows
 python docker/test/stack.py alert PROMETHEUS NAME STATE…
                                                      an alert is in one of these states
+python docker/test/stack.py starts PROMETHEUS NUMBER one server was seen to start again so often
 python docker/test/stack.py annotation PROMETHEUS NAME
                                                      what the dashboard marks so has happened
 python docker/test/stack.py grafana GRAFANA          the dashboard is there, and its source answers
@@ -126,6 +127,17 @@ def alert(prometheus: str, name: str, states: Sequence[str]) -> None:
     started = time.monotonic()
     wait_for(f"{name} is {' or '.join(states)}", raised)
     print(f"{name} is {' or '.join(states)} after {time.monotonic() - started:.0f} s")
+
+
+def starts(prometheus: str, number: str) -> None:
+    """Wait until the server has been scraped after that many starts, as the one that it was."""
+    expr = 'changes(process_start_time_seconds{job="slsnet"}[30m])'
+
+    def counted() -> bool:
+        results = query(prometheus, "query", query=expr)["result"]
+        return [result["value"][1] for result in results] == [number]
+
+    wait_for(f"{expr} is {number}", counted)
 
 
 def annotation(prometheus: str, name: str) -> None:
@@ -287,6 +299,8 @@ if __name__ == "__main__":
             dashboard(prometheus, server, photo)
         case ["alert", prometheus, name, *states]:
             alert(prometheus, name, states)
+        case ["starts", prometheus, number]:
+            starts(prometheus, number)
         case ["annotation", prometheus, name]:
             annotation(prometheus, name)
         case ["grafana", url]:
