@@ -9,7 +9,7 @@ services=(server prometheus)
 reference=trt_build/reference/lesion_000.jpg
 
 # Small limits, so that a few clients can do all that the dashboard shows.
-printf '%s\n' SLSNET_MAX_QUEUE=24 SLSNET_HEAD_TIMEOUT_S=2 >"$output/server.env"
+printf '%s\n' SLSNET_MAX_QUEUE=24 SLSNET_HEAD_TIMEOUT_S=2 SLSNET_LOG_FORMAT=text >"$output/server.env"
 export SLSNET_IMAGE=$image SLSNET_ENV_FILE=$output/server.env \
     LOAD_IMAGE=localhost/slsnet-load:test LOAD_USERS=4 LOAD_TIME=30s \
     SLSNET_PUBLISH=127.0.0.1:$port PROMETHEUS_PUBLISH=${prometheus#http://} \
@@ -47,6 +47,8 @@ tools >/dev/null
 at_exit+=(take_down)
 quietly "$output/up.log" stack up --detach "${services[@]}"
 ask_stack scraped "$prometheus" || fail "the scrape"
+[ "$(stack exec -T server printenv SLSNET_LOG_FORMAT 2>/dev/null)" = text ] ||
+    fail "server.env does not win over compose.env"
 in_prometheus() { stack exec -T prometheus promtool "$@" 2>&1 | grep -v '^[0-9a-f ]*$'; }
 in_prometheus check config /etc/prometheus/prometheus.yml || fail "promtool"
 in_prometheus test rules /etc/prometheus/alerts_test.yml || fail "the alerts' own tests"
@@ -72,9 +74,14 @@ wait $loading || { tail -30 "$output/locust.log" >&2; fail "locust found a wrong
 loading=
 say "locust: $(grep -m 1 Aggregated "$output/locust.log")"
 
-quietly "$output/restart.log" stack restart server
+# As a crash loop does it. Each start has to be scraped, or it does not count.
+for start in 1 2 3; do
+    quietly "$output/restart.log" stack restart server
+    ask_stack starts "$prometheus" $start || fail "a start is not counted"
+done
 ask_stack annotation "$prometheus" Starts || fail "a start is not marked"
+ask_stack alert "$prometheus" SlsnetRestarting firing || fail "no alert"
 quietly "$output/stop.log" stack stop server
-ask_stack alert "$prometheus" SlsnetAbsent firing || fail "no alert"
+ask_stack alert "$prometheus" SlsnetDown firing || fail "no alert"
 ask_stack annotation "$prometheus" Alerts || fail "an alert is not marked"
 quietly "$output/down.log" take_down
