@@ -64,6 +64,9 @@ look_inside() {
         ! find /opt /etc/passwd -perm /go+w -not -type l | grep . || exit 1
         grep -q "^CapEff:.*0000000000000000$" /proc/self/status || { echo "has capabilities"; exit 1; }
         ' || fail "the container is not as locked up as it should be"
+    [ "$(engine image inspect "$image" \
+        --format '{{index .Config.Labels "org.opencontainers.image.revision"}}')" = "$revision" ] ||
+        fail "its label names another revision than $revision"
     engine run --rm "${hardened[@]}" --network none -v "$root:/source:ro" --entrypoint python \
         "$image" /source/docker/test/client.py bill || fail "the bill of materials"
     local cores='from server.cores import available_cores; print(available_cores())'
