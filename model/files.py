@@ -10,11 +10,16 @@ from pathlib import Path
 
 __all__ = ["replacing", "write_atomically"]
 
+# Of 255 that a name may have: there are a suffix, eight characters and two dots as well.
+_NAME_BYTES = 200
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to, which becomes `path` once the block has ended and all is on the disk."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    # The end of a long name alone: with all of it, this one would be too long for a file.
+    end = os.fsencode(path.name)[-_NAME_BYTES:].decode(errors="ignore")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{end}.", suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)
     try:

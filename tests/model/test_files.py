@@ -56,3 +56,10 @@ def test_what_is_written_can_be_read_by_others_and_keeps_its_suffix(tmp_path: Pa
 
     assert path.read_bytes() == b"new"
     assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_name_may_be_as_long_as_a_file_s_can_be(tmp_path: Path) -> None:
+    for name in ("n" * 251 + ".png", "ö" * 125 + "n.png"):
+        path = tmp_path / name
+        write_atomically(path, b"new")
+        assert path.read_bytes() == b"new"
