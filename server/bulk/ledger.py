@@ -1,7 +1,8 @@
 """What is done and what is not, in a database beside the masks that a kill cannot tear.
 
 A photo is marked as done by one transaction, after its mask is on the disk. Killed in between, it
-is run again and its mask replaced by the same one. The table is written from here, whole.
+is run again and its mask replaced by the same one. A mask goes before its row does, so no kill
+leaves one that no row knows. The table is written from here, whole.
 """
 
 import csv
@@ -16,13 +17,13 @@ from typing import Any, Literal, Self
 from model.files import replacing
 from server.bulk.sources import BulkError, Listed
 
-__all__ = ["Counts", "Ledger", "Row", "Task"]
+__all__ = ["Counts", "Ledger", "Listing", "Row", "Task"]
 
 MASKS = "masks"
 TABLE = "table.csv"
 STATE = "state.sqlite"
 
-_VERSION = 1
+_VERSION = 2
 
 # Listed in one transaction: one each is slow, all of them at once would need their whole size
 # again in the journal.
@@ -31,6 +32,7 @@ _PAGE = 1000
 
 # As `model.files.replacing` calls them.
 _LEFTOVER = re.compile(r"\..+\.png\.[a-z0-9_]{8}\.png")
+_LEFTOVER_TABLE = re.compile(rf"\.{re.escape(TABLE)}\.[a-z0-9_]{{8}}\.csv")
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,18 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Listing:
+    """What the source had."""
+
+    named: int
+    """Photos, those named more than once as often as they are."""
+    repeated: int
+    """Of those: named before."""
+    dropped: int
+    """Photos listed by an earlier run, and no longer."""
+
+
+@dataclass(frozen=True)
 class Counts:
     """Photos."""
 
@@ -85,7 +99,7 @@ class Counts:
 
 _ROW = [field.name for field in fields(Row)]
 
-_SCHEMA = f"""
+_SCHEMA_1 = f"""
 CREATE TABLE settings (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE photos (
     path BLOB PRIMARY KEY, mask BLOB NOT NULL UNIQUE, size INTEGER, modified_ns INTEGER,
@@ -93,6 +107,15 @@ CREATE TABLE photos (
 ) WITHOUT ROWID;
 CREATE INDEX pending ON photos (path) WHERE status IS NULL;
 CREATE INDEX unsuccessful ON photos (status) WHERE status IN ('unusable', 'failed');
+"""
+
+# `seen` is the number of the listing that had the photo last; `waiting` are photos whose mask is
+# another one's that this listing has not had yet.
+_TO_2 = """
+ALTER TABLE photos ADD COLUMN seen INTEGER NOT NULL DEFAULT 0;
+CREATE TABLE waiting (
+    path BLOB PRIMARY KEY, size INTEGER, modified_ns INTEGER
+) WITHOUT ROWID;
 """
 
 
@@ -117,12 +140,18 @@ class Ledger:
                     f"{folder} holds files, but no {STATE} of an earlier run. Choose a folder that"
                     " is empty or not there yet: nothing of yours shall be overwritten."
                 )
-            self.masks.mkdir(exist_ok=True)
         except OSError as error:
             raise BulkError(f"{error.filename}: {error.strerror}") from error
+        self._listing = 0
+        self._begun = False
         self._database = sqlite3.connect(state, timeout=1, isolation_level=None)
         try:
             self._open()
+            # After the database: a folder with masks alone would be taken for somebody else's.
+            self.masks.mkdir(exist_ok=True)
+        except OSError as error:
+            self._database.close()
+            raise BulkError(f"{error.filename}: {error.strerror}") from error
         except sqlite3.Error as error:
             self._database.close()
             if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
@@ -138,9 +167,10 @@ class Ledger:
         for setting in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = NORMAL"):
             self._database.execute(f"PRAGMA {setting}")
         (version,) = self._database.execute("PRAGMA user_version").fetchone()
-        if version == 0:
+        if version < _VERSION:
+            script = _TO_2 if version == 1 else _SCHEMA_1 + _TO_2
             self._database.executescript(
-                f"BEGIN EXCLUSIVE; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;"
+                f"BEGIN EXCLUSIVE; {script} PRAGMA user_version = {_VERSION}; COMMIT;"
             )
         elif version != _VERSION:
             raise BulkError(
@@ -156,7 +186,9 @@ class Ledger:
 
     def __exit__(self, *_: object) -> None:
         """Let others have it."""
-        self._set("running", 0)
+        # One that was refused has not removed what a killed one left.
+        if self._begun:
+            self._set("running", 0)
         self._database.close()
 
     def begin(self, **wanted: Any) -> None:
@@ -177,71 +209,107 @@ class Ledger:
         if self._get("running"):
             self._remove_leftovers()
         self._set("running", 1)
+        self._begun = True
 
     def _remove_leftovers(self) -> None:
         """What a killed process was about to write."""
         for parent, _, names in os.walk(self.masks):
             for name in filter(_LEFTOVER.fullmatch, names):
                 Path(parent, name).unlink(missing_ok=True)
+        for path in self.folder.iterdir():
+            if _LEFTOVER_TABLE.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
-    def list(self, photos: Iterable[Listed]) -> int:
-        """Take in what there is to do; gives how many photos were named more than once.
+    def list(self, photos: Iterable[Listed]) -> Listing:
+        """Take in what there is to do.
 
         Run again will be those that failed, and those whose file has changed or whose mask is gone.
+        Photos of earlier runs that are not among `photos` are dropped, and their masks removed,
+        once all of `photos` is known: a listing that is killed or fails drops none. Nor does one
+        of no photos, as of a disk that is not mounted.
 
         Raises:
             BulkError: two photos would have the same mask.
         """
-        repeated = 0
         execute = self._database.execute
-        execute("DELETE FROM photos WHERE status IS NULL OR status = 'failed'")
+        self._listing = (self._get("listing") or 0) + 1
+        self._set("listing", self._listing)
+        execute("DELETE FROM waiting")
+        named = repeated = dropped = 0
         execute("BEGIN")
         try:
-            for index, photo in enumerate(photos):
+            for photo in photos:
+                named += 1
                 repeated += not self._list(photo)
-                if index % _AT_ONCE == _AT_ONCE - 1:
+                if named % _AT_ONCE == 0:
                     execute("COMMIT")
                     execute("BEGIN")
+            if named:
+                dropped = self._drop_unseen()
+                for path, *stamp in execute("SELECT path, size, modified_ns FROM waiting"):
+                    self._list(Listed(os.fsdecode(path), *stamp))
         finally:
             execute("COMMIT")
-        return repeated
+        return Listing(named, repeated, dropped)
 
     def _list(self, photo: Listed) -> bool:
-        """Whether it was not listed yet in this run, as far as can be told."""
+        """Whether it was not listed yet in this run."""
         path = os.fsencode(photo.path)
         mask = mask_path(photo.path)
         found = self._database.execute(
-            "SELECT status, size, modified_ns FROM photos WHERE path = ?", (path,)
+            "SELECT status, size, modified_ns, seen FROM photos WHERE path = ?", (path,)
         ).fetchone()
         if found is None:
-            try:
-                self._database.execute(
-                    "INSERT INTO photos (path, mask, size, modified_ns) VALUES (?, ?, ?, ?)",
-                    (path, os.fsencode(mask), photo.size, photo.modified_ns),
-                )
-            except sqlite3.IntegrityError as error:
-                raise self._same_mask(photo.path, mask) from error
-            return True
-        status, *stamp = found
-        if status is None:
+            return self._list_new(photo, path, mask)
+        status, *stamp, seen = found
+        if seen == self._listing:
             return False
-        if stamp != [photo.size, photo.modified_ns] or (
-            status == "ok" and not (self.masks / mask).is_file()
-        ):
+        self._database.execute("UPDATE photos SET seen = ? WHERE path = ?", (self._listing, path))
+        has_mask = self._has_mask(mask)
+        done = (status == "ok" and has_mask) or (status == "unusable" and not has_mask)
+        if not done or stamp != [photo.size, photo.modified_ns]:
+            if has_mask:
+                (self.masks / mask).unlink(missing_ok=True)
+            nothing = ", ".join(f"{name} = NULL" for name in _ROW)
             self._database.execute(
-                "UPDATE photos SET status = NULL, size = ?, modified_ns = ? WHERE path = ?",
+                f"UPDATE photos SET {nothing}, size = ?, modified_ns = ? WHERE path = ?",
                 (photo.size, photo.modified_ns, path),
             )
         return True
 
-    def _same_mask(self, path: str, mask: str) -> BulkError:
-        (other,) = self._database.execute(
-            "SELECT path FROM photos WHERE mask = ?", (os.fsencode(mask),)
+    def _list_new(self, photo: Listed, path: bytes, mask: str) -> bool:
+        stamp = photo.size, photo.modified_ns
+        other = self._database.execute(
+            "SELECT path, seen FROM photos WHERE mask = ?", (os.fsencode(mask),)
         ).fetchone()
-        return BulkError(
-            f"{os.fsdecode(other)} and {path} would both have {MASKS}/{mask}. Rename one of them,"
-            " or list them in manifests of their own, with a folder of results for each."
+        if other is None:
+            self._database.execute(
+                "INSERT INTO photos (path, mask, size, modified_ns, seen) VALUES (?, ?, ?, ?, ?)",
+                (path, os.fsencode(mask), *stamp, self._listing),
+            )
+            return True
+        if other[1] == self._listing:
+            raise BulkError(
+                f"{os.fsdecode(other[0])} and {photo.path} would both have {MASKS}/{mask}. Rename"
+                " one of them, or list them in manifests of their own, with a folder of results"
+                " for each."
+            )
+        # Whether the other one is still there is known once all are listed.
+        added = self._database.execute(
+            "INSERT OR IGNORE INTO waiting VALUES (?, ?, ?)", (path, *stamp)
         )
+        return added.rowcount == 1
+
+    def _drop_unseen(self) -> int:
+        execute = self._database.execute
+        for (mask,) in execute("SELECT mask FROM photos WHERE seen != ?", (self._listing,)):
+            if self._has_mask(name := os.fsdecode(mask)):
+                (self.masks / name).unlink(missing_ok=True)
+        return execute("DELETE FROM photos WHERE seen != ?", (self._listing,)).rowcount
+
+    def _has_mask(self, mask: str) -> bool:
+        # Not with pathlib, which raises where no file can have that name.
+        return os.path.isfile(self.masks / mask)  # noqa: PTH113
 
     def pending(self) -> Iterator[Task]:
         """What is to be run, in the order of the paths; rows may be recorded meanwhile."""

@@ -29,9 +29,9 @@ from model.regions import largest_region
 from server.backends import Backend, BackendInfo
 from server.bulk import segmenter
 from server.bulk.__main__ import main
-from server.bulk.ledger import Ledger, Task
+from server.bulk.ledger import Ledger, Listing, Row, Task
 from server.bulk.progress import Progress
-from server.bulk.sources import Listed
+from server.bulk.sources import BulkError, Listed
 from server.masks import measure
 from tests.conftest import CPU_BACKEND, MODEL, ROOT, Offline, Sample
 from tests.lesions import encode_photo, lesion_photo
@@ -234,6 +234,179 @@ def test_only_what_is_new_or_changed_is_run_again(
     assert table(results)["a/0/photo 0.JPG"]["width"] == "163"
 
 
+def test_photos_that_are_gone_leave_with_their_masks(
+    archive: Path, tmp_path: Path, small_photos: list[bytes], capfd: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "results"
+    write(archive / "a.jpg", small_photos[1])
+    write(archive / "corrupt.jpg", b"no photo")
+    assert bulk(archive, results) == 1
+    before = masks(results)
+
+    (archive / "a.jpg").rename(archive / "a.png")
+    (archive / "corrupt.jpg").unlink()
+    (archive / "b/1/photo 1.JPG").unlink()
+    assert bulk(archive, results) == 0
+
+    lines = table(results)
+    assert len(lines) == 10
+    assert "a.png" in lines
+    assert not {"a.jpg", "corrupt.jpg", "b/1/photo 1.JPG"} & set(lines)
+    after = masks(results)
+    assert set(after) == {line["mask"] for line in lines.values()}
+    assert after["masks/a.png"] != before["masks/a.png"], "it may be another photo"
+    assert {name for name in after if after[name] != before[name]} == {"masks/a.png"}
+    assert "3 photos are no longer there" in capfd.readouterr().err
+
+    write(archive / "a.jpg", small_photos[0])
+    assert bulk(archive, results) == 2
+    assert "masks/a.png" in capfd.readouterr().err
+    assert masks(results) == after, "a refusal takes nothing"
+
+
+def test_a_shorter_manifest_leaves_what_it_no_longer_names(
+    tmp_path: Path, small_photos: list[bytes]
+) -> None:
+    results = tmp_path / "results"
+    for index, name in enumerate(["1.jpg", "2.jpg", "2.png"]):
+        write(tmp_path / name, small_photos[index])
+    manifest = write(tmp_path / "list.txt", b"2.jpg\n1.jpg\n")
+    assert bulk(manifest, results) == 0
+
+    write(manifest, b"2.png\n")
+    assert bulk(manifest, results) == 0
+
+    assert set(table(results)) == {"2.png"}, "2.jpg is still a file, but not of this list"
+    assert set(masks(results)) == {"masks/2.png"}
+
+
+def test_a_source_with_no_photos_takes_no_results(
+    archive: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "results"
+    assert bulk(archive, results) == 0
+    before = masks(results)
+    archive.rename(tmp_path / "elsewhere")
+    archive.mkdir()
+
+    assert bulk(archive, results) == 2
+
+    assert "has no photos" in capfd.readouterr().err
+    assert masks(results) == before
+    assert len(table(results)) == 10
+
+
+def have_done(results: Path, *paths: str) -> None:
+    """These are listed and done."""
+    with Ledger(results) as ledger:
+        ledger.list(Listed(path, 1, 1) for path in paths)
+        for task in ledger.pending():
+            write(results / "masks" / task.mask, b"a mask")
+            ledger.record([(task.path, Row("ok", width=7))])
+        ledger.write_table()
+
+
+def test_a_listing_that_ends_half_way_drops_nothing(tmp_path: Path) -> None:
+    have_done(tmp_path, "a.jpg", "b.jpg", "c.jpg")
+
+    def cut_short() -> Iterator[Listed]:
+        yield Listed("b.png", 1, 1)
+        yield Listed("a.jpg", 1, 1)
+        raise BulkError("a folder cannot be read")
+
+    with Ledger(tmp_path) as ledger:
+        with pytest.raises(BulkError):
+            ledger.list(cut_short())
+        assert ledger.counts().done == 3
+    assert set(masks(tmp_path)) == {"masks/a.png", "masks/b.png", "masks/c.png"}
+
+    with Ledger(tmp_path) as ledger:
+        again = [Listed("b.png", 1, 1), Listed("a.jpg", 1, 1), Listed("b.png", 1, 1)]
+        assert ledger.list(again) == Listing(3, 1, 2)
+        assert list(ledger.pending()) == [Task("b.png", "b.png")]
+    assert set(masks(tmp_path)) == {"masks/a.png"}
+
+
+def test_two_new_photos_with_the_mask_of_one_that_is_gone_are_refused(tmp_path: Path) -> None:
+    have_done(tmp_path, "a.jpg")
+    with (
+        Ledger(tmp_path) as ledger,
+        pytest.raises(BulkError, match=r"a\.bmp and a\.png would both have masks/a\.png"),
+    ):
+        ledger.list([Listed("a.png", 1, 1), Listed("a.bmp", 1, 1)])
+
+
+def test_results_of_the_version_before_are_gone_on_from(tmp_path: Path) -> None:
+    have_done(tmp_path, "a.jpg", "b.jpg")
+    with contextlib.closing(sqlite3.connect(tmp_path / "state.sqlite")) as state:
+        state.executescript(
+            "ALTER TABLE photos DROP COLUMN seen; DROP TABLE waiting;"
+            " DELETE FROM settings WHERE name = 'listing'; PRAGMA user_version = 1;"
+        )
+
+    with Ledger(tmp_path) as ledger:
+        assert ledger.list([Listed("b.jpg", 1, 1)]) == Listing(1, 0, 1)
+        assert not list(ledger.pending())
+        assert ledger.counts().done == 1
+
+
+def test_a_changed_photo_has_neither_figures_nor_mask_of_the_old_one(tmp_path: Path) -> None:
+    have_done(tmp_path, "a.jpg", "b.jpg")
+
+    with Ledger(tmp_path) as ledger:
+        ledger.list([Listed("a.jpg", 2, 2), Listed("b.jpg", 1, 1)])
+        ledger.write_table()
+
+    line = table(tmp_path)["a.jpg"]
+    assert (line["status"], line["width"], line["mask"]) == ("pending", "", "")
+    assert set(masks(tmp_path)) == {"masks/b.png"}
+
+
+def test_names_that_no_file_can_have_are_listed_again(tmp_path: Path) -> None:
+    paths = ["a\0.jpg", f"{'n' * 300}.jpg", "b.jpg", "b.png/c.jpg"]
+    with Ledger(tmp_path) as ledger:
+        ledger.list(Listed(path, None, None) for path in paths)
+        write(ledger.masks / "b.png", b"a mask")
+        ledger.record((path, Row("failed", "no file")) for path in paths)
+    with Ledger(tmp_path) as ledger:
+        ledger.list(Listed(path, None, None) for path in paths)
+        assert len(list(ledger.pending())) == 4
+        assert ledger.list([Listed("x.jpg", 1, 1)]).dropped == 4
+
+
+def test_killed_before_there_is_a_database_it_starts_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite3, "connect", die)
+        with pytest.raises(KeyboardInterrupt):
+            Ledger(tmp_path / "results")
+
+    have_done(tmp_path / "results", "a.jpg")
+
+
+def test_what_a_killed_process_was_writing_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    have_done(tmp_path, "a.jpg")
+    with contextlib.closing(sqlite3.connect(tmp_path / "state.sqlite")) as state:
+        state.execute("INSERT OR REPLACE INTO settings VALUES ('running', 1)")
+        state.commit()
+    left = [".table.csv.ab_12xyz.csv", "masks/.a.png.ab_12xyz.png"]
+    others = [".table.csv.ab_12xyz.csv.old", ".table.csv.ABCDEFGH.csv", "table.csv.ab_12xyz.csv"]
+    for name in left + others:
+        write(tmp_path / name, b"half")
+
+    with contextlib.suppress(BulkError), Ledger(tmp_path):
+        raise BulkError("refused before it has begun")
+    with Ledger(tmp_path) as ledger:
+        ledger.begin()
+
+    assert not any((tmp_path / name).exists() for name in left)
+    assert all((tmp_path / name).exists() for name in [*others, "table.csv", "masks/a.png"])
+
+
 def test_killed_again_and_again_every_photo_is_in_the_table_once(
     tmp_path: Path, small_photos: list[bytes]
 ) -> None:
@@ -321,6 +494,7 @@ def test_a_manifest_names_photos_wherever_they_are(
 
 def test_names_of_any_kind_are_kept(tmp_path: Path, small_photos: list[bytes]) -> None:
     names = ['comma, "quote".jpg', "line\nfeed.jpg", "größe ×.jpg", os.fsdecode(b"latin-\xe9.jpg")]
+    names += [f"{'n' * 240}.jpg", f"{'ö' * 120}.jpg"]
     for name in names:
         write(tmp_path / "archive" / name, small_photos[0])
 
@@ -453,7 +627,7 @@ def peak_bytes(results: Path, photos: int) -> int:
     with Ledger(results) as ledger:
         gc.collect()
         tracemalloc.start()
-        assert ledger.list(many) == 0
+        assert ledger.list(many) == Listing(photos, 0, 0)
         tasks = ledger.pending()
         assert next(tasks) == Task("0/0.jpg", "0/0.png")
         assert sum(1 for _ in tasks) == photos - 1
