@@ -7,6 +7,8 @@ its connection is given back in bounded time and holds a bounded number of bytes
 - a body that comes, and an answer that goes, slower than `min_bytes_per_s` for `stall_timeout_s` is
   cut; the rest of a body that was refused is thrown away for no longer than that
 - `max_connections` are held; who comes on top is told so with 503 and let go
+
+Who asks for another protocol (`Upgrade`) is answered in HTTP/1.1, as RFC 9110 (7.8) lets a server.
 """
 
 import asyncio
@@ -15,6 +17,7 @@ from http import HTTPStatus
 from typing import Any
 
 import httptools
+from uvicorn._types import ASGI3Application
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
@@ -67,6 +70,7 @@ class Connection(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._body_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
+        self._running: RequestResponseCycle | None = None
         self._refused = False
         self._in_body = False
         self._body_bytes = 0
@@ -90,6 +94,8 @@ class Connection(HttpToolsProtocol):
             if timer is not None:
                 timer.cancel()
         self._house.leaving.pop(self, None)
+        # Uvicorn tells the last request only.
+        self._hang_up()
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
 
@@ -99,11 +105,7 @@ class Connection(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self._bytes_between_bodies += len(data)
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            # Nothing to upgrade to is offered: what follows would not be HTTP any more.
-            self.transport.close()
-            return
+            self._parse(data)
         except httptools.HttpParserError as error:
             if not isinstance(error.__context__, _Refused):
                 self._refuse(
@@ -115,6 +117,25 @@ class Connection(HttpToolsProtocol):
             self._refuse_head()
         elif not self._in_body and self._is_answered:
             self._expect_head()
+
+    def _parse(self, data: bytes) -> None:
+        while True:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                # The parser takes the body for another protocol's bytes, and cannot be told
+                # otherwise; so a new one reads the request without that header.
+                data = self._head_without_upgrade() + data[upgrade.args[0] :]
+                self.parser = httptools.HttpRequestParser(self)
+                # As uvicorn does.
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+
+    def _head_without_upgrade(self) -> bytes:
+        version = self.parser.get_http_version().encode()
+        lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
+        lines += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+        return b"\r\n".join(lines) + b"\r\n\r\n"
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -131,6 +152,14 @@ class Connection(HttpToolsProtocol):
         self._count_head(len(name) + len(value) + 4)
 
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                self._refuse(
+                    HTTPStatus.BAD_REQUEST, "malformed", "CONNECT is for proxies, this is none."
+                )
+                raise _Refused
+            # It comes again, without the wish.
+            return
         if len(self.pipeline) >= _MAX_PIPELINE:
             self._refuse(
                 HTTPStatus.TOO_MANY_REQUESTS,
@@ -153,6 +182,8 @@ class Connection(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         self._in_body = False
         self._bytes_between_bodies = 0
         if self._body_timer is not None:
@@ -160,9 +191,13 @@ class Connection(HttpToolsProtocol):
             self._body_timer = None
         super().on_message_complete()
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self._in_body:
+        if self._in_body and self._is_answered:
             # Nobody reads it any more.
             if self._body_timer is not None:
                 self._body_timer.cancel()
@@ -247,8 +282,11 @@ class Connection(HttpToolsProtocol):
                 self._say_goodbye()
             return
         # What is written meanwhile hides some of what was sent; but while writing is paused nothing
-        # is, and where it was resumed the client does read.
-        if self._is_too_slow(before - left) and (self.flow.write_paused or self._is_answered):
+        # is, and where it was resumed the client does read. An answer that the application left off
+        # is never complete, but the transport is closed then.
+        if self._is_too_slow(before - left) and (
+            self.flow.write_paused or self._is_answered or self.transport.is_closing()
+        ):
             self._cut("answer_not_read")
         else:
             self._watch_writing()
@@ -260,7 +298,8 @@ class Connection(HttpToolsProtocol):
 
     @property
     def _request(self) -> RequestResponseCycle | None:
-        # Of this type, whatever uvicorn declares: there is none before the first.
+        # The last that came; those before it may not be answered yet. Of this type, whatever
+        # uvicorn declares: there is none before the first.
         return self.cycle
 
     def _is_too_slow(self, transferred: int) -> bool:
@@ -271,18 +310,25 @@ class Connection(HttpToolsProtocol):
         self._metrics.connections_refused.labels(reason).inc()
         self.transport.abort()
 
+    def _hang_up(self) -> None:
+        """Tell the request that is being answered that nobody waits for it any more."""
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
+
     def _refuse(self, status: HTTPStatus, reason: str, detail: str) -> None:
         """Answer with a problem document, then close; a request under way is over."""
         if self._refused or self.transport.is_closing():
             return
         self._refused = True
         self._metrics.connections_refused.labels(reason).inc()
-        cycle = self._request
-        if cycle is not None and not cycle.response_complete:
-            cycle.disconnected = True
-            cycle.message_event.set()
-            if cycle.response_started:
-                # Half an answer is out: a second one would be taken for its rest.
+        self._hang_up()
+        running = self._running
+        if running is not None and not running.response_complete:
+            # Half an answer is out: a second one would be taken for its rest. And of several
+            # requests the first would take what is meant for the last; too many are all meant.
+            others = self.pipeline and status != HTTPStatus.TOO_MANY_REQUESTS
+            if running.response_started or others:
                 self.transport.abort()
                 return
         self.pipeline.clear()
@@ -294,7 +340,8 @@ class Connection(HttpToolsProtocol):
                 "detail": detail,
             }
         ).encode()
-        retry = "Retry-After: 1\r\n" if status == HTTPStatus.SERVICE_UNAVAILABLE else ""
+        busy = status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
+        retry = "Retry-After: 1\r\n" if busy else ""
         self.transport.write(
             (
                 f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: {PROBLEM_JSON}\r\n"

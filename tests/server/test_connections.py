@@ -1,15 +1,24 @@
 """Slow, greedy and silent clients: each is let go in bounded time, and others are served."""
 
+import asyncio
 import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from typing import cast
+from unittest.mock import Mock
 
 import httpx
 import pytest
+import uvicorn
+from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, Scope
+from uvicorn.server import ServerState
 
 from benchmarks.launch import ServerProcess, serve
+from server.connections import Connection, House
+from server.metrics import Metrics
+from server.settings import Settings
 from server.uploads import PixelBudget
 from tests.conftest import Sample
 from tests.server.test_load import figures
@@ -55,6 +64,7 @@ def assert_refusal(answer: bytes, status: int, words: str) -> None:
     head, _, body = answer.partition(b"\r\n\r\n")
     assert b"application/problem+json" in head
     assert b"Connection: close" in head
+    assert (b"Retry-After: 1" in head) == (status in (429, 503))
     assert words.encode() in body
 
 
@@ -67,6 +77,14 @@ def assert_refusal(answer: bytes, status: int, words: str) -> None:
         (b"utter nonsense\r\n\r\n", 400, "not an HTTP/1.1 request"),
         (b"GET /model HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n", 400, "not an HTTP"),
         (b"GET /" + 5000 * b"x" + b" HTTP/1.1\r\nHost: x\r\n\r\n", 431, "4096 bytes"),
+        (b"CONNECT example.org:443 HTTP/1.1\r\nHost: x\r\n\r\n", 400, "for proxies"),
+        (
+            b"GET / HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n"
+            + 900 * b"X: 1\r\n"
+            + b"\r\n",
+            431,
+            "4096 bytes",
+        ),
         (b"GET / HTTP/1.1\r\nX: " + 9000 * b"x", 431, "4096 bytes"),
         (b"GET / HTTP/1.1\r\n" + 900 * b"X: 1\r\n" + b"\r\n", 431, "4096 bytes"),
         (
@@ -158,7 +176,6 @@ def test_500_slow_clients_keep_nobody_out(strict: ServerProcess, photos: list[Sa
         assert len(late) >= 100
         assert len(told) >= 100
         assert_refusal(told[0], 503, "150 connections")
-        assert b"Retry-After: 1" in told[0]
         answer = httpx.post(f"{strict.url}/segment", content=photos[0].data)
         assert answer.status_code == 200
 
@@ -178,6 +195,161 @@ def test_pipelined_requests_are_answered_in_turn(strict: ServerProcess) -> None:
     with connect(strict) as connection:
         connection.sendall(1000 * (request + b"\r\n"))
         assert_refusal(read_all(connection), 429, "sent before any was answered")
+
+
+UPGRADE = (
+    b"Host: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: %b\r\n"
+    b"HTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n"
+)
+LAST = b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+
+
+@pytest.mark.parametrize("protocol", [b"h2c", b"websocket"])
+def test_a_wish_for_another_protocol_is_passed_over(
+    strict: ServerProcess, photos: list[Sample], protocol: bytes
+) -> None:
+    wish = UPGRADE % protocol
+    photo = photos[0].data
+    get = b"GET /model HTTP/1.1\r\n" + wish + b"\r\n"
+    head = b"POST /segment HTTP/1.1\r\nContent-Type: image/jpeg\r\n" + wish
+    whole = head + b"Content-Length: %d\r\n\r\n" % len(photo)
+    chunked = head + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % len(photo)
+    for pieces in (
+        [get],
+        [get[:70], get[70:]],
+        [whole + photo],
+        [whole, photo],
+        [whole[:70], whole[70:] + photo[:100], photo[100:9000], photo[9000:]],
+        [chunked + photo[:100], photo[100:], b"\r\n0\r\n\r\n"],
+    ):
+        with connect(strict) as connection:
+            for piece in pieces:
+                connection.sendall(piece)
+                time.sleep(0.05)
+            answer = connection.recv(65536)
+            assert answer.startswith(b"HTTP/1.1 200 OK\r\n"), answer
+            connection.sendall(LAST)
+            answer += read_all(connection)
+            assert answer.count(b"HTTP/1.1 200 OK\r\n") == 2
+            assert answer.endswith(httpx.get(f"{strict.url}/health/live").content)
+    with connect(strict) as connection:
+        connection.sendall(2 * get + whole + photo + LAST)
+        assert read_all(connection).count(b"HTTP/1.1 200 OK\r\n") == 4
+    with connect(strict) as connection:
+        connection.sendall(get.replace(b"Upgrade,", b"Upgrade, close,"))
+        answer = read_all(connection)
+        assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert b"\r\nconnection: close\r\n" in answer
+    with connect(strict) as connection:
+        connection.sendall(100 * get)
+        assert_refusal(read_all(connection), 429, "sent before any was answered")
+
+
+def test_a_body_that_came_behind_another_request_has_its_time(
+    strict: ServerProcess, photos: list[Sample]
+) -> None:
+    photo = photos[0].data
+    step = len(photo) // 20
+    assert step > 1000
+    with connect(strict) as connection:
+        connection.sendall(
+            b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\nPOST /segment HTTP/1.1\r\nHost: x\r\n"
+            b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(photo)
+        )
+        for start in range(0, len(photo), step):
+            time.sleep(0.1)
+            connection.sendall(photo[start : start + step])
+        assert read_all(connection).count(b"HTTP/1.1 200 OK\r\n") == 2
+
+
+@contextlib.asynccontextmanager
+async def served(app: ASGI3Application) -> AsyncIterator[int]:
+    """The port where an application is served in this process."""
+    config = uvicorn.Config(app, http=Connection, ws="none", log_config=None)
+    config.load()
+    house, state = House(Settings(), Metrics()), ServerState()
+    server = await asyncio.get_running_loop().create_server(
+        lambda: Connection(house, config, state, {}), "127.0.0.1"
+    )
+    async with server:
+        yield server.sockets[0].getsockname()[1]
+
+
+@pytest.mark.parametrize("hangs_up", [False, True])
+def test_a_stream_with_requests_behind_it_ends_whole_or_not_at_all(
+    hangs_up: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        told, ended = asyncio.Event(), asyncio.Event()
+
+        async def endless(
+            _scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
+        ) -> None:
+            async def listen() -> None:
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+                told.set()
+
+            listening = asyncio.create_task(listen())
+            await send(
+                {"type": "http.response.start", "status": 200, "headers": [], "trailers": False}
+            )
+            while not told.is_set():
+                await send({"type": "http.response.body", "body": b"line", "more_body": True})
+                await asyncio.sleep(0.02)
+            await listening
+            ended.set()
+
+        get = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+        async with served(endless) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(get)
+            await reader.readuntil(b"line")
+            writer.write(get if hangs_up else get + b"utter nonsense\r\n\r\n")
+            if hangs_up:
+                await reader.readuntil(b"line")
+            else:
+                rest = b""
+                with contextlib.suppress(ConnectionResetError):
+                    while chunk := await reader.read(65536):
+                        rest += chunk
+                assert b"HTTP" not in rest
+            writer.transport.abort()
+            await asyncio.wait_for(ended.wait(), 10)
+
+    asyncio.run(scenario())
+    assert "Exception" not in caplog.text
+
+
+def test_the_rest_of_an_answer_that_was_left_off_is_not_kept() -> None:
+    async def scenario() -> None:
+        async def leaves_off(
+            _scope: Scope, _receive: ASGIReceiveCallable, send: ASGISendCallable
+        ) -> None:
+            await send(
+                {"type": "http.response.start", "status": 200, "headers": [], "trailers": False}
+            )
+
+        aborted = asyncio.Event()
+        transport = Mock(asyncio.Transport)
+        transport.get_extra_info.return_value = None
+        transport.is_closing.return_value = False
+        transport.get_write_buffer_size.return_value = 1000
+        transport.close.side_effect = lambda: transport.is_closing.configure_mock(return_value=True)
+        transport.abort.side_effect = aborted.set
+        config = uvicorn.Config(cast(ASGI3Application, leaves_off), ws="none", log_config=None)
+        config.load()
+        house = House(Settings(stall_timeout_s=0.1), Metrics())
+        connection = Connection(house, config, ServerState(), {})
+        connection.connection_made(transport)
+        connection.data_received(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        await asyncio.sleep(0.01)
+        transport.close.assert_called()
+        connection.pause_writing()
+        connection.resume_writing()
+        await asyncio.wait_for(aborted.wait(), 10)
+
+    asyncio.run(scenario())
 
 
 def test_photos_wait_for_each_other_where_pixels_are_limited() -> None:
