@@ -7,6 +7,7 @@ photo must never touch the disk.
 import asyncio
 import contextlib
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -104,26 +105,40 @@ class ByteBudget:
 class PixelBudget:
     """Pixels of all the photos that are being decoded: threads wait until there is room for more.
 
-    A photo larger than the limit is let in when it is alone, so that every photo's turn comes.
+    First come, first served: else a large photo would wait for as long as smaller ones keep coming.
+    One larger than the limit is let in when it is alone, so that every photo's turn comes.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.used = 0
-        self._freed = threading.Condition()
+        self._waiting: deque[object] = deque()
+        self._changed = threading.Condition()
 
     @contextlib.contextmanager
     def room(self, pixels: int) -> Iterator[None]:
         """Wait for room, and hold it."""
-        with self._freed:
-            self._freed.wait_for(lambda: not self.used or self.used + pixels <= self.limit)
-            self.used += pixels
+        turn = object()
+        with self._changed:
+            self._waiting.append(turn)
+            try:
+                self._changed.wait_for(
+                    lambda: (
+                        self._waiting[0] is turn
+                        and (not self.used or self.used + pixels <= self.limit)
+                    )
+                )
+                self.used += pixels
+            finally:
+                self._waiting.remove(turn)
+                # There may be room for the next one too.
+                self._changed.notify_all()
         try:
             yield
         finally:
-            with self._freed:
+            with self._changed:
                 self.used -= pixels
-                self._freed.notify_all()
+                self._changed.notify_all()
 
 
 def check_type(headers: Headers) -> None:

@@ -371,3 +371,64 @@ def test_photos_wait_for_each_other_where_pixels_are_limited() -> None:
     assert budget.used == 0
     with budget.room(1000):
         assert budget.used == 1000
+
+
+def test_a_large_photos_turn_comes_while_smaller_ones_keep_coming() -> None:
+    budget = PixelBudget(100)
+    large_is_there = threading.Event()
+
+    def decode_large() -> None:
+        with budget.room(90):
+            large_is_there.set()
+
+    def decode_small(inside: threading.Event, leave: threading.Event) -> None:
+        with budget.room(40):
+            inside.set()
+            leave.wait(30)
+
+    def start_small() -> tuple[threading.Event, threading.Event]:
+        inside, leave = threading.Event(), threading.Event()
+        threads.append(threading.Thread(target=decode_small, args=(inside, leave)))
+        threads[-1].start()
+        return inside, leave
+
+    threads: list[threading.Thread] = []
+    inside, leave = start_small()
+    assert inside.wait(30)
+    threads.append(threading.Thread(target=decode_large))
+    threads[-1].start()
+    time.sleep(0.05)
+    in_time = False
+    for _ in range(5):
+        # Each comes while another is there; in vain if the large one goes first.
+        inside, leave_next = start_small()
+        inside.wait(0.2)
+        leave.set()
+        leave = leave_next
+        in_time = in_time or large_is_there.wait(0.2)
+    leave.set()
+    for thread in threads:
+        thread.join(30)
+    assert in_time
+    assert budget.used == 0
+
+
+def test_photos_are_decoded_in_the_order_in_which_they_came() -> None:
+    budget = PixelBudget(100)
+    order: list[int] = []
+
+    def decode(pixels: int) -> None:
+        with budget.room(pixels):
+            order.append(pixels)
+
+    threads = [threading.Thread(target=decode, args=(pixels,)) for pixels in (90, 1000, 10, 95, 5)]
+    with budget.room(50):
+        for thread in threads:
+            thread.start()
+            time.sleep(0.05)
+        # Even one for which there would be room.
+        assert not order
+    for thread in threads:
+        thread.join(30)
+    assert order == [90, 1000, 10, 95, 5]
+    assert budget.used == 0
