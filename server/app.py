@@ -236,12 +236,14 @@ def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
         )
         async with deadline(timeout_s):
             with service.admission(deadline=stages.started + timeout_s, bulk=bulk) as place:
-                body = await read_body(
-                    request.receive,
-                    request.headers,
-                    max_bytes=settings.max_body_bytes,
-                    take=place.take,
-                )
+                body = [
+                    await read_body(
+                        request.receive,
+                        request.headers,
+                        max_bytes=settings.max_body_bytes,
+                        take=place.take,
+                    )
+                ]
                 stages.end("read")
                 place.check()
                 place.begin()

@@ -83,6 +83,7 @@ class Service:
         self.workers = ThreadPoolExecutor(threads, thread_name_prefix="work")
         # Of their own, so that no photo that somebody waits for queues up behind bulk's.
         self._bulk_workers = ThreadPoolExecutor(max(1, threads // 2), thread_name_prefix="bulk")
+        self._lone_worker = ThreadPoolExecutor(1, thread_name_prefix="lone")
         self.bulk_photos = asyncio.Semaphore(settings.max_queue)
         """Photos of requests with several that are worked on, whosever they are."""
         self._batcher: Batcher | None = None
@@ -184,6 +185,7 @@ class Service:
         await asyncio.gather(*self._retiring, *(one.close() for one in self._networks.values()))
         self.workers.shutdown()
         self._bulk_workers.shutdown()
+        self._lone_worker.shutdown()
 
     async def unless_closing(self, work: Coroutine[Any, Any, Result]) -> Result:
         """What `work` gives, if the drain's time suffices.
@@ -201,6 +203,8 @@ class Service:
         finally:
             doing.cancel()
             closing.cancel()
+            # Its exception's traceback has this frame: they would keep each other, and a photo.
+            del doing
 
     def check_works(self) -> None:
         """Raises:
@@ -233,7 +237,7 @@ class Service:
 
     async def segment(
         self,
-        body: bytes,
+        body: list[bytes],
         content_type: str,
         *,
         stages: Stages,
@@ -245,7 +249,8 @@ class Service:
         """A request's body → the lesion probability of its photo.
 
         Args:
-            body: a form or an image, as `content_type` says.
+            body: holds a form or an image, as `content_type` says, which is taken out: else whoever
+                called, and tracebacks, would hold it for longer than its bytes count.
             stages: told when decode, queue and infer are over.
             deadline: second of `time.perf_counter` after which the network is not run.
             is_gone: whether the client hung up.
@@ -263,6 +268,8 @@ class Service:
         except ClientGone:
             self.metrics.dropped.labels("client_gone").inc()
             raise
+        finally:
+            body.clear()
         stages.end("decode")
         (inference,), backend = await self.infer(
             [photo.pixels], deadline=deadline, is_gone=is_gone, bulk=bulk, network=network
@@ -306,25 +313,49 @@ class Service:
         try:
             return await asyncio.gather(*results), batcher.info
         finally:
-            for result in results:
-                result.cancel()
+            # None is kept: an exception's traceback has this frame, and so would keep itself.
+            while results:
+                results.pop().cancel()
 
     async def in_thread(
         self,
         work: Callable[[*Arguments], Result],
         *arguments: *Arguments,
         bulk: bool = False,
+        alone: bool = False,
     ) -> Result:
-        """Run `work` in the pool, where it does not hold up the event loop."""
-        pool = self._bulk_workers if bulk else self.workers
-        return await asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
+        """Run `work` in a pool, where it does not hold up the event loop.
 
-    def _decode(self, body: bytes, content_type: str, is_gone: Callable[[], bool]) -> Photo:
+        If this is cancelled, work that waits for a thread is let go, and its arguments with it;
+        work that has begun goes on to its end.
+
+        Args:
+            work, arguments: what to call, and with what.
+            bulk: others go first.
+            alone: no two of those that are so at the same time, not even if one was cancelled.
+        """
+        # The pool's queue keeps what was cancelled until a thread comes to it, and a traceback may
+        # keep this frame.
+        held = [(work, arguments)]
+        del work, arguments
+
+        def run() -> Result:
+            # Finds nothing if cancelled at this very moment: nobody sees that error any more.
+            work, arguments = held.pop()
+            return work(*arguments)
+
+        pool = self._lone_worker if alone else self._bulk_workers if bulk else self.workers
+        try:
+            return await asyncio.get_running_loop().run_in_executor(pool, run)
+        finally:
+            held.clear()
+
+    def _decode(self, body: list[bytes], content_type: str, is_gone: Callable[[], bool]) -> Photo:
         if is_gone():
             raise ClientGone
         try:
             return read_photo(
-                image_in_body(body, content_type),
+                image_in_body(body.pop(), content_type),
                 max_pixels=self.settings.max_pixels,
                 room=self._pixels.room,
             )

@@ -60,7 +60,11 @@ _MAX_NAME = 200
 
 
 class ByteBudget:
-    """Bytes of all the bodies that are held at this moment, kept under a limit."""
+    """Bytes of all the bodies that are held at this moment, kept under a limit.
+
+    Those of a request whose deadline passes come back at once, though a thread that is at work on
+    its body cannot be interrupted: beyond the limit there can be one body for each thread.
+    """
 
     def __init__(self, limit: int, whole: "ByteBudget | None" = None) -> None:
         """Args:
@@ -196,8 +200,8 @@ class Part:
     """Of its field in the form."""
     size: int
     """Bytes that it took from the budget."""
-    photo: bytes | Problem
-    """Its bytes, or what is wrong with them."""
+    photo: list[bytes] | Problem
+    """Its bytes, for one to take out (see `Service.segment`), or what is wrong with them."""
 
 
 async def read_parts(
@@ -251,7 +255,7 @@ async def read_parts(
         raise BadRequest("The form is empty: put each photo into a field of its own.")
     parts: list[Part] = []
     for (name, chunks), size in zip(photos, sizes, strict=True):
-        photo: bytes | Problem = b"".join(chunks)
+        photo: list[bytes] | Problem = [b"".join(chunks)]
         chunks.clear()
         if size > max_part_bytes:
             photo = TooLarge(

@@ -1,16 +1,23 @@
 """The service's life: another backend takes over while requests are under way."""
 
 import asyncio
+import contextlib
+import gc
 import math
+import threading
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from model.image import CorruptImageError
+from server import service as service_module
 from server.backends import BackendInfo
 from server.metrics import Metrics
-from server.problems import Unavailable
+from server.parameters import deadline
+from server.problems import DeadlineExceeded, Unavailable, UnsupportedType
 from server.service import Segmentation, Service
 from server.settings import Settings
 from server.stages import Stages
@@ -47,7 +54,7 @@ def test_another_backend_takes_over_without_a_failed_request() -> None:
 
     async def segment(service: Service) -> Segmentation:
         return await service.segment(
-            body,
+            [body],
             "image/jpeg",
             stages=Stages(),
             deadline=time.perf_counter() + 60,
@@ -74,3 +81,124 @@ def test_another_backend_takes_over_without_a_failed_request() -> None:
         assert all(backend.closed for backend in backends)
 
     asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+class Body(bytes):
+    """Counts those that there are."""
+
+    alive = 0
+
+    def __init__(self, _content: bytes) -> None:
+        Body.alive += 1
+
+    def __del__(self) -> None:
+        Body.alive -= 1
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """What goes has to go by itself."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def test_bodies_that_wait_for_a_thread_go_at_their_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun, go_on = threading.Semaphore(0), threading.Event()
+
+    def slow(_data: bytes, **_options: object) -> None:
+        begun.release()
+        go_on.wait(30)
+        raise CorruptImageError("It is.")
+
+    monkeypatch.setattr(service_module, "read_photo", slow)
+
+    async def request(service: Service) -> None:
+        body: list[bytes] = [Body(b"photo")]
+        async with deadline(0.3):
+            await service.segment(
+                body, "image/jpeg", stages=Stages(), deadline=math.inf, is_gone=lambda: False
+            )
+
+    async def scenario() -> None:
+        service = Service(Settings(decode_threads=1), Metrics())
+        try:
+            requests = [asyncio.create_task(request(service)) for _ in range(5)]
+            await asyncio.to_thread(begun.acquire, timeout=30)
+            assert Body.alive == 5
+            # With their exceptions, which have the frames that the bodies came through.
+            for outcome in await asyncio.gather(*requests, return_exceptions=True):
+                assert isinstance(outcome, DeadlineExceeded)
+            # The one that a thread is at work on.
+            assert Body.alive == 1
+            go_on.set()
+            assert await service.in_thread(lambda: "next") == "next"
+            assert Body.alive == 0
+            assert not begun.acquire(blocking=False)
+        finally:
+            go_on.set()
+            await service.close()
+
+    with no_collection():
+        asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_arguments_that_wait_for_a_thread_go_when_cancelled() -> None:
+    go_on = threading.Event()
+
+    async def scenario() -> None:
+        service = Service(Settings(decode_threads=1), Metrics())
+        try:
+            for alone in (False, True):
+                go_on.clear()
+                first = asyncio.create_task(service.in_thread(go_on.wait, 30, alone=alone))
+                second = asyncio.create_task(service.in_thread(len, Body(b"four"), alone=alone))
+                await asyncio.sleep(0.1)
+                assert Body.alive == 1
+                second.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await second
+                del second
+                assert Body.alive == 0
+                # One that has begun keeps its thread.
+                first.cancel()
+                third = asyncio.create_task(service.in_thread(len, b"four", alone=alone))
+                await asyncio.sleep(0.1)
+                assert not third.done()
+                go_on.set()
+                assert await third == 4
+        finally:
+            go_on.set()
+            await service.close()
+
+    with no_collection():
+        asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_what_is_wrong_with_a_photo_does_not_keep_it() -> None:
+    async def scenario() -> None:
+        service = Service(Settings(decode_threads=1), Metrics())
+        work = service.segment(
+            [Body(b"no photo")],
+            "image/jpeg",
+            stages=Stages(),
+            deadline=math.inf,
+            is_gone=lambda: False,
+        )
+        try:
+            await service.unless_closing(work)
+        except UnsupportedType:
+            assert Body.alive == 1
+        del work
+        # The loop's own references go with its next turn.
+        await asyncio.sleep(0)
+        assert Body.alive == 0
+        await service.close()
+
+    with no_collection():
+        asyncio.run(asyncio.wait_for(scenario(), 60))
