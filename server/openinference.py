@@ -29,6 +29,7 @@ from server.parameters import Priority, TimeoutMs, deadline, is_bulk
 from server.problems import (
     BadRequest,
     NotFound,
+    Problem,
     TooLarge,
     UnsupportedType,
 )
@@ -49,9 +50,17 @@ _SIDE = MODEL_SIZE
 _IMAGE_BYTES = _SIDE * _SIDE * 3
 _MAP_BYTES = _SIDE * _SIDE * 4
 
-# Of JSON: as Python's lists and numbers it takes up to twenty times the memory, and whoever parses
-# it holds up everyone else.
+# Of JSON: as Python's lists and numbers it takes many times the memory, and whoever parses it holds
+# up everyone else.
 _MAX_JSON_BYTES = 4 * 2**20
+
+# An image that is nested as its shape is has 1 + 128 + 128 * 128 lists, and 131,000 characters if
+# all of its values have one digit: 31 images fit, with 512,000 lists. Without this limit
+# there could be two million.
+_MAX_LISTS = 2**19
+
+# A request with one input and one output has five. Each takes more than twice as much as a list.
+_MAX_OBJECTS = 1000
 
 # Decompressed at a time, from so much and to so much at most.
 _DEFLATED_BYTES = 2**18
@@ -404,11 +413,21 @@ def _model_router(service: Service, prefix: str, known: list[params.Depends]) ->
             with service.admission(
                 deadline=stages.started + timeout_s, bulk=is_bulk(priority)
             ) as place:
-                body = await _read(request, service, place.take)
+                body = [await _read(request, service, place.take)]
                 stages.end("read")
-                asked, images = await service.in_thread(
-                    _parse, body, request.headers.get(_HEADER_LENGTH), settings.bulk_queue
-                )
+                length = _json_length(len(body[0]), request.headers.get(_HEADER_LENGTH))
+                try:
+                    asked, images = await service.in_thread(
+                        _parse,
+                        body,
+                        length,
+                        settings.bulk_queue,
+                        # Parsed, images take many times the bytes that they count for. What is
+                        # shorter than this has none in its JSON, and need not wait for others.
+                        alone=length > _IMAGE_BYTES,
+                    )
+                finally:
+                    body.clear()
                 stages.end("decode")
                 if asked.parameters.timeout is not None:
                     timeout_s = min(timeout_s, asked.parameters.timeout / 1e6)
@@ -483,22 +502,50 @@ async def _read(request: Request, service: Service, take: Callable[[int], None])
     return b"".join(parts)
 
 
-def _parse(
-    body: bytes, header_length: str | None, most: int
-) -> tuple[InferRequest, list[NDArray[np.uint8]]]:
-    """A body → the request, and its images, each uint8 [128, 128, 3]."""
-    length = len(body)
+def _json_length(size: int, header_length: str | None) -> int:
+    """How much of a body of so many bytes is JSON."""
+    length = size
     if header_length is not None:
         if not (header_length.isascii() and header_length.isdigit()) or len(header_length) > 18:
             raise BadRequest(f"{_HEADER_LENGTH} is not a number of bytes.")
         length = int(header_length)
-        if length > len(body):
-            raise BadRequest(f"{_HEADER_LENGTH} says {length}, the body has {len(body)} bytes.")
+        if length > size:
+            raise BadRequest(f"{_HEADER_LENGTH} says {length}, the body has {size} bytes.")
     if length > _MAX_JSON_BYTES:
         raise TooLarge(
             f"{length} bytes of JSON are more than the {_MAX_JSON_BYTES} allowed: send the tensor"
             " as binary data."
         )
+    return length
+
+
+def _parse(
+    body: list[bytes], length: int, most: int
+) -> tuple[InferRequest, list[NDArray[np.uint8]]]:
+    """A body → the request without its inputs, and its images, each uint8 [128, 128, 3].
+
+    Args:
+        body: is taken out, see `Service.segment`.
+        length: of the JSON at its start.
+        most: images.
+    """
+    try:
+        return _parsed(body.pop(), length, most)
+    except Problem as problem:
+        # Its traceback, and whatever it comes from, would hold all that was parsed.
+        problem.__context__ = None
+        raise problem.with_traceback(None) from None
+
+
+def _parsed(body: bytes, length: int, most: int) -> tuple[InferRequest, list[NDArray[np.uint8]]]:
+    for bracket, of_what, allowed in ((b"[", "lists", _MAX_LISTS), (b"{", "objects", _MAX_OBJECTS)):
+        # Those in strings are counted too: nobody has so many.
+        count = body.count(bracket, 0, length)
+        if count > allowed:
+            raise TooLarge(
+                f"{count} {of_what} in the JSON are more than the {allowed} allowed: send the"
+                " tensor as binary data."
+            )
     try:
         asked = InferRequest.model_validate(json.loads(body[:length]))
     except ValidationError as error:
@@ -510,7 +557,10 @@ def _parse(
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"The request is not JSON: {str(error)[:200]}.") from error
     _check_outputs(asked.outputs)
-    return asked, _images(asked.inputs, memoryview(body)[length:], most)
+    images = _images(asked.inputs, memoryview(body)[length:], most)
+    # The answer has no use for them.
+    asked.inputs.clear()
+    return asked, images
 
 
 def _check_outputs(outputs: Sequence[RequestOutput]) -> None:
@@ -568,8 +618,10 @@ def _images(
 def _values(data: list[Any]) -> bytes:
     """Integers 0 to 255, flat or nested, in row-major order."""
     try:
-        while data and isinstance(data[0], list):
-            data = list(chain.from_iterable(data))
+        # Once less than there are dimensions.
+        for _ in range(3):
+            if data and isinstance(data[0], list):
+                data = list(chain.from_iterable(data))
         return bytes(data)
     except (TypeError, ValueError) as error:
         raise BadRequest(

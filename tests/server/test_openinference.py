@@ -1,8 +1,11 @@
 """Open Inference Protocol V2, spoken by an unmodified client, and by hand where that cannot err."""
 
 import asyncio
+import gc
 import gzip
 import json
+import time
+import weakref
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +14,20 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from fastapi import FastAPI
 from numpy.typing import NDArray
 
 from benchmarks.launch import ServerProcess, serve
 from model.image import lesion_mask, read_photo, unpack_mask
+from server import openinference
 from server.keys import new_key
+from server.metrics import Metrics
+from server.problems import BadRequest, DeadlineExceeded
+from server.service import Service
+from server.settings import Settings
+from server.stages import Stages
 from tests.conftest import Offline, Sample
+from tests.server.test_service import Constant
 
 triton = pytest.importorskip("tritonclient.http", reason="tritonclient[http] is not installed")
 triton_aio = pytest.importorskip("tritonclient.http.aio")
@@ -280,6 +291,132 @@ def test_413_too_much_json_or_too_many_images(by_hand: ByHand) -> None:
     response = by_hand.post(by_hand.request({"shape": [129, 128, 128, 3], "data": []}))
     assert response.status_code == 413
     assert "128" in response.json()["error"]
+
+
+def test_413_more_lists_than_images_have(by_hand: ByHand) -> None:
+    most = (4 * MIB - 200) // 3
+    for data, of_what in ((b"[],", "lists"), (b"{},", "objects")):
+        head, tail = by_hand.request({"data": []}).split(b"[]")
+        started = time.perf_counter()
+        response = by_hand.post(head + b"[" + data * most + b"0]" + tail)
+        assert response.status_code == 413
+        assert of_what in response.json()["error"]
+        assert time.perf_counter() - started < 5
+    # As many as fit otherwise: of one digit, and nested as the shape is.
+    nested = np.zeros((31, 128, 128, 3), np.uint8).tolist()
+    body = by_hand.request({"data": nested, "shape": [31, 128, 128, 3]}).replace(b" ", b"")
+    assert 3.8 * MIB < len(body) < 4 * MIB
+    assert by_hand.post(body).status_code == 200
+
+
+def test_what_is_nested_deeper_than_the_shape_is_not_unpacked(by_hand: ByHand) -> None:
+    # Text can be unpacked for as many levels as there are, each of which takes its time.
+    deep = b"[" * 900 + b"0" + b"]" * 900
+    head, tail = by_hand.request({"data": []}).split(b"[]")
+    started = time.perf_counter()
+    response = by_hand.post(head + b"[" + deep + b',"' + b"a" * 4_000_000 + b'"]' + tail)
+    assert response.status_code == 400
+    assert "nested as the shape is" in response.json()["error"]
+    assert time.perf_counter() - started < 5
+
+
+class Lists(list[Any]):
+    """That JSON became, and that can tell whether it is still there."""
+
+
+def test_nothing_of_json_is_kept_once_it_is_parsed(
+    by_hand: ByHand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests: list[weakref.ref[Lists]] = []
+    loads = json.loads
+
+    def recorded(text: bytes) -> Any:
+        found = loads(text)
+        kept = Lists(found["inputs"][0]["data"])
+        requests.append(weakref.ref(kept))
+        found["inputs"][0]["data"] = [kept]
+        return found
+
+    monkeypatch.setattr(json, "loads", recorded)
+    gc.collect()
+    gc.disable()
+    try:
+        body = [by_hand.request({"data": BLACK})]
+        asked, images = openinference._parse(body, len(body[0]), 1)
+        assert len(images) == 1 and not images[0].any()
+        assert not body and requests.pop()() is None
+        assert asked.outputs == []
+        for image in (
+            {"data": BLACK[1:]},
+            {"data": [*BLACK[1:], 256]},
+            {"data": BLACK, "shape": 3},
+        ):
+            body = [by_hand.request(image)]
+            with pytest.raises(BadRequest) as caught:
+                openinference._parse(body, len(body[0]), 1)
+            assert not body and requests.pop()() is None, image
+            del caught
+    finally:
+        gc.enable()
+
+
+def test_json_with_images_is_parsed_by_one_thread_alone(
+    by_hand: ByHand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_work = most = 0
+    parsed = openinference._parsed
+
+    def slow(*arguments: Any) -> Any:
+        nonlocal at_work, most
+        at_work += 1
+        most = max(most, at_work)
+        time.sleep(0.1)
+        at_work -= 1
+        return parsed(*arguments)
+
+    monkeypatch.setattr(openinference, "_parsed", slow)
+
+    async def scenario() -> None:
+        service = Service(Settings(decode_threads=4), Metrics())
+        await service.use(Constant(0.5))
+        app = FastAPI()
+        app.include_router(openinference.openinference_router(service, "1"))
+
+        async def timed(scope: Any, receive: Any, send: Any) -> None:
+            scope.setdefault("state", {})["stages"] = Stages()
+            await app(scope, receive, send)
+
+        transport = httpx.ASGITransport(timed)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            path = "/v2/models/slsnet/infer"
+            content = by_hand.request({"data": BLACK})
+            # The first one's deadline passes while a thread is in it.
+            answers = await asyncio.gather(
+                client.post(path, content=content, headers={"X-Request-Timeout-Ms": "50"}),
+                *(client.post(path, content=content) for _ in range(3)),
+                return_exceptions=True,
+            )
+            assert isinstance(answers[0], DeadlineExceeded)
+            for answer in answers[1:]:
+                assert isinstance(answer, httpx.Response) and answer.status_code == 200
+            assert most == 1
+            # Binary tensors do not wait for each other.
+            header = by_hand.request({"parameters": {"binary_data_size": len(BLACK)}})
+            binary = await asyncio.gather(
+                *(
+                    client.post(
+                        path,
+                        content=header + bytes(BLACK),
+                        headers={"Inference-Header-Content-Length": str(len(header))},
+                    )
+                    for _ in range(3)
+                )
+            )
+            assert {answer.status_code for answer in binary} == {200}
+            assert most > 1
+        await service.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
 
 
 def test_what_is_not_there_is_said_in_the_protocols_shape(server: ServerProcess) -> None:
