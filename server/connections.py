@@ -6,7 +6,8 @@ its connection is given back in bounded time and holds a bounded number of bytes
 - a request's head must be there within `head_timeout_s`, and be at most `max_header_bytes` long
 - a body that comes, and an answer that goes, slower than `min_bytes_per_s` for `stall_timeout_s` is
   cut; the rest of a body that was refused is thrown away for no longer than that
-- `max_connections` are held; who comes on top is told so with 503 and let go
+- `max_connections` are held; who comes on top is told so with 503 and let go, unless to ask for
+  health or metrics: a process that is full works, and is not to be killed for it
 
 Who asks for another protocol (`Upgrade`) is answered in HTTP/1.1, as RFC 9110 (7.8) lets a server.
 """
@@ -35,6 +36,17 @@ _FAREWELL_S = 2
 # Connections that have been told that they are refused; of more, the oldest is cut at once.
 _FAREWELLS = 256
 
+# Connections above the limit that may say what they want; of more, the oldest is refused.
+_ASKED = 16
+# What is answered on them.
+_ALWAYS_ANSWERED = {
+    b"/health/live",
+    b"/health/ready",
+    b"/v2/health/live",
+    b"/v2/health/ready",
+    b"/metrics",
+}
+
 # Requests that a client may send without waiting for the answers to those before.
 _MAX_PIPELINE = 32
 
@@ -51,6 +63,8 @@ class House:
         self.metrics = metrics
         self.leaving: dict[Connection, None] = {}
         """Connections that have been refused and not closed yet, the oldest first."""
+        self.asked: dict[Connection, None] = {}
+        """Those on top of the limit that have not said yet what they want, the oldest first."""
 
 
 class Connection(HttpToolsProtocol):
@@ -79,21 +93,21 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        most = self._settings.max_connections
-        if len(self.connections) - len(self._house.leaving) > most:
-            self._refuse(
-                HTTPStatus.SERVICE_UNAVAILABLE,
-                "too_many",
-                f"The server has {most} connections, more are not held. Try again in a second.",
-            )
-        else:
-            self._expect_head()
+        self._expect_head()
+        if self._is_full:
+            asked = self._house.asked
+            asked[self] = None
+            if len(asked) > _ASKED:
+                oldest = next(iter(asked))
+                del asked[oldest]
+                oldest._refuse_one_too_many()
 
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in (self._head_timer, self._body_timer, self._write_timer):
             if timer is not None:
                 timer.cancel()
         self._house.leaving.pop(self, None)
+        self._house.asked.pop(self, None)
         # Uvicorn tells the last request only.
         self._hang_up()
         super().connection_lost(exc)
@@ -167,6 +181,11 @@ class Connection(HttpToolsProtocol):
                 f"More than {_MAX_PIPELINE} requests were sent before any was answered.",
             )
             raise _Refused
+        is_on_top = self in self._house.asked and self._is_full
+        if is_on_top and self.url.partition(b"?")[0] not in _ALWAYS_ANSWERED:
+            self._refuse_one_too_many()
+            raise _Refused
+        self._house.asked.pop(self, None)
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
@@ -175,6 +194,8 @@ class Connection(HttpToolsProtocol):
         self._bytes_between_bodies = 0
         self._watch_body()
         super().on_headers_complete()
+        if is_on_top:
+            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)
@@ -227,6 +248,21 @@ class Connection(HttpToolsProtocol):
         if self._head_bytes > self._settings.max_header_bytes:
             self._refuse_head()
             raise _Refused
+
+    @property
+    def _is_full(self) -> bool:
+        """Whether as many are held as may be, beside this one if it is held, too."""
+        house = self._house
+        held = len(self.connections) - len(house.leaving) - len(house.asked)
+        return held > self._settings.max_connections - (self in house.asked)
+
+    def _refuse_one_too_many(self) -> None:
+        most = self._settings.max_connections
+        self._refuse(
+            HTTPStatus.SERVICE_UNAVAILABLE,
+            "too_many",
+            f"The server has {most} connections, more are not held. Try again in a second.",
+        )
 
     def _refuse_head(self) -> None:
         self._refuse(
@@ -321,6 +357,7 @@ class Connection(HttpToolsProtocol):
         if self._refused or self.transport.is_closing():
             return
         self._refused = True
+        self._house.asked.pop(self, None)
         self._metrics.connections_refused.labels(reason).inc()
         self._hang_up()
         running = self._running

@@ -97,7 +97,10 @@ class Settings(BaseSettings):
         description="pixels of all photos being decoded at once; more wait",
     )
     max_connections: int = Field(
-        1024, ge=1, description="connections held; more are refused with 503"
+        1024,
+        ge=1,
+        description="connections held; more are refused with 503, unless they ask for health or"
+        " metrics",
     )
     max_header_bytes: int = Field(
         32 * 2**10, ge=1024, description="path and headers together; more are refused with 431"

@@ -42,8 +42,8 @@ for each.
 
 _EPILOG = f"""
 Stopped or killed, the same command goes on where it was: photos that are done are not run again,
-but if their file has changed, their mask is gone, or they failed for no fault of their own. Of
-photos that SRC no longer has, line and mask are removed. What is done is kept in {STATE}. Exit
+but if their file has changed, their mask is gone, or they failed for no fault of their own. Photos
+that SRC no longer has keep line and mask, if they have one. What is done is kept in {STATE}. Exit
 code: 0 if every photo has its mask, 1 if some have none, 2 if the run could not be done, 128 + the
 signal's number if one stopped it.
 """
@@ -160,7 +160,7 @@ def _take_stock(ledger: Ledger, source: Source, info: BackendInfo, options: Opti
     if repeated := listing.repeated:
         print(f"{repeated} paths were listed more than once, each is run once", file=sys.stderr)
     if dropped := listing.dropped:
-        print(f"{dropped} photos are no longer there, nor are their masks", file=sys.stderr)
+        print(f"{dropped} photos that are no longer there have no line any more", file=sys.stderr)
     if others := source.passed_over:
         kinds = ", ".join(suffix or "no suffix" for suffix, _ in others.most_common(5))
         print(f"{others.total()} other files are passed over ({kinds})", file=sys.stderr)

@@ -224,9 +224,10 @@ class Ledger:
         """Take in what there is to do.
 
         Run again will be those that failed, and those whose file has changed or whose mask is gone.
-        Photos of earlier runs that are not among `photos` are dropped, and their masks removed,
-        once all of `photos` is known: a listing that is killed or fails drops none. Nor does one
-        of no photos, as of a disk that is not mounted.
+        Photos of earlier runs that are not among `photos` keep their mask, for they may have been
+        moved away because they were done. Those that have none are dropped, and those whose mask's
+        name another photo needs now; once all of `photos` is known, so that a listing that is
+        killed or fails drops none. Nor does one of no photos, as of a disk that is not mounted.
 
         Raises:
             BulkError: two photos would have the same mask.
@@ -266,6 +267,9 @@ class Ledger:
             return False
         self._database.execute("UPDATE photos SET seen = ? WHERE path = ?", (self._listing, path))
         has_mask = self._has_mask(mask)
+        if photo.size is None and status == "ok" and has_mask:
+            # Out of reach, or gone since: the mask is still that of the photo that was there.
+            return True
         done = (status == "ok" and has_mask) or (status == "unusable" and not has_mask)
         if not done or stamp != [photo.size, photo.modified_ns]:
             if has_mask:
@@ -302,10 +306,18 @@ class Ledger:
 
     def _drop_unseen(self) -> int:
         execute = self._database.execute
-        for (mask,) in execute("SELECT mask FROM photos WHERE seen != ?", (self._listing,)):
-            if self._has_mask(name := os.fsdecode(mask)):
-                (self.masks / name).unlink(missing_ok=True)
-        return execute("DELETE FROM photos WHERE seen != ?", (self._listing,)).rowcount
+        dropped = execute(
+            "DELETE FROM photos WHERE seen != ? AND status IS NOT 'ok'", (self._listing,)
+        ).rowcount
+        for (path,) in execute("SELECT path FROM waiting"):
+            mask = mask_path(os.fsdecode(path))
+            dropped += execute(
+                "DELETE FROM photos WHERE seen != ? AND mask = ?",
+                (self._listing, os.fsencode(mask)),
+            ).rowcount
+            if self._has_mask(mask):
+                (self.masks / mask).unlink(missing_ok=True)
+        return dropped
 
     def _has_mask(self, mask: str) -> bool:
         # Not with pathlib, which raises where no file can have that name.

@@ -20,7 +20,7 @@ from server.connections import Connection, House
 from server.metrics import Metrics
 from server.settings import Settings
 from server.uploads import PixelBudget
-from tests.conftest import Sample
+from tests.conftest import Sample, until
 from tests.server.test_load import figures
 
 LIMITS = {
@@ -178,6 +178,26 @@ def test_500_slow_clients_keep_nobody_out(strict: ServerProcess, photos: list[Sa
         assert_refusal(told[0], 503, "150 connections")
         answer = httpx.post(f"{strict.url}/segment", content=photos[0].data)
         assert answer.status_code == 200
+
+
+def test_a_full_server_says_that_it_works(photos: list[Sample]) -> None:
+    with serve("--max-connections", "4") as server, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(httpx.Client(base_url=server.url)) for _ in range(4)]
+        assert [one.get("/health/live").status_code for one in clients] == [200] * 4
+        # Of those that say nothing the oldest goes, so that whoever asks is heard.
+        silent = [stack.enter_context(connect(server)) for _ in range(40)]
+        for path in ("/health/live", "/health/ready", "/v2/health/live", "/metrics?x=1"):
+            answer = httpx.get(server.url + path)
+            assert (answer.status_code, answer.headers["connection"]) == (200, "close")
+        assert_refusal(read_all(silent[0]), 503, "4 connections")
+        refusal = httpx.post(f"{server.url}/segment", content=photos[0].data)
+        assert (refusal.status_code, refusal.headers["retry-after"]) == (503, "1")
+        assert httpx.get(f"{server.url}/model").status_code == 503
+        assert clients[0].get("/model").status_code == 200
+        clients[1].close()
+        with httpx.Client(base_url=server.url) as another:
+            until(lambda: another.get("/model").status_code == 200)
+            assert another.get("/model").headers.get("connection") != "close"
 
 
 def test_a_client_that_keeps_its_connection_is_served_again(strict: ServerProcess) -> None:

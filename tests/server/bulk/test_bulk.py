@@ -234,7 +234,7 @@ def test_only_what_is_new_or_changed_is_run_again(
     assert table(results)["a/0/photo 0.JPG"]["width"] == "163"
 
 
-def test_photos_that_are_gone_leave_with_their_masks(
+def test_photos_that_are_gone_keep_a_mask_that_nobody_else_needs(
     archive: Path, tmp_path: Path, small_photos: list[bytes], capfd: pytest.CaptureFixture[str]
 ) -> None:
     results = tmp_path / "results"
@@ -249,14 +249,14 @@ def test_photos_that_are_gone_leave_with_their_masks(
     assert bulk(archive, results) == 0
 
     lines = table(results)
-    assert len(lines) == 10
-    assert "a.png" in lines
-    assert not {"a.jpg", "corrupt.jpg", "b/1/photo 1.JPG"} & set(lines)
+    assert len(lines) == 11
+    assert {"a.png", "b/1/photo 1.JPG"} <= set(lines)
+    assert not {"a.jpg", "corrupt.jpg"} & set(lines)
     after = masks(results)
     assert set(after) == {line["mask"] for line in lines.values()}
     assert after["masks/a.png"] != before["masks/a.png"], "it may be another photo"
     assert {name for name in after if after[name] != before[name]} == {"masks/a.png"}
-    assert "3 photos are no longer there" in capfd.readouterr().err
+    assert "2 photos that are no longer there" in capfd.readouterr().err
 
     write(archive / "a.jpg", small_photos[0])
     assert bulk(archive, results) == 2
@@ -276,8 +276,13 @@ def test_a_shorter_manifest_leaves_what_it_no_longer_names(
     write(manifest, b"2.png\n")
     assert bulk(manifest, results) == 0
 
-    assert set(table(results)) == {"2.png"}, "2.jpg is still a file, but not of this list"
-    assert set(masks(results)) == {"masks/2.png"}
+    assert set(table(results)) == {"1.jpg", "2.png"}, "2.jpg is a file, but not of this list"
+    assert set(masks(results)) == {"masks/1.png", "masks/2.png"}
+
+    before = masks(results)
+    (tmp_path / "2.png").rename(tmp_path / "out of reach")
+    assert bulk(manifest, results) == 0
+    assert masks(results) == before
 
 
 def test_a_source_with_no_photos_takes_no_results(
@@ -322,9 +327,9 @@ def test_a_listing_that_ends_half_way_drops_nothing(tmp_path: Path) -> None:
 
     with Ledger(tmp_path) as ledger:
         again = [Listed("b.png", 1, 1), Listed("a.jpg", 1, 1), Listed("b.png", 1, 1)]
-        assert ledger.list(again) == Listing(3, 1, 2)
+        assert ledger.list(again) == Listing(3, 1, 1)
         assert list(ledger.pending()) == [Task("b.png", "b.png")]
-    assert set(masks(tmp_path)) == {"masks/a.png"}
+    assert set(masks(tmp_path)) == {"masks/a.png", "masks/c.png"}
 
 
 def test_two_new_photos_with_the_mask_of_one_that_is_gone_are_refused(tmp_path: Path) -> None:
@@ -345,9 +350,9 @@ def test_results_of_the_version_before_are_gone_on_from(tmp_path: Path) -> None:
         )
 
     with Ledger(tmp_path) as ledger:
-        assert ledger.list([Listed("b.jpg", 1, 1)]) == Listing(1, 0, 1)
+        assert ledger.list([Listed("b.jpg", 1, 1)]) == Listing(1, 0, 0)
         assert not list(ledger.pending())
-        assert ledger.counts().done == 1
+        assert ledger.counts().done == 2
 
 
 def test_a_changed_photo_has_neither_figures_nor_mask_of_the_old_one(tmp_path: Path) -> None:
