@@ -117,10 +117,12 @@ def _start(address: str) -> None:
             raise BulkError(f"There is no Ray cluster at {address}: {error}") from error
     # Nothing is reported elsewhere, should the cluster be started here.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    print(f"connecting to Ray ({address})", file=sys.stderr)
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
-    except (ConnectionError, OSError, ValueError) as error:
-        raise BulkError(f"There is no Ray cluster at {address}: {error}") from error
+    # RuntimeError: of another version, among others.
+    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+        raise BulkError(f"Ray's cluster ({address}) cannot be used: {error}") from error
     context = ray.data.DataContext.get_current()
     # Its bars and notes would be in the way of this program's own.
     context.enable_progress_bars = False
