@@ -246,9 +246,11 @@ class Ledger:
                     execute("COMMIT")
                     execute("BEGIN")
             if named:
-                dropped = self._drop_unseen()
+                dropped = self._drop("status IS NOT 'ok'")
                 for path, *stamp in execute("SELECT path, size, modified_ns FROM waiting"):
-                    self._list(Listed(os.fsdecode(path), *stamp))
+                    photo = Listed(os.fsdecode(path), *stamp)
+                    dropped += self._drop("mask = ?", os.fsencode(mask_path(photo.path)))
+                    self._list(photo)
         finally:
             execute("COMMIT")
         return Listing(named, repeated, dropped)
@@ -304,20 +306,15 @@ class Ledger:
         )
         return added.rowcount == 1
 
-    def _drop_unseen(self) -> int:
+    def _drop(self, which: str, *values: Any) -> int:
+        """Forget photos that this listing has not had, and their masks; gives how many."""
         execute = self._database.execute
-        dropped = execute(
-            "DELETE FROM photos WHERE seen != ? AND status IS NOT 'ok'", (self._listing,)
-        ).rowcount
-        for (path,) in execute("SELECT path FROM waiting"):
-            mask = mask_path(os.fsdecode(path))
-            dropped += execute(
-                "DELETE FROM photos WHERE seen != ? AND mask = ?",
-                (self._listing, os.fsencode(mask)),
-            ).rowcount
-            if self._has_mask(mask):
-                (self.masks / mask).unlink(missing_ok=True)
-        return dropped
+        these = f"FROM photos WHERE seen != ? AND {which}"
+        values = (self._listing, *values)
+        for (mask,) in execute(f"SELECT mask {these}", values):
+            if self._has_mask(name := os.fsdecode(mask)):
+                (self.masks / name).unlink(missing_ok=True)
+        return execute(f"DELETE {these}", values).rowcount
 
     def _has_mask(self, mask: str) -> bool:
         # Not with pathlib, which raises where no file can have that name.

@@ -332,6 +332,16 @@ def test_a_listing_that_ends_half_way_drops_nothing(tmp_path: Path) -> None:
     assert set(masks(tmp_path)) == {"masks/a.png", "masks/c.png"}
 
 
+def test_a_photo_that_wants_the_mask_of_one_still_there_takes_nothing(tmp_path: Path) -> None:
+    have_done(tmp_path, "a.jpg")
+    for order in (["a.png", "a.jpg"], ["a.jpg", "a.png"]):
+        with Ledger(tmp_path) as ledger:
+            with pytest.raises(BulkError, match=r"would both have masks/a\.png"):
+                ledger.list(Listed(path, 1, 1) for path in order)
+            assert ledger.counts().done == 1
+        assert set(masks(tmp_path)) == {"masks/a.png"}
+
+
 def test_two_new_photos_with_the_mask_of_one_that_is_gone_are_refused(tmp_path: Path) -> None:
     have_done(tmp_path, "a.jpg")
     with (
