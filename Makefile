@@ -3,7 +3,7 @@
 # make lint                                 format and types alone
 # make audit                                known vulnerabilities of what is shipped, where they can be asked for
 # make bench [IMAGES=dir] [RESULTS=dir]     a short load test with its report (README, Load)
-# make peers [RESULTS=dir]                  this server beside others, up to an hour (README)
+# make peers [RESULTS=dir]                  this server beside others, 35 minutes (README)
 # Everything lives in .venv; PYTHON=/path/to/python3.x picks the interpreter it is made with.
 
 # Not from the environment: some shells export a HOST of their own, which is the machine's name.

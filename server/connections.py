@@ -346,11 +346,14 @@ class Connection(HttpToolsProtocol):
         self._metrics.connections_refused.labels(reason).inc()
         self.transport.abort()
 
-    def _hang_up(self) -> None:
-        """Tell the request that is being answered that nobody waits for it any more."""
-        if self._running is not None and not self._running.response_complete:
-            self._running.disconnected = True
-            self._running.message_event.set()
+    def _hang_up(self) -> RequestResponseCycle | None:
+        """Tell the request that is being answered, if any, that nobody waits for it any more."""
+        running = self._running
+        if running is None or running.response_complete:
+            return None
+        running.disconnected = True
+        running.message_event.set()
+        return running
 
     def _refuse(self, status: HTTPStatus, reason: str, detail: str) -> None:
         """Answer with a problem document, then close; a request under way is over."""
@@ -359,9 +362,8 @@ class Connection(HttpToolsProtocol):
         self._refused = True
         self._house.asked.pop(self, None)
         self._metrics.connections_refused.labels(reason).inc()
-        self._hang_up()
-        running = self._running
-        if running is not None and not running.response_complete:
+        running = self._hang_up()
+        if running is not None:
             # Half an answer is out: a second one would be taken for its rest. And of several
             # requests the first would take what is meant for the last; too many are all meant.
             others = self.pipeline and status != HTTPStatus.TOO_MANY_REQUESTS

@@ -1,7 +1,6 @@
 """Open Inference Protocol V2, spoken by an unmodified client, and by hand where that cannot err."""
 
 import asyncio
-import gc
 import gzip
 import json
 import time
@@ -27,7 +26,7 @@ from server.service import Service
 from server.settings import Settings
 from server.stages import Stages
 from tests.conftest import Offline, Sample
-from tests.server.test_service import Constant
+from tests.server.test_service import Constant, no_collection
 
 triton = pytest.importorskip("tritonclient.http", reason="tritonclient[http] is not installed")
 triton_aio = pytest.importorskip("tritonclient.http.aio")
@@ -338,9 +337,7 @@ def test_nothing_of_json_is_kept_once_it_is_parsed(
         return found
 
     monkeypatch.setattr(json, "loads", recorded)
-    gc.collect()
-    gc.disable()
-    try:
+    with no_collection():
         body = [by_hand.request({"data": BLACK})]
         asked, images = openinference._parse(body, len(body[0]), 1)
         assert len(images) == 1 and not images[0].any()
@@ -356,8 +353,6 @@ def test_nothing_of_json_is_kept_once_it_is_parsed(
                 openinference._parse(body, len(body[0]), 1)
             assert not body and requests.pop()() is None, image
             del caught
-    finally:
-        gc.enable()
 
 
 def test_json_with_images_is_parsed_by_one_thread_alone(
