@@ -7,7 +7,6 @@ machine, so nothing else should run on it.
 """
 
 import argparse
-import signal
 import subprocess
 import sys
 import time
@@ -31,7 +30,7 @@ from benchmarks.peers.measure import (
     measure_stock,
     visit,
 )
-from benchmarks.peers.processes import ROOT, Unavailable, prepare, python_of
+from benchmarks.peers.processes import ROOT, Unavailable, end_on_signals, prepare, python_of
 from benchmarks.peers.report import write_report
 from model.files import write_atomically
 from model.image import read_photo
@@ -269,8 +268,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     entrants = [entrant for entrant in ENTRANTS if entrant.name in options.servers]
     print("predicting the masks", file=sys.stderr)
     run = Run(plan, Deck.of(photos, model), options.images, options.here, comparison)
-    # A server under test is ended with this process, not left behind.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     options.output.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     been = done(comparison)
@@ -340,4 +337,6 @@ def _commit() -> str:
 
 
 if __name__ == "__main__":
+    # A server under test is ended with this process, not left behind.
+    end_on_signals()
     sys.exit(main())

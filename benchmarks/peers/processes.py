@@ -14,21 +14,67 @@ import sys
 import tempfile
 import time
 import venv
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.peers.client import LOST, at_once
 from benchmarks.peers.entrants import Entrant
 
-__all__ = ["Running", "Unavailable", "prepare", "python_of", "running"]
+__all__ = ["Running", "Unavailable", "end_on_signals", "prepare", "python_of", "running"]
 
 ROOT = Path(__file__).parents[2]
 _ENVIRONMENTS = Path(__file__).parent / ".envs"
 _SERVERS = Path(__file__).parent / "servers"
 _MARK = "PEER_RUN"
+_STARTED_BY = "PEER_STARTED_BY"
 _START_TIMEOUT_S = 90
 _INSTALL_TIMEOUT_S = 1200
+
+
+_folders: set[str] = set()
+"""Of servers that run."""
+
+
+def end_on_signals() -> None:
+    """From now on SIGTERM and SIGINT end this process with all that it has started.
+
+    They do so in the handler: uvloop loses an exception that comes out of one, or puts another in
+    its place, where the signal arrives while a loop starts.
+    """
+    os.environ[_STARTED_BY] = mine = str(os.getpid())
+
+    def end(number: int, _frame: object) -> None:
+        _kill(lambda: _with_variable(_STARTED_BY, mine))
+        for folder in _folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        os._exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+
+
+def _with_variable(name: str, value: str) -> list[int]:
+    """Processes that were started with it."""
+    needle = f"{name}={value}".encode()
+    found = []
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            is_zombie = (folder / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+            if not is_zombie and needle in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
+
+
+def _kill(pids_left: Callable[[], list[int]]) -> None:
+    """All of them, and what they have started meanwhile."""
+    while pids := pids_left():
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
 
 
 class Unavailable(Exception):
@@ -82,16 +128,7 @@ class Running:
 
     def pids(self) -> list[int]:
         """All its processes."""
-        needle = f"{_MARK}={self.mark}".encode()
-        found = []
-        for folder in Path("/proc").iterdir():
-            if not folder.name.isdigit():
-                continue
-            with contextlib.suppress(OSError):
-                is_zombie = (folder / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
-                if not is_zombie and needle in (folder / "environ").read_bytes().split(b"\0"):
-                    found.append(int(folder.name))
-        return found
+        return _with_variable(_MARK, self.mark)
 
     def memory_mib(self) -> float:
         """Of all its processes, shared pages counted once (PSS)."""
@@ -118,11 +155,7 @@ class Running:
 
     def stop(self) -> None:
         """End everything that is left, and what that has started meanwhile."""
-        while pids := self.pids():
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.01)
+        _kill(self.pids)
         self.process.wait()
 
 
@@ -156,6 +189,7 @@ def running(
         command = [str(python), str(_SERVERS / entrant.script)]
     # What a server left there in its last moment is no reason to lose a visit.
     with tempfile.TemporaryDirectory(prefix="peer-", ignore_cleanup_errors=True) as folder:
+        _folders.add(folder)
         log_file = Path(folder) / "output.txt"
         mark = Path(folder).name
         for name in ("files", "tmp"):
@@ -187,6 +221,7 @@ def running(
             yield server
         finally:
             server.stop()
+            _folders.discard(folder)
 
 
 def _free_ports() -> int:

@@ -581,6 +581,36 @@ def test_sigterm_ends_the_server_under_test_too(tmp_path: Path) -> None:
     assert not list(folder.glob("peer-*"))
 
 
+_STARTS_LOOPS = """
+from benchmarks.peers.client import at_once
+from benchmarks.peers.processes import end_on_signals
+
+end_on_signals()
+print(flush=True)
+while True:
+    try:
+        at_once(1, [b""])
+    except OSError:
+        pass
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_not_lost_in_a_loop_that_starts(number: signal.Signals) -> None:
+    command = [sys.executable, "-c", _STARTS_LOOPS]
+    runs = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) for _ in range(8)]
+    try:
+        for run in runs:
+            assert run.stdout is not None
+            run.stdout.readline()
+            run.send_signal(number)
+        assert [run.wait(60) for run in runs] == [128 + number] * len(runs)
+    finally:
+        for run in runs:
+            run.kill()
+            run.communicate()
+
+
 @pytest.mark.slow
 def test_stock_onnx_runtime_runs_in_the_bare_loop() -> None:
     run = subprocess.run(
