@@ -4,9 +4,11 @@ Augmentation in batches, on whatever device the batch is on.
 Parameters are drawn for the whole global batch from a seeded generator: a resumed run, and each of
 several data-parallel processes, see the very same images as one uninterrupted process does.
 
-Two recipes: ``paper`` (Sarker et al. 2019, section 4: flips, gamma, CLAHE) and ``strong``, which
-stands in for other cameras, framings, skin tones, illumination, optics, hair, rulers and
-compression.
+Recipes: ``paper`` (Sarker et al. 2019, section 4: flips, gamma, CLAHE); ``strong``, which stands in
+for other cameras, framings, skin tones, illumination, optics, hair, rulers and compression; and
+``settle``, for a last stage after ``strong``: six images of ten nearly as they are, for statistics
+like those of real photos (Touvron et al. 2019), the others strongly varied, so that nothing is
+forgotten.
 """
 
 from __future__ import annotations
@@ -20,11 +22,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-Recipe = Literal["none", "paper", "strong"]
+Recipe = Literal["none", "paper", "strong", "settle"]
 
 _FRAME_ASPECT = (
     4 / 3
 )  # of the sensors behind the squashed square: rotation is rigid there, not in the square
+_PLAIN = 0.6  # share of a batch that `settle` leaves nearly as it is
 _OVERLAYS = 64  # hair and ruler drawings to choose from
 _JPEG_LUMINANCE = (  # ITU-T T.81, table K.1
     (16, 11, 10, 16, 24, 40, 51, 61),
@@ -53,7 +56,7 @@ class Augmenter:
         if stored % size:
             raise ValueError(f"stored images of {stored} px do not pool to {size} px")
         self.recipe, self.size, self.stored, self.device = recipe, size, stored, device
-        if recipe == "strong":
+        if recipe in ("strong", "settle"):
             rng = np.random.default_rng(0)
             self.overlays = torch.from_numpy(_draw_overlays(rng, size)).to(device)
             noise = rng.standard_normal((16, 3, size, size), dtype=np.float32)
@@ -82,26 +85,41 @@ class Augmenter:
         Returns:
             float32 images [n, 3, size, size] in [0, 1] and targets [n, k, size, size] in [0, 1].
         """
-        draw = _Draw(seed, part or slice(0, len(images)), of or len(images), self.device)
+        part, of = part or slice(0, len(images)), of or len(images)
+        draw = _Draw(seed, part, of, self.device)
         x, y = images.float() / 255, targets.float() / 255
-        if self.recipe == "strong":
-            x, y = self._warp(x, y, draw)
-        factor = self.stored // self.size
-        x, y = F.avg_pool2d(x, factor), F.avg_pool2d(y, factor)
+        if self.recipe == "none":
+            return self._pool(x, y)
         if self.recipe == "paper":
-            x, y = self._paper(x, y, draw)
-        elif self.recipe == "strong":
-            x, y = self._artefacts(x, y, draw)
-            x = self._colour(x, draw)
-            x = self._optics(x, draw).clamp(0, 1)
+            return self._paper(*self._pool(x, y), draw)
+        varied = self._strong(x, y, draw)
+        if self.recipe == "strong":
+            return varied
+        # numbers of its own: the strongly varied images are the same with either recipe
+        draw = _Draw(seed + 17, part, of, self.device)
+        x, y = self._flip(*self._pool(x, y), draw)
+        x = x.clamp(1e-4, 1) ** draw.log_uniform(0.85, 1.18)
+        plain = draw.chance(_PLAIN)
+        return torch.where(plain, x, varied[0]), torch.where(plain, y, varied[1])
+
+    def _pool(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        factor = self.stored // self.size
+        return F.avg_pool2d(x, factor), F.avg_pool2d(y, factor)
+
+    def _flip(self, x: Tensor, y: Tensor, draw: _Draw) -> tuple[Tensor, Tensor]:
+        for axis in (2, 3):
+            flip = draw.chance(0.5)
+            x, y = torch.where(flip, x.flip(axis), x), torch.where(flip, y.flip(axis), y)
         return x, y
+
+    def _strong(self, x: Tensor, y: Tensor, draw: _Draw) -> tuple[Tensor, Tensor]:
+        x, y = self._artefacts(*self._pool(*self._warp(x, y, draw)), draw)
+        return self._optics(self._colour(x, draw), draw).clamp(0, 1), y
 
     def _paper(self, x: Tensor, y: Tensor, draw: _Draw) -> tuple[Tensor, Tensor]:
         from kornia.enhance import equalize_clahe  # needed by this recipe alone
 
-        for axis in (2, 3):
-            flip = draw.chance(0.5)
-            x, y = torch.where(flip, x.flip(axis), x), torch.where(flip, y.flip(axis), y)
+        x, y = self._flip(x, y, draw)
         x = torch.where(draw.chance(0.5), x ** draw.log_uniform(0.7, 1.4), x)
         # the clip limit is one value a call, so it varies over batches rather than images
         clip = 1 + 3 * float(draw.shared())

@@ -20,37 +20,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor, nn
 
-from model.config import ConfigError, TrainConfig, parse_config
+from model.config import ConfigError
 from model.data import DataError, find_samples, load_pixels, select
 from model.files import replacing
-from model.generator import Generator
 from model.image import MODEL_SIZE
 from model.metrics import LESION_ABOVE, count, jaccard
-from model.teacher import Teacher
-from model.train import STORED_SIZE, split_samples
-
-
-def load_run(run: Path, device: torch.device) -> tuple[TrainConfig, nn.Module]:
-    """A finished run's configuration and averaged network, in evaluation mode.
-
-    Raises:
-        ConfigError: the folder holds no finished run.
-    """
-    try:
-        config = parse_config(yaml.safe_load((run / "config.yaml").read_text()))
-        state = torch.load(run / "last.pt", map_location=device, weights_only=True)
-    except OSError as error:
-        raise ConfigError(f"{run} holds no run of model.train: {error}") from error
-    progress = state["progress"]
-    if progress["epoch"] < config.epochs and not progress.get("stopped"):
-        raise ConfigError(f"{run} is not finished: resume it first")
-    network: nn.Module
-    network = Teacher() if config.network == "teacher" else Generator(config.generator)
-    network.load_state_dict(state["average"])
-    return config, network.to(device).eval()
+from model.train import STORED_SIZE, load_run, split_samples
 
 
 @torch.inference_mode()

@@ -353,12 +353,7 @@ class Trainer:
         return asleep
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(
-            self.device.type,
-            torch.bfloat16,
-            enabled=self.config.precision == "bf16",
-            cache_enabled=False,  # a captured graph must own its casts
-        )
+        return _autocast(self.config, self.device)
 
     def _mean(self, value: Tensor) -> Tensor:
         if self.world > 1:
@@ -366,46 +361,10 @@ class Trainer:
             value = value / self.world
         return value
 
-    @torch.inference_mode()
     def validate(self) -> dict[str, float]:
-        """Per-image means of the averaged weights on every selection set, at the masks' size.
-
-        `selection`, by which weights are kept, is the Jaccard over the images of all of them.
-        """
+        """Scores of the averaged weights on every selection set (`score_selections`)."""
         self._wake_or_sleep()
-        row: dict[str, float] = {}
-        every: list[Tensor] = []
-        for name, pixels in self.selections.items():
-            scores = []
-            for start in range(0, len(pixels.ids), 64):
-                images = torch.from_numpy(pixels.images[start : start + 64]).to(self.device)
-                truth = torch.from_numpy(pixels.masks[start : start + 64]).to(self.device)
-                masks = truth > LESION_ABOVE
-                factor = images.shape[-1] // self.config.size
-                x = (
-                    F.avg_pool2d(images.float() / 255, factor)
-                    if factor > 1
-                    else images.float() / 255
-                )
-                with self._autocast():
-                    probability = self.average(x).float().sigmoid()
-                found = (
-                    F.interpolate(
-                        probability, size=masks.shape[-2:], mode="bilinear", align_corners=False
-                    )
-                    > 0.5
-                )
-                both = (found & masks).sum((1, 2, 3)).double()
-                either = (found | masks).sum((1, 2, 3)).double()
-                scores.append(torch.where(either > 0, both / either.clamp_min(1), 1.0))
-            jaccard = torch.cat(scores)
-            every.append(jaccard)
-            row[f"{name}_jaccard"] = float(jaccard.mean())
-            row[f"{name}_threshold_jaccard"] = float(
-                torch.where(jaccard >= THRESHOLD_JACCARD, jaccard, 0.0).mean()
-            )
-        row["selection"] = float(torch.cat(every).mean())
-        return row
+        return score_selections(self.average, self.selections, self.config, self.device)
 
     def save(self) -> None:
         """Write `last.pt` and `history.csv`, each atomically."""
@@ -602,6 +561,82 @@ def _report(row: dict[str, float], epochs: int, left: float) -> None:
         f"left {minutes}:{seconds:02d}",
         file=sys.stderr,
         flush=True,
+    )
+
+
+@torch.inference_mode()
+def score_selections(
+    network: nn.Module, selections: dict[str, PixelSet], config: TrainConfig, device: torch.device
+) -> dict[str, float]:
+    """Per-image means on every selection set, at the stored masks' size, threshold 0.5.
+
+    Args:
+        network: images in [0, 1] → logits, in evaluation mode, on `device`.
+        selections: named sets.
+        config: of the run, for its input size and precision.
+        device: where to compute.
+
+    Returns:
+        `<set>_jaccard` and `<set>_threshold_jaccard`; `selection`, by which weights are kept, is
+        the Jaccard over the images of all of them.
+    """
+    row: dict[str, float] = {}
+    every: list[Tensor] = []
+    for name, pixels in selections.items():
+        scores = []
+        for start in range(0, len(pixels.ids), 64):
+            images = torch.from_numpy(pixels.images[start : start + 64]).to(device)
+            truth = torch.from_numpy(pixels.masks[start : start + 64]).to(device)
+            masks = truth > LESION_ABOVE
+            factor = images.shape[-1] // config.size
+            x = F.avg_pool2d(images.float() / 255, factor) if factor > 1 else images.float() / 255
+            with _autocast(config, device):
+                probability = network(x).float().sigmoid()
+            found = (
+                F.interpolate(
+                    probability, size=masks.shape[-2:], mode="bilinear", align_corners=False
+                )
+                > 0.5
+            )
+            both = (found & masks).sum((1, 2, 3)).double()
+            either = (found | masks).sum((1, 2, 3)).double()
+            scores.append(torch.where(either > 0, both / either.clamp_min(1), 1.0))
+        jaccard = torch.cat(scores)
+        every.append(jaccard)
+        row[f"{name}_jaccard"] = float(jaccard.mean())
+        row[f"{name}_threshold_jaccard"] = float(
+            torch.where(jaccard >= THRESHOLD_JACCARD, jaccard, 0.0).mean()
+        )
+    row["selection"] = float(torch.cat(every).mean())
+    return row
+
+
+def load_run(run: Path, device: torch.device) -> tuple[TrainConfig, nn.Module]:
+    """A finished run's configuration and averaged network at its end, in evaluation mode.
+
+    Raises:
+        ConfigError: the folder holds no finished run.
+    """
+    try:
+        config = parse_config(yaml.safe_load((run / "config.yaml").read_text()))
+        state = torch.load(run / "last.pt", map_location=device, weights_only=True)
+    except OSError as error:
+        raise ConfigError(f"{run} holds no run of model.train: {error}") from error
+    progress = state["progress"]
+    if progress["epoch"] < config.epochs and not progress.get("stopped"):
+        raise ConfigError(f"{run} is not finished: resume it first")
+    network: nn.Module
+    network = Teacher() if config.network == "teacher" else Generator(config.generator)
+    network.load_state_dict(state["average"])
+    return config, network.to(device).eval()
+
+
+def _autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast(
+        device.type,
+        torch.bfloat16,
+        enabled=config.precision == "bf16",
+        cache_enabled=False,  # a captured graph must own its casts
     )
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from model.augment import Augmenter, Recipe
 from tests.model.tiny import pixel_set
 
-RECIPES: tuple[Recipe, ...] = ("none", "paper", "strong")
+RECIPES: tuple[Recipe, ...] = ("none", "paper", "strong", "settle")
 CPU = torch.device("cpu")
 
 
@@ -28,7 +28,7 @@ def test_batches_are_in_range_and_in_shape(recipe: Recipe) -> None:
         assert 0.02 < y.mean() < 0.9
 
 
-@pytest.mark.parametrize("recipe", ["paper", "strong"])
+@pytest.mark.parametrize("recipe", ["paper", "strong", "settle"])
 def test_a_seed_is_a_batch(recipe: Recipe) -> None:
     images, masks = batch()
     x, y = Augmenter(recipe, 32, 64, CPU)(images, masks, 7)
@@ -121,6 +121,26 @@ def test_papers_recipe_flips_gammas_and_equalises() -> None:
         for i in range(8)
     ]
     assert not all(untouched)
+
+
+def test_settling_leaves_most_images_nearly_as_they_are_and_the_others_strongly_varied() -> None:
+    images, masks = batch(40)
+    x, y = Augmenter("settle", 64, 64, CPU)(images, masks, 4)
+    strong, _ = Augmenter("strong", 64, 64, CPU)(images, masks, 4)
+    plain = 0
+    for i in range(40):
+        if torch.equal(x[i], strong[i]):
+            continue
+        plain += 1
+        ((original, mask),) = [
+            ((images[i].float() / 255).flip(axes), (masks[i].float() / 255).flip(axes))
+            for axes in ([], [1], [2], [1, 2])
+            if torch.equal((masks[i].float() / 255).flip(axes), y[i])
+        ]
+        assert torch.equal(mask, y[i])
+        gamma = x[i].clamp(0.05, 0.95).log() / original.clamp(0.05, 0.95).log()
+        assert 0.8 < gamma.median() < 1.25 and gamma.std() < 0.1
+    assert 18 <= plain <= 30
 
 
 def test_stored_images_must_pool_to_the_size() -> None:

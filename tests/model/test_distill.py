@@ -9,9 +9,9 @@ import torch
 from model import distill, train
 from model.config import ConfigError, DataConfig, LossConfig
 from model.data import find_samples, load_pixels, select
-from model.distill import distil, load_run, predict
+from model.distill import distil, predict
 from model.generator import Generator
-from model.train import STORED_SIZE, split_samples
+from model.train import STORED_SIZE, load_run, split_samples
 from tests.model.tiny import tiny_config, tiny_flags, write_isic2017
 
 

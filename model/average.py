@@ -1,0 +1,107 @@
+r"""One network of the mean weights of several runs that started from the same weights.
+
+    for seed in 11 12; do python -m model.train --out runs/settle-$seed --set init=… \
+        --set seed=$seed …; done
+    python -m model.average --runs runs/settle-11 runs/settle-12 --out runs/settled.safetensors
+
+Fine-tuned from one start, runs end in one valley of the loss: the mean of their weights costs no
+more than one of them and is seldom worse than the best (Wortsman et al. 2022, "Model soups"). It
+takes each run's averaged weights at its end, not those of its best epoch; of one run, it is these.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.config import ConfigError
+from model.data import DataError
+from model.files import replacing
+from model.generator import Generator, save_generator
+from model.train import load_run, prepare, score_selections
+
+
+def mean_network(generators: list[Generator]) -> Generator:
+    """A generator whose weights and running statistics are the means of theirs.
+
+    Raises:
+        ConfigError: they are of different architectures.
+    """
+    first = generators[0]
+    if any(generator.config != first.config for generator in generators):
+        raise ConfigError("these runs are of different architectures: they have no mean")
+    states = [generator.state_dict() for generator in generators]
+    mean: dict[str, Tensor] = {
+        name: torch.stack([state[name].double() for state in states]).mean(0).to(value.dtype)
+        for name, value in states[0].items()
+    }
+    network = Generator(first.config)
+    network.load_state_dict(mean)
+    return network.eval()
+
+
+def average(runs: list[Path], data: Path, out: Path, cache: Path) -> dict[str, float]:
+    """Write the mean of finished runs, with its score on what they were chosen by.
+
+    Args:
+        runs: folders of `model.train`.
+        data: folder of data sets, the runs' own.
+        out: the `.safetensors` file.
+        cache: folder of decoded pixels.
+
+    Returns:
+        Jaccard and threshold Jaccard of every selection set.
+
+    Raises:
+        ConfigError: a run is unfinished, not of a generator, or differs from the first in
+            architecture, input size or split.
+        DataError: naming the file or id that cannot be used.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = [load_run(run, device) for run in runs]
+    config = loaded[0][0]
+    generators = []
+    for run, (other, network) in zip(runs, loaded, strict=True):
+        if not isinstance(network, Generator):
+            raise ConfigError(f"{run} trained a {other.network}, which is not what is served")
+        held = (other.data.folds, other.data.fold)
+        if (other.size, *held) != (config.size, config.data.folds, config.data.fold):
+            raise ConfigError(f"{run} has another input size or other folds than {runs[0]}")
+        generators.append(network)
+    network = mean_network(generators).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    _, selections, origin = prepare(config, data, cache)
+    scores = score_selections(network, selections, config, device)
+    figures = {name: f"{value:.4f}" for name, value in scores.items() if name != "selection"}
+    with replacing(out) as path:
+        save_generator(network, path, {**figures, "threshold": "0.5", "training_data": origin})
+    return scores
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m model.average",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    data = Path(os.environ.get("SLSNET_DATA", "../shared/data"))
+    parser.add_argument("--data", type=Path, default=data)
+    parser.add_argument("--runs", type=Path, nargs="+", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, default=Path("runs/cache"))
+    args = parser.parse_args(argv)
+    try:
+        scores = average(args.runs, args.data, args.out, args.cache)
+    except (ConfigError, DataError) as error:
+        parser.exit(2, f"error: {error}\n")
+    for name, value in scores.items():
+        if name != "selection":
+            print(f"{name} {value:.4f}")
+
+
+if __name__ == "__main__":
+    main()
