@@ -132,7 +132,7 @@ def main() -> None:
     )
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--output", type=Path, default=WEIGHTS.with_suffix(".onnx"))
-    parser.add_argument("--version", default="1.0.0", help="of the weights, for the model card")
+    parser.add_argument("--version", default="1.1.0", help="of the weights, for the model card")
     parser.add_argument("--licence", default="Apache-2.0", help="of the weights")
     args = parser.parse_args()
     try:

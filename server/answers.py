@@ -91,7 +91,7 @@ class ModelId(_Answer):
     """Which network answered."""
 
     name: str = Field(examples=["slsnet"])
-    version: str = Field(examples=["1.0.0"])
+    version: str = Field(examples=["1.1.0"])
     weights_sha256: str = Field(
         examples=["5f2c3d0e5f0f4e6bb4a7c9e1f7f0f1f4d1c5a3b2e8d7c6b5a4f3e2d1c0b9a8f7"]
     )
@@ -117,7 +117,7 @@ class ModelAnswer(_Answer):
     """The model card."""
 
     name: str = Field(examples=["slsnet"])
-    version: str = Field(examples=["1.0.0"])
+    version: str = Field(examples=["1.1.0"])
     weights_sha256: str
     parameters: int = Field(examples=[2347900])
     training_data: str
