@@ -186,7 +186,7 @@ def test_clean_leaves_one_outline(page: Page, two_lesions: bytes, tmp_path: Path
     def outlines() -> int:
         return (page.find("contour").get_attribute("d") or "").count("M")
 
-    assert outlines() == 2
+    assert outlines() >= 2
     page.find("clean").send_keys(Keys.SPACE)
     page.until(lambda: page.state() == "done" and outlines() == 1)
 

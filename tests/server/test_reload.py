@@ -112,12 +112,13 @@ def test_networks_change_under_load_and_are_never_mixed(site: Site, photos: list
     for ledger in ledgers:
         versions = [version for version, _ in ledger]
         assert set(versions) == {first, "turned"}
-        # What an answer says that made it is what made it: the areas are each other's complement.
+        # What an answer says that made it is what made it: the areas are each other's complement,
+        # but for what bfloat16 moves: the turned network is run by ONNX Runtime, in float32.
         areas = {
             version: {area for name, area in ledger if name == version} for version in versions
         }
         assert all(len(found) == 1 for found in areas.values())
-        assert abs(sum(found.pop() for found in areas.values()) - 128 * 128) <= 2
+        assert abs(sum(found.pop() for found in areas.values()) - 128 * 128) <= 32
 
 
 @pytest.mark.parametrize("content", [b"not a network", b"", None])
