@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ from model.config import (
     load_config,
     parse_overrides,
 )
-from model.data import DataError, Sample, find_samples, select
+from model.data import DataError, Sample, add_data_arguments, find_samples, select
 from model.evaluate import evaluate, load_network
 from model.files import replacing
 from model.train import TrainingError, split_samples, train
@@ -249,15 +248,13 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    data = Path(os.environ.get("SLSNET_DATA", "../shared/data"))
+    add_data_arguments(parser)
     parser.add_argument("--presets", nargs="+", required=True, metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N")
     parser.add_argument("--epochs", type=int, help="of every run (default: each preset's own)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--data", type=Path, default=data, help="folder of data sets")
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
-    parser.add_argument("--cache", type=Path, default=Path("runs/cache"), help="decoded pixels")
     args = parser.parse_args(argv)
     try:
         overrides = parse_overrides(args.set)

@@ -12,17 +12,16 @@ takes each run's averaged weights at its end, not those of its best epoch; of on
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from model.config import ConfigError
-from model.data import DataError
+from model.data import DataError, add_data_arguments
 from model.files import replacing
 from model.generator import Generator, save_generator
-from model.train import load_run, prepare, score_selections
+from model.train import load_run, prepare, score_selections, weights_metadata
 
 
 def mean_network(generators: list[Generator]) -> Generator:
@@ -75,9 +74,8 @@ def average(runs: list[Path], data: Path, out: Path, cache: Path) -> dict[str, f
     network = mean_network(generators).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     _, selections, origin = prepare(config, data, cache)
     scores = score_selections(network, selections, config, device)
-    figures = {name: f"{value:.4f}" for name, value in scores.items() if name != "selection"}
     with replacing(out) as path:
-        save_generator(network, path, {**figures, "threshold": "0.5", "training_data": origin})
+        save_generator(network, path, weights_metadata(scores, origin))
     return scores
 
 
@@ -88,11 +86,9 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    data = Path(os.environ.get("SLSNET_DATA", "../shared/data"))
-    parser.add_argument("--data", type=Path, default=data)
+    add_data_arguments(parser)
     parser.add_argument("--runs", type=Path, nargs="+", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--cache", type=Path, default=Path("runs/cache"))
     args = parser.parse_args(argv)
     try:
         scores = average(args.runs, args.data, args.out, args.cache)

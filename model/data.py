@@ -8,8 +8,10 @@ function that serving uses, and kept as uint8, so that an epoch never waits for 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
+import os
 import re
 import zipfile
 from collections import Counter
@@ -67,6 +69,13 @@ class Sample:
     mask: Path
     origin: str = "folder"
     split: Split = "training"
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--data` (by default $SLSNET_DATA) and `--cache`, as every command that trains takes them."""
+    data = Path(os.environ.get("SLSNET_DATA", "../shared/data"))
+    parser.add_argument("--data", type=Path, default=data, help="folder of data sets")
+    parser.add_argument("--cache", type=Path, default=Path("runs/cache"), help="decoded pixels")
 
 
 def find_pairs(

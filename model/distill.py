@@ -13,7 +13,6 @@ memorised. Predictions are averaged over the eight symmetries of the square. (Hi
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ConfigError
-from model.data import DataError, find_samples, load_pixels, select
+from model.data import DataError, add_data_arguments, find_samples, load_pixels, select
 from model.files import replacing
 from model.image import MODEL_SIZE
 from model.metrics import LESION_ABOVE, count, jaccard
@@ -64,11 +63,9 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    data = Path(os.environ.get("SLSNET_DATA", "../shared/data"))
-    parser.add_argument("--data", type=Path, default=data)
+    add_data_arguments(parser)
     parser.add_argument("--runs", type=Path, nargs="+", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--cache", type=Path, default=Path("runs/cache"))
     args = parser.parse_args(argv)
     try:
         distil(args.data, args.runs, args.out, args.cache)

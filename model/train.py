@@ -22,7 +22,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -50,6 +50,7 @@ from model.data import (
     DataError,
     PixelSet,
     Sample,
+    add_data_arguments,
     find_samples,
     hold_out,
     load_pixels,
@@ -390,8 +391,7 @@ class Trainer:
             table.writerows(progress.history)
 
     def _save_best(self, row: dict[str, float]) -> None:
-        figures = {k: f"{v:.4f}" for k, v in row.items() if k.endswith("jaccard")}
-        figures |= {"threshold": "0.5", "training_data": self.origin}
+        figures = weights_metadata(row, self.origin)
         with replacing(self.out / "best.safetensors") as path:
             if isinstance(self.average, Generator):
                 save_generator(self.average, path, figures)
@@ -611,6 +611,12 @@ def score_selections(
     return row
 
 
+def weights_metadata(scores: Mapping[str, float], origin: str) -> dict[str, str]:
+    """What a file of weights says of itself: its scores (`score_selections`), what it is from."""
+    figures = {k: f"{v:.4f}" for k, v in scores.items() if k.endswith("jaccard")}
+    return {**figures, "threshold": "0.5", "training_data": origin}
+
+
 def load_run(run: Path, device: torch.device) -> tuple[TrainConfig, nn.Module]:
     """A finished run's configuration and averaged network at its end, in evaluation mode.
 
@@ -697,14 +703,12 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    data = Path(os.environ.get("SLSNET_DATA", "../shared/data"))
-    parser.add_argument("--data", type=Path, default=data, help="folder of data sets")
+    add_data_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, help="the run's folder")
     parser.add_argument("--preset", default="best", help=f"one of {', '.join(PRESETS)}")
     parser.add_argument("--config", type=Path, help="YAML file of changes to the preset")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
-    parser.add_argument("--cache", type=Path, default=Path("runs/cache"), help="decoded pixels")
     args = parser.parse_args(argv)
     if (world := int(os.environ.get("WORLD_SIZE", 1))) > 1:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
