@@ -100,7 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", type=Path, default=MODEL, help="the network, an ONNX file")
-    parser.add_argument("--backends", nargs="+", default=["native", "onnxruntime"], metavar="NAME")
+    parser.add_argument(
+        "--stock", type=Path, help="the file that stock runs, such as the exact graph (--model)"
+    )
+    parser.add_argument("--backends", nargs="+", default=["onnxruntime"], metavar="NAME")
     parser.add_argument("--threads", type=int, default=available_cores(), help="of each engine")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], metavar="SIZE")
     parser.add_argument("--rounds", type=int, default=20, help="measured")
@@ -113,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     pixels = np.stack([sample.pixels for sample in samples])
     with ExitStack() as stack:
-        engines: dict[str, Infer] = {STOCK: stock(options.model, options.threads)}
+        engines: dict[str, Infer] = {STOCK: stock(options.stock or options.model, options.threads)}
         infos: dict[str, BackendInfo] = {}
         for backend_name in options.backends:
             try:

@@ -40,6 +40,9 @@ class GeneratorConfig:
 
     multiscale: bool = True  # four input scales averaged (Table 4: "w/o MS" is False)
     pam: bool = True  # position attention after every down- and up-sampling (Table 4)
+    # Keys and values of the position attention averaged over so many positions a side, at 1/2 and
+    # at 1/4 resolution (`model.layers.PositionAttention`); 1 is the paper's eqs. 3 and 4.
+    pam_pool: tuple[int, int] = (1, 1)
     cam: bool = True  # channel attention after every factorised layer (Table 4)
     cam_form: CamForm = "danet"  # eq. 1 saturates to an arg-max; see docs/training.md
     widths: tuple[int, int, int, int] = (16, 32, 64, 128)  # stem, 1/2, 1/4 and 1/8 resolution
@@ -51,13 +54,15 @@ class GeneratorConfig:
 
     def __post_init__(self) -> None:
         # YAML and JSON know no tuples; equality and hashing need them.
-        for name in ("widths", "dilations", "encoder_dropout"):
+        for name in ("widths", "dilations", "encoder_dropout", "pam_pool"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.widths) != 4:
             raise ValueError(f"widths are four channel counts, not {self.widths}")
         if any(a >= b for a, b in itertools.pairwise(self.widths)):
             # The down-sampler's convolution adds the channels its max-pool lacks.
             raise ValueError(f"widths must grow, not {self.widths}")
+        if any(pool not in (1, 2, 4, 8) for pool in self.pam_pool):
+            raise ValueError(f"pam_pool is two of 1, 2, 4 and 8, not {self.pam_pool}")
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,15 @@ Export a trained generator to the ONNX graph that every backend serves.
     python -m model.export --weights runs/best/best.safetensors --output slsnet.onnx
 
 The graph is the contract between training and serving: `image` uint8 [n, 128, 128, 3] RGB in,
-`probability` float32 [n, 128, 128] out; normalisation, layout and sigmoid are inside. Attention is
-exported in its plain MatMul-Softmax-MatMul form, the fastest in ONNX Runtime on a CPU; `trt_build`
-rewrites it for TensorRT.
+`probability` float32 [n, 128, 128] out; normalisation, layout and sigmoid are inside.
+
+The two position attentions at half resolution are two thirds of the exact network's arithmetic.
+`pooled`, the default, averages their keys and values over 4×4 positions. For a network that was
+trained so, that is what it computes; for another it is an approximation, which has to be held
+against the exact graph on photos before it is served:
+
+    python -m model.export --weights W --attention exact --output exact.onnx
+    python -m trt_build.parity --onnx exact.onnx --candidate slsnet.onnx --images PHOTOS --masks M
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ from __future__ import annotations
 import argparse
 from hashlib import sha256
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import onnx
@@ -28,8 +35,31 @@ from model.layers import PositionAttention
 
 WEIGHTS = Path(__file__).parent / "weights" / "slsnet.safetensors"
 OPSET = 20
+POOL = 4
+"""Positions a side that the pooled form averages. On the shipped weights 2, 4 and 8 keep the masks
+alike, and 4 leaves 256 keys of 4,096: less is no longer seen beside the convolutions."""
 MAX_DIFFERENCE = 1e-4  # probability; float32 kernels of two libraries differ by about 1e-6
 METADATA = ("training_data", "validation_jaccard", "threshold")  # of the weights, if they say
+
+
+AttentionForm = Literal["exact", "pooled"]
+
+
+def set_attention(generator: Generator, form: AttentionForm) -> None:
+    """
+    Let the attentions at half resolution compare all positions, or averages of keys and values.
+
+    Raises:
+        ValueError: `exact` is asked of a network that was trained pooled.
+    """
+    trained = generator.config.pam_pool[0]
+    if form == "exact" and trained > 1:
+        raise ValueError(
+            f"the network was trained with keys averaged over {trained}×{trained} positions:"
+            " pooled attention is its exact form"
+        )
+    for attention in generator.half_resolution_attention():
+        attention.pool = POOL if form == "pooled" and trained == 1 else trained
 
 
 class Contract(nn.Module):
@@ -46,18 +76,27 @@ class Contract(nn.Module):
 
 
 def export(
-    weights: Path, output: Path, version: str, licence: str, size: int = MODEL_SIZE
+    weights: Path,
+    output: Path,
+    version: str,
+    licence: str,
+    size: int = MODEL_SIZE,
+    attention: AttentionForm = "pooled",
 ) -> float:
     """
     Write the contract graph of `weights` to `output` and check it against PyTorch.
+
+    `attention` is the form of the attentions at half resolution; see the module.
 
     Returns:
         The largest difference in probability between PyTorch and ONNX Runtime.
 
     Raises:
-        ValueError: the weights are unreadable, or the exported graph computes something else.
+        ValueError: the weights are unreadable, have no such attention, or the exported graph
+            computes something else.
     """
     generator = load_generator(weights)
+    set_attention(generator, attention)
     for module in generator.modules():
         if isinstance(module, PositionAttention):
             module.mode = "plain"
@@ -88,6 +127,7 @@ def export(
             "name": "slsnet",
             "version": version,
             "licence": licence,
+            "attention": attention,
             "parameters": str(sum(p.numel() for p in generator.parameters())),
             "weights_sha256": sha256(weights.read_bytes()).hexdigest(),
             **{key: metadata[key] for key in METADATA if key in metadata},
@@ -133,10 +173,18 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--output", type=Path, default=WEIGHTS.with_suffix(".onnx"))
     parser.add_argument("--version", default="1.1.0", help="of the weights, for the model card")
+    parser.add_argument(
+        "--attention",
+        choices=get_args(AttentionForm),
+        default="pooled",
+        help="keys and values of the half-resolution attention: all, or averages (%(default)s)",
+    )
     parser.add_argument("--licence", default="Apache-2.0", help="of the weights")
     args = parser.parse_args()
     try:
-        difference = export(args.weights, args.output, args.version, args.licence)
+        difference = export(
+            args.weights, args.output, args.version, args.licence, attention=args.attention
+        )
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     print(f"{args.output}: largest difference from PyTorch {difference:.1e} in probability")

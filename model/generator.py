@@ -51,16 +51,18 @@ class Generator(nn.Module):
         stem, half, quarter, eighth = c.widths
         shallow, deep = c.encoder_dropout
 
-        def decoder_stage(inputs: int, outputs: int) -> nn.Sequential:
+        pool_half, pool_quarter = c.pam_pool
+
+        def decoder_stage(inputs: int, outputs: int, pool: int) -> nn.Sequential:
             blocks = (
                 factorised_attention(outputs, cam, dropout=c.decoder_dropout)
                 for _ in range(c.decoder_blocks)
             )
-            return nn.Sequential(UpSampler(inputs, outputs, c.pam), *blocks)
+            return nn.Sequential(UpSampler(inputs, outputs, c.pam, pool), *blocks)
 
         self.multiscale = MultiscaleBlock(stem, cam, (1, 2, 4, 8) if c.multiscale else (1,))
-        self.down1 = DownSampler(stem, half, c.pam)
-        self.down2 = DownSampler(half, quarter, c.pam)
+        self.down1 = DownSampler(stem, half, c.pam, pool_half)
+        self.down2 = DownSampler(half, quarter, c.pam, pool_quarter)
         self.encoder1 = nn.Sequential(
             *(factorised_attention(quarter, cam, 1, shallow) for _ in range(c.encoder_blocks))
         )
@@ -71,8 +73,8 @@ class Generator(nn.Module):
         self.bridge = FactorisedLayer(eighth, dropout=deep)
         self.bridge_cam = ChannelAttention(c.cam_form) if c.cam else None
         self.bridge_pam = PositionAttention(eighth) if c.pam else None
-        self.decoder1 = decoder_stage(eighth, quarter)
-        self.decoder2 = decoder_stage(quarter, stem)
+        self.decoder1 = decoder_stage(eighth, quarter, pool_quarter)
+        self.decoder2 = decoder_stage(quarter, stem, pool_half)
         self.head = nn.ConvTranspose2d(stem, 1, 3, stride=2, padding=1, output_padding=1)
         self.register_buffer("mean", torch.tensor(RGB_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(RGB_STD).view(3, 1, 1), persistent=False)

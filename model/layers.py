@@ -55,6 +55,15 @@ class PositionAttention(nn.Module):
     """
     PAM, eqs. 3 and 4: every position attends to every other; ``x + η · attention``, η = 0 at first.
 
+    With ``pool`` = p > 1, keys and values are averaged over p×p positions before the product, so
+    each of the H·W queries attends to H·W / p² averages:
+
+        attention = softmax(B · mean_p(C)ᵀ) · mean_p(D)
+
+    This is the asymmetric non-local block (Zhu et al., ICCV 2019, arXiv:1908.07678) with one
+    average in the place of its pyramid; DANet's authors call it compact position attention (DRANet,
+    Fu et al. 2020). p = 1 is the paper's own form.
+
     ``mode`` says how the same function is computed: ``fused`` (scaled_dot_product_attention; memory
     linear in H·W), ``plain`` (the H·W × H·W matrix as written in eq. 3: the form that exports to
     MatMul-Softmax-MatMul), ``asleep`` (η is 0 and stays so: the identity, at no cost).
@@ -62,7 +71,7 @@ class PositionAttention(nn.Module):
 
     mode: Literal["fused", "plain", "asleep"]
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, pool: int = 1) -> None:
         super().__init__()
 
         def projection() -> nn.Sequential:
@@ -72,15 +81,24 @@ class PositionAttention(nn.Module):
 
         self.key, self.query, self.value = projection(), projection(), projection()  # B, C, D
         self.eta = nn.Parameter(torch.zeros(1))
+        self.pool = pool
         self.mode = "fused"
 
     def forward(self, x: Tensor) -> Tensor:
         if self.mode == "asleep":
             return x
         n, channels, height, width = x.shape
+        key, value = self.key(x), self.value(x)  # [n, C, H, W]
+        if self.pool > 1:
+            if height % self.pool or width % self.pool:
+                raise ValueError(
+                    f"keys and values of {width}×{height} positions do not divide into averages"
+                    f" over {self.pool}×{self.pool}"
+                )
+            key, value = F.avg_pool2d(key, self.pool), F.avg_pool2d(value, self.pool)
         key, query, value = (
-            f(x).flatten(2).transpose(1, 2) for f in (self.key, self.query, self.value)
-        )  # [n, H·W, C]
+            y.flatten(2).transpose(1, 2) for y in (key, self.query(x), value)
+        )  # queries [n, H·W, C]; keys and values [n, H·W / pool², C]
         if self.mode == "fused":
             # unscaled, as in eq. 3; one head and contiguous rows select the fast kernel
             out = F.scaled_dot_product_attention(
@@ -157,11 +175,11 @@ def factorised_attention(
 class DownSampler(nn.Module):
     """Half the resolution: stride-2 convolution beside max-pool (ERFNet's), BN, ReLU, then PAM."""
 
-    def __init__(self, inputs: int, outputs: int, pam: bool) -> None:
+    def __init__(self, inputs: int, outputs: int, pam: bool, pool: int = 1) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs - inputs, 3, stride=2, padding=1)
         self.norm = BatchNorm(outputs)
-        self.pam = PositionAttention(outputs) if pam else None
+        self.pam = PositionAttention(outputs, pool) if pam else None
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.cat([self.conv(x), F.max_pool2d(x, 2)], 1)  # [n, outputs, H/2, W/2]
@@ -172,11 +190,11 @@ class DownSampler(nn.Module):
 class UpSampler(nn.Module):
     """Twice the resolution: stride-2 deconvolution, BN, ReLU, then PAM."""
 
-    def __init__(self, inputs: int, outputs: int, pam: bool) -> None:
+    def __init__(self, inputs: int, outputs: int, pam: bool, pool: int = 1) -> None:
         super().__init__()
         self.deconv = nn.ConvTranspose2d(inputs, outputs, 3, stride=2, padding=1, output_padding=1)
         self.norm = BatchNorm(outputs)
-        self.pam = PositionAttention(outputs) if pam else None
+        self.pam = PositionAttention(outputs, pool) if pam else None
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.norm(self.deconv(x)))  # [n, outputs, 2H, 2W]

@@ -95,6 +95,11 @@ class ModelId(_Answer):
     weights_sha256: str = Field(
         examples=["5f2c3d0e5f0f4e6bb4a7c9e1f7f0f1f4d1c5a3b2e8d7c6b5a4f3e2d1c0b9a8f7"]
     )
+    attention: str = Field(
+        description="form of the position attention at half resolution: `exact` compares all"
+        " positions, `pooled` averages of keys and values",
+        examples=["pooled"],
+    )
 
 
 class SegmentationAnswer(_Answer):
@@ -119,6 +124,11 @@ class ModelAnswer(_Answer):
     name: str = Field(examples=["slsnet"])
     version: str = Field(examples=["1.1.0"])
     weights_sha256: str
+    attention: str = Field(
+        description="form of the position attention at half resolution: `exact` compares all"
+        " positions, `pooled` averages of keys and values",
+        examples=["pooled"],
+    )
     parameters: int = Field(examples=[2347900])
     training_data: str
     validation_jaccard: float = Field(
@@ -134,7 +144,7 @@ class ModelAnswer(_Answer):
 class BackendAnswer(_Answer):
     """What runs the network."""
 
-    name: str = Field(examples=["native"])
+    name: str = Field(examples=["onnxruntime"])
     version: str = Field(examples=["1.32.0"])
     device: str = Field(examples=["cpu"])
     precision: str = Field(examples=["fp32"])
@@ -147,7 +157,7 @@ class StatusAnswer(_Answer):
     """The server's health."""
 
     status: Literal["live", "ready"]
-    backend: str | None = Field(None, description="what runs the network", examples=["native"])
+    backend: str | None = Field(None, description="what runs the network", examples=["onnxruntime"])
 
 
 class ProblemAnswer(_Answer):
@@ -262,6 +272,7 @@ def model_answer(backend: BackendInfo) -> ModelAnswer:
         name=card.get("name", "unknown"),
         version=card.get("version", "unknown"),
         weights_sha256=card.get("weights_sha256", "unknown"),
+        attention=card.get("attention", "unknown"),
         parameters=int(card.get("parameters", 0)),
         training_data=card.get("training_data", "unknown"),
         validation_jaccard=float(card.get("validation_jaccard", 0)),

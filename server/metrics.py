@@ -109,7 +109,16 @@ class Metrics:
         self.backend = Gauge(
             "slsnet_backend_info",
             "What runs the network, and which network it is",
-            ["backend", "runtime_version", "device", "precision", "model", "version", "sha256"],
+            [
+                "backend",
+                "runtime_version",
+                "device",
+                "precision",
+                "model",
+                "version",
+                "sha256",
+                "attention",
+            ],
             multiprocess_mode="livemax",
             registry=self.registry,
         )
@@ -192,6 +201,7 @@ class Metrics:
             backend.model.get("name", "unknown"),
             backend.model.get("version", "unknown"),
             backend.model.get("weights_sha256", "unknown"),
+            backend.model.get("attention", "unknown"),
         )
         self._serving.set(1)
 

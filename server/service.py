@@ -366,7 +366,7 @@ class Service:
 def _network(batcher: Batcher) -> str:
     """What tells it from others: its weights may be in another graph."""
     card = batcher.info.model
-    return " ".join(card.get(key, "") for key in ("name", "version", "weights_sha256"))
+    return " ".join(card.get(key, "") for key in ("name", "version", "weights_sha256", "attention"))
 
 
 def _prove(backend: Backend) -> float:

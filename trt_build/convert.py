@@ -115,8 +115,8 @@ class _PositionAttention:
     softmax: str
     output: str
     queries: str  # tensor [n, HW, C]
-    keys: str  # tensor [n, C, HW]
-    values: str  # tensor [n, HW, C]
+    keys: str  # tensor [n, C, HW], or [n, C, HW / p²] where they are averaged over p×p
+    values: str  # tensor [n, HW, C], or [n, HW / p², C]
 
 
 class _Graph:
@@ -306,10 +306,11 @@ class _Graph:
         """Take the queries in equal chunks, so that only part of [HW, HW] exists at a time."""
         for pam in pams:
             positions = self.shapes.get(pam.queries, [None, None])[1]
-            if not positions:
+            keys = self.shapes.get(pam.keys, [None, None, None])[2]
+            if not positions or not keys:
                 raise ConversionError(f"{pam.queries}: the number of positions is not in the graph")
             chunks = 1
-            while positions % (2 * chunks) == 0 and positions**2 // chunks > CHUNK_ELEMENTS:
+            while positions % (2 * chunks) == 0 and positions * keys // chunks > CHUNK_ELEMENTS:
                 chunks *= 2
             if chunks == 1:
                 continue

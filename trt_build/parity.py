@@ -230,6 +230,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--onnx", type=Path, required=True, help="the float32 reference")
     parser.add_argument("--engine", type=Path, help="an engine built from it; needs its GPU")
     parser.add_argument(
+        "--candidate",
+        type=Path,
+        help="another float32 ONNX file of the same weights, such as its pooled form",
+    )
+    parser.add_argument(
         "--simulate", nargs="+", choices=["fp16", "bf16", "int8"], default=[], help="on CPU"
     )
     parser.add_argument("--cuda", action="store_true", help="ONNX Runtime's CUDA provider")
@@ -238,8 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, help="most photos to use")
     parser.add_argument("--json", type=Path, help="also write the results here")
     args = parser.parse_args(arguments)
-    if not (args.engine or args.simulate or args.cuda):
-        parser.error("nothing to compare: give --engine, --simulate or --cuda")
+    if not (args.engine or args.simulate or args.cuda or args.candidate):
+        parser.error("nothing to compare: give --engine, --candidate, --simulate or --cuda")
 
     try:
         results = _results(args)
@@ -259,6 +264,8 @@ def _results(args: argparse.Namespace) -> list[Parity]:
         (f"{precision}, simulated on CPU", precision, simulated_runner(args.onnx, precision))
         for precision in args.simulate
     ]
+    if args.candidate:
+        candidates.append((args.candidate.name, "fp32", onnx_runner(args.candidate)))
     if args.cuda:
         providers = ("CUDAExecutionProvider", "CPUExecutionProvider")
         candidates.append(("ONNX Runtime CUDA", "fp32", onnx_runner(args.onnx, providers)))

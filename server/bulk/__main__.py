@@ -154,7 +154,11 @@ def _take_stock(ledger: Ledger, source: Source, info: BackendInfo, options: Opti
             "The network does not say which it is (weights_sha256 in its metadata), so results of"
             " it could not be told from another's. Export it with `python -m model.export`."
         )
-    ledger.begin(source=source.identity, weights_sha256=weights, **asdict(options))
+    # One file of weights gives other masks with another form of attention.
+    attention = info.model.get("attention", "unknown")
+    ledger.begin(
+        source=source.identity, weights_sha256=weights, attention=attention, **asdict(options)
+    )
     print(f"listing {source.identity}", file=sys.stderr)
     listing = ledger.list(source.photos())
     if repeated := listing.repeated:

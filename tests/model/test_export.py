@@ -14,11 +14,13 @@ from torch import nn
 
 import model.export
 from model.config import GeneratorConfig
-from model.export import export, main
+from model.export import export, main, set_attention
 from model.generator import Generator, load_generator, load_metadata, save_generator
 from model.layers import ChannelAttention, PositionAttention
 from tests.lesions import lesion_photo
 from tests.model.tiny import GENERATOR
+from trt_build.parity import compare, onnx_runner
+from trt_build.samples import REFERENCE, load_samples
 
 # torch.onnx.export uses a function of torch's own that torch has deprecated
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
@@ -62,6 +64,7 @@ def test_it_computes_what_pytorch_does(graph: Path, weights: Path) -> None:
     session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
     images = np.stack([lesion_photo(seed, 128, 128).pixels for seed in range(3)])
     generator = load_generator(weights)
+    set_attention(generator, "pooled")
     with torch.inference_mode():
         x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
         expected = generator(x).sigmoid()[:, 0].numpy()
@@ -90,12 +93,51 @@ def test_metadata(graph: Path, weights: Path) -> None:
         "name": "slsnet",
         "version": "1.2.3",
         "licence": "Apache-2.0",
+        "attention": "pooled",
         "parameters": str(sum(p.numel() for p in generator.parameters())),
         "weights_sha256": sha256(weights.read_bytes()).hexdigest(),
         "validation_jaccard": "0.7654",
         "threshold": "0.5",
         "training_data": "3 images",
     }
+
+
+def test_the_exact_form_is_one_argument_away(weights: Path, tmp_path: Path) -> None:
+    export(weights, tmp_path / "exact.onnx", "1", "Apache-2.0", attention="exact")
+    content = onnx.load(tmp_path / "exact.onnx")
+    assert {p.key: p.value for p in content.metadata_props}["attention"] == "exact"
+    images = np.stack([lesion_photo(seed, 128, 128).pixels for seed in range(2)])
+    with torch.inference_mode():
+        x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+        expected = load_generator(weights)(x).sigmoid()[:, 0].numpy()
+    session = ort.InferenceSession(tmp_path / "exact.onnx", providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(session.run(None, {"image": images})[0], expected, atol=1e-5)
+
+
+def test_a_network_trained_pooled_has_no_other_form(tmp_path: Path) -> None:
+    path = tmp_path / "pooled.safetensors"
+    save_generator(Generator(GeneratorConfig(**{**GENERATOR, "pam_pool": (2, 1)})), path)
+    assert load_generator(path).config.pam_pool == (2, 1)
+    export(path, tmp_path / "pooled.onnx", "1", "Apache-2.0")
+    with pytest.raises(ValueError, match="trained with keys averaged over 2×2 positions"):
+        export(path, tmp_path / "exact.onnx", "1", "Apache-2.0", attention="exact")
+
+
+def test_pooled_attention_keeps_the_masks_of_the_shipped_weights(
+    tmp_path: Path, data_dir: Path | None
+) -> None:
+    exact = tmp_path / "exact.onnx"
+    export(model.export.WEIGHTS, exact, "1", "Apache-2.0", attention="exact")
+    parity = compare(
+        onnx_runner(exact),
+        onnx_runner(model.export.WEIGHTS.with_suffix(".onnx")),
+        load_samples(REFERENCE if data_dir is None else data_dir / "native", limit=24),
+        name="pooled",
+        precision="fp32",
+        source="photos",
+    )
+    assert parity.failures() == []
+    assert 0 < parity.max_difference < 0.06
 
 
 def test_a_graph_that_computes_something_else_is_not_written(

@@ -34,12 +34,21 @@ def features(n: int, channels: int, height: int, width: int) -> Tensor:
 
 
 def naive_pam(pam: PositionAttention, x: Tensor) -> Tensor:
-    """Eqs. 3 and 4, position by position."""
+    """Eqs. 3 and 4, position by position; keys and values are means of `pool`×`pool` positions."""
     n, channels, height, width = x.shape
-    b, c, d = (f(x).reshape(n, channels, -1) for f in (pam.key, pam.query, pam.value))
+    p = pam.pool
+
+    def mean(y: Tensor) -> Tensor:
+        squares = [
+            y[:, :, i : i + p, j : j + p].mean((2, 3))
+            for i, j in product(range(0, height, p), range(0, width, p))
+        ]
+        return torch.stack(squares, 2)
+
+    b, c, d = mean(pam.key(x)), pam.query(x).reshape(n, channels, -1), mean(pam.value(x))
     out = torch.empty_like(x).reshape(n, channels, -1)
-    count = height * width
-    for image, j in product(range(n), range(count)):
+    count = b.shape[2]
+    for image, j in product(range(n), range(height * width)):
         weights = [math.exp(float(b[image, :, i] @ c[image, :, j])) for i in range(count)]
         total = sum(weights)
         s = [w / total for w in weights]
@@ -65,10 +74,11 @@ def naive_cam(a: Tensor, gamma: float, form: CamForm) -> Tensor:
 
 
 @torch.no_grad()
-def test_pam_is_equations_3_and_4() -> None:
-    pam = PositionAttention(6).eval()
+@pytest.mark.parametrize("pool", [1, 2, 4])
+def test_pam_is_equations_3_and_4(pool: int) -> None:
+    pam = PositionAttention(6, pool).eval()
     pam.eta.fill_(0.7)
-    x = features(2, 6, 4, 3)
+    x = features(2, 6, 8, 4)
     expected = naive_pam(pam, x)
     for mode in ("fused", "plain"):
         pam.mode = mode
@@ -107,6 +117,26 @@ def test_cam_energies_are_float32_under_autocast() -> None:
     expected = cam(x)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(cam(x), expected)
+
+
+def test_pooled_attention_has_the_gradients_of_its_plain_form() -> None:
+    pam = PositionAttention(4, 2)
+    nn.init.constant_(pam.eta, 0.5)
+    x = features(2, 4, 4, 4).requires_grad_()
+    gradients = []
+    for mode in ("fused", "plain"):
+        pam.mode = mode
+        pam.zero_grad()
+        (inputs,) = torch.autograd.grad(pam(x).square().sum(), x, retain_graph=True)
+        pam(x).square().sum().backward()
+        gradients.append([inputs, *(p.grad for p in pam.parameters() if p.grad is not None)])
+    assert len(gradients[0]) == 1 + sum(1 for _ in pam.parameters())
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-4)
+
+
+def test_positions_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(ValueError, match="6×4 positions do not divide into averages over 4×4"):
+        PositionAttention(4, 4)(features(1, 4, 4, 6))
 
 
 @pytest.mark.parametrize("mode", ["fused", "plain", "asleep"])

@@ -270,9 +270,12 @@ def test_model_card_is_the_files_own(server: ServerProcess, photos: list[Sample]
     assert card["name"] == "slsnet"
     assert card["parameters"] == 2_347_900
     assert len(card["weights_sha256"]) == 64
+    assert card["attention"] == "pooled"
     assert card["backend"]["name"] == CPU_BACKEND
     answer = post(server, photos[0].data, params={"format": "json"}).json()
-    assert answer["model"] == {key: card[key] for key in ("name", "version", "weights_sha256")}
+    assert answer["model"] == {
+        key: card[key] for key in ("name", "version", "weights_sha256", "attention")
+    }
 
 
 def test_health(server: ServerProcess) -> None:
