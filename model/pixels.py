@@ -1,7 +1,7 @@
 """The loops over a photo that are compiled: the same bits as Pillow's and numpy's, sooner.
 
 `pixels.c` is in the tree as a library too, as users have no compiler, and is made by
-`server.backends.native.build`. Where it does not load (another processor, another system) all
+`model.build_pixels`. Where it does not load (another processor, another system) all
 functions give None.
 """
 

@@ -6,13 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from server.backends import (
-    Backend,
-    BackendError,
-    BackendInfo,
-    open_backend,
-    open_cpu_backend,
-)
+from server.backends import Backend, BackendError, BackendInfo, open_backend
 from server.backends.engine_cache import EngineCache, EngineEvent, open_engine_cache
 from server.service import Service
 from server.settings import Settings
@@ -130,8 +124,11 @@ class Loader:
 
 def _on_cpu(settings: Settings) -> Backend:
     """Not ONNX Runtime's CUDA: an error that lasts is the process's, whoever asks the GPU next."""
+    # Imported here, as `open_backend` does: with a GPU it may never be needed.
+    from server.backends.onnxruntime import OnnxRuntimeBackend
+
     threads = settings.threads or settings.cores
-    return open_cpu_backend(settings.model, threads=threads)
+    return OnnxRuntimeBackend(settings.model, threads=threads)
 
 
 def _first(settings: Settings) -> Backend:

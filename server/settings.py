@@ -40,10 +40,10 @@ class Settings(BaseSettings):
     model: Path = Field(
         Path(__file__).parent.parent / SHIPPED_MODEL, description="the network, an ONNX file"
     )
-    backend: Literal["auto", "native", "onnxruntime", "tensorrt", "torch"] = Field(
+    backend: Literal["auto", "onnxruntime", "tensorrt", "torch"] = Field(
         "auto",
-        description="what runs the network: native, onnxruntime, tensorrt or torch; auto is the"
-        " best that works here",
+        description="what runs the network: onnxruntime, tensorrt or torch; auto is the best that"
+        " works here",
     )
     precision: Precision = Field(
         "fp16", description="of the TensorRT engine: fp32, tf32, fp16, bf16 or int8"

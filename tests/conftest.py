@@ -17,7 +17,6 @@ from PIL import Image
 from benchmarks.launch import ServerProcess, serve
 from model.image import Photo, lesion_mask, read_photo, unpack_mask
 from server.backends import open_backend
-from server.backends.native import missing_here
 from tests.lesions import encode_photo, lesion_photo
 
 ROOT = Path(__file__).parent.parent
@@ -96,7 +95,7 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-CPU_BACKEND = "onnxruntime" if missing_here() else "native"
+CPU_BACKEND = "onnxruntime"
 """What `auto` takes on this machine, where there is no GPU."""
 
 

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Backend", "BackendError", "BackendInfo", "open_backend", "open_cpu_backend"]
+__all__ = ["Backend", "BackendError", "BackendInfo", "open_backend"]
 
 log = logging.getLogger("slsnet.backends")
 
@@ -81,8 +81,8 @@ def open_backend(name: str, model: Path, *, threads: int) -> Backend:
     Load `model` (an ONNX file) into the backend called `name`.
 
     Args:
-        name: `torch`, `native` or `onnxruntime`; for `auto` and `tensorrt` this is what serves
-            until an engine does (`server.backends.engine_cache`): CUDA, else `open_cpu_backend`.
+        name: `torch` or `onnxruntime`; for `auto` and `tensorrt` this is what serves until an
+            engine does (`server.backends.engine_cache`): ONNX Runtime on CUDA, else on the CPU.
         model: the ONNX file.
         threads: CPU threads for one inference.
 
@@ -98,10 +98,6 @@ def open_backend(name: str, model: Path, *, threads: int) -> Backend:
                 f"PyTorch cannot be loaded, install requirements-train.txt: {error}"
             ) from error
         return TorchBackend(model)
-    if name == "native":
-        from server.backends.native import NativeBackend
-
-        return NativeBackend(model, threads=threads)
     if name not in ("auto", "onnxruntime", "tensorrt"):
         raise BackendError(f"There is no backend called {name!r}.")
     import onnxruntime
@@ -113,25 +109,6 @@ def open_backend(name: str, model: Path, *, threads: int) -> Backend:
             return OnnxRuntimeCudaBackend(model)
         except BackendError as error:
             log.warning("serving on the CPU: %s", error)
-    if name != "onnxruntime":
-        return open_cpu_backend(model, threads=threads)
     from server.backends.onnxruntime import OnnxRuntimeBackend
 
-    return OnnxRuntimeBackend(model, threads=threads)
-
-
-def open_cpu_backend(model: Path, *, threads: int) -> Backend:
-    """
-    The faster of the CPU's backends: `native` where it runs and serves `model`, else `onnxruntime`.
-
-    Raises:
-        BackendError: neither can be loaded.
-    """
-    from server.backends.native import NativeBackend
-    from server.backends.onnxruntime import OnnxRuntimeBackend
-
-    try:
-        return NativeBackend(model, threads=threads)
-    except BackendError as error:
-        log.info("ONNX Runtime serves: %s", error)
     return OnnxRuntimeBackend(model, threads=threads)

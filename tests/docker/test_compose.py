@@ -78,11 +78,11 @@ def test_the_server_has_the_settings_that_are_set(services: dict[str, dict[str, 
 
 
 def test_the_worst_case_fits_into_memory(services: dict[str, dict[str, Any]]) -> None:
-    # docs/operations.md, Memory: ONNX Runtime's most threads, `native` on 64, and CUDA's libraries.
+    # docs/operations.md, Memory: ONNX Runtime's most threads, and CUDA's libraries.
     limit_mib = 1024 * int(services["server"]["mem_limit"].removesuffix("g"))
     defaults = Settings()
     photos = defaults.max_bytes_in_flight + 20 * defaults.max_pixels_decoding
-    network_mib = max(140 + 8 * 80, 160 + 64 * 15 + 80)
+    network_mib = 140 + 8 * 80
     gpu_mib = 3072 if "deploy" in services["server"] else 0
     assert limit_mib > network_mib + gpu_mib + photos / 2**20
 

@@ -1,6 +1,8 @@
 """What is compiled gives the same bits as Pillow and numpy, which do it elsewhere."""
 
+import importlib.util
 import platform
+import subprocess
 import sys
 from io import BytesIO
 from pathlib import Path
@@ -12,6 +14,7 @@ from PIL import Image, _imaging
 
 from model import image, pixels
 from model.image import MODEL_SIZE, lesion_mask, read_photo
+from tests.conftest import ROOT
 
 runs_here = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64", reason="built for Linux on x86-64"
@@ -118,3 +121,10 @@ def test_a_library_that_does_not_load_is_done_without(
     (tmp_path / "pixels.so").write_bytes(b"\x7fELF")
     monkeypatch.setattr(pixels, "LIBRARY", tmp_path / "pixels.so")
     assert pixels._load() is None
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ziglang") is None, reason="ziglang is not installed")
+def test_the_library_in_the_tree_is_what_its_source_gives() -> None:
+    command = [sys.executable, "-m", "model.build_pixels", "--check"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
