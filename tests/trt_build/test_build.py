@@ -40,8 +40,8 @@ def ranges() -> dict[str, float]:
         ("fp16", "fp16", 0.5),
         ("bf16", "bf16", 0.5),
         ("int8", "int8", 0.5),
-        ("tf32", "fp32", 2.5),
-        ("fp32", "fp32", 2.5),
+        ("tf32", "fp32", 0.8),
+        ("fp32", "fp32", 0.8),
     ],
 )
 def test_every_precision_builds_as_asked_and_says_so(
@@ -58,10 +58,13 @@ def test_every_precision_builds_as_asked_and_says_so(
     assert info.key.buckets == (1, 64)
     assert info.model["name"] == "slsnet"
     convolutions = [layer for layer in info.layers if layer.kind == "correlation"]
-    assert len(convolutions) >= 2 * 90, "one for each convolution and bucket"
+    # Some 1×1 convolutions become products of matrices, which are layers of another kind.
+    assert len(convolutions) >= 2 * 85, "one for each convolution and bucket"
+    nodes = {node for layer in info.layers for node in layer.nodes}
+    assert nodes >= {node.name for node in onnx.load(MODEL).graph.node if node.op_type == "Conv"}
     share = sum(layer.reads[0] == low for layer in convolutions) / len(convolutions)
     assert share == 1 if precision != "int8" else share > 0.65
-    # 8.9 GB where the attention is materialised.
+    # 8.9 GB where exact attention is materialised.
     assert max(info.scratch_bytes.values()) < scratch_gb * 1e9
 
 
@@ -73,7 +76,7 @@ def test_half_precision_keeps_the_attention_fused(engines: Path) -> None:
     assert all(layer.nodes for layer in fused)
 
 
-def test_the_parsers_verdict_on_each_attention_form(tmp_path: Path) -> None:
+def test_the_parsers_verdict_on_each_attention_form(engines: Path, tmp_path: Path) -> None:
     fused = BuildOptions(precision="fp32", attention="fused", buckets=(8,))
     with pytest.raises(BuildError, match="not supported by a dedicated kernel"):
         build(MODEL, tmp_path / "fused.engine", fused)
@@ -82,11 +85,12 @@ def test_the_parsers_verdict_on_each_attention_form(tmp_path: Path) -> None:
     plain = BuildOptions(precision="fp16", attention="plain", buckets=(8,))
     info = build(MODEL, tmp_path / "plain.engine", plain)
     assert info.attention == "plain"
-    assert info.scratch_bytes[8] > 5 * 46_989_312, "several times the fused form's"
+    fused_bytes = read_plan_info(engines / "fp16.engine").scratch_bytes
+    assert info.scratch_bytes[8] > fused_bytes[64] / 8, "more than the fused form's an image"
 
 
 def test_a_workspace_that_is_too_small_is_said(tmp_path: Path) -> None:
-    options = BuildOptions(attention="plain", buckets=(8,), workspace_bytes=64 << 20)
+    options = BuildOptions(attention="plain", buckets=(8,), workspace_bytes=8 << 20)
     with pytest.raises(BuildError, match=r"OutOfMemory.*allow more --workspace-mib"):
         build(MODEL, tmp_path / "x.engine", options)
 
