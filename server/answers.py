@@ -100,6 +100,10 @@ class ModelId(_Answer):
         " positions, `pooled` averages of keys and values",
         examples=["pooled"],
     )
+    file_sha256: str = Field(
+        description="of the file that was loaded; the others are what it says of itself",
+        examples=["7bb66a195e36a16171a0e3da07af8b635f169986c705e9e7f4dcbef5f2b75db3"],
+    )
 
 
 class SegmentationAnswer(_Answer):
@@ -123,12 +127,13 @@ class ModelAnswer(_Answer):
 
     name: str = Field(examples=["slsnet"])
     version: str = Field(examples=["1.1.0"])
-    weights_sha256: str
+    weights_sha256: str = Field(description="of the training's weights, as the file says")
     attention: str = Field(
         description="form of the position attention at half resolution: `exact` compares all"
         " positions, `pooled` averages of keys and values",
         examples=["pooled"],
     )
+    file_sha256: str = Field(description="of the file's bytes, as they were loaded")
     parameters: int = Field(examples=[2347900])
     training_data: str
     validation_jaccard: float = Field(
@@ -262,7 +267,8 @@ def _cleaned(segmentation: Segmentation, threshold: float) -> Segmentation:
 
 
 def _model_id(backend: BackendInfo) -> ModelId:
-    return ModelId(**{key: backend.model.get(key, "unknown") for key in ModelId.model_fields})
+    said = {key: backend.model.get(key, "unknown") for key in ("name", "version", "weights_sha256")}
+    return ModelId(**said, file_sha256=backend.file_sha256 or "unknown")
 
 
 def model_answer(backend: BackendInfo) -> ModelAnswer:
@@ -273,6 +279,7 @@ def model_answer(backend: BackendInfo) -> ModelAnswer:
         version=card.get("version", "unknown"),
         weights_sha256=card.get("weights_sha256", "unknown"),
         attention=card.get("attention", "unknown"),
+        file_sha256=backend.file_sha256 or "unknown",
         parameters=int(card.get("parameters", 0)),
         training_data=card.get("training_data", "unknown"),
         validation_jaccard=float(card.get("validation_jaccard", 0)),

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from model.image import MODEL_SIZE, Photo, read_photo
 from model.image import ImageError as PhotoError
+from model.stamp import ANSWERS, StampError, difference_from
 from server.admission import Gate, Place
 from server.backends import Backend, BackendError, BackendInfo
 from server.batching import FAILING, Batcher, Inference
@@ -88,7 +89,7 @@ class Service:
         """Photos of requests with several that are worked on, whosever they are."""
         self._batcher: Batcher | None = None
         self._networks: dict[str, Batcher] = {}
-        """The last batcher of each network that serves, by what answers say of it."""
+        """The last batcher of each network that serves, by what `_network` says it is."""
         self._pins: Counter[str] = Counter()
         self._retiring: set[asyncio.Task[None]] = set()
 
@@ -364,13 +365,24 @@ class Service:
 
 
 def _network(batcher: Batcher) -> str:
-    """What tells it from others: its weights may be in another graph."""
-    card = batcher.info.model
-    return " ".join(card.get(key, "") for key in ("name", "version", "weights_sha256", "attention"))
+    """What tells it from others: the bytes that it was loaded from, or else this one load.
+
+    Not its metadata: that is only what a file says of itself.
+    """
+    return batcher.info.file_sha256 or f"load {id(batcher)}"
+
+
+# From the answers that a network had when it was exported, in probability: bfloat16 and float16
+# stay within a tenth of it, and eight bits are held to masks when their engine is built.
+_MOST_DIFFERENCE = 0.05
+_MOST_DIFFERENCE_INT8 = 0.25
 
 
 def _prove(backend: Backend) -> float:
-    """Seconds that an image takes; BackendError unless the answers are probabilities."""
+    """Seconds that an image takes.
+
+    BackendError unless the answers are probabilities, and those that the file says they were.
+    """
     backend.warm_up()
     image = np.zeros((1, MODEL_SIZE, MODEL_SIZE, 3), np.uint8)
     taken_s = math.inf
@@ -384,7 +396,25 @@ def _prove(backend: Backend) -> float:
         or not ((probability >= 0) & (probability <= 1)).all()
     ):
         raise BackendError("The network's answers are not probabilities.")
+    _prove_answers(backend)
     return taken_s
+
+
+def _prove_answers(backend: Backend) -> None:
+    info = backend.describe()
+    answers = info.model.get(ANSWERS)
+    if answers is None:
+        return
+    most = _MOST_DIFFERENCE_INT8 if info.precision == "int8" else _MOST_DIFFERENCE
+    try:
+        difference = difference_from(answers, backend.infer)
+    except StampError as error:
+        raise BackendError(f"The network cannot be held to its stored answers: {error}.") from error
+    if not difference <= most:
+        raise BackendError(
+            f"On the trial images the network's answers differ by {difference:.2f} in probability"
+            " from those stored when it was exported: it is not the network that it was."
+        )
 
 
 _GOING_DOWN = "The server is going down: send requests to another one."

@@ -48,6 +48,8 @@ class BackendInfo:
     Empty where any size runs as well as another, so that padding would be wasted work."""
     model: Mapping[str, str] = field(default_factory=dict)
     """The ONNX file's metadata: `name`, `version`, `weights_sha256`, `training_data`, …"""
+    file_sha256: str = ""
+    """Of the bytes that were loaded: which network it is, whatever its metadata says."""
 
 
 class Backend(Protocol):

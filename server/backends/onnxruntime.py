@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from model.image import MODEL_SIZE
 from server.backends import BackendError, BackendInfo
+from server.backends.model_file import ModelFile, read_model
 
 __all__ = ["OnnxRuntimeBackend", "check_contract"]
 
@@ -19,7 +20,9 @@ _MAX_BATCH = 8
 class OnnxRuntimeBackend:
     """The exported graph in ONNX Runtime's CPU provider."""
 
-    def __init__(self, model: Path, *, threads: int) -> None:
+    def __init__(self, model: Path | ModelFile, *, threads: int) -> None:
+        file = read_model(model)
+        self._sha256 = file.sha256
         onnxruntime.disable_telemetry_events()
         # One for each thread fills them; memory grows by about 80 MiB with each.
         self._run_together = min(threads, _MAX_BATCH)
@@ -32,11 +35,11 @@ class OnnxRuntimeBackend:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self._session = onnxruntime.InferenceSession(
-                model, options, providers=["CPUExecutionProvider"]
+                file.content, options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:
-            raise BackendError(f"ONNX Runtime cannot load {model}: {error}") from error
-        check_contract(self._session, model)
+            raise BackendError(f"ONNX Runtime cannot load {file.path}: {error}") from error
+        check_contract(self._session, file.path)
 
     def describe(self) -> BackendInfo:
         return BackendInfo(
@@ -46,6 +49,7 @@ class OnnxRuntimeBackend:
             precision="fp32",
             max_batch=_MAX_BATCH,
             model=dict(self._session.get_modelmeta().custom_metadata_map),
+            file_sha256=self._sha256,
         )
 
     def warm_up(self) -> None:

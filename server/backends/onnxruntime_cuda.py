@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from model.image import MODEL_SIZE
 from server.backends import BackendError, BackendInfo
+from server.backends.model_file import read_model
 from server.backends.onnxruntime import check_contract
 from trt_build.device import NoGpuError, current_gpu
 
@@ -53,7 +54,7 @@ class OnnxRuntimeCudaBackend:
             raise BackendError(f"ONNX Runtime cannot use CUDA: {error}") from error
         # Finds CUDA and cuDNN where they were installed as wheels.
         onnxruntime.preload_dlls()
-        self._model = model
+        self._file = read_model(model)
         self._lock = Lock()
         try:
             self._open(graphs=True)
@@ -70,6 +71,7 @@ class OnnxRuntimeCudaBackend:
             max_batch=_BUCKETS[-1],
             buckets=_BUCKETS,
             model=dict(self._session.get_modelmeta().custom_metadata_map),
+            file_sha256=self._file.sha256,
         )
 
     def warm_up(self) -> None:
@@ -103,14 +105,14 @@ class OnnxRuntimeCudaBackend:
         options.log_severity_level = 3
         # TF32 would cost the channel attention's energies their last digits, for a fallback.
         cuda = {"enable_cuda_graph": str(int(graphs)), "use_tf32": "0"}
-        with _as_backend_error(f"ONNX Runtime cannot load {self._model} on {self._gpu.name}"):
+        with _as_backend_error(f"ONNX Runtime cannot load {self._file.path} on {self._gpu.name}"):
             self._session = onnxruntime.InferenceSession(
-                self._model, options, providers=[(_PROVIDER, cuda), "CPUExecutionProvider"]
+                self._file.content, options, providers=[(_PROVIDER, cuda), "CPUExecutionProvider"]
             )
         # It goes on with the CPU, and a line on stderr, where CUDA's libraries are missing.
         if self._session.get_providers()[0] != _PROVIDER:
             raise BackendError("ONNX Runtime's CUDA provider does not load: see its message above")
-        check_contract(self._session, self._model)
+        check_contract(self._session, self._file.path)
         self._lanes: dict[int, _Lane] = {}
         self._graphs = graphs
         # The first run captures, the second replays: a graph that does not hold fails here.

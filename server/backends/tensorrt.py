@@ -42,6 +42,7 @@ class TensorRtBackend:
             slots=SLOTS,
             buckets=key.buckets,
             model=dict(self._runner.info.model),
+            file_sha256=key.onnx_sha256,
         )
 
     def warm_up(self) -> None:

@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
@@ -56,6 +57,7 @@ class TorchBackend:
         try:
             network = Contract(load_generator(weights)).eval().to(self._device)
             self._metadata = load_metadata(weights)
+            self._sha256 = sha256(weights.read_bytes()).hexdigest()
         except (OSError, ValueError) as error:
             raise BackendError(f"PyTorch cannot load {weights}: {error}") from error
         self._precision = precision
@@ -76,6 +78,7 @@ class TorchBackend:
             max_batch=_BUCKETS[-1] if on_gpu else _CPU_MAX_BATCH,
             buckets=_BUCKETS if self._graphs else (),
             model=self._metadata,
+            file_sha256=self._sha256,
         )
 
     def warm_up(self) -> None:

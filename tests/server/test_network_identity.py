@@ -1,0 +1,161 @@
+"""Which network answers: told by the bytes that were loaded, not by what a file says of itself."""
+
+import asyncio
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+
+from benchmarks.launch import serve
+from model.export import stamp
+from model.stamp import StampError, check_digest, stamped, trial_images, unstamped
+from server.backends import BackendInfo
+from server.backends.onnxruntime import OnnxRuntimeBackend
+from server.keys import new_key
+from server.metrics import Metrics
+from server.service import Service
+from server.settings import Settings
+from tests.conftest import MODEL
+from tests.lesions import encode_photo, lesion_photo
+from tests.server.test_problems import assert_problem
+from tests.server.test_reload import Site, inverted
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("identity")
+    model = folder / "slsnet.onnx"
+    shutil.copy(MODEL, model)
+    key, line = new_key("ops", "admin")
+    (folder / "keys").write_text(line, encoding="utf-8")
+    with serve("--model", str(model), "--api-keys-file", str(folder / "keys")) as server:
+        yield Site(server, model, {"X-API-Key": key})
+
+
+def card(site: Site) -> dict[str, str]:
+    found: dict[str, str] = httpx.get(f"{site.server.url}/model", headers=site.headers).json()
+    return found
+
+
+def file_sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_shipped_file_ends_in_its_answers_and_its_digest() -> None:
+    content = MODEL.read_bytes()
+    assert check_digest(content)
+    assert not check_digest(unstamped(content))
+    keys = [entry.key for entry in onnx.load(MODEL).metadata_props]
+    assert keys[-2:] == ["trial_answers", "content_sha256"]
+
+
+def test_a_stamp_replaces_the_one_before_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "slsnet.onnx"
+    shutil.copy(MODEL, path)
+    stamp(path)
+    assert path.read_bytes() == MODEL.read_bytes()
+    path.write_bytes(inverted("1.1.0"))
+    stamp(path)
+    assert unstamped(path.read_bytes()) == inverted("1.1.0")
+    assert check_digest(path.read_bytes())
+
+
+def test_what_follows_the_digest_is_not_overlooked() -> None:
+    with pytest.raises(StampError, match="damaged"):
+        check_digest(MODEL.read_bytes() + b"r\x00")
+
+
+def test_the_model_card_shows_the_files_own_digest(site: Site) -> None:
+    assert card(site)["file_sha256"] == file_sha256(MODEL)
+
+
+@pytest.mark.parametrize("bytes_of_block", [4096, 65536])
+@pytest.mark.parametrize("where", [0.0, 0.05, 0.3, 0.5, 0.8, 0.97, 1.0])
+def test_a_damaged_block_anywhere_is_refused(site: Site, where: float, bytes_of_block: int) -> None:
+    content = bytearray(MODEL.read_bytes())
+    start = int(where * (len(content) - bytes_of_block))
+    content[start : start + bytes_of_block] = bytes(bytes_of_block)
+    site.model.write_bytes(content)
+    assert_problem(site.reload(), 422, "from before goes on")
+    assert card(site)["file_sha256"] == file_sha256(MODEL)
+    photo = encode_photo(lesion_photo(3, 300, 200).pixels)
+    answer = httpx.post(f"{site.server.url}/segment", content=photo, headers=site.headers)
+    assert answer.status_code == 200
+
+
+def test_a_whole_file_of_other_answers_than_it_was_exported_with_is_refused(site: Site) -> None:
+    backend = OnnxRuntimeBackend(MODEL, threads=1)
+    site.model.write_bytes(stamped(inverted("1.1.0"), backend.infer))
+    backend.close()
+    assert_problem(site.reload(), 422, "On the trial images the network's answers differ")
+    assert card(site)["file_sha256"] == file_sha256(MODEL)
+
+
+def test_a_batch_is_of_one_load_though_the_metadata_is_equal(site: Site) -> None:
+    shutil.copy(MODEL, site.model)
+    assert site.reload().status_code == 200
+    before = card(site)
+    photo = encode_photo(lesion_photo(3, 600, 450).pixels)
+    files = [("file", ("a.jpg", photo))] * 500
+    url = f"{site.server.url}/segment/batch"
+    with httpx.stream("POST", url, files=files, headers=site.headers, timeout=60) as response:
+        lines = response.iter_lines()
+        answers = [json.loads(next(lines))]
+        site.model.write_bytes(inverted(before["version"]))
+        after = site.reload().json()
+        answers += [json.loads(line) for line in lines]
+    assert [answer["status"] for answer in answers] == [200] * 500
+    results = [answer["result"] for answer in answers]
+    assert {result["lesion"]["area"] for result in results} == {results[0]["lesion"]["area"]}
+    assert {result["model"]["file_sha256"] for result in results} == {before["file_sha256"]}
+    assert after["weights_sha256"] == before["weights_sha256"]
+    assert after["file_sha256"] == file_sha256(site.model) != before["file_sha256"]
+    url = f"{site.server.url}/segment?format=json"
+    answer = httpx.post(url, content=photo, headers=site.headers).json()
+    assert answer["model"]["file_sha256"] == after["file_sha256"]
+    assert answer["lesion"]["area"] != results[0]["lesion"]["area"]
+
+
+class _Stub:
+    """A network that says nothing of itself."""
+
+    def __init__(self, probability: float) -> None:
+        self._probability = probability
+
+    def describe(self) -> BackendInfo:
+        return BackendInfo("stub", "1", "cpu", "fp32", 4)
+
+    def warm_up(self) -> None: ...
+
+    def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return np.full(batch.shape[:3], self._probability, np.float32)
+
+    def close(self) -> None: ...
+
+
+def test_a_request_keeps_its_network_where_none_has_a_name() -> None:
+    async def scenario() -> None:
+        service = Service(Settings(), Metrics())
+        await service.use(_Stub(0.25))
+        with service.pinned() as network:
+            for later in (0.5, 0.75):
+                await service.use(_Stub(later))
+                (inference,), _ = await service.infer(
+                    list(trial_images()[:1]),
+                    deadline=time.perf_counter() + 60,
+                    is_gone=lambda: False,
+                    bulk=True,
+                    network=network,
+                )
+                assert (inference.probability == 0.25).all()
+        await service.close()
+
+    asyncio.run(scenario())
