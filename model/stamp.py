@@ -114,7 +114,8 @@ _ANSWERS_LENGTH = len(base64.b64encode(bytes(3 * _CELLS * _CELLS)))
 def _brief(probabilities: NDArray[np.float32]) -> bytes:
     cell = MODEL_SIZE // _CELLS
     cells = probabilities.reshape(-1, _CELLS, cell, _CELLS, cell).mean((2, 4))
-    return np.rint(np.clip(cells, 0, 1) * 255).astype(np.uint8).tobytes()
+    brief: bytes = np.rint(np.clip(cells, 0, 1) * 255).astype(np.uint8).tobytes()
+    return brief
 
 
 def _entry(key: str, value: str) -> bytes:

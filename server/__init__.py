@@ -1,1 +1,10 @@
 """The HTTP service: decoding, batching, backends, answers, errors."""
+
+import os
+
+# Where workers keep their metrics is the supervisor's to say (`server.shared_metrics`). From
+# elsewhere the library would take them for its own, and add figures of processes that are gone. It
+# reads them when it is imported, so they go before any module of this package can do that.
+os.environ.pop("prometheus_multiproc_dir", None)
+if "SLSNET_METRICS_PLACE" not in os.environ:
+    os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)

@@ -110,6 +110,10 @@ def create_app(
         except BackendError as error:
             log.error("%s", error)
             on_failure()
+        except Exception:
+            # Nobody else sees it, and readiness would say 503 for ever.
+            log.exception("the network cannot be loaded")
+            on_failure()
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:

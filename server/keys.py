@@ -33,7 +33,7 @@ _LINE = re.compile(
 
 
 class KeyFileError(ValueError):
-    """The file of keys cannot be read, or a line of it is not understood."""
+    """The file of keys cannot be read, has none, or a line of it is not understood."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class KeyFile:
     """The keys in a file, which is read again when it changes.
 
     Raises:
-        KeyFileError: the file cannot be read.
+        KeyFileError: the file cannot be read, or has no key.
     """
 
     def __init__(self, path: Path) -> None:
@@ -129,6 +129,9 @@ def _read(path: Path) -> list[Key]:
             raise KeyFileError(f"{path}, line {number}: not `NAME use|admin SHA256`.")
         scope: Literal["use", "admin"] = "admin" if match["scope"] == "admin" else "use"
         keys.append(Key(match["name"], scope, bytes.fromhex(match["hash"])))
+    if not keys:
+        # Cut off while it was written, more likely than meant to keep everybody out.
+        raise KeyFileError(f"{path} has no key in it.")
     return keys
 
 

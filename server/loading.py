@@ -5,6 +5,7 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from server.backends import Backend, BackendError, BackendInfo, open_backend
 from server.backends.engine_cache import EngineCache, EngineEvent, open_engine_cache
@@ -41,7 +42,7 @@ class Loader:
         async with self._one_at_a_time:
             try:
                 info = await self._load()
-            except BackendError:
+            except Exception:
                 self._service.metrics.reloads.labels("failed").inc()
                 raise
             self._service.metrics.reloads.labels("succeeded").inc()
@@ -141,10 +142,20 @@ def _engines(settings: Settings, count: Callable[[EngineEvent], None]) -> Engine
     if settings.backend not in ("auto", "tensorrt"):
         return None
     try:
-        folder = settings.engine_dir.expanduser()
-        return open_engine_cache(folder, settings.model, settings.precision, count)
+        return open_engine_cache(_engine_dir(settings), settings.model, settings.precision, count)
     except BackendError as error:
         if settings.backend == "tensorrt":
             raise
         log.info("no TensorRT: %s", error)
         return None
+
+
+def _engine_dir(settings: Settings) -> Path:
+    try:
+        return settings.engine_dir.expanduser()
+    except RuntimeError as error:
+        # No HOME, and a user that the system does not know.
+        raise BackendError(
+            f"{settings.engine_dir} is no folder, name one with --engine-dir (SLSNET_ENGINE_DIR):"
+            f" {error}"
+        ) from error

@@ -9,7 +9,7 @@ from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -27,13 +27,17 @@ __all__ = [
 ]
 
 _PREFIX = "SLSNET_"
+_LARGEST_NUMBER = 1e9
+_LARGEST_INTEGER = 2**53
 SHIPPED_MODEL = Path("model/weights/slsnet.onnx")
 
 
 class Settings(BaseSettings):
     """The server's settings; each field is a flag and an environment variable."""
 
-    model_config = SettingsConfigDict(env_prefix=_PREFIX, extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix=_PREFIX, extra="forbid", frozen=True, allow_inf_nan=False
+    )
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 is every one")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
@@ -193,6 +197,23 @@ class Settings(BaseSettings):
     def cores(self) -> int:
         """That each worker may keep busy."""
         return max(1, available_cores() // self.workers)
+
+    @field_validator("host")
+    @classmethod
+    def _check_host(cls, host: str) -> str:
+        if not host.strip():
+            # To a socket it would mean every address.
+            raise ValueError("it is empty: leave it out for the default, 127.0.0.1")
+        return host
+
+    @field_validator("*")
+    @classmethod
+    def _check_size(cls, value: Any) -> Any:
+        # Timers take no more.
+        most = {int: _LARGEST_INTEGER, float: _LARGEST_NUMBER}.get(type(value))
+        if most is not None and value > most:
+            raise ValueError(f"it should be at most {most:g}")
+        return value
 
     @model_validator(mode="after")
     def _check_tls(self) -> Self:

@@ -1,0 +1,126 @@
+"""What is wrong with the surroundings is said at the start, or does no harm."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+
+from benchmarks.launch import free_port, serve
+from server import loading
+from server.app import create_app
+from server.backends import BackendError
+from server.keys import KeyFile, KeyFileError, new_key
+from server.settings import Settings
+from tests.conftest import ROOT
+from tests.server.test_loading import _serve
+
+
+def refused(*flags: str, code: int = 2, **environment: str) -> str:
+    """What the server says when it ends at the start."""
+    result = subprocess.run(
+        [sys.executable, "-m", "server", "--port", str(free_port()), *flags],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+@pytest.mark.parametrize("left", ["", "\n", "# the keys of\n"])
+def test_a_file_cut_off_before_its_first_key_leaves_the_keys(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, left: str
+) -> None:
+    file = tmp_path / "keys"
+    key, line = new_key("clinic")
+    file.write_text(line, encoding="utf-8")
+    keys = KeyFile(file)
+    file.write_text(left, encoding="utf-8")
+    assert keys.find(key) and keys.find(key)
+    assert [text for text in caplog.messages if "stay as they were" in text and "no key" in text]
+    with pytest.raises(KeyFileError, match="no key"):
+        KeyFile(file)
+
+
+@pytest.mark.parametrize("kept", [3, 20, -1])
+def test_a_file_cut_off_within_a_key_leaves_the_keys(tmp_path: Path, kept: int) -> None:
+    file = tmp_path / "keys"
+    (one, first), (two, second) = new_key("one"), new_key("two")
+    file.write_text(f"{first}\n{second}", encoding="utf-8")
+    keys = KeyFile(file)
+    file.write_text(f"{first}\n{second[:kept]}", encoding="utf-8")
+    assert keys.find(one) and keys.find(two)
+
+
+def test_an_empty_file_of_keys_is_an_error_at_the_start(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.touch()
+    assert "no key" in refused("--api-keys-file", str(file), code=1)
+
+
+@pytest.mark.parametrize("host", ["", " "])
+def test_an_empty_host_is_not_every_address(host: str) -> None:
+    assert "SLSNET_HOST" in refused(SLSNET_HOST=host)
+
+
+_NUMBERS = [name for name, field in Settings.model_fields.items() if field.annotation is float]
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "Infinity", "1e300", "1e999"])
+@pytest.mark.parametrize("name", _NUMBERS)
+def test_no_number_is_infinite(name: str, value: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        Settings(**{name: value})  # type: ignore[arg-type]
+
+
+def test_no_timer_is_too_long_for_the_clock() -> None:
+    with pytest.raises(ValueError, match="keep_alive_s"):
+        Settings(keep_alive_s=10**30)
+
+
+def test_an_infinite_drain_is_an_error_that_names_the_variable() -> None:
+    assert "SLSNET_DRAIN_TIMEOUT_S" in refused(SLSNET_DRAIN_TIMEOUT_S="inf")
+
+
+@pytest.mark.parametrize("variable", ["PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"])
+def test_a_folder_of_metrics_from_outside_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    stale = tmp_path / "counter_1.db"
+    stale.write_bytes(b"figures of a process that is gone")
+    monkeypatch.setenv(variable, str(tmp_path))
+    with serve() as server:
+        assert httpx.get(f"{server.url}/metrics").status_code == 200
+        assert "slsnet_ready 1.0" in httpx.get(f"{server.url}/metrics").text
+    assert list(tmp_path.iterdir()) == [stale]
+
+
+def _nowhere(*_: object) -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_without_a_home_the_cpu_serves_and_tensorrt_says_why_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Path, "expanduser", _nowhere)
+    assert loading._engines(Settings(backend="auto"), lambda _: None) is None
+    with pytest.raises(BackendError, match="--engine-dir"):
+        loading._engines(Settings(backend="tensorrt"), lambda _: None)
+
+
+def test_a_load_that_fails_in_an_unforeseen_way_ends_the_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loading, "_engines", _nowhere)
+    failed = threading.Event()
+    app, _ = create_app(Settings(), failed.set)
+    with _serve(app):
+        assert failed.wait(60)
