@@ -25,13 +25,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from model import pixels
+from model import formats, pixels
 
 __all__ = [
     "DEFAULT_MAX_PIXELS",
@@ -151,9 +150,9 @@ def read_photo(
     The header alone decides on format and pixel count, before anything is decoded. JPEG is decoded
     at the smallest DCT scale whose sides are both ≥ 2 `size`. EXIF orientation is applied, to the
     width and height too. Any mode becomes RGB: transparency lies over white, 12- and 16-bit grey is
-    scaled to 8 bits, 32-bit integer and float grey, which has no defined white, is stretched from
-    its minimum to its maximum; embedded colour profiles are not applied. Of several frames or pages
-    the first is taken. Safe to call from several threads.
+    scaled to 8 bits, signed, 32-bit and float grey, which has no defined white, is stretched
+    from its least to its greatest number; embedded colour profiles are not applied. Of several
+    frames or pages the first is taken. Safe to call from several threads.
 
     `room` is given the number of pixels, and what it gives is entered before memory is taken for
     them: where several photos are decoded at once, they can wait for each other there.
@@ -162,7 +161,8 @@ def read_photo(
         UnsupportedImageError: not one of `FORMATS`.
         ImageTooLargeError: more than 65,535 pixels a side, or more than `max_pixels` (or than
             Pillow's own limit, 178,956,970).
-        CorruptImageError: truncated, damaged, or stored in a way that Pillow does not read.
+        CorruptImageError: truncated, damaged, or stored in a way that is not read: see
+            `model.formats`.
     """
     name = _sniff(data)
     # What hostile bytes can raise inside an image library is an open list (OSError, SyntaxError,
@@ -179,12 +179,18 @@ def read_photo(
                     f"The JPEG image has more than {_MAX_JPEG_SCANS} scans: save it anew as a"
                     " baseline JPEG."
                 )
+            if name == "PNG":
+                data = formats.without_text(data)
             with Image.open(BytesIO(data), formats=(name,)) as image:
                 width, height = image.size
                 _check_pixels(width, height, max_pixels)
                 if name != "WEBP":
                     held.enter_context(room(width * height))
-                image.draft("RGB", (_JPEG_MARGIN * size, _JPEG_MARGIN * size))
+                if (refusal := formats.refusal(image, data)) is not None:
+                    raise CorruptImageError(refusal)
+                if name != "JPEG" or not formats.is_lossless_jpeg(data):
+                    image.draft("RGB", (_JPEG_MARGIN * size, _JPEG_MARGIN * size))
+                grey = formats.Grey.of(image)
                 image.load()
                 # After loading: a PNG may store it behind the pixels; TIFF is upright by then.
                 orientation = _orientation(image)
@@ -193,7 +199,7 @@ def read_photo(
                 upright = (
                     image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
                 )
-                square = _squash(upright, size)
+                square = _squash(upright, size, grey)
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -209,7 +215,7 @@ def read_photo(
             f"The {name} image takes more memory to decode than there is: send a smaller one."
         ) from error
     except Exception as error:
-        raise CorruptImageError(_why_corrupt(name, error)) from error
+        raise CorruptImageError(_why_corrupt(name, data, error)) from error
     if 5 <= orientation <= 8:
         width, height = height, width
     return Photo(square, width, height)
@@ -283,8 +289,12 @@ def _sniff(data: bytes) -> str:
             return name
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WEBP"
+    known = formats.foreign(data)
     raise UnsupportedImageError(
-        f"The bytes are not an image of a known format: send {', '.join(FORMATS[:-1])} or"
+        f"This is a file of the format {known}, which is not read: send"
+        f" {', '.join(FORMATS[:-1])} or {FORMATS[-1]}."
+        if known
+        else f"The bytes are not an image of a known format: send {', '.join(FORMATS[:-1])} or"
         f" {FORMATS[-1]}."
     )
 
@@ -350,7 +360,7 @@ def _orientation(image: ImageFile.ImageFile) -> int:
         return 1
 
 
-def _squash(image: Image.Image, size: int) -> NDArray[np.uint8]:
+def _squash(image: Image.Image, size: int, grey: formats.Grey) -> NDArray[np.uint8]:
     """
     The whole frame by area average, uint8 [size, size, 3].
 
@@ -362,10 +372,12 @@ def _squash(image: Image.Image, size: int) -> NDArray[np.uint8]:
         if compiled is not None:
             return compiled
         return np.array(image.resize((size, size), Image.Resampling.BOX))
-    if image.mode in ("I", "F"):
-        black, white = cast("tuple[float, float]", image.getextrema())
-    else:
-        black, white = 0, _grey_white(image)
+    ends = grey.ends(image)
+    if ends is None:
+        raise CorruptImageError(
+            "No sample of the image is a number: save it as JPEG, PNG or TIFF of 8 bits."
+        )
+    black, white = ends
     square = Image.new("RGB", (size, size))
     scale = image.height / size
     step = max(1, min(size, int(_STRIP_PIXELS / (image.width * scale))))
@@ -373,22 +385,18 @@ def _squash(image: Image.Image, size: int) -> NDArray[np.uint8]:
         rows = min(step, size - row)
         upper, lower = row * scale, min((row + rows) * scale, image.height)
         first, last = int(upper), min(int(np.ceil(lower)), image.height)
-        strip = _to_rgb(image.crop((0, first, image.width, last)), black, white)
+        strip = _to_rgb(image.crop((0, first, image.width, last)), grey, black, white)
         box = (0, upper - first, image.width, lower - first)
         square.paste(strip.resize((size, rows), Image.Resampling.BOX, box), (0, row))
     return np.array(square)
 
 
-def _grey_white(image: Image.Image) -> int:
-    """Value of white in an image of 16-bit samples: TIFF also stores 12 bits in them."""
-    bits = getattr(image, "tag_v2", {}).get(258, (16,))  # BitsPerSample
-    return 4095 if tuple(bits) == (12,) else 65535
-
-
-def _to_rgb(image: Image.Image, black: float, white: float) -> Image.Image:
+def _to_rgb(image: Image.Image, grey: formats.Grey, black: float, white: float) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        grey = np.asarray(image).astype(np.float32)
-        scaled = np.nan_to_num((grey - black) * (255 / max(white - black, 1e-12)))
+        values = grey.values(image)
+        scaled = np.nan_to_num((values - black) * (255 / ((white - black) or 1)))
+        if "transparency" in image.info:
+            scaled[values == image.info["transparency"]] = 255
         return Image.fromarray(np.clip(scaled + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         opaque = image.convert("RGBA")
@@ -397,7 +405,9 @@ def _to_rgb(image: Image.Image, black: float, white: float) -> Image.Image:
     return image.convert("RGB")
 
 
-def _why_corrupt(name: str, error: Exception) -> str:
+def _why_corrupt(name: str, data: bytes, error: Exception) -> str:
+    if (rare := formats.rare(name, data, error)) is not None:
+        return rare
     if "truncated" in str(error).lower():
         return f"The {name} image ends too early (truncated): send the whole file again."
     if isinstance(error, UnidentifiedImageError):
