@@ -57,6 +57,9 @@ _MAX_JPEG_SEGMENTS = 10_000
 # Of EXIF and XMP in a PNG, when decompressed: Pillow's own limit.
 _MAX_PNG_TEXT = 1 << 20
 
+# Such texts that are looked at in a PNG: each can take a megabyte's time.
+_MAX_PNG_TEXTS = 8
+
 _ASK = "save it as JPEG, or as PNG or TIFF of 8 bits,"
 
 
@@ -196,15 +199,20 @@ def without_text(png: bytes) -> bytes:
 
     EXIF and XMP, which say how the picture is turned, are kept while they are of a sane length.
     """
-    kept, start, at = [], 0, 8
+    kept, start, at, texts = [], 0, 8, 0
     while at + 12 <= len(png):
         end = at + 12 + int.from_bytes(png[at : at + 4], "big")
         if end > len(png):
             break
         kind = png[at + 4 : at + 8]
-        if kind == b"iCCP" or (
-            kind in (b"tEXt", b"zTXt", b"iTXt") and not _png_says_how_it_lies(kind, png, at, end)
-        ):
+        drop = kind == b"iCCP"
+        if kind in (b"tEXt", b"zTXt", b"iTXt"):
+            named = png.startswith((b"XML:com.adobe.xmp\0", b"Raw profile type "), at + 8)
+            texts += named
+            drop = not (
+                named and texts <= _MAX_PNG_TEXTS and _is_short_png_text(kind, png, at, end)
+            )
+        if drop:
             kept.append(png[start:at])
             start = end
         at = end
@@ -213,10 +221,8 @@ def without_text(png: bytes) -> bytes:
     return b"".join([*kept, png[start:]]) if kept else png
 
 
-def _png_says_how_it_lies(kind: bytes, png: bytes, at: int, end: int) -> bool:
+def _is_short_png_text(kind: bytes, png: bytes, at: int, end: int) -> bool:
     body = png[at + 8 : min(end - 4, at + 8 + _MAX_PNG_TEXT)]
-    if not body.startswith((b"XML:com.adobe.xmp\0", b"Raw profile type ")):
-        return False
     text = body.partition(b"\0")[2]
     if kind == b"tEXt" or (kind == b"iTXt" and not text.startswith(b"\1")):
         return end - at < _MAX_PNG_TEXT

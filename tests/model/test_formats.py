@@ -43,7 +43,7 @@ def averaged(picture: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def stretched(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    return (values - values.min()) / (values.max() - values.min())
+    return np.asarray((values - values.min()) / (values.max() - values.min()))
 
 
 def stored(values: NDArray[np.float64], dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -90,7 +90,7 @@ def tiff(
     array = stored(values, np.dtype(dtype))
     if planar and channels == 1:
         return None
-    pages: dict[str, Any] = {
+    kinds: dict[str, dict[str, Any]] = {
         "black": {"photometric": "minisblack"},
         "white": {"photometric": "miniswhite"},
         "rgb": {"photometric": "rgb"},
@@ -102,7 +102,8 @@ def tiff(
         "cmyk": {"photometric": "separated"},
         "lab": {"photometric": "cielab"},
         "ycbcr": {"photometric": "ycbcr", "subsampling": (1, 1)},
-    }[kind]
+    }
+    pages = kinds[kind]
     if kind == "rgbp":
         values[..., :3] *= values[..., 3:]
         array = stored(values, np.dtype(dtype))
@@ -314,8 +315,10 @@ TEXT = b"x" * (3 << 20)
         chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(TEXT)),
         chunk(b"iCCP", b"profile\0\0" + zlib.compress(TEXT)),
         chunk(b"tEXt", b"Comment\0" + TEXT[: 1 << 20]) * 70,
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(TEXT[: 9 << 17])) * 2000,
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(TEXT[: 1 << 19])) * 2000,
     ],
-    ids=["tEXt", "zTXt", "iTXt", "xmp", "exif", "iCCP", "many"],
+    ids=["tEXt", "zTXt", "iTXt", "xmp", "exif", "iCCP", "many", "xmps", "short-xmps"],
 )
 def test_text_and_profiles_do_not_cost_a_png(extra: bytes) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (20, 60), np.uint8)
@@ -398,3 +401,27 @@ def test_a_jpeg_ls_is_named() -> None:
 def test_other_formats_are_named(data: bytes, name: str) -> None:
     with pytest.raises(UnsupportedImageError, match=f"{name}.*send JPEG, PNG, WEBP, TIFF or BMP"):
         read_photo(data + bytes(64))
+
+
+def with_short(data: bytes, tag: int, value: int) -> bytes:
+    """A little-endian TIFF whose tag of one short has another value."""
+    at = data.index(struct.pack("<HHI", tag, 3, 1)) + 8
+    return data[:at] + struct.pack("<H", value) + data[at + 2 :]
+
+
+@pytest.mark.parametrize(
+    ("tag", "value", "named"),
+    [
+        (262, 32803, "camera raw"),
+        (262, 34892, "camera raw"),
+        (259, 34712, "compression 34712"),
+        (339, 6, "complex float"),
+    ],
+)
+def test_a_sound_tiff_that_is_not_read_is_not_called_damaged(
+    tag: int, value: int, named: str
+) -> None:
+    buffer = BytesIO()
+    tifffile.imwrite(buffer, np.zeros((20, 30), np.int16), byteorder="<", metadata=None)
+    with pytest.raises(CorruptImageError, match=f"{named}.*which is not read: save it as"):
+        read_photo(with_short(buffer.getvalue(), tag, value))
