@@ -24,13 +24,12 @@ import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from io import BytesIO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from model import formats, pixels
+from model import formats, pixels, structure
 
 __all__ = [
     "DEFAULT_MAX_PIXELS",
@@ -61,10 +60,6 @@ decoded at reduced scale, but a progressive one holds its coefficients, up to 6 
 # JPEG's own limit. A picture of one row within the limit of pixels would need a thousand times the
 # memory of a photo to have its mask made.
 _MAX_SIDE = 65_535
-
-# A progressive JPEG needs about ten scans. Each costs a pass over the whole picture, however few
-# bytes it holds, so thousands of them in a small file would keep a core busy for minutes.
-_MAX_JPEG_SCANS = 100
 
 # A JPEG is decoded at the smallest scale with this many pixels a side for each of the network's.
 # With less than two, averaging takes some lines of pixels alone and others in pairs: on native
@@ -174,14 +169,17 @@ def read_photo(
                 webp_size = _webp_size(data)
                 _check_pixels(*webp_size, max_pixels)
                 held.enter_context(room(math.prod(webp_size)))
-            if name == "JPEG" and _jpeg_scans(data) > _MAX_JPEG_SCANS:
+            odd = structure.check(name, data, _jpeg_scans(data) if name == "JPEG" else 0)
+            if odd:
                 raise CorruptImageError(
-                    f"The JPEG image has more than {_MAX_JPEG_SCANS} scans: save it anew as a"
-                    " baseline JPEG."
+                    f"The {name} image has {odd}, which no photo needs: save it anew as a baseline"
+                    " JPEG or a PNG, without its metadata."
                 )
             if name == "PNG":
                 data = formats.without_text(data)
-            with Image.open(BytesIO(data), formats=(name,)) as image:
+            file = structure.metered(data)
+            with Image.open(file, formats=(name,)) as image:
+                structure.header_is_read(file)
                 width, height = image.size
                 _check_pixels(width, height, max_pixels)
                 if name != "WEBP":
@@ -209,6 +207,10 @@ def read_photo(
         raise ImageTooLargeError(
             f"The image has {size_told[0] if size_told else 'too many'} pixels, {most} are"
             " allowed: send a smaller version of it."
+        ) from error
+    except structure.TakesTooLongError as error:
+        raise CorruptImageError(
+            f"The {name} image takes too long to decode: save it anew as a baseline JPEG."
         ) from error
     except MemoryError as error:
         raise ImageTooLargeError(
@@ -338,8 +340,8 @@ def _jpeg_scans(data: bytes) -> int:
     values = np.frombuffer(data, np.uint8)
     at = np.flatnonzero(values[:-1] == 0xFF)
     code = values[at + 1]
-    # neither stuffed (00), restart (D0 to D7) nor fill bytes (FF)
-    at = at[(code != 0) & (code != 0xFF) & ((code < 0xD0) | (code > 0xD7))]
+    # neither stuffed (00) nor fill bytes (FF), nor a marker without a length, as libjpeg has them
+    at = at[(code >= 0xC0) & ((code < 0xD0) | (code > 0xD8)) & ((code < 0xF0) | (code == 0xFE))]
     scans = 0
     position = 2  # after the start of image
     while (i := int(np.searchsorted(at, position))) < len(at):
@@ -348,16 +350,25 @@ def _jpeg_scans(data: bytes) -> int:
         if marker == 0xD9:
             break
         scans += marker == 0xDA
-        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        position += 2 + max(2, int.from_bytes(data[position + 2 : position + 4], "big"))
     return scans
 
 
 def _orientation(image: ImageFile.ImageFile) -> int:
     try:
-        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+        exif = image.info.get("exif")
+        if exif is None and "Raw profile type exif" in image.info:
+            exif = bytes.fromhex("".join(image.info["Raw profile type exif"].split("\n")[3:]))
+        immodest = exif is not None and not structure.is_modest_exif(exif)
+        orientation = 1 if immodest else int(image.getexif().get(_ORIENTATION_TAG, 1))
     except Exception:  # noqa: BLE001
         # Damaged EXIF beside sound pixels: the picture as it is stored.
         return 1
+    if immodest:
+        raise CorruptImageError(
+            f"The {image.format} image has EXIF metadata as no photo has: send it without them."
+        )
+    return orientation
 
 
 def _squash(image: Image.Image, size: int, grey: formats.Grey) -> NDArray[np.uint8]:

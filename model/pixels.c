@@ -167,15 +167,21 @@ PUBLIC void pixels_mask(const float *probability, int64_t rows, int64_t columns,
     }
 }
 
-/* How many scans a JPEG has, by its markers up to the end of image. */
+/*
+ * How many scans a JPEG has, by its markers up to the end of image, as libjpeg walks through them:
+ * TEM and markers that are not assigned have no length, and one below 2 is that of nothing.
+ */
 PUBLIC int64_t pixels_scans(const uint8_t *data, int64_t size) {
     const uint8_t *at = data + 2, *last = data + size - 1;
     int64_t scans = 0;
     while (at < last && (at = memchr(at, 0xFF, last - at))) {
         uint8_t marker = at[1];
-        /* stuffed, fill bytes, restart */
-        if (marker == 0 || marker == 0xFF || (marker >= 0xD0 && marker <= 0xD7)) {
+        if (marker < 0xC0 || marker == 0xFF) { /* stuffed, fill bytes, without a length */
             ++at;
+            continue;
+        }
+        if ((marker >= 0xD0 && marker <= 0xD8) || (marker >= 0xF0 && marker != 0xFE)) {
+            at += 2;
             continue;
         }
         if (marker == 0xD9)
@@ -184,6 +190,7 @@ PUBLIC int64_t pixels_scans(const uint8_t *data, int64_t size) {
         if (last - at < 3)
             break;
         int64_t length = at[2] << 8 | at[3];
+        length = length < 2 ? 2 : length;
         if (last - at < 2 + length)
             break;
         at += 2 + length;
