@@ -15,6 +15,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 from server.batching import INTERACTIVE_PER_BULK
 from server.problems import Overloaded
@@ -28,6 +29,14 @@ __all__ = ["Gate", "Pace", "Place"]
 _PHOTOS = 32
 _BULK_PHOTOS = 8
 _BATCHES = 4
+
+# A pace is the middle of the means of so many parts of them: one photo that took long, whatever
+# the reason, shapes one part alone.
+_PARTS = 4
+
+# After so long without work, half of what a pace lies above the one at the start is forgotten: what
+# was seen in a bad minute must not refuse anyone in a good one.
+_FORGET_S = 1.0
 
 # What was measured at the start counts as so many photos done. The first ones done under load say
 # little: all of those that came with them were decoded while they were.
@@ -54,12 +63,26 @@ class Pace:
         self._busy_s = 0.0
         self._counted = 0.0
         self._done: deque[float] = deque([0.0], memory + 1)
+        self._supposed_s = 0.0
 
     @property
     def seconds_each(self) -> float:
         """From one that gets done to the next, while there are any; 0 before it is known."""
+        seen_s = self._seen_s()
+        if self.photos or seen_s <= self._supposed_s:
+            return seen_s
+        idle_s = time.perf_counter() - self._counted
+        return self._supposed_s + (seen_s - self._supposed_s) * 0.5 ** (idle_s / _FORGET_S)
+
+    def _seen_s(self) -> float:
         count = len(self._done) - 1
-        return (self._done[-1] - self._done[0]) / count if count else 0.0
+        if count < 2 * _PARTS:
+            return (self._done[-1] - self._done[0]) / count if count else 0.0
+        ends = [count * part // _PARTS for part in range(_PARTS + 1)]
+        means = sorted(
+            (self._done[end] - self._done[start]) / (end - start) for start, end in pairwise(ends)
+        )
+        return sum(means[1:-1]) / (_PARTS - 2)
 
     @property
     def overdue_s(self) -> float:
@@ -72,6 +95,7 @@ class Pace:
 
     def suppose(self, seconds_each: float, memory: int) -> None:
         """What to go by until photos have been seen, and of how many to make an average."""
+        self._supposed_s = seconds_each
         done = list(self._done)
         if len(done) == 1:
             done = [done[0] - seconds_each * n for n in range(_SUPPOSED_PHOTOS, -1, -1)]
@@ -79,6 +103,13 @@ class Pace:
 
     def begin(self, photos: int) -> None:
         """So many more are worked on or wait."""
+        seen_s = self._seen_s()
+        if not self.photos and seen_s:
+            share = self.seconds_each / seen_s
+            self._done = deque(
+                (self._busy_s - (self._busy_s - at) * share for at in self._done),
+                self._done.maxlen,
+            )
         self._count_time()
         self.photos += photos
 
