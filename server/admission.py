@@ -72,7 +72,7 @@ class Pace:
         if self.photos or seen_s <= self._supposed_s:
             return seen_s
         idle_s = time.perf_counter() - self._counted
-        return self._supposed_s + (seen_s - self._supposed_s) * 0.5 ** (idle_s / _FORGET_S)
+        return self._supposed_s + (seen_s - self._supposed_s) * math.exp2(-idle_s / _FORGET_S)
 
     def _seen_s(self) -> float:
         count = len(self._done) - 1
