@@ -41,6 +41,7 @@ from server.parameters import (
     deadline,
     is_bulk,
     only_known,
+    with_fields,
 )
 from server.problems import install
 from server.reference import (
@@ -55,7 +56,7 @@ from server.service import Service
 from server.settings import Settings
 from server.stages import Stages
 from server.tracing import open_tracing
-from server.uploads import check_type, hang_up, has_hung_up, read_body
+from server.uploads import Fields, check_type, hang_up, has_hung_up, is_form, read_body
 
 __all__ = ["create_app"]
 
@@ -235,9 +236,25 @@ def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
         bulk = is_bulk(priority)
         content_type = request.headers.get("content-type", "")
         check_type(request.headers)
-        media_type = answer_type(
-            request.headers, tuple(_MEDIA_TYPES.values()), mask, _MEDIA_TYPES.get(answer_format)
-        )
+        asked: dict[str, Any] = {
+            "threshold": threshold,
+            "size": size,
+            "clean": clean,
+            "format": answer_format,
+            "mask": mask,
+        }
+
+        def media_type() -> str:
+            kind = _MEDIA_TYPES.get(asked["format"])
+            return answer_type(request.headers, tuple(_MEDIA_TYPES.values()), asked["mask"], kind)
+
+        def take_fields(fields: Fields) -> None:
+            asked.update(with_fields(request, asked, fields))
+            media_type()
+
+        if not is_form(content_type):
+            # Of a form only its fields say what is asked for.
+            media_type()
         async with deadline(timeout_s):
             with service.admission(deadline=stages.started + timeout_s, bulk=bulk) as place:
                 body = [
@@ -259,10 +276,13 @@ def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
                         deadline=stages.started + timeout_s,
                         is_gone=lambda: has_hung_up(gone),
                         bulk=bulk,
+                        take_fields=take_fields,
                     )
                 stages.notes["batch"] = str(segmentation.batch_size)
-                original = size == "original"
-                if media_type == "application/json":
+                threshold, mask, clean = asked["threshold"], asked["mask"], asked["clean"]
+                original = asked["size"] == "original"
+                kind = media_type()
+                if kind == "application/json":
                     content = await service.in_thread(
                         lambda: json_answer(
                             segmentation,
@@ -282,7 +302,7 @@ def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
                     )
                 stages.end("encode")
                 place.end(served=True)
-        return Response(content, media_type=media_type, headers={"Vary": "Accept"})
+        return Response(content, media_type=kind, headers={"Vary": "Accept"})
 
     app.router.add_api_route(
         "/segment",

@@ -3,13 +3,15 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import Header, Query, Request
+from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import Headers
 
 from server.answers import MaskFormat
 from server.problems import DeadlineExceeded, NotAcceptable, Unprocessable
+from server.uploads import Fields
 
 __all__ = [
     "Clean",
@@ -22,6 +24,7 @@ __all__ = [
     "deadline",
     "is_bulk",
     "only_known",
+    "with_fields",
 ]
 
 Threshold = Annotated[
@@ -116,13 +119,52 @@ async def only_known(request: Request) -> None:
     Raises:
         Unprocessable: a parameter that the path does not have, or one that comes twice.
     """
+    _check_names(request, [name for name, _ in request.query_params.multi_items()])
+
+
+def with_fields(request: Request, given: dict[str, Any], fields: Fields) -> dict[str, Any]:
+    """The request's parameters, those among them that came as fields of its form.
+
+    A field means what the query's parameter of its name means, and is held to the same.
+
+    Args:
+        request: whose route says which parameters there are.
+        given: value of each parameter by its name, from the query or by default.
+        fields: of the form.
+
+    Raises:
+        Unprocessable: a field that is no parameter, one that comes twice, or one that says
+            something else than the query does.
+        RequestValidationError: a value that the query would not be let have either.
+    """
+    _check_names(
+        request, [name for name, _ in fields], "The form's field {} is no parameter: there"
+    )
+    asked = dict(given)
+    errors: list[Any] = []
+    for parameter in request.scope["route"].dependant.query_params:
+        name = parameter.alias
+        for value in (value for field, value in fields if field == name):
+            asked[name], found = parameter.validate(value, {}, loc=("form", name))
+            errors += found or []
+            if not found and name in request.query_params and asked[name] != given[name]:
+                raise Unprocessable(
+                    f"The query says {name}={request.query_params[name][:40]}, the form's field"
+                    f" {value[:40]!r}: say it once."
+                )
+    if errors:
+        raise RequestValidationError(errors)
+    return asked
+
+
+def _check_names(
+    request: Request, names: Sequence[str], unknown: str = "There is no parameter {}: there"
+) -> None:
     known = [field.alias for field in request.scope["route"].dependant.query_params]
     seen: set[str] = set()
-    for name, _ in request.query_params.multi_items():
+    for name in names:
         if name not in known:
-            raise Unprocessable(
-                f"There is no parameter {name[:40]!r}: there are {', '.join(known)}."
-            )
+            raise Unprocessable(f"{unknown.format(repr(name[:40]))} are {', '.join(known)}.")
         if name in seen:
             raise Unprocessable(f"The parameter {name!r} comes more than once: send it once.")
         seen.add(name)

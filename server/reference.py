@@ -128,7 +128,8 @@ SEGMENT_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "description": f"The photo: as the field `{FIELD}` of a form, or as the body itself. JPEG,"
-        " PNG, WebP, TIFF or BMP; the type is told by the bytes, not by a name.",
+        " PNG, WebP, TIFF or BMP; the type is told by the bytes, not by a name. The form's other"
+        " fields are parameters, as in the query.",
         "content": {
             "multipart/form-data": {
                 "schema": {

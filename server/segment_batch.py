@@ -31,12 +31,13 @@ from server.parameters import (
     answer_type,
     deadline,
     only_known,
+    with_fields,
 )
 from server.problems import PROBLEM_JSON, ClientGone, InferenceFailed, Problem, document
 from server.reference import HEADERS, inlined, problem_responses
 from server.service import Service
 from server.stages import Stages
-from server.uploads import MULTIPART, Part, hang_up, has_hung_up, read_parts
+from server.uploads import MULTIPART, Fields, Part, hang_up, has_hung_up, read_parts
 
 __all__ = ["bulk_router"]
 
@@ -76,7 +77,6 @@ def bulk_router(service: Service) -> APIRouter:
         openapi_extra=_BODY,
     )
     async def segment_batch(
-        request: Request,
         threshold: Threshold = 0.5,
         size: MaskSize = "original",
         clean: Clean = False,
@@ -85,14 +85,8 @@ def bulk_router(service: Service) -> APIRouter:
     ) -> Response:
         return _Answers(
             service,
-            _Options(
-                threshold,
-                size == "original",
-                clean,
-                mask,
-                answer_type(request.headers, (NDJSON, MIXED), mask),
-                settings.bulk_timeout_s(x_request_timeout_ms),
-            ),
+            {"threshold": threshold, "size": size, "clean": clean, "mask": mask},
+            settings.bulk_timeout_s(x_request_timeout_ms),
         )
 
     return router
@@ -101,23 +95,25 @@ def bulk_router(service: Service) -> APIRouter:
 class _Answers(Response):
     """Reads the photos, and sends what comes of each."""
 
-    def __init__(self, service: Service, options: _Options) -> None:
+    def __init__(self, service: Service, asked: dict[str, Any], timeout_s: float) -> None:
         super().__init__()
         self._service = service
-        self._options = options
+        self._asked = asked
+        self._timeout_s = timeout_s
+        self._options: _Options
         self._boundary = uuid.uuid4().hex
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         stages: Stages = request.state.stages
         settings = self._service.settings
-        until = stages.started + self._options.timeout_s
+        until = stages.started + self._timeout_s
         with (
             self._service.admission(deadline=until, bulk=True) as place,
             self._service.pinned() as network,
         ):
-            async with deadline(self._options.timeout_s):
-                photos = await read_parts(
+            async with deadline(self._timeout_s):
+                photos, fields = await read_parts(
                     receive,
                     request.headers,
                     max_bytes=min(settings.bulk_max_bytes, settings.bulk_bytes),
@@ -126,6 +122,7 @@ class _Answers(Response):
                     take=place.take,
                 )
             stages.end("read")
+            self._options = self._read_options(request, fields)
             place.check(len(photos))
             media_type = self._options.media_type
             if media_type == MIXED:
@@ -140,6 +137,17 @@ class _Answers(Response):
             )
             with hang_up(receive) as gone:
                 await self._send_all(request, photos, gone, place, network, send)
+
+    def _read_options(self, request: Request, fields: Fields) -> _Options:
+        asked = with_fields(request, self._asked, fields)
+        return _Options(
+            asked["threshold"],
+            asked["size"] == "original",
+            asked["clean"],
+            asked["mask"],
+            answer_type(request.headers, (NDJSON, MIXED), asked["mask"]),
+            self._timeout_s,
+        )
 
     async def _send_all(
         self,
@@ -279,7 +287,8 @@ _BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "description": "A form with a photo in every field, whatever the fields are called; names"
-        " may repeat. File names are not looked at.",
+        " may repeat. A field without a file name and with a short text is one of the parameters,"
+        " as in the query.",
         "content": {
             MULTIPART: {
                 "schema": {

@@ -29,7 +29,7 @@ from server.metrics import Metrics
 from server.problems import ClientGone, Unavailable, of_photo_error
 from server.settings import Settings
 from server.stages import Stages
-from server.uploads import PixelBudget, image_in_body
+from server.uploads import Fields, PixelBudget, image_in_body
 
 __all__ = ["Segmentation", "Service"]
 
@@ -246,6 +246,7 @@ class Service:
         is_gone: Callable[[], bool],
         bulk: bool = False,
         network: str | None = None,
+        take_fields: Callable[[Fields], None] | None = None,
     ) -> Segmentation:
         """A request's body → the lesion probability of its photo.
 
@@ -257,13 +258,17 @@ class Service:
             is_gone: whether the client hung up.
             bulk: others go first.
             network: that `pinned` gave; else the one in use.
+            take_fields: told, in a thread, of the form's fields beside the photo, before that is
+                decoded; raises what is wrong with them.
 
         Raises:
             Problem: whatever is wrong with the request or its photo.
             ClientGone: `is_gone` said so between two stages.
         """
         try:
-            photo = await self.in_thread(self._decode, body, content_type, is_gone, bulk=bulk)
+            photo = await self.in_thread(
+                self._decode, body, content_type, is_gone, take_fields, bulk=bulk
+            )
             if is_gone():
                 raise ClientGone
         except ClientGone:
@@ -351,12 +356,18 @@ class Service:
         finally:
             held.clear()
 
-    def _decode(self, body: list[bytes], content_type: str, is_gone: Callable[[], bool]) -> Photo:
+    def _decode(
+        self,
+        body: list[bytes],
+        content_type: str,
+        is_gone: Callable[[], bool],
+        take_fields: Callable[[Fields], None] | None,
+    ) -> Photo:
         if is_gone():
             raise ClientGone
         try:
             return read_photo(
-                image_in_body(body.pop(), content_type),
+                image_in_body(body.pop(), content_type, take_fields),
                 max_pixels=self.settings.max_pixels,
                 room=self._pixels.room,
             )

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +16,27 @@ import multipart
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive
 
-from server.problems import BadRequest, ClientGone, Problem, TooLarge, UnsupportedType
+from server.problems import (
+    BadRequest,
+    ClientGone,
+    Problem,
+    TooLarge,
+    Unprocessable,
+    UnsupportedType,
+)
 
 __all__ = [
     "FIELD",
+    "MULTIPART",
     "RAW_TYPES",
     "ByteBudget",
+    "Fields",
     "Part",
     "check_type",
     "hang_up",
     "has_hung_up",
     "image_in_body",
+    "is_form",
     "read_body",
     "read_parts",
 ]
@@ -35,6 +45,9 @@ FIELD = "file"
 """Name of the form field that holds the photo."""
 
 MULTIPART = "multipart/form-data"
+
+Fields = Sequence[tuple[str, str]]
+"""Names and values of a form's fields, but for its photos."""
 
 RAW_TYPES = (
     "image/jpeg",
@@ -54,6 +67,9 @@ _HINTS = {
 }
 
 _MAX_PARTS = 16
+
+# Of a field that holds a parameter: all of their values are shorter.
+_MAX_VALUE = 100
 
 # Of a field's name, which comes back with its photo's answer.
 _MAX_NAME = 200
@@ -212,8 +228,10 @@ async def read_parts(
     max_parts: int,
     max_part_bytes: int,
     take: Callable[[int], None],
-) -> list[Part]:
-    """All photos of a form, whatever their fields are called.
+) -> tuple[list[Part], Fields]:
+    """All photos of a form, whatever their fields are called, and its parameters.
+
+    A parameter is a field without a file name whose value is too short for a photo.
 
     Args:
         receive, headers, max_bytes, take: as for `read_body`.
@@ -234,27 +252,29 @@ async def read_parts(
         )
     photos: list[tuple[str, list[bytes]]] = []
     sizes: list[int] = []
-    with _form_parser(content_type, max_parts=max_parts + 1) as parse:
+    named: list[bool] = []
+    too_many = TooLarge(f"The form has more than the {max_parts} photos that one request may have.")
+    with _form_parser(content_type, max_parts=max_parts + _MAX_PARTS + 1) as parse:
         async for chunk in _chunks(receive, headers, max_bytes=max_bytes, take=take):
             for event in parse(chunk):
                 if isinstance(event, multipart.MultipartSegment):
                     photos.append((_field_name(event.name), []))
                     sizes.append(0)
-                    if len(photos) > max_parts:
-                        raise TooLarge(
-                            f"The form has more than the {max_parts} photos that one request may"
-                            " have."
-                        )
+                    named.append(event.filename is not None)
+                    if len(photos) > max_parts + _MAX_PARTS:
+                        raise too_many
                 elif event is not None:
                     sizes[-1] += len(event)
                     if sizes[-1] <= max_part_bytes:
                         photos[-1][1].append(bytes(event))
                     else:
                         photos[-1][1].clear()
-    if not photos:
-        raise BadRequest("The form is empty: put each photo into a field of its own.")
     parts: list[Part] = []
-    for (name, chunks), size in zip(photos, sizes, strict=True):
+    fields: list[tuple[str, str]] = []
+    for (name, chunks), size, has_file_name in zip(photos, sizes, named, strict=True):
+        if not has_file_name and size <= _MAX_VALUE:
+            fields.append((name, _field_value(name, b"".join(chunks))))
+            continue
         photo: list[bytes] | Problem = [b"".join(chunks)]
         chunks.clear()
         if size > max_part_bytes:
@@ -265,7 +285,11 @@ async def read_parts(
         elif not size:
             photo = BadRequest("The field is empty: put the photo's bytes there.")
         parts.append(Part(name, size, photo))
-    return parts
+    if not parts:
+        raise BadRequest("The form is empty, or has no photo: put each into a field of its own.")
+    if len(parts) > max_parts:
+        raise too_many
+    return parts, fields
 
 
 def _field_name(name: str | None) -> str:
@@ -314,8 +338,20 @@ def has_hung_up(gone: asyncio.Future[Message]) -> bool:
     return gone.done() and not gone.cancelled()
 
 
-def image_in_body(body: bytes, content_type: str) -> bytes:
+def is_form(content_type: str) -> bool:
+    """Whether a body of this type is a multipart form."""
+    return _media_type(content_type) == MULTIPART
+
+
+def image_in_body(
+    body: bytes, content_type: str, take_fields: Callable[[Fields], None] | None = None
+) -> bytes:
     """The image's bytes: the body itself, or the field `file` of a multipart form.
+
+    Args:
+        body: as it came.
+        content_type: of the body.
+        take_fields: told of a form's other fields; raises what is wrong with them.
 
     Raises:
         BadRequest: the body is empty, the form is malformed, or has not exactly one such field.
@@ -325,24 +361,24 @@ def image_in_body(body: bytes, content_type: str) -> bytes:
             "The request has no body. Send a photo, for example: curl -F file=@lesion.jpg"
             " http://…/segment -o mask.png"
         )
-    if _media_type(content_type) != MULTIPART:
+    if not is_form(content_type):
         return body
     images: list[list[bytes]] = []
-    other_fields: list[str] = []
-    wanted: list[bytes] | None = None
+    others: list[tuple[str, list[bytes]]] = []
+    wanted: list[bytes] = []
     with _form_parser(content_type, max_parts=_MAX_PARTS) as parse:
         for event in parse(body):
             if isinstance(event, multipart.MultipartSegment):
-                wanted = [] if event.name == FIELD else None
-                if wanted is not None:
+                wanted = []
+                if event.name == FIELD:
                     images.append(wanted)
                 else:
-                    name = _field_name(event.name)
-                    other_fields.append(repr(name[:40]) if name else "a field without a name")
-            elif event is not None and wanted is not None:
+                    others.append((_field_name(event.name), wanted))
+            elif event is not None:
                 wanted.append(bytes(event))
     if not images:
-        found = f" It has {', '.join(other_fields)}." if other_fields else ""
+        names = [repr(name[:40]) if name else "a field without a name" for name, _ in others]
+        found = f" It has {', '.join(names)}." if names else ""
         raise BadRequest(f"The form has no field {FIELD!r}: put the photo there.{found}")
     if len(images) > 1:
         raise BadRequest(
@@ -351,7 +387,18 @@ def image_in_body(body: bytes, content_type: str) -> bytes:
     image = b"".join(images[0])
     if not image:
         raise BadRequest(f"The field {FIELD!r} is empty: put the photo's bytes there.")
+    if take_fields is not None:
+        take_fields([(name, _field_value(name, b"".join(value))) for name, value in others])
     return image
+
+
+def _field_value(name: str, value: bytes) -> str:
+    if len(value) > _MAX_VALUE:
+        raise Unprocessable(
+            f"The field {name[:40]!r} has {len(value)} bytes, which no parameter has: the photo"
+            f" goes into the field {FIELD!r}."
+        )
+    return value.decode("utf-8", "replace")
 
 
 @contextlib.contextmanager

@@ -68,16 +68,6 @@ def test_a_file_name_may_be_in_any_charset(server: ServerProcess, photos: list[S
         assert response.content == post(server, photos[0].data).content
 
 
-def test_other_form_fields_are_passed_over(server: ServerProcess, photos: list[Sample]) -> None:
-    data = photos[0].data
-    response = httpx.post(
-        f"{server.url}/segment",
-        data={"patient": "none", "note": "file"},
-        files={"file": ("photo of a mole.jpg", data, "text/html")},
-    )
-    assert response.content == post(server, data).content
-
-
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "TIFF", "BMP"])
 def test_every_format_is_read(server: ServerProcess, image_format: str, offline: Offline) -> None:
     data = encode_photo(lesion_photo(1, 400, 300).pixels, image_format)
