@@ -141,6 +141,8 @@ def create_app(
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
         # Served by `server.reference`.
         openapi_url=None,
+        # It would send the photo and the key again, and to an address without the proxy's TLS.
+        redirect_slashes=False,
         generate_unique_id_function=_operation_id,
         lifespan=lifespan,
     )

@@ -166,10 +166,11 @@ def install(app: FastAPI) -> None:
         detail = str(error.detail)
         headers = dict(error.headers or {})
         if error.status_code == HTTPStatus.NOT_FOUND:
-            detail = (
-                f"There is nothing at {request.url.path}. Photos go to POST /segment; GET /docs"
-                " lists everything else."
-            )
+            path = request.url.path
+            detail = f"There is nothing at {path}."
+            if path.endswith("/"):
+                detail += f" Paths have no slash at their end: try {path.rstrip('/') or '/'}."
+            detail += " Photos go to POST /segment; GET /docs lists everything else."
         elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
             # What takes GET takes HEAD: see `RequestContext`.
             headers["Allow"] = headers["Allow"].replace("GET", "GET, HEAD")
