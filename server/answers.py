@@ -225,7 +225,7 @@ def json_answer(
     request_id: str,
     timings_ms: dict[str, float],
 ) -> bytes:
-    """The mask with its measures as JSON, in UTF-8; arguments are those of `png_answer`."""
+    """The mask with its measures as JSON, in ASCII; arguments are those of `png_answer`."""
     if clean:
         segmentation = _cleaned(segmentation, threshold)
     width, height = _mask_size(segmentation, original)
@@ -258,7 +258,7 @@ def json_answer(
     )
     # A mask has one form: the others are left out rather than null.
     absent = {"mask": {"png", "rle", "polygons"} - {mask_format.value}}
-    return answer.model_dump_json(exclude=absent).encode()
+    return answer.model_dump_json(exclude=absent, ensure_ascii=True).encode()
 
 
 def _cleaned(segmentation: Segmentation, threshold: float) -> Segmentation:

@@ -21,6 +21,7 @@ import numpy as np
 from fastapi import APIRouter, Depends, Path, Request, params
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError
+from pydantic_core import from_json
 from starlette.responses import Response
 
 from model.image import MODEL_SIZE
@@ -429,8 +430,10 @@ def _model_router(service: Service, prefix: str, known: list[params.Depends]) ->
                 finally:
                     body.clear()
                 stages.end("decode")
-                if asked.parameters.timeout is not None:
-                    timeout_s = min(timeout_s, asked.parameters.timeout / 1e6)
+                asked_us = asked.parameters.timeout
+                # Compared as it comes: no float holds every integer that JSON can.
+                if asked_us is not None and asked_us < timeout_s * 1e6:
+                    timeout_s = asked_us / 1e6
                     shorten(timeout_s)
                 place.deadline = stages.started + timeout_s
                 place.bulk |= asked.parameters.priority > 1
@@ -547,14 +550,15 @@ def _parsed(body: bytes, length: int, most: int) -> tuple[InferRequest, list[NDA
                 " tensor as binary data."
             )
     try:
-        asked = InferRequest.model_validate(json.loads(body[:length]))
+        # Strict UTF-8, and no halves of surrogate pairs: an answer could not repeat them.
+        asked = InferRequest.model_validate(from_json(body[:length]))
     except ValidationError as error:
         details = (
             f"{'.'.join(map(str, item['loc'])) or 'the request'}: {item['msg']}"
             for item in error.errors(include_input=False, include_url=False)[:5]
         )
         raise BadRequest("; ".join(details) + ".") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise BadRequest(f"The request is not JSON: {str(error)[:200]}.") from error
     _check_outputs(asked.outputs)
     images = _images(asked.inputs, memoryview(body)[length:], most)

@@ -217,15 +217,16 @@ class _Answers(Response):
             members = document(
                 problem.status, problem.detail, request.url.path, request.state.request_id
             )
-            content = json.dumps(members, ensure_ascii=False).encode()
+            content = json.dumps(members).encode()
             # Its traceback has this frame: they would keep each other, and the photo.
             del problem
         self._service.metrics.bulk_photos.labels(str(int(status))).inc()
         if self._options.media_type == NDJSON:
             head = {"index": index, "name": part.name, "status": int(status)}
             member = "result" if status == 200 else "error"
-            # The photo's own answer is JSON already.
-            start = json.dumps(head, ensure_ascii=False).removesuffix("}")
+            # The photo's own answer is JSON already. Both are ASCII: some readers of lines take
+            # U+2028 and U+0085 for an end of line.
+            start = json.dumps(head).removesuffix("}")
             return status, f'{start}, "{member}": '.encode() + content + b"}\n"
         lines = (
             f"--{self._boundary}",
