@@ -11,6 +11,7 @@ and deadlines as a photo sent to `/segment`. Errors have the protocol's shape (`
 """
 
 import json
+import re
 import zlib
 from collections.abc import Callable, Sequence
 from enum import Enum
@@ -22,6 +23,7 @@ from fastapi import APIRouter, Depends, Path, Request, params
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError
 from pydantic_core import from_json
+from starlette.datastructures import Headers
 from starlette.responses import Response
 
 from model.image import MODEL_SIZE
@@ -67,7 +69,13 @@ _MAX_OBJECTS = 1000
 _DEFLATED_BYTES = 2**18
 _INFLATED_BYTES = 2**20
 
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
 _HEADER_LENGTH = "Inference-Header-Content-Length"
+
+# Of a request with binary tensors, the JSON that comes first is shorter.
+_LONGEST_HEADER = 2**16
+_BINARY_SIZE = b'"binary_data_size"'
 
 
 class _Message(BaseModel):
@@ -416,6 +424,7 @@ def _model_router(service: Service, prefix: str, known: list[params.Depends]) ->
             ) as place:
                 body = [await _read(request, service, place.take)]
                 stages.end("read")
+                _check_untold(body[0], request.headers)
                 length = _json_length(len(body[0]), request.headers.get(_HEADER_LENGTH))
                 try:
                     asked, images = await service.in_thread(
@@ -505,6 +514,19 @@ async def _read(request: Request, service: Service, take: Callable[[int], None])
     return b"".join(parts)
 
 
+def _check_untold(body: bytes, headers: Headers) -> None:
+    """Refuse binary tensors whose sender forgot to say where they begin."""
+    if _HEADER_LENGTH in headers:
+        return
+    start = body[:_LONGEST_HEADER]
+    goes_on = body[-16:].rstrip()[-1:] != b"}"
+    if start.lstrip()[:1] == b"{" and (b"\0" in start or (_BINARY_SIZE in start and goes_on)):
+        raise BadRequest(
+            f"Binary tensors follow the JSON, but the header {_HEADER_LENGTH} is missing: send in"
+            " it how many bytes of the body are JSON."
+        )
+
+
 def _json_length(size: int, header_length: str | None) -> int:
     """How much of a body of so many bytes is JSON."""
     length = size
@@ -550,15 +572,18 @@ def _parsed(body: bytes, length: int, most: int) -> tuple[InferRequest, list[NDA
                 " tensor as binary data."
             )
     try:
-        # Strict UTF-8, and no halves of surrogate pairs: an answer could not repeat them.
-        asked = InferRequest.model_validate(from_json(body[:length]))
+        if _SURROGATE.search(body, 0, length):
+            # Unlike Python's, this parser refuses halves of them.
+            from_json(body[:length])
+        # UTF-8 alone, and strictly: else halves of surrogate pairs get in, which no answer can say.
+        asked = InferRequest.model_validate(json.loads(str(body[:length], "utf-8-sig")))
     except ValidationError as error:
         details = (
             f"{'.'.join(map(str, item['loc'])) or 'the request'}: {item['msg']}"
             for item in error.errors(include_input=False, include_url=False)[:5]
         )
         raise BadRequest("; ".join(details) + ".") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRequest(f"The request is not JSON: {str(error)[:200]}.") from error
     _check_outputs(asked.outputs)
     images = _images(asked.inputs, memoryview(body)[length:], most)

@@ -6,6 +6,7 @@ photo must never touch the disk.
 
 import asyncio
 import contextlib
+import re
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -57,14 +58,31 @@ RAW_TYPES = (
     "image/bmp",
     "application/octet-stream",
 )
-"""Content types of a body that is the image itself."""
+"""Content types of a body that is the image itself, by their proper names."""
 
-_RAW_ALIASES = ("image/jpg", "image/pjpeg", "image/x-png", "image/x-ms-bmp", "image/x-bmp", "")
+# Names of bytes that nobody has looked at; `image/` with anything behind it is an image as well.
+_UNTOLD_TYPES = (
+    "",
+    "*/*",
+    "application/octet-stream",
+    "application/x-octet-stream",
+    "application/binary",
+    "application/unknown",
+    "application/x-image",
+    "binary/octet-stream",
+)
 
 _HINTS = {
     "application/x-www-form-urlencoded": " curl --data-binary names this type unless it is told"
     " another one: -H 'Content-Type: image/jpeg'."
 }
+
+# Without a boundary, or with one that is not the body's, most often because somebody set it.
+_LEAVE_TO_CLIENT = (
+    "Do not set Content-Type yourself: whatever makes the form (curl -F, FormData, files= in"
+    " requests) knows the boundary and sets both."
+)
+_FORM_START = re.compile(rb"--[^\r\n]{1,200}\r?\nContent-", re.IGNORECASE)
 
 _MAX_PARTS = 16
 
@@ -162,14 +180,14 @@ class PixelBudget:
 
 
 def check_type(headers: Headers) -> None:
-    """Refuse what is certainly not an image before its body is read.
+    """Refuse what is certainly not an image before its body is read; else its bytes decide.
 
     Raises:
         UnsupportedType: neither a form nor a type of image that is served, or compressed.
     """
     _check_encoding(headers)
     kind = _media_type(headers.get("content-type", ""))
-    if kind != MULTIPART and kind not in RAW_TYPES and kind not in _RAW_ALIASES:
+    if kind != MULTIPART and not kind.startswith("image/") and kind not in _UNTOLD_TYPES:
         raise UnsupportedType(
             f"A body of type {kind[:80]} is not served. Send the photo as the field {FIELD!r} of a"
             f" {MULTIPART} form, or as the body itself with one of these types:"
@@ -362,6 +380,11 @@ def image_in_body(
             " http://…/segment -o mask.png"
         )
     if not is_form(content_type):
+        if _FORM_START.match(body):
+            raise BadRequest(
+                f"The body is a form, but its Content-Type is {content_type[:80] or 'missing'}."
+                f" {_LEAVE_TO_CLIENT}"
+            )
         return body
     images: list[list[bytes]] = []
     others: list[tuple[str, list[bytes]]] = []
@@ -409,7 +432,10 @@ def _form_parser(
     _, options = multipart.parse_options_header(content_type)
     boundary = options.get("boundary")
     if not boundary:
-        raise BadRequest(f"Content-Type: {MULTIPART} comes without its boundary.")
+        raise BadRequest(
+            f"Content-Type: {MULTIPART} comes without its boundary, by which the form's fields are"
+            f" told apart. {_LEAVE_TO_CLIENT}"
+        )
     try:
         with multipart.PushMultipartParser(
             boundary,

@@ -96,7 +96,7 @@ def test_400_no_image_in_the_request(
 @pytest.mark.usefixtures("good")
 @pytest.mark.parametrize(
     "kind",
-    ["text/plain", "application/json", "application/x-www-form-urlencoded", "image/gif", "x"],
+    ["text/plain", "application/json", "application/x-www-form-urlencoded", "video/mp4", "x"],
 )
 def test_415_a_body_that_is_no_image(server: ServerProcess, kind: str) -> None:
     response = httpx.post(
