@@ -43,6 +43,7 @@ from server.parameters import (
     only_known,
     with_fields,
 )
+from server.prefix import UnderPrefix
 from server.problems import install
 from server.reference import (
     DESCRIPTION,
@@ -64,13 +65,29 @@ log = logging.getLogger("slsnet.server")
 
 VERSION = "0.1.0"
 
+# All that are documented, and those by which a page's traces go on here (W3C Trace Context).
 _CORS_REQUEST_HEADERS = [
     "Authorization",
+    "Baggage",
+    "Content-Encoding",
     "Content-Type",
+    "Inference-Header-Content-Length",
     "Priority",
+    "Traceparent",
+    "Tracestate",
     "X-API-Key",
     "X-Request-ID",
     "X-Request-Timeout-Ms",
+]
+
+_CORS_ANSWER_HEADERS = [
+    "Accept-Encoding",
+    "Allow",
+    "Inference-Header-Content-Length",
+    "Retry-After",
+    "Server-Timing",
+    "WWW-Authenticate",
+    "X-Request-ID",
 ]
 
 _MEDIA_TYPES: dict[str | None, str] = {"png": "image/png", "json": "application/json"}
@@ -141,6 +158,8 @@ def create_app(
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
         # Served by `server.reference`.
         openapi_url=None,
+        # Relative to where the document is read from, whatever a proxy calls that.
+        servers=[{"url": settings.root_path or "."}],
         # It would send the photo and the key again, and to an address without the proxy's TLS.
         redirect_slashes=False,
         generate_unique_id_function=_operation_id,
@@ -169,7 +188,8 @@ def create_app(
             allow_origins=origins,
             allow_methods=["GET", "POST"],
             allow_headers=_CORS_REQUEST_HEADERS,
-            expose_headers=["X-Request-ID", "Server-Timing", "Retry-After"],
+            allow_private_network=settings.cors_private_network,
+            expose_headers=_CORS_ANSWER_HEADERS,
         )
     context = RequestContext(
         guarded,
@@ -179,6 +199,8 @@ def create_app(
         shared=bool(origins),
         record=tracing and tracing[0],
     )
+    if settings.root_path:
+        return UnderPrefix(context, settings.root_path), service
     return context, service
 
 

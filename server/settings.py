@@ -147,6 +147,17 @@ class Settings(BaseSettings):
         description="origins whose pages may use the API from a browser, with commas between; none"
         " by default",
     )
+    cors_private_network: bool = Field(
+        False,
+        description="whether those pages may come from public addresses to a server on a private"
+        " one",
+    )
+    root_path: str = Field(
+        "",
+        pattern=r"^(/[A-Za-z0-9._~-]+)*$",
+        description="path prefix that a proxy serves this under, such as /slsnet; only needed where"
+        " the proxy does not strip it",
+    )
     tls_cert: Path | None = Field(
         None, description="certificate chain (PEM); the port then speaks TLS"
     )
