@@ -85,6 +85,14 @@ class LesionAnswer(_Answer):
     centroid: tuple[float, float] | None = Field(
         description="x, y; null if nothing was found", examples=[[511.2, 399.8]]
     )
+    mean_probability: float | None = Field(
+        description="of the pixels above the threshold, at the network's 128×128; null if there are"
+        " none",
+        examples=[0.9312],
+    )
+    max_probability: float = Field(
+        description="of all pixels, at the network's 128×128", examples=[0.9987]
+    )
 
 
 class ModelId(_Answer):
@@ -238,6 +246,7 @@ def json_answer(
     else:
         mask.polygons = polygons(segmentation.probability, width, height, threshold)
     lesion = measure(packed, width)
+    inside = segmentation.probability[segmentation.probability > threshold]
     answer = SegmentationAnswer(
         request_id=request_id,
         model=_model_id(segmentation.backend),
@@ -253,6 +262,8 @@ def json_answer(
             bounding_box=lesion.bounding_box,
             centroid=lesion.centroid
             and (round(lesion.centroid[0], 2), round(lesion.centroid[1], 2)),
+            mean_probability=round(float(inside.mean()), 4) if inside.size else None,
+            max_probability=round(float(segmentation.probability.max()), 4),
         ),
         timings_ms=timings_ms,
     )

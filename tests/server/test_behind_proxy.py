@@ -68,7 +68,7 @@ def nginx(folder: Path, server: ServerProcess, *, strips: bool) -> Iterator[http
         _CONFIG.format(folder=folder, port=port, upstream=server.port, path=path), encoding="utf-8"
     )
     log = (folder / "nginx.log").open("wb")
-    command = ["nginx", "-c", config, "-p", folder, "-e", folder / "error.log"]
+    command: list[str | Path] = ["nginx", "-c", config, "-p", folder, "-e", folder / "error.log"]
     with log, subprocess.Popen(command, stderr=log) as process:
         try:
 

@@ -13,6 +13,7 @@ from PIL import Image
 from scipy import ndimage
 
 from benchmarks.launch import ServerProcess
+from model.image import read_photo
 from tests.conftest import CPU_BACKEND, Offline, Sample
 from tests.lesions import encode_photo, lesion_photo
 
@@ -189,13 +190,28 @@ def test_json_says_what_the_mask_shows(
 
 def test_json_without_a_lesion(server: ServerProcess, photos: list[Sample]) -> None:
     answer = post(server, photos[0].data, params={"format": "json", "threshold": 1}).json()
+    assert 0 <= answer["lesion"].pop("max_probability") <= 1
     assert answer["lesion"] == {
         "found": False,
         "area": 0,
         "area_fraction": 0,
         "bounding_box": None,
         "centroid": None,
+        "mean_probability": None,
     }
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.5, 0.9])
+def test_json_has_the_probabilities(
+    server: ServerProcess, photos: list[Sample], offline: Offline, threshold: float
+) -> None:
+    for photo in photos[:3]:
+        parameters: dict[str, Any] = {"format": "json", "threshold": threshold}
+        lesion = post(server, photo.data, params=parameters).json()["lesion"]
+        probability = offline.probability(read_photo(photo.data))
+        assert lesion["max_probability"] == pytest.approx(probability.max(), abs=2e-4)
+        inside = probability[probability > threshold]
+        assert lesion["mean_probability"] == pytest.approx(inside.mean(), abs=2e-4)
 
 
 def test_rle_is_cocos(server: ServerProcess, photos: list[Sample], offline: Offline) -> None:
