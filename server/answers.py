@@ -199,6 +199,9 @@ class BatchItemAnswer(_Answer):
 
     index: int = Field(description="of the photo in the form, from 0", examples=[0])
     name: str = Field(description="of the photo's field in the form", examples=["file"])
+    file_name: str | None = Field(
+        None, description="of the photo, if `file_names` asks for it", examples=["left arm.jpg"]
+    )
     status: int = Field(description="what `POST /segment` would have answered with", examples=[200])
     result: SegmentationAnswer | None = None
     error: ProblemAnswer | None = None

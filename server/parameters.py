@@ -15,6 +15,7 @@ from server.uploads import Fields
 
 __all__ = [
     "Clean",
+    "FileNames",
     "MaskForm",
     "MaskSize",
     "Priority",
@@ -43,6 +44,11 @@ Clean = Annotated[
         description="whether to leave only the largest region, without its holes: networks see a"
         " second lesion in hair, ink or a colour patch now and then",
     ),
+]
+
+FileNames = Annotated[
+    bool,
+    Query(description="whether each answer has the photo's file name, as its sender gave it"),
 ]
 
 MaskSize = Annotated[

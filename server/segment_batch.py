@@ -24,6 +24,7 @@ from server.admission import Place
 from server.answers import BatchItemAnswer, MaskFormat, json_answer, png_answer
 from server.parameters import (
     Clean,
+    FileNames,
     MaskForm,
     MaskSize,
     Threshold,
@@ -59,6 +60,7 @@ class _Options:
     original: bool
     clean: bool
     mask: MaskFormat
+    file_names: bool
     media_type: str
     timeout_s: float
 
@@ -81,11 +83,18 @@ def bulk_router(service: Service) -> APIRouter:
         size: MaskSize = "original",
         clean: Clean = False,
         mask: MaskForm = MaskFormat.PNG,
+        file_names: FileNames = False,
         x_request_timeout_ms: TimeoutMs = None,
     ) -> Response:
         return _Answers(
             service,
-            {"threshold": threshold, "size": size, "clean": clean, "mask": mask},
+            {
+                "threshold": threshold,
+                "size": size,
+                "clean": clean,
+                "mask": mask,
+                "file_names": file_names,
+            },
             settings.bulk_timeout_s(x_request_timeout_ms),
         )
 
@@ -145,6 +154,7 @@ class _Answers(Response):
             asked["size"] == "original",
             asked["clean"],
             asked["mask"],
+            asked["file_names"],
             answer_type(request.headers, (NDJSON, MIXED), asked["mask"]),
             self._timeout_s,
         )
@@ -222,12 +232,17 @@ class _Answers(Response):
             del problem
         self._service.metrics.bulk_photos.labels(str(int(status))).inc()
         if self._options.media_type == NDJSON:
-            head = {"index": index, "name": part.name, "status": int(status)}
+            head: dict[str, Any] = {"index": index, "name": part.name, "status": int(status)}
+            if self._options.file_names:
+                head["file_name"] = part.file_name
             member = "result" if status == 200 else "error"
             # The photo's own answer is JSON already. Both are ASCII: some readers of lines take
             # U+2028 and U+0085 for an end of line.
             start = json.dumps(head).removesuffix("}")
             return status, f'{start}, "{member}": '.encode() + content + b"}\n"
+        file_name: tuple[str, ...] = ()
+        if self._options.file_names and part.file_name is not None:
+            file_name = (f"Item-File-Name: {quote(part.file_name, safe='')}",)
         lines = (
             f"--{self._boundary}",
             f"Content-Type: {media_type}",
@@ -235,6 +250,7 @@ class _Answers(Response):
             f"Item-Index: {index}",
             f"Item-Name: {quote(part.name, safe='')}",
             f"Item-Status: {int(status)}",
+            *file_name,
             "\r\n",
         )
         return status, "\r\n".join(lines).encode() + content + b"\r\n"
@@ -312,7 +328,8 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "One answer for each photo, in the order in which they get done: a line of"
         " JSON, or, if `Accept` prefers multipart/mixed, a part with the mask as PNG (or a problem"
-        " document) and the headers Item-Index, Item-Name (percent-encoded) and Item-Status.",
+        " document) and the headers Item-Index, Item-Name (percent-encoded) and Item-Status; with"
+        " file_names, Item-File-Name (percent-encoded) too.",
         "headers": HEADERS,
         "content": {
             NDJSON: {"schema": inlined(BatchItemAnswer.model_json_schema())},

@@ -232,6 +232,8 @@ class Part:
 
     name: str
     """Of its field in the form."""
+    file_name: str | None
+    """That its sender gave the photo."""
     size: int
     """Bytes that it took from the budget."""
     photo: list[bytes] | Problem
@@ -270,7 +272,7 @@ async def read_parts(
         )
     photos: list[tuple[str, list[bytes]]] = []
     sizes: list[int] = []
-    named: list[bool] = []
+    file_names: list[str | None] = []
     too_many = TooLarge(f"The form has more than the {max_parts} photos that one request may have.")
     with _form_parser(content_type, max_parts=max_parts + _MAX_PARTS + 1) as parse:
         async for chunk in _chunks(receive, headers, max_bytes=max_bytes, take=take):
@@ -278,7 +280,8 @@ async def read_parts(
                 if isinstance(event, multipart.MultipartSegment):
                     photos.append((_field_name(event.name), []))
                     sizes.append(0)
-                    named.append(event.filename is not None)
+                    named = event.filename is not None
+                    file_names.append(_field_name(event.filename) if named else None)
                     if len(photos) > max_parts + _MAX_PARTS:
                         raise too_many
                 elif event is not None:
@@ -289,8 +292,8 @@ async def read_parts(
                         photos[-1][1].clear()
     parts: list[Part] = []
     fields: list[tuple[str, str]] = []
-    for (name, chunks), size, has_file_name in zip(photos, sizes, named, strict=True):
-        if not has_file_name and size <= _MAX_VALUE:
+    for (name, chunks), size, file_name in zip(photos, sizes, file_names, strict=True):
+        if file_name is None and size <= _MAX_VALUE:
             fields.append((name, _field_value(name, b"".join(chunks))))
             continue
         photo: list[bytes] | Problem = [b"".join(chunks)]
@@ -302,7 +305,7 @@ async def read_parts(
             )
         elif not size:
             photo = BadRequest("The field is empty: put the photo's bytes there.")
-        parts.append(Part(name, size, photo))
+        parts.append(Part(name, file_name, size, photo))
     if not parts:
         raise BadRequest("The form is empty, or has no photo: put each into a field of its own.")
     if len(parts) > max_parts:

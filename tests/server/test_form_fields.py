@@ -1,6 +1,7 @@
 """Parameters as fields of the form mean what they mean in the query, on every path with a form."""
 
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -105,6 +106,22 @@ def test_a_form_says_what_it_wants_in_spite_of_accept(
     assert_problem(post(server, "/segment", data, headers=nothing), 406, "Accept")
     fields = {"format": "png", "mask": "rle"}
     assert_problem(post(server, "/segment", data, data=fields), 422, "mask=rle", "image/png")
+
+
+@pytest.mark.parametrize("accept", ["application/x-ndjson", "multipart/mixed"])
+def test_file_names_come_back_if_asked(
+    server: ServerProcess, photos: list[Sample], accept: str
+) -> None:
+    url, name = f"{server.url}/segment/batch", "linker Ärm\u2028.jpg"
+    files = {"file": (name, photos[0].data)}
+    plain = httpx.post(url, files=files, headers={"Accept": accept})
+    asked = httpx.post(url, files=files, headers={"Accept": accept}, data={"file_names": "true"})
+    if accept == "multipart/mixed":
+        assert f"\r\nItem-File-Name: {quote(name)}\r\n".encode() in asked.content
+        assert b"Item-File-Name" not in plain.content
+    else:
+        assert asked.json()["file_name"] == name
+        assert "file_name" not in plain.json()
 
 
 def test_a_form_without_photos_is_none(server: ServerProcess) -> None:
