@@ -1,6 +1,7 @@
 # make serve [PORT=8000] [HOST=127.0.0.1]   serve; installs what serving needs, and only that
 # make test                                 lint, types and tests; installs the development tools
 # make lint                                 format and types alone
+# make bare                                 make serve and make test in a bare Debian, as root; before a release
 # make audit                                known vulnerabilities of what is shipped, where they can be asked for
 # make bench [IMAGES=dir] [RESULTS=dir]     a short load test with its report (README, Load)
 # make peers [RESULTS=dir]                  this server beside others, 35 minutes (README)
@@ -18,7 +19,7 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13)
 PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: serve test lint audit bench peers clean
+.PHONY: serve test lint bare audit bench peers clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.serving
@@ -31,6 +32,9 @@ lint: $(VENV)/.development
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bare:
+	docker/test/bare.sh
 
 audit: $(VENV)/.development
 	$(BIN)/python -m docker.audit
@@ -47,17 +51,24 @@ clean:
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed and none was found on PATH." \
 		"Install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	@echo "== making $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.serving: requirements.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@echo "== installing requirements.txt into $(VENV): what serving needs, a minute or less"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@echo "== installed"
 	@touch $@
 
 $(VENV)/.benchmarks: requirements.txt requirements-bench.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	@echo "== installing requirements-bench.txt into $(VENV): what the load tests need, a minute or two"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	@echo "== installed"
 	@touch $@ $(VENV)/.serving
 
 $(VENV)/.development: requirements.txt requirements-train.txt requirements-otel.txt requirements-ray.txt \
 		requirements-bench.txt docker/requirements-tools.txt requirements-dev.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@echo "== installing requirements-dev.txt into $(VENV): PyTorch, Ray and the development tools, some gigabytes, several minutes"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@echo "== installed"
 	@touch $@ $(VENV)/.serving $(VENV)/.benchmarks

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import shutil
 import subprocess
 import sys
 import threading
@@ -414,6 +415,7 @@ def test_a_server_that_starts_others_while_it_is_killed_is_ended_whole(
     assert killed == [1001, 1002, 1003]
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_a_commit_that_touches_nothing_measured_leaves_a_comparison_valid(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

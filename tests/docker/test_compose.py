@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,8 @@ def _services(*files: str) -> dict[str, dict[str, Any]]:
 def services(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
     if not COMPOSE.exists():
         pytest.skip("needs podman-compose (docker/requirements-tools.txt)")
+    if shutil.which("podman") is None:
+        pytest.skip("needs podman, which podman-compose asks even to read a file")
     extra = ["compose.gpu.yaml"] if request.param == "gpu" else []
     return _services("compose.yaml", *extra)
 

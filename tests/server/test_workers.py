@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -175,6 +176,8 @@ def small_memory(kib: int) -> list[str]:
     """Python's arguments for a server whose /dev/shm is this large."""
     mount = f"mount -t tmpfs -o size={kib}k tmpfs /dev/shm"
     unshare = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    if shutil.which("unshare") is None:
+        pytest.skip("needs unshare (util-linux)")
     if subprocess.run([*unshare, mount], capture_output=True, check=False).returncode:
         pytest.skip("no file system can be mounted here")
     serving = [*unshare, f'{mount} && exec "$@"', "sh", sys.executable, "-m", "server"]

@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# The README's first two commands on a bare machine: a minimal Debian with git, make and python3, and
+# a fresh clone of what is committed here. As root on Debian with debootstrap; half an hour.
+#
+#   docker/test/bare.sh                          make serve until it is ready, then make test
+#   docker/test/bare.sh tests/docker             make serve, lint, and pytest with these arguments
+#   KEEP=1 ROOTFS=/var/tmp/bare docker/test/bare.sh      leave the root there, and use it again
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+rootfs=${ROOTFS:-$(mktemp -d /var/tmp/slsnet-bare.XXXXXX)}
+
+say() { printf '== %s\n' "$*"; }
+inside() { # COMMAND: in the clone, without anything of this machine's environment
+    chroot "$rootfs" /usr/bin/env -i HOME=/root PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin \
+        LANG=C.UTF-8 PIP_ROOT_USER_ACTION=ignore sh -ec "cd /root/slsnet; $1"
+}
+end() {
+    for mounted in "${mounts[@]}"; do umount "$mounted"; done
+    # Only once nothing of this machine is mounted there any more.
+    [ -n "${KEEP:-}" ] || grep -q " $rootfs/" /proc/mounts || rm -rf "$rootfs"
+}
+mounts=()
+
+command -v debootstrap >/dev/null || { say "needs debootstrap: apt-get install debootstrap"; exit 2; }
+if [ ! -e "$rootfs/usr/bin/git" ]; then
+    say "making a minimal Debian in $rootfs"
+    debootstrap --variant=minbase --include=git,make,python3,python3-venv,ca-certificates \
+        "${RELEASE:-bookworm}" "$rootfs" >/dev/null
+fi
+trap end EXIT
+for folder in /proc /dev; do
+    mount --rbind "$folder" "$rootfs$folder"
+    mount --make-rslave "$rootfs$folder"
+done
+# What has others mounted in it comes off in one go.
+umount() { command umount --recursive "$1"; }
+mounts=("$rootfs/dev" "$rootfs/proc")
+
+say "what pip and TLS are told on this machine holds there too"
+cp -L /etc/resolv.conf "$rootfs/etc/resolv.conf"
+cp -L /etc/ssl/certs/ca-certificates.crt "$rootfs/etc/ssl/certs/ca-certificates.crt"
+configuration=$(python3 -m pip config debug 2>/dev/null | sed -n 's/^ *\(\/.*\), exists: True$/\1/p')
+# Folders of packages that the configuration names, and files of constraints.
+# shellcheck disable=SC2086
+named=$([ -z "$configuration" ] || grep -hoE '(file://|[ =])/[^ ]+' $configuration |
+    sed -E 's/^(file:\/\/|[ =])//' | sort -u)
+for path in $configuration $named; do
+    [ -e "$path" ] && [ ! -e "$rootfs$path" ] || continue
+    mkdir -p "$rootfs$(dirname "$path")"
+    cp -aL "$path" "$rootfs$path"
+done
+
+say "cloning $(git rev-parse --short HEAD)"
+rm -rf "$rootfs/root/slsnet"
+git clone --quiet --no-hardlinks . "$rootfs/root/slsnet"
+
+say "make serve"
+inside '
+make serve PORT=18098 & server=$!
+python3 - <<END
+import time, urllib.request
+give_up = time.monotonic() + 900
+while True:
+    try:
+        urllib.request.urlopen("http://127.0.0.1:18098/v2/health/ready", timeout=5)
+        break
+    except OSError:
+        if time.monotonic() > give_up:
+            raise
+        time.sleep(0.5)
+END
+kill $server; wait $server || true'
+
+say "make test"
+if [ $# -eq 0 ]; then
+    inside "make test"
+else
+    inside "make lint; .venv/bin/python -m pytest $*"
+fi
+say "passed on a bare machine in $SECONDS s"
