@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,14 +19,13 @@ def replacing(path: Path) -> Iterator[Path]:
     """A path to write to, which becomes `path` once the block has ended and all is on the disk."""
     # The end of a long name alone: with all of it, this one would be too long for a file.
     end = os.fsencode(path.name)[-_NAME_BYTES:].decode(errors="ignore")
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{end}.", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.parent / f".{end}.{secrets.token_hex(4)}{path.suffix}"
+    # Whoever the process's umask lets read files may read it: nothing more, nothing less.
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
     try:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

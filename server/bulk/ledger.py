@@ -5,7 +5,6 @@ is run again and its mask replaced by the same one. A mask goes before its row d
 leaves one that no row knows. The table is written from here, whole.
 """
 
-import csv
 import os
 import re
 import sqlite3
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from model.files import replacing
+from model.tables import csv_line
 from server.bulk.sources import BulkError, Listed
 
 __all__ = ["Counts", "Ledger", "Listing", "Row", "Task"]
@@ -258,13 +258,15 @@ class Ledger:
     def _list(self, photo: Listed) -> bool:
         """Whether it was not listed yet in this run."""
         path = os.fsencode(photo.path)
-        mask = mask_path(photo.path)
         found = self._database.execute(
-            "SELECT status, size, modified_ns, seen FROM photos WHERE path = ?", (path,)
+            "SELECT mask, status, size, modified_ns, seen FROM photos WHERE path = ?", (path,)
         ).fetchone()
         if found is None:
-            return self._list_new(photo, path, mask)
-        status, *stamp, seen = found
+            # What is no file has no mask, and is in no photo's way.
+            name = mask_path(photo.path) if photo.is_file else f"{photo.path}/.png"
+            return self._list_new(photo, path, name)
+        mask, status, *stamp, seen = found
+        mask = os.fsdecode(mask)
         if seen == self._listing:
             return False
         self._database.execute("UPDATE photos SET seen = ? WHERE path = ?", (self._listing, path))
@@ -364,11 +366,11 @@ class Ledger:
             replacing(self.table) as temporary,
             temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
         ):
-            table = csv.writer(file, lineterminator="\n")
-            table.writerow(columns)
+            file.write(csv_line([*columns]))
             for path, mask, status, *row in rows:
                 found = f"{MASKS}/{os.fsdecode(mask)}" if status == "ok" else None
-                table.writerow([os.fsdecode(path), found, status or "pending", *row, *values])
+                cells = [os.fsdecode(path), found, status or "pending", *row, *values]
+                file.write(csv_line(cells))
 
     def _get(self, name: str) -> Any:
         row = self._database.execute(
@@ -381,6 +383,12 @@ class Ledger:
 
 
 def mask_path(path: str) -> str:
-    """A photo's path below the folder of masks, as that of a PNG."""
+    """A photo's path below the folder of masks, as that of a PNG.
+
+    Folders that are called as a mask might be have an underscore more: `a.png/b.jpg` has its mask
+    in `a.png_/b.png`, for `a.png` is that of `a.jpg`.
+    """
     # Not with pathlib, which keeps every part of a path for a while.
-    return os.path.splitext(path.lstrip("/"))[0] + ".png"  # noqa: PTH122
+    *folders, name = path.lstrip("/").split("/")
+    folders = [f"{each}_" if each.lower().endswith(".png") else each for each in folders]
+    return "/".join([*folders, os.path.splitext(name)[0] + ".png"])  # noqa: PTH122

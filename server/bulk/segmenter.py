@@ -5,6 +5,8 @@ At most one photo's bytes for each thread are held, and pixels of 128×128 for t
 
 import errno
 import math
+import os
+import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,8 +114,15 @@ class Segmenter:
         """In a thread: the photo, and the seconds that it took."""
         started = time.perf_counter()
         settings = self._service.settings
-        if not path.is_file():
-            raise FileNotFoundError(0, "there is no such file" if not path.exists() else "no file")
+        try:
+            is_file = stat.S_ISREG(path.stat().st_mode)
+        except FileNotFoundError:
+            raise FileNotFoundError(0, "there is no such file") from None
+        if not is_file:
+            if path.is_dir():
+                # It is listed because it could not be read: say why that is.
+                os.scandir(path).close()
+            raise OSError(0, "no file")
         with path.open("rb") as file:
             data = file.read(settings.max_body_bytes + 1)
         if len(data) > settings.max_body_bytes:

@@ -3,14 +3,19 @@
 import csv
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
+
+from model.tables import from_cell
 
 __all__ = ["SUFFIXES", "BulkError", "Listed", "Source", "open_source"]
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".tif", ".tiff", ".bmp")
 """Of files that are taken from a folder, in any case; a manifest's are taken whatever they are."""
+
+# How a table of results begins.
+_OURS = ("path", "mask", "status", "error")
 
 _TABLES = {".csv": ",", ".tsv": "\t"}
 
@@ -29,6 +34,8 @@ class Listed:
     size: int | None
     """Bytes; None where there is no such file."""
     modified_ns: int | None
+    is_file: bool = True
+    """False for a folder that cannot be read and a link that leads nowhere: they have a row too."""
 
 
 class Source:
@@ -71,19 +78,38 @@ class Source:
         self.passed_over.clear()
         folders = [self.root]
         while folders:
-            with os.scandir(folders.pop()) as entries:
-                for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
-                    if entry.is_dir(follow_symlinks=False):
-                        folders.append(Path(entry.path))
-                    elif not entry.is_dir():
-                        # Links to folders are not followed: they may lead round in circles.
-                        suffix = PurePath(entry.name).suffix.lower()
-                        if suffix in SUFFIXES:
-                            yield self._found(Path(entry.path))
-                        else:
-                            self.passed_over[suffix] += 1
+            folder = folders.pop()
+            try:
+                with os.scandir(folder) as entries:
+                    yield from self._sort(entries, folders)
+            except OSError:
+                if folder == self.root:
+                    raise
+                yield self._unreadable(folder, is_file=False)
+
+    def _sort(self, entries: Iterable[os.DirEntry[str]], folders: list[Path]) -> Iterator[Listed]:
+        """The photos among a folder's entries; its folders are added to `folders`."""
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            path = Path(entry.path)
+            suffix = path.suffix.lower()
+            is_photo = suffix in SUFFIXES
+            try:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(path)
+                    continue
+                if entry.is_dir():
+                    # Links to folders are not followed: they may lead round in circles.
+                    continue
+            except OSError:
+                # Such as a link to itself.
+                yield self._unreadable(path, is_file=is_photo)
+                continue
+            if is_photo:
+                yield self._found(path)
+            else:
+                self.passed_over[suffix] += 1
 
     def _named(self, entry: str) -> Listed:
         path = Path(os.path.normpath(self.root / entry))
@@ -94,8 +120,15 @@ class Source:
             )
         return self._found(path)
 
+    def _name(self, path: Path) -> str:
+        return str(path.relative_to(self.root) if path.is_relative_to(self.root) else path)
+
+    def _unreadable(self, path: Path, *, is_file: bool) -> Listed:
+        # Why is told in its row, when it is its turn.
+        return Listed(self._name(path), None, None, is_file)
+
     def _found(self, path: Path) -> Listed:
-        name = str(path.relative_to(self.root) if path.is_relative_to(self.root) else path)
+        name = self._name(path)
         try:
             status = path.stat()
         except (OSError, ValueError):
@@ -139,4 +172,8 @@ def _entries(manifest: Path) -> Iterator[str]:
                 f"{manifest} has no column called path; its first line has: {', '.join(columns)}."
                 " Rename the column with the photos' paths."
             )
-        yield from filter(None, (row["path"] for row in table))
+        # Of a table of results, paths are written as spreadsheets may have them.
+        is_ours = columns[: len(_OURS)] == [*_OURS]
+        for row in table:
+            if path := row["path"]:
+                yield from_cell(path) if is_ours else path
