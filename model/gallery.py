@@ -2,7 +2,8 @@
 An evaluation as a page: worst, median and best cases, and where the network is good or bad.
 
 `write_gallery` writes `index.html` and one PNG a case shown into a folder: plain files that open
-without a server. Truth is outlined in green, the prediction in red.
+without a server. Truth is outlined in blue, the prediction in orange, which the
+colour-blind tell apart.
 """
 
 import re
@@ -33,7 +34,7 @@ WIDTHS = (0, 256, 640, 1024, 2048, 4096, 1_000_000)
 
 # Overlays are at most this wide and high, pixels.
 _OVERLAY = 480
-_GREEN, _RED, _BLUE = (0, 200, 70), (235, 40, 40), "#2b6cb0"
+_TRUTH, _PREDICTION, _BLUE = (0, 144, 255), (255, 176, 0), "#2b6cb0"
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a202c; background: #f7fafc;
@@ -47,7 +48,7 @@ figure { margin: 0; background: #fff; border: 1px solid #e2e8f0; border-radius: 
          overflow: hidden; }
 figure img, figure svg { display: block; width: 100%; height: auto; }
 figcaption { padding: .5rem .8rem; font-size: 13px; overflow-wrap: anywhere; }
-.truth { color: #008a30; font-weight: 600; } .prediction { color: #d42020; font-weight: 600; }
+.truth { color: #0060c0; font-weight: 600; } .prediction { color: #a86400; font-weight: 600; }
 """
 
 
@@ -85,7 +86,7 @@ def write_gallery(evaluation: Evaluation, folder: Path) -> Path:
 
 
 def overlay(case: Case, threshold: float) -> Image.Image:
-    """The photo with the truth's outline in green and the prediction's in red."""
+    """The photo with the truth's outline in blue and the prediction's in orange."""
     width, height = case.image_size
     scale = min(1.0, _OVERLAY / max(width, height))
     width, height = max(1, round(width * scale)), max(1, round(height * scale))
@@ -94,8 +95,8 @@ def overlay(case: Case, threshold: float) -> Image.Image:
     truth = Image.fromarray(read_truth(case.sample.mask)).convert("L")
     truth_mask = np.asarray(truth.resize((width, height), Image.Resampling.BOX)) > LESION_ABOVE
     predicted = unpack_mask(lesion_mask(case.probability, width, height, threshold), width)
-    pixels[_outline(truth_mask)] = _GREEN
-    pixels[_outline(predicted)] = _RED
+    pixels[_outline(truth_mask)] = _TRUTH
+    pixels[_outline(predicted)] = _PREDICTION
     return Image.fromarray(pixels)
 
 
@@ -117,8 +118,8 @@ def _case_figure(evaluation: Evaluation, index: int, folder: Path, label: str) -
     one = {key: float(metric(evaluation.confusion)[index]) for key, metric in METRICS.items()}
     width, height = case.image_size
     return (
-        f'<figure><img src="{name}" loading="lazy" alt="{escape(case.sample.id)}: truth in green,'
-        f' prediction in red"><figcaption><b>{escape(case.sample.id)}</b><br>'
+        f'<figure><img src="{name}" loading="lazy" alt="{escape(case.sample.id)}: truth in blue,'
+        f' prediction in orange"><figcaption><b>{escape(case.sample.id)}</b><br>'
         f"Jaccard {one['jaccard']:.3f} · Dice {one['dice']:.3f} ·"
         f" sensitivity {one['sensitivity']:.3f} · specificity {one['specificity']:.3f}<br>"
         f"{width}×{height} pixels, lesion {case.lesion_share:.1%} of the frame"
@@ -169,7 +170,7 @@ def _page(evaluation: Evaluation, scores: NDArray[np.float64], sections: list[st
 <h1>Evaluation of {model}</h1>
 <p>{len(scores)} images, threshold {evaluation.threshold:g}; figures are means over the images, the
 Jaccard's standard error is {report["jaccard_standard_error"]:.4f}. On the overlays the
-<span class="truth">truth is green</span>, the <span class="prediction">prediction red</span>.</p>
+<span class="truth">truth is blue</span>, the <span class="prediction">prediction orange</span>.</p>
 <table>{figures}</table>
 <h2>Where it is good, where bad</h2>
 <div class="grid" style="grid-template-columns: repeat(auto-fill, minmax(480px, 1fr))">{drawn}</div>

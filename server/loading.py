@@ -146,7 +146,7 @@ def _engines(settings: Settings, count: Callable[[EngineEvent], None]) -> Engine
     except BackendError as error:
         if settings.backend == "tensorrt":
             raise
-        log.info("no TensorRT: %s", error)
+        log.debug("no TensorRT: %s", error)
         return None
 
 

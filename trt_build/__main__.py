@@ -17,7 +17,7 @@ from pathlib import Path
 from trt_build.build import DEFAULT_WORKSPACE_BYTES, BuildError, BuildOptions, build
 from trt_build.calibrate import CalibrationError, read_ranges
 from trt_build.convert import ConversionError
-from trt_build.device import NoGpuError
+from trt_build.device import NoGpuError, current_gpu
 from trt_build.parity import GENERATED, gate_engine
 from trt_build.plan import BUCKETS, PRECISIONS, PlanError, parse_buckets
 from trt_build.runtime import EngineError
@@ -84,6 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{time.monotonic() - started:6.1f} s  {line}", flush=True)
 
     try:
+        if args.parity:
+            # It needs one, which is to be told before the minutes that a build takes.
+            current_gpu()
         ranges = read_ranges(args.onnx, args.calibration) if args.precision == "int8" else None
         build(args.onnx, args.output, options, ranges=ranges, progress=progress)
         if args.parity:

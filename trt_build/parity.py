@@ -258,6 +258,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _results(args: argparse.Namespace) -> list[Parity]:
+    if args.cuda and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise RuntimeError("--cuda: this ONNX Runtime has no CUDA (requirements-gpu.txt)")
     samples = load_samples(args.images, args.masks, args.limit)
     source = GENERATED if args.images == REFERENCE else args.images.name
     candidates: list[tuple[str, Precision, Infer]] = [

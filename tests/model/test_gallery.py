@@ -103,11 +103,11 @@ def test_the_page_is_well_formed_and_escaped(page: Path) -> None:
     assert ids
 
 
-def test_truth_is_outlined_green_and_prediction_red(evaluation: Evaluation) -> None:
+def test_truth_is_outlined_blue_and_prediction_orange(evaluation: Evaluation) -> None:
     for case in (evaluation.cases[0], evaluation.cases[-1]):
         pixels = np.asarray(overlay(case, 0.5)).reshape(-1, 3).tolist()
-        assert [0, 200, 70] in pixels
-        assert [235, 40, 40] in pixels
+        assert [0, 144, 255] in pixels
+        assert [255, 176, 0] in pixels
     large = overlay(evaluation.cases[-1], 0.5)
     assert large.size == (480, 343)
     assert overlay(evaluation.cases[0], 0.5).size == (150, 120)

@@ -160,6 +160,7 @@ def test_the_command_says_what_is_wrong_in_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+    assert not output.exists(), "nothing is built for minutes before it is told"
 
 
 def test_an_engine_for_another_gpu_has_a_key_of_its_own(tmp_path: Path) -> None:
