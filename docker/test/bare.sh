@@ -25,7 +25,7 @@ command -v debootstrap >/dev/null || { say "needs debootstrap: apt-get install d
 if [ ! -e "$rootfs/usr/bin/git" ]; then
     say "making a minimal Debian in $rootfs"
     debootstrap --variant=minbase --include=git,make,python3,python3-venv,ca-certificates \
-        "${RELEASE:-bookworm}" "$rootfs" >/dev/null
+        "${RELEASE:-bookworm}" "$rootfs" >"$rootfs.log" || { tail "$rootfs.log" >&2; exit 1; }
 fi
 trap end EXIT
 for folder in /proc /dev; do
@@ -45,9 +45,11 @@ configuration=$(python3 -m pip config debug 2>/dev/null | sed -n 's/^ *\(\/.*\),
 named=$([ -z "$configuration" ] || grep -hoE '(file://|[ =])/[^ ]+' $configuration |
     sed -E 's/^(file:\/\/|[ =])//' | sort -u)
 for path in $configuration $named; do
-    [ -e "$path" ] && [ ! -e "$rootfs$path" ] || continue
+    if [ ! -e "$path" ] || mountpoint -q "$rootfs$path"; then continue; fi
     mkdir -p "$rootfs$(dirname "$path")"
-    cp -aL "$path" "$rootfs$path"
+    if [ -d "$path" ]; then mkdir -p "$rootfs$path"; else touch "$rootfs$path"; fi
+    mount --bind -o ro "$path" "$rootfs$path"
+    mounts+=("$rootfs$path")
 done
 
 say "cloning $(git rev-parse --short HEAD)"
@@ -55,6 +57,7 @@ rm -rf "$rootfs/root/slsnet"
 git clone --quiet --no-hardlinks . "$rootfs/root/slsnet"
 
 say "make serve"
+# shellcheck disable=SC2016
 inside '
 make serve PORT=18098 & server=$!
 python3 - <<END
@@ -62,7 +65,7 @@ import time, urllib.request
 give_up = time.monotonic() + 900
 while True:
     try:
-        urllib.request.urlopen("http://127.0.0.1:18098/v2/health/ready", timeout=5)
+        urllib.request.urlopen("http://127.0.0.1:18098/health/ready", timeout=5)
         break
     except OSError:
         if time.monotonic() > give_up:
