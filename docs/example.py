@@ -1,9 +1,10 @@
-"""Makes the README's pictures: `python -m docs.example`.
+"""Makes the README's pictures: `python -m docs.example --output docs`.
 
-A generated photo (`docs/lesion.jpg`) goes to a real server; `docs/example.png` shows it, the mask
+A generated photo (`lesion.jpg`) goes to a real server; `example.png` shows it, the mask
 that comes back, and the mask's outline over the photo with the true border beside it.
 """
 
+import argparse
 import http.client
 import json
 from base64 import b64decode
@@ -16,7 +17,6 @@ from PIL import Image, ImageDraw, ImageFilter
 from benchmarks.launch import serve
 from tests.lesions import encode_photo, lesion_photo
 
-FOLDER = Path(__file__).parent
 SEED = 4
 WIDTH, HEIGHT = 600, 450
 GAP = 12
@@ -24,10 +24,16 @@ PREDICTED, TRUE = (80, 220, 255), (255, 255, 255)
 
 
 def main() -> None:
-    """Write both pictures."""
+    """Command line: write both pictures."""
+    parser = argparse.ArgumentParser(prog="python -m docs.example", description=__doc__)
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="where both pictures are replaced"
+    )
+    folder: Path = parser.parse_args().output
+    folder.mkdir(parents=True, exist_ok=True)
     photo = lesion_photo(SEED, WIDTH, HEIGHT)
     data = encode_photo(photo.pixels)
-    (FOLDER / "lesion.jpg").write_bytes(data)
+    (folder / "lesion.jpg").write_bytes(data)
     with serve() as server:
         connection = http.client.HTTPConnection("127.0.0.1", server.port)
         connection.request("POST", "/segment?format=json", data, {"Content-Type": "image/jpeg"})
@@ -51,7 +57,7 @@ def main() -> None:
         stroke_fill="black",
     )
     picture.paste(outlined, (2 * (WIDTH + GAP), 0))
-    picture.quantize(192).save(FOLDER / "example.png", optimize=True)
+    picture.quantize(192).save(folder / "example.png", optimize=True)
 
     found = np.asarray(mask)
     jaccard = (found & photo.mask).sum() / (found | photo.mask).sum()

@@ -75,7 +75,7 @@ def average(runs: list[Path], data: Path, out: Path, cache: Path) -> dict[str, f
     _, selections, origin = prepare(config, data, cache)
     scores = score_selections(network, selections, config, device)
     with replacing(out) as path:
-        save_generator(network, path, weights_metadata(scores, origin))
+        save_generator(network, path, weights_metadata(scores, origin, config.size))
     return scores
 
 

@@ -40,6 +40,7 @@ from model.metrics import (
     stack,
 )
 from model.regions import largest_region
+from model.tables import to_cell
 
 WEIGHTS = Path(__file__).parent / "weights" / "slsnet.onnx"
 
@@ -108,7 +109,7 @@ class Evaluation:
         for index, case in enumerate(self.cases):
             predicted = self.confusion.tp[index] + self.confusion.fp[index]
             yield {
-                "id": case.sample.id,
+                "id": to_cell(case.sample.id),
                 "image_width": case.image_size[0],
                 "image_height": case.image_size[1],
                 "mask_width": case.mask_size[0],
@@ -119,21 +120,27 @@ class Evaluation:
             }
 
 
-def load_network(path: Path, size: int = MODEL_SIZE) -> Network:
+def load_network(path: Path, size: int | None = None) -> Network:
     """
     Load an ONNX graph with ONNX Runtime, or safetensors weights with PyTorch.
 
     Args:
         path: `.onnx` or `.safetensors`.
-        size: side of the input for safetensors, which fit any; an ONNX graph says its own.
+        size: side of the input; needed only for safetensors that do not say theirs and were
+            not trained at 128.
 
     Raises:
-        ValueError: not a file of these kinds, or not a network of this project.
+        ValueError: not a file of these kinds, not a network of this project, or of another size.
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist: pass --model the file of a trained network")
     if path.suffix == ".onnx":
-        return _load_onnx(path)
+        network = _load_onnx(path)
+        if size not in (None, network.size):
+            raise ValueError(
+                f"{path} takes inputs of {network.size}×{network.size}, not {size}×{size}"
+            )
+        return network
     if path.suffix == ".safetensors":
         return _load_safetensors(path, size)
     raise ValueError(f"{path} is neither .onnx nor .safetensors")
@@ -273,10 +280,10 @@ def _load_onnx(path: Path) -> Network:
     return Network(path, height, metadata, predict)
 
 
-def _load_safetensors(path: Path, size: int) -> Network:
+def _load_safetensors(path: Path, size: int | None) -> Network:
     import torch
 
-    from model.generator import load_generator, load_metadata
+    from model.generator import input_size, load_generator, load_metadata
 
     generator = load_generator(path)
 
@@ -285,7 +292,7 @@ def _load_safetensors(path: Path, size: int) -> Network:
             image = torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 255
             return np.asarray(torch.sigmoid(generator(image))[:, 0].numpy())
 
-    return Network(path, size, load_metadata(path), predict)
+    return Network(path, input_size(path, size), load_metadata(path), predict)
 
 
 @contextmanager
@@ -339,9 +346,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--size",
         type=int,
-        default=MODEL_SIZE,
         metavar="PIXELS",
-        help=f"side of the input of .safetensors (default: {MODEL_SIZE})",
+        help=f"side of the input (default: what the file says, or {MODEL_SIZE})",
     )
     parser.add_argument(
         "--report", type=Path, metavar="OUT.json", help="the figures; OUT.csv has them per image"
@@ -359,7 +365,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not 0 <= options.threshold <= 1:
         parser.error(f"--threshold {options.threshold} is not within 0 and 1")
-    if options.size < 8 or options.size % 8:
+    if options.size is not None and (options.size < 8 or options.size % 8):
         parser.error(f"--size {options.size} is not a multiple of 8")
     table = options.csv or (options.report and options.report.with_suffix(".csv"))
     try:

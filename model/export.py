@@ -13,6 +13,9 @@ against the exact graph on photos before it is served:
 
     python -m model.export --weights W --attention exact --output exact.onnx
     python -m trt_build.parity --onnx exact.onnx --candidate slsnet.onnx --images PHOTOS --masks M
+
+Weights that were trained at another size than 128 say so and give a graph of that size, which the
+server refuses.
 """
 
 from __future__ import annotations
@@ -30,12 +33,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from model.files import replacing
-from model.generator import Generator, load_generator, load_metadata
+from model.generator import Generator, input_size, load_generator, load_metadata
 from model.image import MODEL_SIZE
 from model.layers import PositionAttention
 from model.stamp import stamped
 
-WEIGHTS = Path(__file__).parent / "weights" / "slsnet.safetensors"
 OPSET = 20
 POOL = 4
 """Positions a side that the pooled form averages. On the shipped weights 2, 4 and 8 keep the masks
@@ -80,15 +82,24 @@ class Contract(nn.Module):
 def export(
     weights: Path,
     output: Path,
-    version: str,
-    licence: str,
-    size: int = MODEL_SIZE,
+    version: str | None = None,
+    licence: str = "Apache-2.0",
+    size: int | None = None,
+    *,
+    name: str | None = None,
     attention: AttentionForm = "pooled",
 ) -> float:
     """
     Write the contract graph of `weights` to `output` and check it against PyTorch.
 
-    `attention` is the form of the attentions at half resolution; see the module.
+    Args:
+        weights: safetensors, as `model.train` writes them.
+        output: the ONNX file.
+        version: of the weights, for the model card; by default the start of their sha256.
+        licence: of the weights.
+        size: side of the input, for weights that do not say theirs.
+        name: for the model card; by default the run's or the file's.
+        attention: form of the attentions at half resolution; see the module.
 
     Returns:
         The largest difference in probability between PyTorch and ONNX Runtime.
@@ -99,6 +110,8 @@ def export(
     """
     generator = load_generator(weights)
     set_attention(generator, attention)
+    size = input_size(weights, size)
+    digest = sha256(weights.read_bytes()).hexdigest()
     for module in generator.modules():
         if isinstance(module, PositionAttention):
             module.mode = "plain"
@@ -126,12 +139,12 @@ def export(
     onnx.helper.set_model_props(
         model,
         {
-            "name": "slsnet",
-            "version": version,
+            "name": name or _name(weights),
+            "version": version or digest[:12],
             "licence": licence,
             "attention": attention,
             "parameters": str(sum(p.numel() for p in generator.parameters())),
-            "weights_sha256": sha256(weights.read_bytes()).hexdigest(),
+            "weights_sha256": digest,
             **{key: metadata[key] for key in METADATA if key in metadata},
         },
     )
@@ -169,6 +182,12 @@ def stamp(path: Path) -> None:
     path.write_bytes(stamped(content, infer if is_served else None))
 
 
+def _name(weights: Path) -> str:
+    """`runs/a/best.safetensors` is of the run a; other files are called as they are."""
+    path = weights.resolve()
+    return path.parent.name if path.stem == "best" and path.parent.name else path.stem
+
+
 def _forget_origin(model: onnx.ModelProto) -> None:
     """Drop the exporter's notes: paths and source lines of the machine that exported."""
     graph = model.graph
@@ -187,24 +206,45 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--weights", type=Path, default=WEIGHTS)
-    parser.add_argument("--output", type=Path, default=WEIGHTS.with_suffix(".onnx"))
-    parser.add_argument("--version", default="1.1.0", help="of the weights, for the model card")
+    parser.add_argument("--weights", type=Path, required=True, metavar="FILE", help=".safetensors")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="the graph; replaced if it is there (default: beside the weights, if none is there)",
+    )
+    parser.add_argument(
+        "--name", help="for the model card (default: the run's folder, or the weights' file)"
+    )
+    parser.add_argument(
+        "--version", help="of the weights, for the model card (default: the start of their sha256)"
+    )
     parser.add_argument(
         "--attention",
         choices=get_args(AttentionForm),
         default="pooled",
-        help="keys and values of the half-resolution attention: all, or averages (%(default)s)",
+        help="keys and values of the half-resolution attention: all, or averages"
+        " (default: %(default)s)",
     )
-    parser.add_argument("--licence", default="Apache-2.0", help="of the weights")
+    parser.add_argument(
+        "--licence", default="Apache-2.0", help="of the weights (default: %(default)s)"
+    )
     args = parser.parse_args()
+    output = args.output or args.weights.with_suffix(".onnx")
+    if not args.output and output.exists():
+        parser.error(f"{output} is there already: name the file to write with --output")
     try:
         difference = export(
-            args.weights, args.output, args.version, args.licence, attention=args.attention
+            args.weights,
+            output,
+            args.version,
+            args.licence,
+            name=args.name,
+            attention=args.attention,
         )
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
-    print(f"{args.output}: largest difference from PyTorch {difference:.1e} in probability")
+    print(f"{output}: largest difference from PyTorch {difference:.1e} in probability")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model.config import GeneratorConfig
+from model.image import MODEL_SIZE
 from model.layers import (
     ChannelAttention,
     DownSampler,
@@ -140,6 +141,27 @@ def load_generator(path: Path) -> Generator:
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"{path} holds weights of another architecture: {error}") from error
     return generator.eval()
+
+
+def input_size(path: Path, asked: int | None = None) -> int:
+    """
+    The side of the input that weights were trained with, pixels.
+
+    Args:
+        path: safetensors with a generator.
+        asked: what the caller wants; alone decides where the file does not say.
+
+    Raises:
+        ValueError: the file says another one than was asked for, or none that can be.
+    """
+    said = load_metadata(path).get("size")
+    if said is None:
+        return asked or MODEL_SIZE
+    if not said.isdecimal() or int(said) < 8 or int(said) % 8:
+        raise ValueError(f"{path} says that its input has a side of {said!r}: no multiple of 8")
+    if asked not in (None, int(said)):
+        raise ValueError(f"{path} was trained for inputs of {said}×{said}, not {asked}×{asked}")
+    return int(said)
 
 
 def load_metadata(path: Path) -> dict[str, str]:

@@ -391,7 +391,7 @@ class Trainer:
             table.writerows(progress.history)
 
     def _save_best(self, row: dict[str, float]) -> None:
-        figures = weights_metadata(row, self.origin)
+        figures = weights_metadata(row, self.origin, self.config.size)
         with replacing(self.out / "best.safetensors") as path:
             if isinstance(self.average, Generator):
                 save_generator(self.average, path, figures)
@@ -611,10 +611,10 @@ def score_selections(
     return row
 
 
-def weights_metadata(scores: Mapping[str, float], origin: str) -> dict[str, str]:
-    """What a file of weights says of itself: its scores (`score_selections`), what it is from."""
+def weights_metadata(scores: Mapping[str, float], origin: str, size: int) -> dict[str, str]:
+    """What a file of weights says of itself: scores (`score_selections`), origin, input's side."""
     figures = {k: f"{v:.4f}" for k, v in scores.items() if k.endswith("jaccard")}
-    return {**figures, "threshold": "0.5", "training_data": origin}
+    return {**figures, "threshold": "0.5", "training_data": origin, "size": str(size)}
 
 
 def load_run(run: Path, device: torch.device) -> tuple[TrainConfig, nn.Module]:

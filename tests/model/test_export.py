@@ -14,6 +14,7 @@ from torch import nn
 
 import model.export
 from model.config import GeneratorConfig
+from model.evaluate import WEIGHTS as SHIPPED
 from model.export import export, main, set_attention
 from model.generator import Generator, load_generator, load_metadata, save_generator
 from model.layers import ChannelAttention, PositionAttention
@@ -92,7 +93,7 @@ def test_metadata(graph: Path, weights: Path) -> None:
     props = {p.key: p.value for p in content.metadata_props}
     generator = Generator(GeneratorConfig(**GENERATOR))
     assert props == {
-        "name": "slsnet",
+        "name": "w",
         "version": "1.2.3",
         "licence": "Apache-2.0",
         "attention": "pooled",
@@ -129,10 +130,10 @@ def test_pooled_attention_keeps_the_masks_of_the_shipped_weights(
     tmp_path: Path, data_dir: Path | None
 ) -> None:
     exact = tmp_path / "exact.onnx"
-    export(model.export.WEIGHTS, exact, "1", "Apache-2.0", attention="exact")
+    export(SHIPPED.with_suffix(".safetensors"), exact, "1", "Apache-2.0", attention="exact")
     parity = compare(
         onnx_runner(exact),
-        onnx_runner(model.export.WEIGHTS.with_suffix(".onnx")),
+        onnx_runner(SHIPPED),
         load_samples(REFERENCE if data_dir is None else data_dir / "native", limit=24),
         name="pooled",
         precision="fp32",
@@ -167,7 +168,7 @@ def test_unreadable_weights_end_without_a_traceback(
 
 
 def test_shipped_graph_is_of_the_shipped_weights() -> None:
-    shipped = model.export.WEIGHTS
+    shipped = Path(model.__file__).parent / "weights/slsnet.safetensors"
     props = {p.key: p.value for p in onnx.load(shipped.with_suffix(".onnx")).metadata_props}
     assert props["weights_sha256"] == sha256(shipped.read_bytes()).hexdigest()
     config = json.loads(load_metadata(shipped)["config"])
