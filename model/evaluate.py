@@ -335,7 +335,11 @@ def _parser() -> argparse.ArgumentParser:
         "--masks", type=Path, required=True, metavar="DIR", help="may be the images' folder"
     )
     parser.add_argument(
-        "--model", type=Path, default=WEIGHTS, metavar="FILE", help=".onnx or .safetensors"
+        "--model",
+        type=Path,
+        default=WEIGHTS,
+        metavar="FILE",
+        help=".onnx or .safetensors (default: the shipped network)",
     )
     parser.add_argument("--threshold", type=float, default=0.5, help="0 to 1 (default: 0.5)")
     parser.add_argument(

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--onnx", type=Path, required=True, help="the exported model")
     parser.add_argument("--output", type=Path, required=True, help="the engine file")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp16")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp16", help="default: fp16")
     parser.add_argument(
         "--buckets",
         type=parse_buckets,
@@ -53,7 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--calibration", type=Path, help="int8: default beside the ONNX file")
     parser.add_argument(
-        "--workspace-mib", type=int, default=DEFAULT_WORKSPACE_BYTES >> 20, help="for one kernel"
+        "--workspace-mib",
+        type=int,
+        default=DEFAULT_WORKSPACE_BYTES >> 20,
+        help="for one kernel (default: %(default)s)",
     )
     parser.add_argument("--timing-cache", type=Path, help="read, and rewritten")
     parser.add_argument("--hardware-compatible", action="store_true", help="any GPU from Ampere on")

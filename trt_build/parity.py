@@ -238,9 +238,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--simulate", nargs="+", choices=["fp16", "bf16", "int8"], default=[], help="on CPU"
     )
     parser.add_argument("--cuda", action="store_true", help="ONNX Runtime's CUDA provider")
-    parser.add_argument("--images", type=Path, default=REFERENCE, help="folder of photos")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        default=REFERENCE,
+        help="folder of photos (default: the shipped ones)",
+    )
     parser.add_argument("--masks", type=Path, help="folder of true masks, where it is another")
-    parser.add_argument("--limit", type=int, help="most photos to use")
+    parser.add_argument("--limit", type=int, help="most photos to use (default: all)")
     parser.add_argument("--json", type=Path, help="also write the results here")
     args = parser.parse_args(arguments)
     if not (args.engine or args.simulate or args.cuda or args.candidate):
