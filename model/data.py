@@ -107,8 +107,8 @@ def find_pairs(
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise DataError(
-            f"{missing[0]}{more} has no mask: expected {masks / missing[0].stem}_segmentation.png; "
-            "add the mask or remove the image"
+            f"{missing[0]}{more} {'have' if more else 'has'} no mask: expected "
+            f"{masks / missing[0].stem}_segmentation.png; add the mask or remove the image"
         )
     if not samples:
         raise DataError(f"{images} holds no images ({', '.join(IMAGE_SUFFIXES)})")

@@ -109,7 +109,7 @@ def test_missing_masks_are_named(tmp_path: Path) -> None:
     write_pair(tmp_path / "images", tmp_path / "masks", "a", 0)
     for name in ("b", "c"):
         shutil.copy(tmp_path / "images/a.jpg", tmp_path / f"images/{name}.jpg")
-    says = r"b\.jpg and 1 more has no mask: expected .*masks/b_segmentation\.png; add the mask"
+    says = r"b\.jpg and 1 more have no mask: expected .*masks/b_segmentation\.png; add the mask"
     with pytest.raises(DataError, match=says):
         find_samples(tmp_path)
 
