@@ -281,7 +281,10 @@ def _cleaned(segmentation: Segmentation, threshold: float) -> Segmentation:
 
 
 def _model_id(backend: BackendInfo) -> ModelId:
-    said = {key: backend.model.get(key, "unknown") for key in ("name", "version", "weights_sha256")}
+    said = {
+        key: backend.model.get(key, "unknown")
+        for key in ("name", "version", "weights_sha256", "attention")
+    }
     return ModelId(**said, file_sha256=backend.file_sha256 or "unknown")
 
 
