@@ -161,8 +161,10 @@ class Connection(HttpToolsProtocol):
         self._count_head(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        # Also called for the trailers of a chunked body.
-        super().on_header(name, value)
+        # Also called for the trailers of a chunked body, which are no headers (RFC 9110, 6.5.1): a
+        # key among them must not open anything.
+        if not self._in_body:
+            super().on_header(name, value)
         self._count_head(len(name) + len(value) + 4)
 
     def on_headers_complete(self) -> None:

@@ -265,6 +265,28 @@ def test_a_wish_for_another_protocol_is_passed_over(
         assert_refusal(read_all(connection), 429, "sent before any was answered")
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_trailers_are_no_headers(
+    strict: ServerProcess, photos: list[Sample], together: bool
+) -> None:
+    photo = photos[0].data
+    head = b"POST /segment HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
+    head += b"Connection: close\r\nTrailer: X-Request-ID, Accept\r\n\r\n"
+    body = b"%x\r\n%b\r\n" % (len(photo), photo)
+    trailer = b"0\r\nX-Request-ID: from-a-trailer\r\nAccept: application/json\r\n\r\n"
+    with connect(strict) as connection:
+        if together:
+            connection.sendall(head + body + trailer)
+        else:
+            for part in (head, body, trailer):
+                connection.sendall(part)
+                time.sleep(0.05)
+        answer = read_all(connection)
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert b"content-type: image/png" in answer.lower()
+    assert b"from-a-trailer" not in answer
+
+
 def test_a_body_that_came_behind_another_request_has_its_time(
     strict: ServerProcess, photos: list[Sample]
 ) -> None:
