@@ -8,11 +8,13 @@ from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
+import onnx
 import torch
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from model.export import Contract
-from model.generator import load_generator, load_metadata
+from model.export import AttentionForm, Contract, set_attention
+from model.generator import Generator, load_generator, load_metadata
 from model.image import MODEL_SIZE
 from server.backends import BackendError, BackendInfo
 
@@ -36,7 +38,8 @@ class TorchBackend:
     """The generator itself, on the GPU where there is one.
 
     Args:
-        model: the ONNX file; the weights lie beside it as `.safetensors`.
+        model: the ONNX file; the weights lie beside it as `.safetensors`. Where it is there, the
+            attention has its form; else it is exact, as trained.
         precision: of autocast; channel attention's energies are float32 in any.
         run: on a GPU `graph` records one CUDA graph for each bucket; `compile` is `torch.compile`,
             which takes minutes and answers only in the thread that first asked; `eager` is neither.
@@ -55,10 +58,13 @@ class TorchBackend:
         weights = model.with_suffix(".safetensors")
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            network = Contract(load_generator(weights)).eval().to(self._device)
-            self._metadata = load_metadata(weights)
+            generator = load_generator(weights)
+            form = _attention(model, generator)
+            set_attention(generator, form)
+            network = Contract(generator).eval().to(self._device)
+            self._metadata = {**load_metadata(weights), "attention": form}
             self._sha256 = sha256(weights.read_bytes()).hexdigest()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, DecodeError) as error:
             raise BackendError(f"PyTorch cannot load {weights}: {error}") from error
         self._precision = precision
         self._graphs = run == "graph" and self._device.type == "cuda"
@@ -137,3 +143,11 @@ class TorchBackend:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             probability = self._forward(image)
         return _Lane(image, probability, graph)
+
+
+def _attention(model: Path, generator: Generator) -> AttentionForm:
+    """The form that an exported file says it has; as it was trained where there is none."""
+    if generator.config.pam_pool[0] > 1:
+        return "pooled"
+    said = onnx.load(model).metadata_props if model.exists() else ()
+    return "pooled" if any((e.key, e.value) == ("attention", "pooled") for e in said) else "exact"

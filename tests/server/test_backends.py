@@ -27,6 +27,7 @@ def test_pytorch_gives_what_the_exported_graph_gives(pixels: NDArray[np.uint8]) 
     np.testing.assert_allclose(torch.infer(pixels), onnx.infer(pixels), atol=1e-4)
     info = torch.describe()
     assert (info.name, info.precision) == ("torch", "fp32")
+    assert info.model["attention"] == onnx.describe().model["attention"] == "pooled"
     for backend in (torch, onnx):
         backend.close()
 
