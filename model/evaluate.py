@@ -39,7 +39,7 @@ from model.metrics import (
     macro_average,
     stack,
 )
-from model.regions import largest_region
+from model.regions import largest_part, largest_region
 from model.tables import to_cell
 
 WEIGHTS = Path(__file__).parent / "weights" / "slsnet.onnx"
@@ -233,9 +233,11 @@ def _score(
     packed = np.packbits(truth, axis=1)
     # The first is that of the figures; the others are looked at besides.
     maps = [largest_region(probability, t) if clean else probability for t in thresholds]
+    masks = [
+        lesion_mask(shown, width, height, t) for shown, t in zip(maps, thresholds, strict=True)
+    ]
     confusions = [
-        count_packed(lesion_mask(shown, width, height, t), packed, truth.size)
-        for shown, t in zip(maps, thresholds, strict=True)
+        count_packed(largest_part(mask) if clean else mask, packed, truth.size) for mask in masks
     ]
     grey = Image.fromarray(truth.astype(np.uint8) * 255)
     height, width = probability.shape

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.image import encode_png, lesion_mask
-from model.regions import largest_region
+from model.regions import largest_part, largest_region
 from server.backends import BackendInfo
 from server.masks import coco_rle, measure, polygons
 from server.service import Segmentation
@@ -221,9 +221,8 @@ def png_answer(
     if clean:
         segmentation = _cleaned(segmentation, threshold)
     width, height = _mask_size(segmentation, original)
-    return encode_png(
-        lesion_mask(segmentation.probability, width, height, threshold), width, height
-    )
+    packed = lesion_mask(segmentation.probability, width, height, threshold)
+    return encode_png(largest_part(packed) if clean else packed, width, height)
 
 
 def json_answer(
@@ -241,13 +240,15 @@ def json_answer(
         segmentation = _cleaned(segmentation, threshold)
     width, height = _mask_size(segmentation, original)
     packed = lesion_mask(segmentation.probability, width, height, threshold)
+    if clean:
+        packed = largest_part(packed)
     mask = Mask(format=mask_format, width=width, height=height)
     if mask_format is MaskFormat.PNG:
         mask.png = base64.b64encode(encode_png(packed, width, height)).decode("ascii")
     elif mask_format is MaskFormat.RLE:
         mask.rle = CocoRle.model_validate(coco_rle(packed, width))
     else:
-        mask.polygons = polygons(segmentation.probability, width, height, threshold)
+        mask.polygons = polygons(segmentation.probability, width, height, threshold, clean=clean)
     lesion = measure(packed, width)
     inside = segmentation.probability[segmentation.probability > threshold]
     answer = SegmentationAnswer(

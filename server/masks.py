@@ -85,7 +85,12 @@ def coco_rle(packed: NDArray[np.uint8], width: int) -> dict[str, Any]:
 
 
 def polygons(
-    probability: NDArray[np.float32], width: int, height: int, threshold: float
+    probability: NDArray[np.float32],
+    width: int,
+    height: int,
+    threshold: float,
+    *,
+    clean: bool = False,
 ) -> list[Rings]:
     """Outlines of the lesion at a photo's size, traced on the probability itself.
 
@@ -93,10 +98,12 @@ def polygons(
         probability: float32 [rows, columns].
         width, height: the photo's, pixels.
         threshold: what is above it is lesion.
+        clean: whether to leave only the part with the largest outline, without its holes.
 
     Returns:
         One entry for each separate part: rings of (x, y) in pixels from the photo's upper left
-        corner, the outer one first, holes after it; the first point is not repeated.
+        corner, the outer one first, holes after it; the first point is not repeated. What is too
+        small to enclose anything, once rounded, is left out: each ring has three points or more.
     """
     rows, columns = probability.shape
     # Bilinear with half-pixel centres and clamped edges, as the mask itself is made.
@@ -116,10 +123,20 @@ def polygons(
         tuple[list[NDArray[np.float64]], list[NDArray[np.uint32]]],
         generator.filled(np.nextafter(threshold, np.inf), np.inf),
     )
-    return [
-        [_ring(part[start:end]) for start, end in itertools.pairwise(offset.tolist())]
-        for part, offset in zip(points, offsets, strict=True)
-    ]
+    parts: list[Rings] = []
+    for part, offset in zip(points, offsets, strict=True):
+        outer, *holes = (_ring(part[a:b]) for a, b in itertools.pairwise(offset.tolist()))
+        if _enclosed(outer):
+            parts.append([outer, *filter(_enclosed, holes)])
+    if clean and parts:
+        return [[max((part[0] for part in parts), key=_enclosed)]]
+    return parts
+
+
+def _enclosed(ring: list[tuple[float, float]]) -> float:
+    """The area within a ring, in units of a hundredth of a pixel squared: 0 only if it is flat."""
+    x, y = np.rint(np.array(ring).reshape(-1, 2).T * 100).astype(np.int64)
+    return abs(int(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))) / 2
 
 
 def _ring(points: NDArray[np.float64]) -> list[tuple[float, float]]:

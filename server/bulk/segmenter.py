@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from model.files import write_atomically
 from model.image import ImageError, Photo, encode_png, lesion_mask, read_photo
-from model.regions import largest_region
+from model.regions import largest_part, largest_region
 from server.backends import BackendInfo
 from server.bulk.ledger import Row, Task
 from server.bulk.sources import BulkError
@@ -147,6 +147,8 @@ class Segmenter:
         if self._options.clean:
             probability = largest_region(probability, threshold)
         packed = lesion_mask(probability, width, height, threshold)
+        if self._options.clean:
+            packed = largest_part(packed)
         lesion = measure(packed, width)
         mask = self._masks / task.mask
         png = encode_png(packed, width, height)
