@@ -2,6 +2,26 @@
 
 const STAGES = ["read", "decode", "queue", "infer", "encode"];
 const SLIDER_PAUSE_MS = 150;
+const SERVER_PAUSE_MS = 10_000;
+const SERVER_PAUSE_GONE_MS = 2_000;
+
+/** What a refusal's status means to the person at the page. */
+const HEADINGS = {
+  0: "The server cannot be reached.",
+  400: "The server cannot read this photo.",
+  401: "The server asks for a key, which this page does not have.",
+  403: "The server does not let this page in.",
+  404: "The server does not offer this.",
+  408: "The photo took too long to arrive.",
+  413: "This photo is too large.",
+  415: "This is not a photo of a kind that the server reads.",
+  422: "The server cannot read this photo.",
+  429: "The server is busy.",
+  503: "The server is not ready.",
+  504: "The answer took too long.",
+};
+/** Where the same photo again may help: the photo was not the reason. */
+const PASSING = new Set([0, 408, 429]);
 
 const byId = (id) => document.getElementById(id);
 const number = new Intl.NumberFormat("en");
@@ -11,6 +31,11 @@ let photo = null;
 let photoUrl = null;
 let request = null;
 let sliderPause = 0;
+let serverPause = 0;
+
+/** The last photo that was answered, with its answer: what an error leaves on show. */
+let good = null;
+let tryAgain = retry;
 
 function setState(state) {
   document.body.dataset.state = state;
@@ -19,16 +44,45 @@ function setState(state) {
 
 function take(file) {
   if (!file) return;
+  byId("note").hidden = true;
+  const url = URL.createObjectURL(file);
+  if (photoUrl && photoUrl !== good?.url) URL.revokeObjectURL(photoUrl);
   photo = file;
-  if (photoUrl) URL.revokeObjectURL(photoUrl);
-  photoUrl = URL.createObjectURL(file);
-  clearOverlay();
+  photoUrl = url;
+  clearResult();
+  showPhoto(url);
+  segment();
+}
+
+/** The photo of what was dropped or pasted; a word where that is not one photo. */
+function takeFrom(transfer, done) {
+  const files = [...transfer.files];
+  const folders = [...transfer.items].some((item) => item.webkitGetAsEntry?.()?.isDirectory);
+  if (folders) {
+    note("That is a folder: open it and take one photo.");
+  } else if (files.length) {
+    take(files[0]);
+    if (files.length > 1) {
+      note(`${files.length} files were ${done}; this page takes one at a time: ${files[0].name}.`);
+    }
+  } else if (transfer.types.includes("text/uri-list") || transfer.types.includes("text/html")) {
+    note(`Only the address of a picture was ${done}, not the picture: save it, then choose the file.`);
+  } else {
+    note(`No photo was ${done}: choose a file of a photo.`);
+  }
+}
+
+function note(text) {
+  byId("note").textContent = text;
+  byId("note").hidden = false;
+}
+
+function showPhoto(url) {
   const image = byId("photo");
   image.dataset.shown = "true";
   image.alt = "The photo";
-  image.src = photoUrl;
+  image.src = url;
   byId("no-preview").hidden = true;
-  segment();
 }
 
 async function segment() {
@@ -43,8 +97,12 @@ async function segment() {
     const response = await post("json&mask=polygons", controller.signal);
     const answer = await response.json();
     if (request !== controller) return;
-    show(answer, timings(response.headers.get("Server-Timing")));
+    const milliseconds = timings(response.headers.get("Server-Timing"));
+    if (good && good.url !== photoUrl) URL.revokeObjectURL(good.url);
+    good = { photo, url: photoUrl, answer, milliseconds };
+    show(answer, milliseconds);
     setState("done");
+    tellServer();
   } catch (error) {
     if (request !== controller) return;
     fail(error);
@@ -66,25 +124,44 @@ async function post(format, signal) {
   } catch (error) {
     throw signal?.aborted
       ? error
-      : { title: "No answer.", detail: "The server cannot be reached, or closed the connection." };
+      : { status: 0, detail: "It is down, or the connection was lost." };
   }
   if (response.ok) return response;
   const type = response.headers.get("Content-Type") ?? "";
   if (type.startsWith("application/problem+json")) throw await response.json();
-  throw { title: `The server answered ${response.status}.`, detail: "It gave no reason." };
+  throw { status: response.status, detail: `It answered ${response.status} and gave no reason.` };
 }
 
-function fail(problem) {
-  clearOverlay();
+/** Tell what went wrong; `again` is what may help then. */
+function fail(problem, again = retry) {
+  tryAgain = again;
+  const status = problem.status ?? -1;
+  const passing = PASSING.has(status) || status >= 500 || status < 0;
+  if (good) {
+    // What was found before stays; "Try again" is for the photo that failed.
+    if (good.url !== photoUrl) showPhoto(good.url);
+    show(good.answer, good.milliseconds);
+  }
   setState("error");
-  byId("result").hidden = true;
+  byId("download").disabled = !good || good.photo !== photo;
+  byId("result").hidden = !good && !(passing && photo);
   byId("announce").textContent = "";
-  byId("problem-title").textContent = problem.title ?? "Something went wrong.";
+  byId("problem-title").textContent =
+    HEADINGS[status] ?? (status >= 500 ? "The server failed." : "Something went wrong.");
   byId("problem-detail").textContent = problem.detail ?? String(problem);
+  byId("problem-kept").hidden = !good || good.photo === photo;
   byId("problem-id").textContent = problem.request_id ? `Request ${problem.request_id}` : "";
-  // The same photo again helps only where the photo was not the reason.
-  byId("retry").hidden = problem.status >= 400 && problem.status < 500 && problem.status !== 429;
+  byId("retry").hidden = !passing;
   byId("problem").hidden = false;
+  tellServer();
+}
+
+function retry() {
+  if (photoUrl !== good?.url) {
+    clearResult();
+    showPhoto(photoUrl);
+  }
+  segment();
 }
 
 function show(answer, milliseconds) {
@@ -143,9 +220,11 @@ function timings(header) {
   return Object.fromEntries([...entries].map(([, name, duration]) => [name, Number(duration)]));
 }
 
-function clearOverlay() {
+function clearResult() {
   for (const id of ["shade", "halo", "contour"]) byId(id).removeAttribute("d");
-  byId("percent").textContent = "–";
+  for (const id of ["percent", "area", "dimensions", "box"]) byId(id).textContent = "–";
+  byId("nothing").hidden = true;
+  showTimings({});
 }
 
 async function download() {
@@ -165,20 +244,29 @@ async function download() {
   }
 }
 
+/** The server's state beside the dot, now and from time to time. */
 async function tellServer() {
+  clearTimeout(serverPause);
   const line = byId("server");
+  let told;
   try {
-    const response = await fetch("model");
-    const model = await response.json();
-    line.dataset.ready = String(response.ok);
-    line.textContent = response.ok
+    const response = await fetch("model", { cache: "no-store" });
+    const model = response.ok ? await response.json() : null;
+    told = model
       ? `${model.name} ${model.version} · ${model.backend.name}`
-      : "The network is being loaded";
-    if (response.status === 503) setTimeout(tellServer, 1000);
+      : response.status === 503
+        ? "The network is being loaded"
+        : `The server answers ${response.status}`;
+    line.dataset.ready = String(response.ok);
   } catch {
+    told = "The server cannot be reached";
     line.dataset.ready = "false";
-    line.textContent = "The server cannot be reached";
   }
+  // Screen readers tell changes alone.
+  if (line.textContent !== told) line.textContent = told;
+  clearTimeout(serverPause);
+  const pause = line.dataset.ready === "true" ? SERVER_PAUSE_MS : SERVER_PAUSE_GONE_MS;
+  serverPause = setTimeout(tellServer, pause);
 }
 
 for (const id of ["choose", "camera", "another"]) {
@@ -189,15 +277,19 @@ for (const id of ["choose", "camera", "another"]) {
   });
 }
 
-byId("example").addEventListener("click", async () => {
+async function takeExample() {
   try {
-    take(await (await fetch("page/example.jpg")).blob());
+    const response = await fetch("page/example.jpg");
+    if (!response.ok) throw response;
+    take(await response.blob());
   } catch {
-    fail({ title: "No answer.", detail: "The server cannot be reached." });
+    fail({ status: 0, detail: "It is down, or the connection was lost." }, takeExample);
   }
-});
+}
 
-byId("retry").addEventListener("click", segment);
+byId("example").addEventListener("click", takeExample);
+
+byId("retry").addEventListener("click", () => tryAgain());
 byId("download").addEventListener("click", download);
 
 byId("photo").addEventListener("error", () => {
@@ -232,10 +324,10 @@ document.addEventListener("dragleave", (event) => {
 document.addEventListener("drop", (event) => {
   event.preventDefault();
   document.body.classList.remove("dragging");
-  take(event.dataTransfer.files[0]);
+  takeFrom(event.dataTransfer, "dropped");
 });
 document.addEventListener("paste", (event) => {
-  take(event.clipboardData.files[0]);
+  takeFrom(event.clipboardData, "pasted");
 });
 
 tellServer();

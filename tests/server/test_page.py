@@ -65,6 +65,17 @@ class Page:
     def until_done(self) -> None:
         self.until(lambda: self.state() == "done")
 
+    def shown(self) -> list[str | None]:
+        """Photo, outline and figures."""
+        return [
+            page_part.get_attribute(name)
+            for page_part, name in (
+                (self.find("photo"), "src"),
+                (self.find("contour"), "d"),
+                *((self.find(figure), "textContent") for figure in ("percent", "area", "box")),
+            )
+        ]
+
     def outline(self) -> dict[str, float]:
         """The contour's box, in shares of the photo as it is shown."""
         box: dict[str, float] = self.run(
@@ -75,7 +86,7 @@ class Page:
               frame.width / image.naturalWidth, frame.height / image.naturalHeight);
             const left = frame.x + (frame.width - image.naturalWidth * scale) / 2;
             const top = frame.y + (frame.height - image.naturalHeight * scale) / 2;
-            const box = document.getElementById("shade").getBoundingClientRect();
+            const box = document.getElementById("contour").getBoundingClientRect();
             const [width, height] = [image.naturalWidth * scale, image.naturalHeight * scale];
             return {x: (box.x - left) / width, y: (box.y - top) / height,
                     width: box.width / width, height: box.height / height};
@@ -169,11 +180,14 @@ def test_threshold_and_views_by_keyboard(page: Page) -> None:
     assert page.text("threshold-value") == "0.05"
     page.until(lambda: page.state() == "done" and float(page.text("percent")) > at_half)
 
-    overlay = page.driver.find_element(By.CSS_SELECTOR, "input[value=overlay]")
-    overlay.send_keys(Keys.ARROW_RIGHT)
+    # Colours matter: nothing is tinted unless asked for.
     assert page.find("stage").get_attribute("data-view") == "outline"
     assert not page.find("shade").is_displayed()
     assert page.find("contour").is_displayed()
+    outline = page.driver.find_element(By.CSS_SELECTOR, "input[value=outline]")
+    outline.send_keys(Keys.ARROW_LEFT)
+    assert page.find("stage").get_attribute("data-view") == "overlay"
+    assert page.find("shade").is_displayed()
 
 
 def test_clean_leaves_one_outline(page: Page, two_lesions: bytes, tmp_path: Path) -> None:
@@ -201,7 +215,7 @@ def test_what_the_server_refuses_is_told_and_another_photo_works(
     page.until(lambda: page.state() == "error")
     problem = page.find("problem")
     assert problem.get_attribute("role") == "alert"
-    assert "Unprocessable" in problem.text
+    assert page.text("problem-title") == "The server cannot read this photo."
     assert "truncated" in problem.text
     assert "Request " in page.text("problem-id")
     assert not page.find("retry").is_displayed()
@@ -211,6 +225,15 @@ def test_what_the_server_refuses_is_told_and_another_photo_works(
     page.until_done()
     assert not problem.is_displayed()
     assert page.find("result").is_displayed()
+
+    # The good one stays where another fails after it.
+    shown = page.shown()
+    page.find("choose").send_keys(str(damaged))
+    page.until(lambda: page.state() == "error")
+    assert page.shown() == shown
+    assert page.find("result").is_displayed() and page.find("contour").is_displayed()
+    assert page.find("problem-kept").is_displayed()
+    assert not page.find("retry").is_displayed()
 
 
 @pytest.mark.parametrize("way", ["drop", "paste"])
@@ -248,13 +271,45 @@ def test_a_photo_that_the_browser_cannot_show_gets_its_mask(page: Page, tmp_path
 def test_a_server_that_is_gone_is_told_and_can_be_tried_again(page: Page) -> None:
     page.open()
     page.driver.execute_cdp_cmd("Network.enable", {})
-    page.driver.execute_cdp_cmd("Network.setBlockedURLs", {"urls": ["*/segment*"]})
+    page.driver.execute_cdp_cmd("Network.setBlockedURLs", {"urls": ["*/segment*", "*/model*"]})
     page.find("example").click()
     page.until(lambda: page.state() == "error")
     assert "cannot be reached" in page.text("problem")
+    # The photo stays; the dot tells of the server.
+    assert page.find("photo").is_displayed()
+    page.until(lambda: page.find("server").get_attribute("data-ready") == "false")
     page.driver.execute_cdp_cmd("Network.setBlockedURLs", {"urls": []})
     page.find("retry").click()
     page.until_done()
+    page.until(lambda: page.find("server").get_attribute("data-ready") == "true")
+
+
+@pytest.mark.parametrize(
+    ("fill", "words"),
+    [
+        (
+            "for (const name of ['a.jpg', 'b.jpg']) data.items.add(new File([blob], name))",
+            "2 files were dropped; this page takes one at a time: a.jpg.",
+        ),
+        ("data.setData('text/uri-list', 'https://example.org/a.jpg')", "Only the address"),
+        ("data.setData('text/plain', 'a lesion')", "No photo was dropped"),
+    ],
+    ids=["several", "web image", "text"],
+)
+def test_a_drop_that_is_not_one_photo_gets_a_word(page: Page, fill: str, words: str) -> None:
+    page.open()
+    page.run(
+        f"""
+        fetch("page/example.jpg").then((response) => response.blob()).then((blob) => {{
+          const data = new DataTransfer();
+          {fill};
+          document.body.dispatchEvent(
+            new DragEvent("drop", {{dataTransfer: data, bubbles: true, cancelable: true}}));
+        }});
+        """
+    )
+    page.until(page.find("note").is_displayed)
+    assert words in page.text("note")
 
 
 def test_everything_that_can_be_focused_has_a_name(page: Page) -> None:
