@@ -89,8 +89,8 @@ def _regions(mask: NDArray[np.bool_]) -> list[list[_Run]]:
 def _packed_runs(packed: NDArray[np.uint8]) -> list[_Run]:
     """The runs of packed bits, by rows; only bytes in which one begins or ends are unpacked."""
     here = np.pad(packed, ((0, 0), (0, 1)))
-    before = here >> 1
-    before[:, 1:] |= here[:, :-1] << 7
+    before = here >> np.uint8(1)
+    before[:, 1:] |= here[:, :-1] << np.uint8(7)
     rows, starts = _bits(here & ~before)
     _, ends = _bits(before & ~here)
     return list(zip(rows, starts, ends, strict=True))
