@@ -14,6 +14,7 @@ Who asks for another protocol (`Upgrade`) is answered in HTTP/1.1, as RFC 9110 (
 
 import asyncio
 import json
+import re
 from http import HTTPStatus
 from typing import Any
 
@@ -49,6 +50,9 @@ _ALWAYS_ANSWERED = {
 
 # Requests that a client may send without waiting for the answers to those before.
 _MAX_PIPELINE = 32
+
+# Where a head or a chunked body may end; the first bytes may be the end of what came before.
+_ENDS = re.compile(rb"\A(?:\n\r\n|\r?\n)|\r\n\r\n")
 
 
 class _Refused(Exception):
@@ -87,6 +91,8 @@ class Connection(HttpToolsProtocol):
         self._running: RequestResponseCycle | None = None
         self._refused = False
         self._in_body = False
+        self._is_chunked = False
+        self._content_length = 0
         self._body_bytes = 0
         self._head_bytes = 0
         self._bytes_between_bodies = 0
@@ -133,6 +139,24 @@ class Connection(HttpToolsProtocol):
             self._expect_head()
 
     def _parse(self, data: bytes) -> None:
+        """Give the parser one head or body at a time, and after a chunked one a new parser.
+
+        The old one would take the last trailer for the first header of the next request.
+        """
+        start = 0
+        while start < len(data):
+            if self._in_body and not self._is_chunked:
+                end = min(len(data), start + self._content_length - self._body_bytes)
+            else:
+                found = _ENDS.search(data, start)
+                end = found.end() if found else len(data)
+            self._feed(data[start:end])
+            start = end
+            if self._is_chunked and not self._in_body:
+                self._is_chunked = False
+                self._renew_parser()
+
+    def _feed(self, data: bytes) -> None:
         while True:
             try:
                 self.parser.feed_data(data)
@@ -141,9 +165,12 @@ class Connection(HttpToolsProtocol):
                 # The parser takes the body for another protocol's bytes, and cannot be told
                 # otherwise; so a new one reads the request without that header.
                 data = self._head_without_upgrade() + data[upgrade.args[0] :]
-                self.parser = httptools.HttpRequestParser(self)
-                # As uvicorn does.
-                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+                self._renew_parser()
+
+    def _renew_parser(self) -> None:
+        self.parser = httptools.HttpRequestParser(self)
+        # As uvicorn does.
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
 
     def _head_without_upgrade(self) -> bytes:
         version = self.parser.get_http_version().encode()
@@ -152,6 +179,12 @@ class Connection(HttpToolsProtocol):
         return b"\r\n".join(lines) + b"\r\n\r\n"
 
     def on_message_begin(self) -> None:
+        if self._is_chunked:
+            # Its parser may hold a trailer still.
+            self._refuse(
+                HTTPStatus.BAD_REQUEST, "malformed", "A request follows where none can begin."
+            )
+            raise _Refused
         super().on_message_begin()
         self._head_bytes = 0
         self._expect_head()
@@ -192,6 +225,9 @@ class Connection(HttpToolsProtocol):
             self._head_timer.cancel()
             self._head_timer = None
         self._in_body = True
+        headers = dict(self.headers)
+        self._is_chunked = b"transfer-encoding" in headers
+        self._content_length = int(headers.get(b"content-length", 0))
         self._body_bytes = 0
         self._bytes_between_bodies = 0
         self._watch_body()
