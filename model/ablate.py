@@ -29,10 +29,11 @@ from model.config import (
     load_config,
     parse_overrides,
 )
-from model.data import DataError, Sample, add_data_arguments, find_samples, select
+from model.data import Sample, add_data_arguments, find_samples, select
 from model.evaluate import evaluate, load_network
 from model.files import replacing
 from model.train import TrainingError, split_samples, train
+from model.truth import DataError
 
 GROUPS = {
     "table4": ("base", "base+pam", "base+cam", "no-multiscale", "paper"),

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from model.config import ConfigError
-from model.data import DataError, add_data_arguments
+from model.data import add_data_arguments
 from model.files import replacing
 from model.generator import Generator, save_generator
 from model.train import load_run, prepare, score_selections, weights_metadata
+from model.truth import DataError
 
 
 def mean_network(generators: list[Generator]) -> Generator:

@@ -2,8 +2,9 @@
 Dermoscopic data sets: finding image and mask pairs, splitting them by id, caching them as pixels.
 
 Official layouts (ISIC 2016, 2017, 2018, PH2) are recognised by their folder names; any other folder
-pair holds `X.jpg|png|bmp|...` and `X_segmentation.png`. The whole set is decoded once, by the very
-function that serving uses, and kept as uint8, so that an epoch never waits for the disk.
+pair holds `X.jpg|png|bmp|...` and `X_segmentation.png` or the like (`model.truth`). The whole set
+is decoded once, by the very function that serving uses, and kept as uint8, so that an epoch never
+waits for the disk.
 """
 
 from __future__ import annotations
@@ -26,13 +27,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from model.files import replacing
-from model.image import FORMATS, ImageError, read_photo
-from model.metrics import LESION_ABOVE
+from model.image import ImageError, read_photo
+from model.truth import IMAGE_SUFFIXES, DataError, find_masks, find_photos, read_truth
 
 Split = Literal["training", "validation", "test"]
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-MASK_ENDINGS = ("_segmentation.png", "_Segmentation.png", "_lesion.bmp", "_segmentation.bmp")
 
 _PARTS_2017: tuple[tuple[Split, str], ...] = (
     ("training", "Training"),
@@ -54,10 +52,6 @@ _LAYOUTS: tuple[tuple[str, Split, str, str], ...] = (
         for split, part in _PARTS_2018
     ),
 )
-
-
-class DataError(ValueError):
-    """The data cannot be used as it is; the message names the file or id, and the fix."""
 
 
 @dataclass(frozen=True)
@@ -90,25 +84,15 @@ def find_pairs(
     for folder in (images, masks):
         if not folder.is_dir():
             raise DataError(f"{folder} is not a folder")
-    by_id: dict[str, Path] = {}
-    for path in sorted(masks.iterdir()):
-        for ending in MASK_ENDINGS:
-            if path.name.endswith(ending):
-                by_id[path.name.removesuffix(ending)] = path
-    samples, missing = [], []
-    for path in sorted(images.iterdir()):
-        is_mask = path.name.endswith((*MASK_ENDINGS, "_superpixels.png"))
-        if is_mask or path.name.startswith(".") or path.suffix.lower() not in IMAGE_SUFFIXES:
-            continue
-        if path.stem in by_id:
-            samples.append(Sample(path.stem, path, by_id[path.stem], origin, split))
-        else:
-            missing.append(path)
+    photos = find_photos(images)
+    found = find_masks(photos, masks)
+    samples = [Sample(photo.stem, photo, mask, origin, split) for photo, mask in found.items()]
+    missing = [photo for photo in photos if photo not in found]
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        more = f" and {len(missing) - 1} more have" if len(missing) > 1 else " has"
         raise DataError(
-            f"{missing[0]}{more} {'have' if more else 'has'} no mask: expected "
-            f"{masks / missing[0].stem}_segmentation.png; add the mask or remove the image"
+            f"{missing[0]}{more} no mask: expected {masks / missing[0].stem}_segmentation.png; "
+            "add the mask or remove the image"
         )
     if not samples:
         raise DataError(f"{images} holds no images ({', '.join(IMAGE_SUFFIXES)})")
@@ -141,8 +125,10 @@ def find_samples(root: Path) -> list[Sample]:
     for images, masks in (("images", "masks"), ("images", "images")):
         if (root / images).is_dir() and (root / masks).is_dir():
             return find_pairs(root / images, root / masks)
-    if any(path.name.endswith(MASK_ENDINGS) for path in root.iterdir()):
-        return find_pairs(root, root)
+    if photos := find_photos(root):
+        for masks_folder in (root, root / "masks"):
+            if masks_folder.is_dir() and find_masks(photos, masks_folder):
+                return find_pairs(root, masks_folder)
     raise DataError(
         f"{root} holds no data set: no folders of an official layout, no images/ beside masks/, "
         "and no X_segmentation.png beside X.jpg"
@@ -215,34 +201,6 @@ class PixelSet:
     masks: NDArray[np.uint8]
 
 
-def read_truth(path: Path) -> NDArray[np.bool_]:
-    """
-    Read a mask: bool [height, width], lesion above 128 as the official scorer has it.
-
-    Raises:
-        DataError: it does not decode, or is no black and white picture with lesion in white.
-    """
-    try:
-        with Image.open(path, formats=FORMATS) as file:
-            if file.mode == "1":
-                return np.asarray(file)
-            grey = np.asarray(file.convert("L"))
-    except Exception as error:  # Pillow's errors on damaged files are an open list
-        raise DataError(f"{path} does not decode as a mask ({error}): replace it") from error
-    brightest = int(grey.max())
-    if 0 < brightest <= LESION_ABOVE:
-        raise DataError(
-            f"{path} has no value above {LESION_ABOVE}, the brightest is {brightest}: store lesion"
-            " as 255 and the rest as 0"
-        )
-    if np.mean((grey > 63) & (grey < 192)) > 0.1:  # resizing leaves some at the border
-        raise DataError(
-            f"{path} is not black and white, over 10 % of it is grey: a mask is expected,"
-            " lesion 255 and the rest 0"
-        )
-    return grey > LESION_ABOVE
-
-
 def read_mask(
     path: Path, side: int, frame: tuple[int, int], allow_uniform: bool
 ) -> NDArray[np.uint8]:
@@ -285,7 +243,7 @@ def load_pixels(
     ids = tuple(s.id for s in samples)
     entry = None
     if cache is not None:
-        key = hashlib.sha256(f"2 {side} {allow_uniform}".encode())
+        key = hashlib.sha256(f"3 {side} {allow_uniform}".encode())
         for sample in samples:
             for path in (sample.image, sample.mask):
                 stat = path.stat()

@@ -22,11 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ConfigError
-from model.data import DataError, add_data_arguments, find_samples, load_pixels, select
+from model.data import add_data_arguments, find_samples, load_pixels, select
 from model.files import replacing
 from model.image import MODEL_SIZE
 from model.metrics import LESION_ABOVE, count, jaccard
 from model.train import STORED_SIZE, load_run, split_samples
+from model.truth import DataError
 
 
 @torch.inference_mode()

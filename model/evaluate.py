@@ -5,7 +5,7 @@ Score a network on any folder pair, at the size of the masks.
     python -m model.evaluate --images DIR --masks DIR --model runs/a/best.safetensors \
         --report a.json --gallery a-gallery
 
-`X.jpg|png|bmp|…` belongs to `X_segmentation.png`; both may lie in one folder. Every image is
+`X.jpg|png|bmp|…` belongs to `X_segmentation.png` or the like (`model.truth`). Every image is
 squashed to the network's input, its probabilities are up-sampled to the mask's size and thresholded
 there. Figures are per image, then averaged (`model.metrics`). Everything is checked before the
 network runs.
@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from model.data import DataError, Sample, find_pairs, read_truth
+from model.data import Sample, find_pairs
 from model.image import MODEL_SIZE, ImageError, Photo, lesion_mask, read_photo
 from model.metrics import (
     METRICS,
@@ -41,6 +41,7 @@ from model.metrics import (
 )
 from model.regions import largest_part, largest_region
 from model.tables import to_cell
+from model.truth import DataError, read_truth
 
 WEIGHTS = Path(__file__).parent / "weights" / "slsnet.onnx"
 
@@ -96,12 +97,17 @@ class Evaluation:
         return {
             **macro_average(self.confusion),
             "count": len(self.cases),
+            "uniform_masks": self.uniform_masks(),
             "threshold": self.threshold,
             "jaccard_standard_error": float(spread),
             "calibration_error": self.calibration.error(),
             "jaccard_by_threshold": {f"{t:.2f}": value for t, value in self.sweep.items()},
             "model": {"file": self.network.path.name, **self.network.metadata},
         }
+
+    def uniform_masks(self) -> list[str]:
+        """Ids whose mask is all lesion or has none: an oversight as a rule."""
+        return [case.sample.id for case in self.cases if case.lesion_share in (0, 1)]
 
     def rows(self) -> Iterator[dict[str, str | int | float]]:
         """One row a case, for a CSV."""
@@ -399,6 +405,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.exit(1, f"{parser.prog}: error: {error}: pip install -r requirements-train.txt\n")
     except (ValueError, OSError) as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
+    if uniform := evaluation.uniform_masks():
+        shown = ", ".join(uniform[:5]) + (", …" if len(uniform) > 5 else "")
+        print(
+            f"{parser.prog}: warning: masks that are empty or all lesion ({len(uniform)}): {shown}",
+            file=sys.stderr,
+        )
     for name in (*METRICS, "calibration_error", "count"):
         value = report[name]
         print(f"{name:>18}  {value if name == 'count' else format(value, '.4f')}")

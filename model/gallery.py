@@ -20,10 +20,10 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from model.data import read_truth
 from model.evaluate import Case, Evaluation
 from model.image import lesion_mask, read_photo, unpack_mask
 from model.metrics import LESION_ABOVE, METRICS, jaccard
+from model.truth import read_truth
 
 CASES_EACH = 6
 """How many worst, median and best cases are shown."""

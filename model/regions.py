@@ -5,6 +5,7 @@ framed on one.
 """
 
 import itertools
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,9 +97,9 @@ def _packed_runs(packed: NDArray[np.uint8]) -> list[_Run]:
     return list(zip(rows, starts, ends, strict=True))
 
 
-def _bits(packed: NDArray[np.uint8]) -> tuple[list[int], list[int]]:
+def _bits(packed: NDArray[np.integer[Any]]) -> tuple[list[int], list[int]]:
     rows, columns = np.nonzero(packed)
-    which, bit = np.nonzero(np.unpackbits(packed[rows, columns, None], axis=1))
+    which, bit = np.nonzero(np.unpackbits(packed[rows, columns, None].astype(np.uint8), axis=1))
     return rows[which].tolist(), (columns[which] * 8 + bit).tolist()
 
 

@@ -47,7 +47,6 @@ from model.config import (
     parse_overrides,
 )
 from model.data import (
-    DataError,
     PixelSet,
     Sample,
     add_data_arguments,
@@ -62,6 +61,7 @@ from model.files import replacing
 from model.generator import Generator, save_generator
 from model.metrics import LESION_ABOVE, THRESHOLD_JACCARD
 from model.teacher import Teacher
+from model.truth import DataError
 
 STORED_SIZE = 256  # side at which the set is kept, pixels; augmentation warps it, then pools
 SAVE_EVERY_S = 15.0  # a checkpoint at every epoch's end, but not more often than this

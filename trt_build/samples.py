@@ -1,7 +1,7 @@
 """Photos to calibrate on and to hold an engine against, with their true masks where there are any.
 
 A folder in the ISIC layout: ``NAME.jpg`` (or ``.png``), and the truth as ``NAME_segmentation.png``
-in the same folder or another.
+in the same folder or another; other names of masks are those of ``model.truth``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from model.image import read_photo
-from model.metrics import LESION_ABOVE
+from model.truth import find_masks, find_photos, read_truth
 
 REFERENCE = Path(__file__).parent / "reference"
 """Generated lesions with their masks, shipped: the gate runs on them where no folder is given."""
@@ -40,30 +40,25 @@ class Sample:
 def load_samples(images: Path, masks: Path | None = None, limit: int | None = None) -> list[Sample]:
     """Read up to ``limit`` photos of a folder, spread evenly over its sorted names.
 
-    Raises FileNotFoundError where the folder holds none, model.image.ImageError for a bad one.
+    Raises FileNotFoundError where the folder holds none, model.image.ImageError for a bad one and
+    model.truth.DataError for a bad mask.
     """
-    files = sorted(
-        path
-        for pattern in ("*.jpg", "*.jpeg", "*.png")
-        for path in images.glob(pattern)
-        if not path.stem.endswith(("_segmentation", "_superpixels"))
-    )
+    files = find_photos(images) if images.is_dir() else []
     if not files:
-        raise FileNotFoundError(f"{images} holds no .jpg or .png photo")
+        raise FileNotFoundError(f"{images} holds no photo")
     if limit is not None and limit < len(files):
         files = [files[i * len(files) // limit] for i in range(limit)]
-    return [_load(path, (masks or images) / f"{path.stem}_segmentation.png") for path in files]
+    found = find_masks(files, masks or images)
+    return [_load(path, found.get(path)) for path in files]
 
 
-def _load(path: Path, mask: Path) -> Sample:
+def _load(path: Path, mask: Path | None) -> Sample:
     photo = read_photo(path.read_bytes())
     truth = None
-    if mask.exists():
-        with Image.open(mask) as picture:
-            grey = picture.convert("L").resize(
-                (photo.width, photo.height), Image.Resampling.NEAREST
-            )
-        truth = np.asarray(grey) > LESION_ABOVE
+    if mask is not None:
+        picture = Image.fromarray(read_truth(mask))
+        size = (photo.width, photo.height)
+        truth = np.asarray(picture.resize(size, Image.Resampling.NEAREST))
     return Sample(path.stem, photo.pixels, photo.width, photo.height, truth)
 
 

@@ -11,7 +11,6 @@ from PIL import Image
 
 import model.data
 from model.data import (
-    DataError,
     Sample,
     find_pairs,
     find_samples,
@@ -22,6 +21,7 @@ from model.data import (
     select,
 )
 from model.image import read_photo
+from model.truth import DataError
 from tests.lesions import encode_photo, lesion_photo
 from tests.model.tiny import write_isic2017, write_pair
 

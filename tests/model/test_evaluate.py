@@ -10,10 +10,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from model.data import DataError, find_pairs, read_truth
+from model.data import find_pairs
 from model.evaluate import THRESHOLDS, WEIGHTS, Network, evaluate, load_network, main
 from model.image import lesion_mask, read_photo, unpack_mask
 from model.metrics import METRICS
+from model.truth import DataError, read_truth
 from tests.lesions import encode_photo, lesion_photo, write_pairs
 
 KEYS = {"accuracy", "dice", "jaccard", "sensitivity", "specificity", "threshold_jaccard", "count"}

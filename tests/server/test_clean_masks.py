@@ -20,8 +20,7 @@ def faint(seed: int) -> NDArray[np.float32]:
     logit = ndimage.gaussian_filter(noise, 1.2) * 14
     y, x = np.mgrid[:128, :128]
     logit += 5 - np.hypot(x - 64, y - 60) / 5
-    probability: NDArray[np.float32] = (1 / (1 + np.exp(-logit))).astype(np.float32)
-    return probability
+    return np.asarray(1 / (1 + np.exp(-logit)), np.float32)
 
 
 @pytest.mark.parametrize("size", [(128, 128), (640, 480), (301, 777), (90, 61)])

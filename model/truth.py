@@ -1,0 +1,133 @@
+"""True masks: which file belongs to which photo, and what of it is lesion.
+
+Training, evaluation, calibration and parity all ask here, so that a folder means the same to each.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from model.image import FORMATS
+from model.metrics import LESION_ABOVE
+
+__all__ = ["IMAGE_SUFFIXES", "DataError", "find_mask", "find_masks", "find_photos", "read_truth"]
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+"""Of photos and masks, in any case."""
+
+_SURELY_A_MASK = "_segmentation"
+_MASK_ENDINGS = (_SURELY_A_MASK, "_lesion", "_mask")
+"""Of a mask's name without its suffix, after its photo's, in any case."""
+
+
+class DataError(ValueError):
+    """The data cannot be used as it is; the message names the file or id, and the fix."""
+
+
+def find_photos(folder: Path) -> list[Path]:
+    """The photos of a folder, sorted: all pictures but masks, superpixels and hidden files."""
+    pictures = [path for path in sorted(folder.iterdir()) if _is_picture(path)]
+    stems = {path.stem for path in pictures}
+    return [path for path in pictures if not _is_mask(path.stem, stems)]
+
+
+def find_mask(photo: Path, masks: Path) -> Path | None:
+    """
+    The mask of `photo` in the folder `masks`; None if there is none.
+
+    It is named as the photo is with `_segmentation`, `_lesion` or `_mask` after it, or, in another
+    folder than the photo's, just as the photo is. Any suffix of a picture does.
+
+    Raises:
+        DataError: two files could be it.
+    """
+    return find_masks([photo], masks).get(photo)
+
+
+def find_masks(photos: Iterable[Path], masks: Path) -> dict[Path, Path]:
+    """As `find_mask`, for many photos: the mask by its photo, where there is one."""
+    by_name: dict[str, list[Path]] = {}
+    for path in sorted(masks.iterdir()):
+        if _is_picture(path):
+            by_name.setdefault(path.stem.lower(), []).append(path)
+    found = {}
+    for photo in photos:
+
+        def named(*endings: str, photo: Path = photo) -> list[Path]:
+            return [
+                path
+                for ending in endings
+                for path in by_name.get((photo.stem + ending).lower(), ())
+                if path.stem.startswith(photo.stem)
+            ]
+
+        fitting = named(*_MASK_ENDINGS)
+        if not fitting and photo.parent.resolve() != masks.resolve():
+            fitting = named("")
+        if len(fitting) > 1:
+            raise DataError(
+                f"{fitting[0]} and {fitting[1].name} could both be the mask of {photo.name}:"
+                " remove one of them"
+            )
+        if fitting:
+            found[photo] = fitting[0]
+    return found
+
+
+def read_truth(path: Path) -> NDArray[np.bool_]:
+    """
+    Read a mask: bool [height, width], lesion above 128 as the official scorer has it.
+
+    Raises:
+        DataError: it does not decode, is transparent somewhere, or is no black and white picture
+            with lesion in white.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as file:
+            transparent = _is_transparent(file)
+            if file.mode == "1" and not transparent:
+                return np.asarray(file)
+            grey = np.asarray(file.convert("L"))
+    except Exception as error:  # Pillow's errors on damaged files are an open list
+        raise DataError(f"{path} does not decode as a mask ({error}): replace it") from error
+    if transparent:
+        raise DataError(
+            f"{path} is transparent in places, which may stand for lesion or for skin: save it"
+            " without transparency, lesion as 255 and the rest as 0"
+        )
+    brightest = int(grey.max())
+    if 0 < brightest <= LESION_ABOVE:
+        raise DataError(
+            f"{path} has no value above {LESION_ABOVE}, the brightest is {brightest}: store lesion"
+            " as 255 and the rest as 0"
+        )
+    if np.mean((grey > 63) & (grey < 192)) > 0.1:  # resizing leaves some at the border
+        raise DataError(
+            f"{path} is not black and white, over 10 % of it is grey: a mask is expected,"
+            " lesion 255 and the rest 0"
+        )
+    return grey > LESION_ABOVE
+
+
+def _is_transparent(file: Image.Image) -> bool:
+    """Whether any pixel is; an alpha channel that is opaque throughout says nothing."""
+    if not file.has_transparency_data:
+        return False
+    if file.mode.startswith("I"):  # has no way to RGBA
+        return True
+    return int(np.asarray(file.convert("RGBA").getchannel("A")).min()) < 255
+
+
+def _is_picture(path: Path) -> bool:
+    return not path.name.startswith(".") and path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def _is_mask(stem: str, stems: set[str]) -> bool:
+    """Whether a picture is a mask, or ISIC's superpixels, of another in its folder."""
+    lower = stem.lower()
+    return lower.endswith((_SURELY_A_MASK, "_superpixels")) or any(
+        lower.endswith(ending) and stem[: -len(ending)] in stems for ending in _MASK_ENDINGS
+    )
