@@ -30,4 +30,4 @@ def test_a_folder_without_photos_is_told(
 ) -> None:
     with pytest.raises(SystemExit):
         main(["--data", str(tmp_path)])
-    assert "holds no .jpg or .png photo" in capsys.readouterr().err
+    assert "holds no photo" in capsys.readouterr().err
