@@ -1,8 +1,8 @@
 """What the log looks like: a line of text for people, or of JSON for machines."""
 
+import atexit
 import contextlib
 import ctypes
-import io
 import json
 import logging
 import sys
@@ -10,7 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["configure", "silence_libtiff"]
+from server.log_writer import LogWriter
+
+__all__ = ["configure", "finish", "silence_libtiff"]
 
 _TEXT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
@@ -49,21 +51,30 @@ def silence_libtiff() -> None:
 
 
 def configure(level: str, form: Literal["text", "json"]) -> None:
-    """Log to stderr from `level` on.
+    """Log to stderr from `level` on, and let nobody wait for who reads it.
 
     Of other packages warnings alone: at debug level Pillow writes what a photo's EXIF says.
     """
-    # Unbuffered: what a full disk does not take must not be kept, nor tried once more at the end,
-    # where it would change the exit code.
-    sys.stderr = io.TextIOWrapper(
-        io.FileIO(2, "w", closefd=False),
-        encoding="utf-8",
-        errors="backslashreplace",
-        write_through=True,
-    )
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Json() if form == "json" else logging.Formatter(_TEXT))
+    formatter = _Json() if form == "json" else logging.Formatter(_TEXT)
+
+    def describe_loss(lines: int) -> str:
+        text = "%d lines of the log were lost, nobody took them in time"
+        arguments = ("slsnet.logs", logging.WARNING, __file__, 0, text, (lines,), None)
+        return formatter.format(logging.LogRecord(*arguments)) + "\n"
+
+    writer = LogWriter(2, describe_loss)
+    atexit.register(finish)
+    # All of it, tracebacks too: whoever reads it must not be able to stop a thread.
+    sys.stderr = writer
+    handler = logging.StreamHandler(writer)
+    handler.setFormatter(formatter)
     least = logging.getLevelNamesMapping()[level.upper()]
     logging.basicConfig(level=max(logging.WARNING, least), handlers=[handler])
     for name in ("slsnet", "uvicorn"):
         logging.getLogger(name).setLevel(least)
+
+
+def finish() -> None:
+    """Have written what was logged, as far as somebody takes it; for ends that are not orderly."""
+    if isinstance(sys.stderr, LogWriter):
+        sys.stderr.finish()

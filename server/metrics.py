@@ -16,6 +16,7 @@ from prometheus_client import (
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from server.backends import BackendInfo
+from server.log_writer import lost_lines
 from server.shared_metrics import PLACE, SHARED_FOLDER
 
 __all__ = ["SHARED", "Metrics"]
@@ -128,6 +129,12 @@ class Metrics:
             ["reason"],
             registry=self.registry,
         )
+        self._lines_counted = 0
+        self.log_lines_lost = Counter(
+            "slsnet_log_lines_lost",
+            "Lines of the log that nobody took in time, or the disk had no room for",
+            registry=self.registry,
+        )
         self.admitted = Gauge(
             "slsnet_requests_in_flight",
             "Segmentation requests being worked on or waiting",
@@ -186,6 +193,9 @@ class Metrics:
         """Read what is observed; where processes share their metrics, others show it from here."""
         for gauge, read in self._observed:
             gauge.set(read())
+        lost = lost_lines()
+        self.log_lines_lost.inc(lost - self._lines_counted)
+        self._lines_counted = lost
 
     def serves(self, backend: BackendInfo) -> None:
         """`backend` serves from now on, and no other."""

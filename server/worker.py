@@ -30,7 +30,7 @@ from server.app import create_app
 from server.backends import BackendError
 from server.connections import Connection, House
 from server.keys import KeyFileError
-from server.logs import configure, silence_libtiff
+from server.logs import configure, finish, silence_libtiff
 from server.service import Service
 from server.settings import Settings, read_settings
 from server.shared_metrics import SHARED_FOLDER
@@ -184,6 +184,7 @@ class _Server(uvicorn.Server):
 def _end_at_last() -> None:
     """A thread that never comes back, say one in a driver, would hold up the end for ever."""
     log.error("something does not end: the process is ended")
+    finish()
     os._exit(1)
 
 

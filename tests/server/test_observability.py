@@ -155,6 +155,7 @@ def test_metrics_tell_what_an_operator_needs(server: ServerProcess, photos: list
         "slsnet_bytes_in_flight",
         "slsnet_circuit_open",
         "slsnet_connections_refused",
+        "slsnet_log_lines_lost",
         "slsnet_dropped",
         "slsnet_pixels_decoding",
         "slsnet_queue_age_seconds",
