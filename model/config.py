@@ -131,7 +131,7 @@ class TrainConfig:
     clip_norm: float = 1.0  # 0: no clipping
     ema_decay: float = 0.998  # exponential average of the weights, which is what is kept; 0: none
     pam_wake: float = 0.6  # share of the schedule with the 1/2-resolution PAMs asleep at η = 0
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the processor has it
     early_stop: int = 0  # epochs without a better validation Jaccard; 0: never
     validate_every: int = 1  # epochs
     seed: int = 0

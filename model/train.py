@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import functools
 import math
 import os
 import sys
@@ -65,6 +66,7 @@ from model.truth import DataError
 
 STORED_SIZE = 256  # side at which the set is kept, pixels; augmentation warps it, then pools
 SAVE_EVERY_S = 15.0  # a checkpoint at every epoch's end, but not more often than this
+TELL_EVERY_S = 10.0  # after the first step, a line of progress is written so often at most
 
 
 class TrainingError(RuntimeError):
@@ -175,6 +177,9 @@ class Trainer:
         self.network.train()
         writer = self._tensorboard()
         started, first, saved = time.monotonic(), progress.epoch, -math.inf
+        first_step, told = progress.step, -math.inf
+        if self.rank == 0:
+            _announce(config, self.device, len(self.ids), self.steps_per_epoch)
         while progress.epoch < config.epochs and not progress.stopped:
             begun = time.monotonic()
             order = torch.from_numpy(
@@ -191,6 +196,15 @@ class Trainer:
                 for name, value in terms.items():
                     sums[name] = sums.get(name, 0) + value
                 progress.step += 1
+                if self.rank == 0 and time.monotonic() - told > TELL_EVERY_S:
+                    told = time.monotonic()
+                    done = progress.step - first_step
+                    left = (told - started) / done * (self.total_steps - progress.step)
+                    _tell(
+                        f"epoch {progress.epoch + 1}/{config.epochs} step {i + 1}/"
+                        f"{self.steps_per_epoch}",
+                        left,
+                    )
             # the last step's loss was a number before it; are the weights after it?
             finite = torch.stack([t.isfinite().all() for t in self._averages]).all()
             bad = torch.where((bad < 0) & ~finite, progress.step - 1, bad)
@@ -229,10 +243,11 @@ class Trainer:
                 elapsed = time.monotonic() - started
                 left = elapsed / (progress.epoch - first) * (config.epochs - progress.epoch)
                 _report(row, config.epochs, left)
+                told = time.monotonic()
                 if writer is not None:
                     self._log(writer, row)
-                done = progress.stopped or progress.epoch == config.epochs
-                if done or time.monotonic() - saved > SAVE_EVERY_S:
+                ended = progress.stopped or progress.epoch == config.epochs
+                if ended or time.monotonic() - saved > SAVE_EVERY_S:
                     if writer is not None:
                         writer.flush()  # a resumed run does not log these epochs again
                     self.save()
@@ -494,9 +509,26 @@ class _StepGraph:
 
 def _initialise(network: nn.Module, path: Path) -> None:
     try:
-        network.load_state_dict(load_file(path))
+        given = load_file(path)
     except Exception as error:  # safetensors raises its own untyped errors
-        raise ConfigError(f"init: {path} does not fit this network: {error}") from error
+        raise ConfigError(f"init: {path} holds no readable weights: {error}") from error
+    wanted = network.state_dict()
+    both = given.keys() & wanted.keys()
+    differences = {
+        "missing": sorted(wanted.keys() - both),
+        "unknown": sorted(given.keys() - both),
+        "of another shape": sorted(n for n in both if given[n].shape != wanted[n].shape),
+    }
+    if told := [
+        f"{len(names)} {what} (the first: {names[0]})"
+        for what, names in differences.items()
+        if names
+    ]:
+        raise ConfigError(
+            f"init: {path} does not fit this network: of its {len(wanted)} tensors "
+            f"{', '.join(told)}; start from weights of the same `network` and `generator`"
+        )
+    network.load_state_dict(given)
 
 
 def _floats(network: nn.Module) -> list[Tensor]:
@@ -555,10 +587,22 @@ def _report(row: dict[str, float], epochs: int, left: float) -> None:
     figures = " ".join(
         f"{k}={v:.4f}" for k, v in row.items() if k == "loss" or k.endswith("_jaccard")
     )
+    _tell(f"epoch {int(row['epoch'])}/{epochs} {figures} {row['images_per_s']:.1f} images/s", left)
+
+
+def _tell(what: str, left: float) -> None:
     minutes, seconds = divmod(int(left), 60)
+    print(f"{what} left {minutes}:{seconds:02d}", file=sys.stderr, flush=True)
+
+
+def _announce(config: TrainConfig, device: torch.device, photos: int, steps: int) -> None:
+    precision = chosen_precision(config, device)
+    why = ""
+    if device.type == "cpu" and not has_bf16(device):
+        why = " (this processor has no bf16 instructions"
+        why += ", emulated: precision=fp32 is faster)" if precision == "bf16" else ")"
     print(
-        f"epoch {int(row['epoch'])}/{epochs} {figures} {row['images_per_s']:.1f} images/s "
-        f"left {minutes}:{seconds:02d}",
+        f"{photos} photos, {steps} steps an epoch, on {device.type} in {precision}{why}",
         file=sys.stderr,
         flush=True,
     )
@@ -637,11 +681,31 @@ def load_run(run: Path, device: torch.device) -> tuple[TrainConfig, nn.Module]:
     return config, network.to(device).eval()
 
 
+@functools.cache
+def has_bf16(device: torch.device) -> bool:
+    """Whether the processor computes in bf16 itself; where it emulates it, it is slower."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    # x86 and Arm name them so
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags.split())
+
+
+def chosen_precision(config: TrainConfig, device: torch.device) -> str:
+    """What `precision` means on `device`: itself, or for `auto` what is faster there."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16" if has_bf16(device) else "fp32"
+
+
 def _autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(
         device.type,
         torch.bfloat16,
-        enabled=config.precision == "bf16",
+        enabled=chosen_precision(config, device) == "bf16",
         cache_enabled=False,  # a captured graph must own its casts
     )
 

@@ -257,7 +257,10 @@ def test_uniform_masks_can_be_allowed(tmp_path: Path) -> None:
         (["--resume"], "config.yaml does not exist; start the run without --resume"),
         (["--data", "nowhere"], "nowhere is not a folder"),
         ([*tiny_flags(), "--set", "batch_size=64"], "batch_size 64 is larger than the training se"),
-        ([*tiny_flags(), "--set", "init=no.safetensors"], "init: no.safetensors does not fit"),
+        (
+            [*tiny_flags(), "--set", "init=no.safetensors"],
+            "init: no.safetensors holds no readable weights",
+        ),
         (
             [*tiny_flags(), "--set", "data.teacher=no.npz", "--set", "loss.teacher=0.5"],
             "data.teacher: no.npz was not written by model.distill",
