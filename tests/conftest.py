@@ -61,7 +61,7 @@ def many_photos(data_dir: Path | None) -> list[Sample]:
 @pytest.fixture(scope="session")
 def two_lesions() -> bytes:
     """A photo in which the network finds a large lesion and a small one."""
-    large, small = lesion_photo(2, 320, 400), lesion_photo(7, 160, 400)
+    large, small = lesion_photo(2, 320, 400), lesion_photo(3, 160, 400)
     return encode_photo(np.concatenate([large.pixels, small.pixels], axis=1), "PNG")
 
 
