@@ -5,6 +5,7 @@ import dataclasses
 from enum import StrEnum
 from typing import Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.image import encode_png, lesion_mask
@@ -34,6 +35,7 @@ class MaskFormat(StrEnum):
     PNG = "png"
     RLE = "rle"
     POLYGONS = "polygons"
+    PROBABILITIES = "probabilities"
 
 
 class _Answer(BaseModel):
@@ -69,6 +71,13 @@ class Mask(_Answer):
         description="for each separate part its rings of [x, y], the outer one first, holes after"
         " it; in pixels of the mask, from its upper left corner",
         examples=[[[[412.5, 300.25], [530.75, 310.5], [470.0, 402.25]]]],
+    )
+    probabilities: str | None = Field(
+        None,
+        description="the network's map, whatever the size asked for: unsigned integers of 16 bits,"
+        " the lower byte first, row by row, 65535 for 1; in base64. Up-sampled bilinearly, with"
+        " half-pixel centres and clamped edges, it gives the mask of any threshold",
+        examples=["AAABAAMA//8="],
     )
 
 
@@ -247,6 +256,10 @@ def json_answer(
         mask.png = base64.b64encode(encode_png(packed, width, height)).decode("ascii")
     elif mask_format is MaskFormat.RLE:
         mask.rle = CocoRle.model_validate(coco_rle(packed, width))
+    elif mask_format is MaskFormat.PROBABILITIES:
+        mask.height, mask.width = segmentation.probability.shape
+        levels = np.rint(segmentation.probability * np.float32(65535)).astype("<u2")
+        mask.probabilities = base64.b64encode(levels.tobytes()).decode("ascii")
     else:
         mask.polygons = polygons(segmentation.probability, width, height, threshold, clean=clean)
     lesion = measure(packed, width)
@@ -272,7 +285,7 @@ def json_answer(
         timings_ms=timings_ms,
     )
     # A mask has one form: the others are left out rather than null.
-    absent = {"mask": {"png", "rle", "polygons"} - {mask_format.value}}
+    absent = {"mask": set(MaskFormat) - {mask_format}}
     return answer.model_dump_json(exclude=absent, ensure_ascii=True).encode()
 
 

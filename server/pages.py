@@ -22,6 +22,7 @@ _TYPES = {
     "app.js": "text/javascript",
     "example.jpg": "image/jpeg",
     "icon.svg": "image/svg+xml",
+    "mask.js": "text/javascript",
     "style.css": "text/css",
 }
 

@@ -58,7 +58,7 @@ MaskSize = Annotated[
 
 MaskForm = Annotated[
     MaskFormat,
-    Query(description="how a JSON answer holds the mask; `rle` and `polygons` ask for JSON"),
+    Query(description="how a JSON answer holds the mask; all but `png` ask for JSON"),
 ]
 
 TimeoutMs = Annotated[

@@ -1,7 +1,8 @@
 // A photo → POST /segment → its outline over the photo. Nothing here comes from, or goes, elsewhere.
 
+import { decode, encodePng, largestRegion, lesionMask, outline } from "./mask.js";
+
 const STAGES = ["read", "decode", "queue", "infer", "encode"];
-const SLIDER_PAUSE_MS = 150;
 const SERVER_PAUSE_MS = 10_000;
 const SERVER_PAUSE_GONE_MS = 2_000;
 
@@ -30,7 +31,7 @@ const number = new Intl.NumberFormat("en");
 let photo = null;
 let photoUrl = null;
 let request = null;
-let sliderPause = 0;
+let drawing = 0;
 let serverPause = 0;
 
 /** The last photo that was answered, with its answer: what an error leaves on show. */
@@ -94,13 +95,13 @@ async function segment() {
   byId("result").hidden = false;
   byId("announce").textContent = "Working on the photo";
   try {
-    const response = await post("json&mask=polygons", controller.signal);
-    const answer = await response.json();
+    const { answer, header } = await post(controller.signal);
     if (request !== controller) return;
-    const milliseconds = timings(response.headers.get("Server-Timing"));
+    const milliseconds = timings(header);
     if (good && good.url !== photoUrl) URL.revokeObjectURL(good.url);
-    good = { photo, url: photoUrl, answer, milliseconds };
-    show(answer, milliseconds);
+    good = { photo, url: photoUrl, map: decode(answer.mask), size: answer.image, mask: null };
+    show();
+    showTimings(milliseconds);
     setState("done");
     tellServer();
   } catch (error) {
@@ -109,27 +110,44 @@ async function segment() {
   }
 }
 
-/** The answer to the photo at the slider's threshold, cleaned if so chosen; throws what `fail` shows. */
-async function post(format, signal) {
-  let response;
-  try {
-    const query = `threshold=${byId("threshold").value}&clean=${byId("clean").checked}`;
-    response = await fetch(`segment?format=${format}&${query}`, {
-      method: "POST",
-      // The server tells the type by the bytes.
-      headers: { "Content-Type": "application/octet-stream" },
-      body: photo,
-      signal,
-    });
-  } catch (error) {
-    throw signal?.aborted
-      ? error
-      : { status: 0, detail: "It is down, or the connection was lost." };
-  }
-  if (response.ok) return response;
-  const type = response.headers.get("Content-Type") ?? "";
-  if (type.startsWith("application/problem+json")) throw await response.json();
-  throw { status: response.status, detail: `It answered ${response.status} and gave no reason.` };
+/** The answer to the photo, with the network's probabilities; throws what `fail` shows. */
+function post(signal) {
+  const gone = { status: 0, detail: "It is down, or the connection was lost." };
+  return new Promise((resolve, reject) => {
+    // Unlike `fetch`, it tells how much has been sent.
+    const sending = new XMLHttpRequest();
+    sending.open("POST", "segment?format=json&mask=probabilities");
+    // The server tells the type by the bytes.
+    sending.setRequestHeader("Content-Type", "application/octet-stream");
+    sending.upload.onprogress = ({ loaded, total }) => {
+      byId("upload").hidden = loaded === total;
+      byId("upload").value = loaded / (total || 1);
+    };
+    sending.onloadend = () => {
+      byId("upload").hidden = true;
+    };
+    sending.onerror = () => reject(gone);
+    sending.onabort = () => reject(signal.reason);
+    sending.onload = () => {
+      const type = sending.getResponseHeader("Content-Type") ?? "";
+      let body = null;
+      try {
+        body = JSON.parse(sending.responseText);
+      } catch {
+        // What stands between here and the server may answer in HTML.
+      }
+      if (sending.status === 200 && body) {
+        resolve({ answer: body, header: sending.getResponseHeader("Server-Timing") });
+      } else if (body && type.startsWith("application/problem+json")) {
+        reject(body);
+      } else {
+        const detail = `It answered ${sending.status} and gave no reason.`;
+        reject({ status: sending.status, detail });
+      }
+    };
+    signal.addEventListener("abort", () => sending.abort());
+    sending.send(photo);
+  });
 }
 
 /** Tell what went wrong; `again` is what may help then. */
@@ -140,10 +158,10 @@ function fail(problem, again = retry) {
   if (good) {
     // What was found before stays; "Try again" is for the photo that failed.
     if (good.url !== photoUrl) showPhoto(good.url);
-    show(good.answer, good.milliseconds);
+    show();
   }
   setState("error");
-  byId("download").disabled = !good || good.photo !== photo;
+  byId("download").disabled = !good;
   byId("result").hidden = !good && !(passing && photo);
   byId("announce").textContent = "";
   byId("problem-title").textContent =
@@ -164,31 +182,38 @@ function retry() {
   segment();
 }
 
-function show(answer, milliseconds) {
-  const { mask, lesion } = answer;
-  byId("overlay").setAttribute("viewBox", `0 0 ${mask.width} ${mask.height}`);
-  const outline = mask.polygons
-    .flat()
-    .map((ring) => `M${ring.map(([x, y]) => `${x} ${y}`).join("L")}Z`)
-    .join("");
-  for (const id of ["shade", "halo", "contour"]) byId(id).setAttribute("d", outline);
+/** Mask, outline and figures of the good photo at the slider's threshold, cleaned if so chosen. */
+function show() {
+  const { size } = good;
+  const threshold = Number(byId("threshold").value);
+  const map = byId("clean").checked ? largestRegion(good.map, threshold) : good.map;
+  const mask = lesionMask(map, size.width, size.height, threshold);
+  good.mask = mask;
+  byId("overlay").setAttribute("viewBox", `0 0 ${size.width} ${size.height}`);
+  const path = outline(map, size.width, size.height, threshold);
+  for (const id of ["shade", "halo", "contour"]) byId(id).setAttribute("d", path);
   // Where the browser cannot show the photo, the frame takes its shape from the mask.
   const image = byId("photo");
-  image.setAttribute("width", answer.image.width);
-  image.setAttribute("height", answer.image.height);
+  image.setAttribute("width", size.width);
+  image.setAttribute("height", size.height);
 
-  const percent = (lesion.area_fraction * 100).toFixed(1);
+  const percent = ((mask.area / (size.width * size.height)) * 100).toFixed(1);
   byId("percent").textContent = percent;
-  byId("nothing").hidden = lesion.found;
-  byId("area").textContent = `${number.format(lesion.area)} px`;
-  byId("dimensions").textContent = `${answer.image.width} × ${answer.image.height} px`;
-  byId("box").textContent = lesion.bounding_box
-    ? `${lesion.bounding_box[2]} × ${lesion.bounding_box[3]} px`
-    : "–";
-  byId("announce").textContent = lesion.found
-    ? `The lesion covers ${percent} percent of the frame, ${number.format(lesion.area)} pixels.`
+  byId("nothing").hidden = mask.area > 0;
+  byId("area").textContent = `${number.format(mask.area)} px`;
+  byId("dimensions").textContent = `${size.width} × ${size.height} px`;
+  byId("box").textContent = mask.box ? `${mask.box[2]} × ${mask.box[3]} px` : "–";
+  byId("announce").textContent = mask.area
+    ? `The lesion covers ${percent} percent of the frame, ${number.format(mask.area)} pixels.`
     : "Nothing in this photo is above the threshold.";
-  showTimings(milliseconds);
+}
+
+/** Once a frame at most; while a photo is under way, its answer draws. */
+function redraw() {
+  cancelAnimationFrame(drawing);
+  drawing = requestAnimationFrame(() => {
+    if (good && document.body.dataset.state !== "busy") show();
+  });
 }
 
 function showTimings(milliseconds) {
@@ -228,20 +253,14 @@ function clearResult() {
 }
 
 async function download() {
-  byId("download").disabled = true;
-  try {
-    const response = await post("png");
-    const url = URL.createObjectURL(await response.blob());
-    const link = document.createElement("a");
-    link.href = url;
-    link.download = "lesion-mask.png";
-    link.click();
-    // The browser reads it after this task.
-    setTimeout(() => URL.revokeObjectURL(url), 10_000);
-    byId("download").disabled = false;
-  } catch (error) {
-    fail(error);
-  }
+  show();
+  const url = URL.createObjectURL(await encodePng(good.mask));
+  const link = document.createElement("a");
+  link.href = url;
+  link.download = "lesion-mask.png";
+  link.click();
+  // The browser reads it after this task.
+  setTimeout(() => URL.revokeObjectURL(url), 10_000);
 }
 
 /** The server's state beside the dot, now and from time to time. */
@@ -300,11 +319,10 @@ byId("photo").addEventListener("error", () => {
 
 byId("threshold").addEventListener("input", ({ target }) => {
   byId("threshold-value").textContent = Number(target.value).toFixed(2);
-  clearTimeout(sliderPause);
-  sliderPause = setTimeout(segment, SLIDER_PAUSE_MS);
+  redraw();
 });
 
-byId("clean").addEventListener("change", segment);
+byId("clean").addEventListener("change", redraw);
 
 for (const radio of document.querySelectorAll("input[name=view]")) {
   radio.addEventListener("change", () => {

@@ -284,6 +284,33 @@ def test_a_server_that_is_gone_is_told_and_can_be_tried_again(page: Page) -> Non
     page.until(lambda: page.find("server").get_attribute("data-ready") == "true")
 
 
+def test_slider_and_download_send_nothing_again(
+    page: Page, photo: Path, server: ServerProcess
+) -> None:
+    for old in page.downloads.iterdir():
+        old.unlink()
+    page.open()
+    page.find("choose").send_keys(str(photo))
+    page.until_done()
+    page.driver.execute_cdp_cmd("Network.enable", {})
+    page.driver.execute_cdp_cmd("Network.setBlockedURLs", {"urls": ["*"]})
+    page.find("threshold").send_keys(Keys.HOME)
+    wanted = {"format": "json", "threshold": "0.05"}
+    content = photo.read_bytes()
+    expected = httpx.post(f"{server.url}/segment", content=content, params=wanted).json()["lesion"]
+    page.until(lambda: page.text("percent") == f"{expected['area_fraction'] * 100:.1f}")
+    _, _, width, height = expected["bounding_box"]
+    assert page.text("box") == f"{width} × {height} px"
+    page.find("download").click()
+    saved = page.downloads / "lesion-mask.png"
+    page.until(saved.exists)
+    page.driver.execute_cdp_cmd("Network.setBlockedURLs", {"urls": []})
+    theirs = read_png(
+        httpx.post(f"{server.url}/segment", content=content, params={"threshold": 0.05}).content
+    )
+    assert (read_png(saved.read_bytes()) != theirs).mean() < 1e-4
+
+
 @pytest.mark.parametrize(
     ("fill", "words"),
     [

@@ -1,0 +1,225 @@
+// The network's probabilities → mask, figures, outline and PNG, as the server makes them: so that
+// another threshold needs no other request.
+
+/** `mask.probabilities` of an answer → numbers from 0 to 1, row by row. */
+export function decode({ width, height, probabilities }) {
+  const bytes = Uint8Array.from(atob(probabilities), (character) => character.charCodeAt(0));
+  const view = new DataView(bytes.buffer);
+  const values = Float32Array.from({ length: width * height }, (_, i) => view.getUint16(2 * i, true) / 65535);
+  return { width, height, values };
+}
+
+/** Leave only the largest region above the threshold, joined by edges, and fill its holes. */
+export function largestRegion({ width, height, values }, threshold) {
+  const label = new Int32Array(width * height);
+  const flood = (from, mark, inside) => {
+    const found = [from];
+    label[from] = mark;
+    for (let next = 0; next < found.length; next++) {
+      const at = found[next];
+      const column = at % width;
+      for (const [to, within] of [
+        [at - 1, column > 0],
+        [at + 1, column < width - 1],
+        [at - width, at >= width],
+        [at + width, at < width * (height - 1)],
+      ]) {
+        if (within && label[to] === 0 && inside(to)) {
+          label[to] = mark;
+          found.push(to);
+        }
+      }
+    }
+    return found;
+  };
+  let kept = [];
+  for (let at = 0; at < values.length; at++) {
+    if (values[at] > threshold && label[at] === 0) {
+      const region = flood(at, 1, (to) => values[to] > threshold);
+      if (region.length > kept.length) kept = region;
+    }
+  }
+  if (!kept.length) return { width, height, values };
+  const mine = new Uint8Array(values.length);
+  for (const at of kept) mine[at] = 1;
+  label.fill(0);
+  for (let at = 0; at < values.length; at++) {
+    const column = at % width;
+    const frame = column === 0 || column === width - 1 || at < width || at >= values.length - width;
+    if (frame && !mine[at] && label[at] === 0) flood(at, 1, (to) => !mine[to]);
+  }
+  const cleaned = values.map((value, at) => {
+    if (mine[at]) return value;
+    return label[at] === 0 ? 1 : value > threshold ? 0 : value;
+  });
+  return { width, height, values: cleaned };
+}
+
+/** For each output pixel: the source pixel before it, and the share of the next. */
+function positions(length, source) {
+  return Array.from({ length }, (_, i) => {
+    const at = Math.min(Math.max((i + 0.5) * (source / length) - 0.5, 0), source - 1);
+    return [Math.floor(at), at - Math.floor(at)];
+  });
+}
+
+/**
+ * The mask at the photo's size in packed bits, the leftmost pixel in the highest, with its figures.
+ *
+ * Bilinear, with half-pixel centres and clamped edges. Between two source columns on the same side
+ * of the threshold all pixels are on that side, so only where they differ is anything computed.
+ */
+export function lesionMask(map, width, height, threshold) {
+  const stride = Math.ceil(width / 8);
+  const bits = new Uint8Array(stride * height);
+  const across = positions(width, map.width);
+  const starts = new Int32Array(map.width + 1).fill(width);
+  for (let x = width - 1; x >= 0; x--) starts[across[x][0]] = x;
+  for (let c = map.width - 1; c >= 0; c--) starts[c] = Math.min(starts[c], starts[c + 1]);
+  const line = new Float32Array(map.width);
+  let [area, left, top, right, bottom] = [0, width, height, 0, 0];
+  positions(height, map.height).forEach(([row, down], y) => {
+    const upper = row * map.width;
+    const lower = Math.min(row + 1, map.height - 1) * map.width;
+    for (let c = 0; c < map.width; c++) {
+      line[c] = map.values[upper + c] + (map.values[lower + c] - map.values[upper + c]) * down;
+    }
+    const fill = (from, to) => {
+      if (to <= from) return;
+      area += to - from;
+      left = Math.min(left, from);
+      right = Math.max(right, to);
+      top = Math.min(top, y);
+      bottom = y + 1;
+      for (let x = from; x < to; x++) {
+        if ((x & 7) === 0 && x + 8 <= to) {
+          bits[y * stride + (x >> 3)] = 255;
+          x += 7;
+        } else bits[y * stride + (x >> 3)] |= 128 >> (x & 7);
+      }
+    };
+    for (let c = 0; c < map.width; c++) {
+      const next = line[Math.min(c + 1, map.width - 1)];
+      const above = line[c] > threshold;
+      if (above === next > threshold) {
+        if (above) fill(starts[c], starts[c + 1]);
+        continue;
+      }
+      for (let x = starts[c]; x < starts[c + 1]; x++) {
+        if (line[c] + (next - line[c]) * across[x][1] > threshold) fill(x, x + 1);
+      }
+    }
+  });
+  const box = area ? [left, top, right - left, bottom - top] : null;
+  return { bits, width, height, area, box };
+}
+
+/** The outline as an SVG path in pixels of the photo: marching squares on a finer grid. */
+export function outline(map, width, height, threshold) {
+  const fine = 4;
+  const [columns, rows] = [map.width * fine, map.height * fine];
+  const across = positions(columns, map.width);
+  const down = positions(rows, map.height);
+  // A border below the threshold closes the rings at the frame.
+  const wide = columns + 2;
+  const grid = new Float32Array(wide * (rows + 2)).fill(-1);
+  down.forEach(([r, v], y) => {
+    const upper = r * map.width;
+    const lower = Math.min(r + 1, map.height - 1) * map.width;
+    across.forEach(([c, u], x) => {
+      const d = Math.min(c + 1, map.width - 1);
+      const a = map.values[upper + c] + (map.values[upper + d] - map.values[upper + c]) * u;
+      const b = map.values[lower + c] + (map.values[lower + d] - map.values[lower + c]) * u;
+      grid[(y + 1) * wide + x + 1] = a + (b - a) * v - threshold;
+    });
+  });
+  // Edge 2i goes right from point i, 2i + 1 down. From each edge that is crossed, with the lesion at
+  // one hand, to the next.
+  const next = new Map();
+  for (let y = 0; y <= rows; y++) {
+    for (let x = 0; x <= columns; x++) {
+      const i = y * wide + x;
+      const corners = [grid[i] > 0, grid[i + 1] > 0, grid[i + wide + 1] > 0, grid[i + wide] > 0];
+      const edges = [2 * i, 2 * (i + 1) + 1, 2 * (i + wide), 2 * i + 1];
+      const middle = grid[i] + grid[i + 1] + grid[i + wide + 1] + grid[i + wide] > 0;
+      const saddle = corners[0] === corners[2] && corners[1] === corners[3] && corners[0] !== corners[1];
+      for (let k = 0; k < 4; k++) {
+        // Clockwise from outside to inside on edge k; out again on the first that leaves, or, where
+        // the middle of a saddle is outside, the one that cuts off this corner alone.
+        if (corners[k] || !corners[(k + 1) % 4]) continue;
+        let out = k;
+        do out = (out + 1) % 4;
+        while (!(corners[out] && !corners[(out + 1) % 4]));
+        if (saddle && middle) out = (out + 2) % 4;
+        next.set(edges[k], edges[out]);
+      }
+    }
+  }
+  const scale = (at, from, length) => Math.min(Math.max((at - 0.5) / from, 0), 1) * length;
+  const point = (edge) => {
+    const i = edge >> 1;
+    const other = i + (edge & 1 ? wide : 1);
+    const share = grid[i] / (grid[i] - grid[other]);
+    const [x, y] = [i % wide, Math.floor(i / wide)];
+    const border = (at, count) => (at < 0.999 ? 0 : at > count + 0.001 ? count + 1 : at);
+    const px = border(x + (edge & 1 ? 0 : share), columns);
+    const py = border(y + (edge & 1 ? share : 0), rows);
+    return `${scale(px, columns, width).toFixed(2)} ${scale(py, rows, height).toFixed(2)}`;
+  };
+  const rings = [];
+  while (next.size) {
+    const points = [];
+    let [edge] = next.keys();
+    while (next.has(edge)) {
+      points.push(point(edge));
+      const to = next.get(edge);
+      next.delete(edge);
+      edge = to;
+    }
+    rings.push(`M${points.join("L")}Z`);
+  }
+  return rings.join("");
+}
+
+/** A 1-bit greyscale PNG, lesion white. */
+export async function encodePng({ bits, width, height }) {
+  const stride = Math.ceil(width / 8);
+  const lines = new Uint8Array((stride + 1) * height);
+  for (let y = 0; y < height; y++) {
+    lines.set(bits.subarray(y * stride, (y + 1) * stride), y * (stride + 1) + 1);
+  }
+  const zlib = new Blob([lines]).stream().pipeThrough(new CompressionStream("deflate"));
+  const pixels = new Uint8Array(await new Response(zlib).arrayBuffer());
+  const header = new DataView(new ArrayBuffer(13));
+  header.setUint32(0, width);
+  header.setUint32(4, height);
+  header.setUint8(8, 1);
+  return new Blob(
+    [
+      new Uint8Array([0x89, 0x50, 0x4e, 0x47, 0x0d, 0x0a, 0x1a, 0x0a]),
+      chunk("IHDR", new Uint8Array(header.buffer)),
+      chunk("IDAT", pixels),
+      chunk("IEND", new Uint8Array()),
+    ],
+    { type: "image/png" },
+  );
+}
+
+function chunk(kind, body) {
+  const bytes = new Uint8Array(12 + body.length);
+  const view = new DataView(bytes.buffer);
+  view.setUint32(0, body.length);
+  bytes.set(new TextEncoder().encode(kind), 4);
+  bytes.set(body, 8);
+  view.setUint32(8 + body.length, crc(bytes.subarray(4, 8 + body.length)));
+  return bytes;
+}
+
+function crc(bytes) {
+  let value = -1;
+  for (const byte of bytes) {
+    value ^= byte;
+    for (let bit = 0; bit < 8; bit++) value = (value >>> 1) ^ (value & 1 ? 0xedb88320 : 0);
+  }
+  return ~value >>> 0;
+}
