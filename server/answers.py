@@ -285,7 +285,7 @@ def json_answer(
         timings_ms=timings_ms,
     )
     # A mask has one form: the others are left out rather than null.
-    absent = {"mask": set(MaskFormat) - {mask_format}}
+    absent = {"mask": {str(form) for form in MaskFormat} - {str(mask_format)}}
     return answer.model_dump_json(exclude=absent, ensure_ascii=True).encode()
 
 
