@@ -63,6 +63,8 @@ class Sample:
     mask: Path
     origin: str = "folder"
     split: Split = "training"
+    group: str = ""
+    """What it shares with photos that must not be parted from it; its id if empty."""
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -184,8 +186,12 @@ def refuse_leakage(splits: Mapping[str, Sequence[Sample]]) -> None:
 
 
 def hold_out(samples: Sequence[Sample], fold: int, folds: int) -> tuple[list[Sample], list[Sample]]:
-    """Split by a hash of the id: everything but one of `folds` folds, and that fold."""
-    inside = [int(hashlib.sha256(s.id.encode()).hexdigest(), 16) % folds == fold for s in samples]
+    """Split by a hash of the id: everything but one of `folds` folds, and that fold.
+
+    Samples of one group (`Sample.group`) stay together.
+    """
+    keys = [(s.group or s.id).encode() for s in samples]
+    inside = [int(hashlib.sha256(key).hexdigest(), 16) % folds == fold for key in keys]
     return (
         [s for s, held in zip(samples, inside, strict=True) if not held],
         [s for s, held in zip(samples, inside, strict=True) if held],

@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import dataclasses
 import functools
 import math
 import os
@@ -36,7 +37,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model import losses
+from model import duplicates, losses
 from model.augment import Augmenter
 from model.config import (
     PRESETS,
@@ -742,6 +743,17 @@ def split_samples(
     if validation := select(samples, "validation"):
         selections["validation"] = validation
     if config.data.folds:
+        first = duplicates.groups([sample.image for sample in training])
+        training = [
+            dataclasses.replace(sample, group=training[index].id)
+            for sample, index in zip(training, first, strict=True)
+        ]
+        if twins := [sample for sample in training if sample.group != sample.id]:
+            print(
+                f"{len(twins)} photos are there under another id too, and share its fold: "
+                + ", ".join(f"{twin.id} = {twin.group}" for twin in twins[:5]),
+                file=sys.stderr,
+            )
         training, held = hold_out(training, config.data.fold, config.data.folds)
         selections["holdout"] = held
     if not selections:
