@@ -50,28 +50,33 @@ def silence_libtiff() -> None:
             library.TIFFSetWarningHandler(None)
 
 
-def configure(level: str, form: Literal["text", "json"]) -> None:
-    """Log to stderr from `level` on, and let nobody wait for who reads it.
+def configure(level: str, form: Literal["text", "json"], *, waits: bool = False) -> None:
+    """Log to stderr from `level` on.
 
-    Of other packages warnings alone: at debug level Pillow writes what a photo's EXIF says.
+    A server lets nobody wait for who reads its log; a command `waits`, as commands do, and leaves
+    stderr as it is. Of other packages warnings alone: at debug level Pillow writes what a photo's
+    EXIF says.
     """
     formatter = _Json() if form == "json" else logging.Formatter(_TEXT)
-
-    def describe_loss(lines: int) -> str:
-        text = "%d lines of the log were lost, nobody took them in time"
-        arguments = ("slsnet.logs", logging.WARNING, __file__, 0, text, (lines,), None)
-        return formatter.format(logging.LogRecord(*arguments)) + "\n"
-
-    writer = LogWriter(2, describe_loss)
-    atexit.register(finish)
-    # All of it, tracebacks too: whoever reads it must not be able to stop a thread.
-    sys.stderr = writer
-    handler = logging.StreamHandler(writer)
+    if not waits:
+        _let_nobody_wait(formatter)
+    handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter)
     least = logging.getLevelNamesMapping()[level.upper()]
     logging.basicConfig(level=max(logging.WARNING, least), handlers=[handler])
     for name in ("slsnet", "uvicorn"):
         logging.getLogger(name).setLevel(least)
+
+
+def _let_nobody_wait(formatter: logging.Formatter) -> None:
+    def describe_loss(lines: int) -> str:
+        text = "%d lines of the log were lost, nobody took them in time"
+        arguments = ("slsnet.logs", logging.WARNING, __file__, 0, text, (lines,), None)
+        return formatter.format(logging.LogRecord(*arguments)) + "\n"
+
+    atexit.register(finish)
+    # All of it, tracebacks too: whoever reads it must not be able to stop a thread.
+    sys.stderr = LogWriter(2, describe_loss)
 
 
 def finish() -> None:

@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not 0 <= options.threshold <= 1:
         parser.error(f"--threshold is a probability, 0 to 1, got {options.threshold:g}")
     settings = settings_of(parser, given)
-    configure(settings.log_level, settings.log_format)
+    configure(settings.log_level, settings.log_format, waits=True)
     try:
         source = open_source(source_path, results)
         with Ledger(results) as ledger:
