@@ -13,7 +13,7 @@ from PIL import Image
 from model.image import FORMATS
 from model.metrics import LESION_ABOVE
 
-__all__ = ["IMAGE_SUFFIXES", "DataError", "find_mask", "find_masks", "find_photos", "read_truth"]
+__all__ = ["IMAGE_SUFFIXES", "DataError", "find_masks", "find_photos", "read_truth"]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 """Of photos and masks, in any case."""
@@ -34,9 +34,9 @@ def find_photos(folder: Path) -> list[Path]:
     return [path for path in pictures if not _is_mask(path.stem, stems)]
 
 
-def find_mask(photo: Path, masks: Path) -> Path | None:
+def find_masks(photos: Iterable[Path], masks: Path) -> dict[Path, Path]:
     """
-    The mask of `photo` in the folder `masks`; None if there is none.
+    The mask of each photo in the folder `masks`, by its photo, where there is one.
 
     It is named as the photo is with `_segmentation`, `_lesion` or `_mask` after it, or, in another
     folder than the photo's, just as the photo is. Any suffix of a picture does.
@@ -44,11 +44,6 @@ def find_mask(photo: Path, masks: Path) -> Path | None:
     Raises:
         DataError: two files could be it.
     """
-    return find_masks([photo], masks).get(photo)
-
-
-def find_masks(photos: Iterable[Path], masks: Path) -> dict[Path, Path]:
-    """As `find_mask`, for many photos: the mask by its photo, where there is one."""
     by_name: dict[str, list[Path]] = {}
     for path in sorted(masks.iterdir()):
         if _is_picture(path):

@@ -3,7 +3,7 @@
 import base64
 import dataclasses
 from enum import StrEnum
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -104,6 +104,16 @@ class LesionAnswer(_Answer):
     )
 
 
+Attention = Annotated[
+    str,
+    Field(
+        description="form of the position attention at half resolution: `exact` compares all"
+        " positions, `pooled` averages of keys and values",
+        examples=["pooled"],
+    ),
+]
+
+
 class ModelId(_Answer):
     """Which network answered."""
 
@@ -112,11 +122,7 @@ class ModelId(_Answer):
     weights_sha256: str = Field(
         examples=["5f2c3d0e5f0f4e6bb4a7c9e1f7f0f1f4d1c5a3b2e8d7c6b5a4f3e2d1c0b9a8f7"]
     )
-    attention: str = Field(
-        description="form of the position attention at half resolution: `exact` compares all"
-        " positions, `pooled` averages of keys and values",
-        examples=["pooled"],
-    )
+    attention: Attention
     file_sha256: str = Field(
         description="of the file that was loaded; the others are what it says of itself",
         examples=["7bb66a195e36a16171a0e3da07af8b635f169986c705e9e7f4dcbef5f2b75db3"],
@@ -145,11 +151,7 @@ class ModelAnswer(_Answer):
     name: str = Field(examples=["slsnet"])
     version: str = Field(examples=["1.1.0"])
     weights_sha256: str = Field(description="of the training's weights, as the file says")
-    attention: str = Field(
-        description="form of the position attention at half resolution: `exact` compares all"
-        " positions, `pooled` averages of keys and values",
-        examples=["pooled"],
-    )
+    attention: Attention
     file_sha256: str = Field(description="of the file's bytes, as they were loaded")
     parameters: int = Field(examples=[2347900])
     training_data: str

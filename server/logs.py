@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import ctypes
+import io
 import json
 import logging
 import sys
@@ -53,12 +54,20 @@ def silence_libtiff() -> None:
 def configure(level: str, form: Literal["text", "json"], *, waits: bool = False) -> None:
     """Log to stderr from `level` on.
 
-    A server lets nobody wait for who reads its log; a command `waits`, as commands do, and leaves
-    stderr as it is. Of other packages warnings alone: at debug level Pillow writes what a photo's
-    EXIF says.
+    A server lets nobody wait for who reads its log; a command `waits`, as commands do. Of other
+    packages warnings alone: at debug level Pillow writes what a photo's EXIF says.
     """
     formatter = _Json() if form == "json" else logging.Formatter(_TEXT)
-    if not waits:
+    if waits:
+        # Unbuffered: what a full disk does not take must not be kept, nor tried once more at the
+        # end, where it would change the exit code.
+        sys.stderr = io.TextIOWrapper(
+            io.FileIO(2, "w", closefd=False),
+            encoding="utf-8",
+            errors="backslashreplace",
+            write_through=True,
+        )
+    else:
         _let_nobody_wait(formatter)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter)

@@ -19,14 +19,12 @@ class ModelFile:
     sha256: str
 
 
-def read_model(model: Path | ModelFile) -> ModelFile:
+def read_model(model: Path) -> ModelFile:
     """The file's bytes, held against the digest that they have (`model.stamp`).
 
     Raises:
         BackendError: it cannot be read, or is not what its digest was made of.
     """
-    if isinstance(model, ModelFile):
-        return model
     try:
         content = model.read_bytes()
         check_digest(content)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from model.image import MODEL_SIZE
 from server.backends import BackendError, BackendInfo
-from server.backends.model_file import ModelFile, read_model
+from server.backends.model_file import read_model
 
 __all__ = ["OnnxRuntimeBackend", "check_contract"]
 
@@ -20,7 +20,7 @@ _MAX_BATCH = 8
 class OnnxRuntimeBackend:
     """The exported graph in ONNX Runtime's CPU provider."""
 
-    def __init__(self, model: Path | ModelFile, *, threads: int) -> None:
+    def __init__(self, model: Path, *, threads: int) -> None:
         file = read_model(model)
         self._sha256 = file.sha256
         onnxruntime.disable_telemetry_events()

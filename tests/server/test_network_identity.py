@@ -14,30 +14,23 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from benchmarks.launch import serve
 from model.export import stamp
 from model.stamp import StampError, check_digest, stamped, trial_images, unstamped
 from server.backends import BackendInfo
 from server.backends.onnxruntime import OnnxRuntimeBackend
-from server.keys import new_key
 from server.metrics import Metrics
 from server.service import Service
 from server.settings import Settings
 from tests.conftest import MODEL
 from tests.lesions import encode_photo, lesion_photo
 from tests.server.test_problems import assert_problem
-from tests.server.test_reload import Site, inverted
+from tests.server.test_reload import Site, inverted, open_site
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    folder = tmp_path_factory.mktemp("identity")
-    model = folder / "slsnet.onnx"
-    shutil.copy(MODEL, model)
-    key, line = new_key("ops", "admin")
-    (folder / "keys").write_text(line, encoding="utf-8")
-    with serve("--model", str(model), "--api-keys-file", str(folder / "keys")) as server:
-        yield Site(server, model, {"X-API-Key": key})
+    with open_site(tmp_path_factory.mktemp("identity")) as site:
+        yield site
 
 
 def card(site: Site) -> dict[str, str]:

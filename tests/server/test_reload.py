@@ -41,15 +41,21 @@ class Site:
         return str(card["version"])
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    folder = tmp_path_factory.mktemp("reload")
+@contextlib.contextmanager
+def open_site(folder: Path) -> Iterator[Site]:
+    """A server of a copy of the shipped network in `folder`, with an administrator's key."""
     model = folder / "slsnet.onnx"
     shutil.copy(MODEL, model)
     key, line = new_key("ops", "admin")
     (folder / "keys").write_text(line, encoding="utf-8")
     with serve("--model", str(model), "--api-keys-file", str(folder / "keys")) as server:
         yield Site(server, model, {"X-API-Key": key})
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with open_site(tmp_path_factory.mktemp("reload")) as site:
+        yield site
 
 
 def inverted(version: str) -> bytes:
