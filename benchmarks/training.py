@@ -2,9 +2,11 @@
 
 Times whole steps (augmentation, forward, loss, backward, optimiser) of the shipped recipe as
 model.train takes them, and of the same network and losses written down plainly: float32, contiguous
-NCHW, the attentions' H·W × H·W matrices in memory, nothing asleep. The three cases take turns, so
-that whatever else the machine does falls on all of them. The recipe's rate is that of its whole
-schedule: `pam_wake` of it with the half-resolution attention asleep, the rest with it awake.
+NCHW, the attentions' H·W × H·W matrices in memory, nothing asleep. The cases take turns, so that
+whatever else the machine does falls on all of them. The recipe's rate is that of its whole
+schedule: `pam_wake` of it with the half-resolution attention asleep, the rest with it awake. A
+case of its own has the keys and values at half resolution averaged over 4×4 positions and every
+attention awake.
 """
 
 from __future__ import annotations
@@ -45,6 +47,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each case")
     args = parser.parse_args(argv)
     config = dataclasses.replace(PRESETS["best"], batch_size=args.batch_size, size=args.size)
+    pooled = dataclasses.replace(
+        config, generator=dataclasses.replace(config.generator, pam_pool=(4, 1))
+    )
     rng = np.random.default_rng(0)
     pixels = PixelSet(
         tuple(str(i) for i in range(args.batch_size)),
@@ -59,17 +64,20 @@ def main(argv: list[str] | None = None) -> None:
             "recipe, half-resolution attention awake": _recipe(
                 config, pixels, Path(folder), asleep=False
             ),
+            "pooled attention, all awake": _recipe(pooled, pixels, Path(folder), asleep=False),
             "plain eager": _plain(config, pixels),
         }
         seconds = _take_turns(steps, args.rounds)
-    asleep, awake, plain = (statistics.median(s) / args.batch_size for s in seconds.values())
+    each = [statistics.median(s) / args.batch_size for s in seconds.values()]
+    asleep, awake, pooled_awake, plain = each
     schedule = config.pam_wake * asleep + (1 - config.pam_wake) * awake
     print(f"{_machine()}, batch {args.batch_size}, {args.size}×{args.size}\n")
     print("| a training step | images/s |\n|---|---:|")
-    for name, value in zip(steps, (asleep, awake, plain), strict=True):
+    for name, value in zip(steps, each, strict=True):
         print(f"| {name} | {1 / value:.3g} |")
     print(f"| **recipe, whole schedule** ({config.pam_wake:.0%} asleep) | **{1 / schedule:.3g}** |")
     print(f"\nrecipe / plain eager: {plain / schedule:.2f}")
+    print(f"pooled, all awake / exact, all awake: {awake / pooled_awake:.2f}")
 
 
 def _recipe(config: TrainConfig, pixels: PixelSet, folder: Path, *, asleep: bool) -> Step:

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,9 @@ from model.metrics import (
 from model.regions import largest_part, largest_region
 from model.tables import to_cell
 from model.truth import DataError, read_truth
+
+if TYPE_CHECKING:
+    from torch import nn
 
 WEIGHTS = Path(__file__).parent / "weights" / "slsnet.onnx"
 
@@ -288,19 +291,22 @@ def _load_onnx(path: Path) -> Network:
     return Network(path, height, metadata, predict)
 
 
-def _load_safetensors(path: Path, size: int | None) -> Network:
+def torch_network(path: Path, network: "nn.Module", size: int, metadata: dict[str, str]) -> Network:
+    """A PyTorch network (images in [0, 1] → logits) in evaluation mode, as `evaluate` takes it."""
     import torch
-
-    from model.generator import input_size, load_generator, load_metadata
-
-    generator = load_generator(path)
 
     def predict(batch: NDArray[np.uint8]) -> NDArray[np.float32]:
         with torch.inference_mode():
             image = torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 255
-            return np.asarray(torch.sigmoid(generator(image))[:, 0].numpy())
+            return np.asarray(torch.sigmoid(network(image))[:, 0].numpy())
 
-    return Network(path, input_size(path, size), load_metadata(path), predict)
+    return Network(path, size, metadata, predict)
+
+
+def _load_safetensors(path: Path, size: int | None) -> Network:
+    from model.generator import input_size, load_generator, load_metadata
+
+    return torch_network(path, load_generator(path), input_size(path, size), load_metadata(path))
 
 
 @contextmanager
