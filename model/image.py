@@ -21,7 +21,7 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 
@@ -44,6 +44,7 @@ __all__ = [
     "lesion_mask",
     "read_photo",
     "unpack_mask",
+    "upsampled",
 ]
 
 MODEL_SIZE = 128
@@ -251,6 +252,35 @@ def lesion_mask(
     return mask
 
 
+def upsampled(
+    probability: NDArray[np.float32], width: int, height: int, lines: int
+) -> Iterator[NDArray[np.float32]]:
+    """
+    `probability` at the photo's size, as `lesion_mask` looks at it, so many lines at a time.
+
+    Args:
+        probability: float32 [rows, columns], usually [128, 128].
+        width: the photo's, pixels.
+        height: the photo's, pixels.
+        lines: of the photo; the last ones may be fewer.
+
+    Yields:
+        float32 [lines, width]
+    """
+    left, across = _sample_positions(width, probability.shape[1], width)
+    rows = _between_columns(probability, left, across)
+    top, down = _sample_positions(height, probability.shape[0], height)
+    below = np.minimum(top + 1, len(rows) - 1)
+    for line in range(0, height, lines):
+        part = slice(line, line + lines)
+        upper = rows[top[part]]
+        strip = rows[below[part]]
+        strip -= upper
+        strip *= down[part, None]
+        strip += upper
+        yield strip
+
+
 def unpack_mask(packed: NDArray[np.uint8], width: int) -> NDArray[np.bool_]:
     """Packed bits as `lesion_mask` returns them → bool [height, width]."""
     return np.unpackbits(packed, axis=1, count=width).view(np.bool_)
@@ -436,10 +466,7 @@ def _mask(
     stride = -(-width // 8)
     # Up to a whole byte.
     left, across = _sample_positions(width, probability.shape[1], stride * 8)
-    columns = probability.astype(np.float32, copy=False)
-    last = columns.shape[1] - 1
-    rows = columns.take(left, axis=1)
-    rows += (columns.take(np.minimum(left + 1, last), axis=1) - rows) * across  # [rows, stride * 8]
+    rows = _between_columns(probability, left, across)  # [rows, stride * 8]
 
     packed = np.packbits(rows > threshold, axis=1)  # [rows, stride]
     top, down = _sample_positions(height, probability.shape[0], height)
@@ -463,6 +490,15 @@ def _mask(
             above = upper + (lines[at + 1, bytes_][:, None] - upper) * weight[at] > threshold
             mask[line[at], bytes_[:, None]] = np.packbits(above, axis=2)[..., 0]
     return mask
+
+
+def _between_columns(
+    probability: NDArray[np.float32], left: NDArray[np.intp], across: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    columns = probability.astype(np.float32, copy=False)
+    rows = columns.take(left, axis=1)
+    rows += (columns.take(np.minimum(left + 1, columns.shape[1] - 1), axis=1) - rows) * across
+    return rows
 
 
 def _sample_positions(

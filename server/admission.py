@@ -245,6 +245,18 @@ class Gate:
                 place.leave()
 
     @contextlib.contextmanager
+    def answer_bytes(self, count: int, *, bulk: bool) -> Iterator[None]:
+        """So many bytes of an answer that is large: they count as those of bodies do.
+
+        Raises:
+            Overloaded: there is no room for them.
+        """
+        body_bytes = self._bulk_bytes if bulk else self.body_bytes
+        with body_bytes.account(self._memory_full) as take:
+            take(count)
+            yield
+
+    @contextlib.contextmanager
     def places(self, count: int, *, bulk: bool) -> Iterator[None]:
         """So many places; a request with several photos takes some beside its own.
 

@@ -2,13 +2,16 @@
 
 import base64
 import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from typing import Annotated, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from model.image import encode_png, lesion_mask
+from model.image import encode_png, lesion_mask, upsampled
 from model.regions import largest_part, largest_region
 from server.backends import BackendInfo
 from server.masks import coco_rle, measure, polygons
@@ -26,7 +29,12 @@ __all__ = [
     "json_answer",
     "model_answer",
     "png_answer",
+    "probability_bytes",
 ]
+
+
+# Pixels, so that their floats stay in cache.
+_LEVELS_AT_ONCE = 1 << 17
 
 
 class MaskFormat(StrEnum):
@@ -74,9 +82,9 @@ class Mask(_Answer):
     )
     probabilities: str | None = Field(
         None,
-        description="the network's map, whatever the size asked for: unsigned integers of 16 bits,"
-        " the lower byte first, row by row, 65535 for 1; in base64. Up-sampled bilinearly, with"
-        " half-pixel centres and clamped edges, it gives the mask of any threshold",
+        description="the network's map: unsigned integers of 16 bits, the lower byte first, row by"
+        " row, 65535 for 1; in base64. Up-sampled bilinearly, with half-pixel centres and clamped"
+        " edges, as it is at the photo's size, it gives the mask of any threshold",
         examples=["AAABAAMA//8="],
     )
 
@@ -245,8 +253,12 @@ def json_answer(
     clean: bool,
     request_id: str,
     timings_ms: dict[str, float],
+    room: Callable[[int], AbstractContextManager[None]],
 ) -> bytes:
-    """The mask with its measures as JSON, in ASCII; arguments are those of `png_answer`."""
+    """The mask with its measures as JSON, in ASCII; arguments are those of `png_answer`.
+
+    `room` is entered while probabilities are brought to the photo's size, as in `read_photo`.
+    """
     if clean:
         segmentation = _cleaned(segmentation, threshold)
     width, height = _mask_size(segmentation, original)
@@ -259,9 +271,8 @@ def json_answer(
     elif mask_format is MaskFormat.RLE:
         mask.rle = CocoRle.model_validate(coco_rle(packed, width))
     elif mask_format is MaskFormat.PROBABILITIES:
-        mask.height, mask.width = segmentation.probability.shape
-        levels = np.rint(segmentation.probability * np.float32(65535)).astype("<u2")
-        mask.probabilities = base64.b64encode(levels.tobytes()).decode("ascii")
+        with room(width * height) if original else nullcontext():
+            mask.probabilities = _levels(segmentation.probability, width, height)
     else:
         mask.polygons = polygons(segmentation.probability, width, height, threshold, clean=clean)
     lesion = measure(packed, width)
@@ -289,6 +300,23 @@ def json_answer(
     # A mask has one form: the others are left out rather than null.
     absent = {"mask": {str(form) for form in MaskFormat} - {str(mask_format)}}
     return answer.model_dump_json(exclude=absent, ensure_ascii=True).encode()
+
+
+def probability_bytes(segmentation: Segmentation, original: bool, mask_format: MaskFormat) -> int:
+    """Of an answer with probabilities at the photo's size; 0 of one that is never large."""
+    if mask_format is not MaskFormat.PROBABILITIES or not original:
+        return 0
+    return 4 * -(-2 * segmentation.width * segmentation.height // 3)
+
+
+def _levels(probability: NDArray[np.float32], width: int, height: int) -> str:
+    # Of three lines, or more, the bytes end where four characters do.
+    lines = 3 * max(1, _LEVELS_AT_ONCE // (3 * width))
+    text = []
+    for strip in upsampled(probability, width, height, lines):
+        strip *= 65535
+        text.append(base64.b64encode(np.rint(strip).astype("<u2").tobytes()))
+    return b"".join(text).decode("ascii")
 
 
 def _cleaned(segmentation: Segmentation, threshold: float) -> Segmentation:

@@ -11,7 +11,7 @@ from fastapi import Depends, FastAPI, Query, Request
 from fastapi.routing import APIRoute
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.access import Access
 from server.admin import admin_router
@@ -22,6 +22,7 @@ from server.answers import (
     json_answer,
     model_answer,
     png_answer,
+    probability_bytes,
 )
 from server.backends import BackendError
 from server.context import RequestContext
@@ -40,6 +41,7 @@ from server.parameters import (
     answer_type,
     deadline,
     is_bulk,
+    is_original,
     only_known,
     with_fields,
 )
@@ -48,6 +50,7 @@ from server.problems import install
 from server.reference import (
     DESCRIPTION,
     SEGMENT_BODY,
+    SEGMENT_JSON_RESPONSES,
     SEGMENT_RESPONSES,
     problem_responses,
     router,
@@ -90,7 +93,12 @@ _CORS_ANSWER_HEADERS = [
     "X-Request-ID",
 ]
 
-_MEDIA_TYPES: dict[str | None, str] = {"png": "image/png", "json": "application/json"}
+PNG = "image/png"
+JSON = "application/json"
+
+# The last is the PNG too, for clients that take bytes under this name alone.
+_FORMS = (PNG, JSON, "application/octet-stream")
+_BY_FORMAT: dict[str | None, str] = {"png": PNG, "json": JSON}
 
 _REFRESH_S = 1
 
@@ -223,6 +231,18 @@ class _BriefRoute(APIRoute):
         return handle
 
 
+class _Answer(Response):
+    """A mask, which may hold something until it is sent."""
+
+    def __init__(self, content: bytes, media_type: str, held: contextlib.ExitStack) -> None:
+        super().__init__(content, media_type=media_type, headers={"Vary": "Accept"})
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._held:
+            await super().__call__(scope, receive, send)
+
+
 def _operation_id(route: APIRoute) -> str:
     """Such as `health_ready`: generated clients name their functions so."""
     return "_".join(part for part in route.path.split("/") if part and not part.startswith("{"))
@@ -238,39 +258,58 @@ async def _refresh(metrics: Metrics) -> None:
 def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
     settings = service.settings
 
+    # Generated clients know one form of an answer for each path. So what is described here is the
+    # PNG, and JSON, which this path can give as well, at a path of its own.
     async def segment(
         request: Request,
         threshold: Threshold = 0.5,
-        size: MaskSize = "original",
+        size: MaskSize = None,
         clean: Clean = False,
         answer_format: Annotated[
-            Literal["png", "json"] | None,
-            Query(
-                alias="format",
-                description="of the answer; default: what `Accept` prefers",
-                examples=["json"],
-            ),
+            Literal["png", "json"] | None, Query(alias="format", include_in_schema=False)
         ] = None,
-        mask: MaskForm = MaskFormat.PNG,
+        mask: Annotated[MaskFormat, Query(include_in_schema=False)] = MaskFormat.PNG,
         x_request_timeout_ms: TimeoutMs = None,
         priority: Priority = "",
     ) -> Response:
-        stages: Stages = request.state.stages
-        timeout_s = settings.timeout_s(x_request_timeout_ms)
-        bulk = is_bulk(priority)
-        content_type = request.headers.get("content-type", "")
-        check_type(request.headers)
-        asked: dict[str, Any] = {
+        asked = {
             "threshold": threshold,
             "size": size,
             "clean": clean,
             "format": answer_format,
             "mask": mask,
         }
+        return await answer(request, asked, _FORMS, x_request_timeout_ms, priority)
+
+    async def segment_json(
+        request: Request,
+        threshold: Threshold = 0.5,
+        size: MaskSize = None,
+        clean: Clean = False,
+        mask: MaskForm = MaskFormat.PNG,
+        x_request_timeout_ms: TimeoutMs = None,
+        priority: Priority = "",
+    ) -> Response:
+        asked = {"threshold": threshold, "size": size, "clean": clean, "mask": mask}
+        return await answer(request, asked, (JSON,), x_request_timeout_ms, priority)
+
+    async def answer(
+        request: Request,
+        asked: dict[str, Any],
+        forms: tuple[str, ...],
+        timeout_ms: float | None,
+        priority: str,
+    ) -> Response:
+        stages: Stages = request.state.stages
+        timeout_s = settings.timeout_s(timeout_ms)
+        bulk = is_bulk(priority)
+        content_type = request.headers.get("content-type", "")
+        check_type(request.headers)
 
         def media_type() -> str:
-            kind = _MEDIA_TYPES.get(asked["format"])
-            return answer_type(request.headers, tuple(_MEDIA_TYPES.values()), asked["mask"], kind)
+            return answer_type(
+                request.headers, forms, asked["mask"], _BY_FORMAT.get(asked.get("format"))
+            )
 
         def take_fields(fields: Fields) -> None:
             asked.update(with_fields(request, asked, fields))
@@ -280,7 +319,10 @@ def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
             # Of a form only its fields say what is asked for.
             media_type()
         async with deadline(timeout_s):
-            with service.admission(deadline=stages.started + timeout_s, bulk=bulk) as place:
+            with (
+                service.admission(deadline=stages.started + timeout_s, bulk=bulk) as place,
+                contextlib.ExitStack() as held,
+            ):
                 body = [
                     await read_body(
                         request.receive,
@@ -304,9 +346,11 @@ def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
                     )
                 stages.notes["batch"] = str(segmentation.batch_size)
                 threshold, mask, clean = asked["threshold"], asked["mask"], asked["clean"]
-                original = asked["size"] == "original"
+                original = is_original(asked["size"], mask)
                 kind = media_type()
-                if kind == "application/json":
+                if kind == JSON:
+                    size_bytes = probability_bytes(segmentation, original, mask)
+                    held.enter_context(service.gate.answer_bytes(size_bytes, bulk=bulk))
                     content = await service.in_thread(
                         lambda: json_answer(
                             segmentation,
@@ -316,6 +360,7 @@ def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
                             clean=clean,
                             request_id=request.state.request_id,
                             timings_ms=stages.milliseconds(),
+                            room=service.pixels.room,
                         ),
                         bulk=bulk,
                     )
@@ -326,20 +371,24 @@ def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
                     )
                 stages.end("encode")
                 place.end(served=True)
-        return Response(content, media_type=kind, headers={"Vary": "Accept"})
+                return _Answer(content, kind, held.pop_all())
 
-    app.router.add_api_route(
-        "/segment",
-        segment,
-        methods=["POST"],
-        tags=["segmentation"],
-        summary="Segment the lesion in a photo",
-        dependencies=[Depends(only_known)],
-        response_class=Response,
-        responses=SEGMENT_RESPONSES,
-        openapi_extra=SEGMENT_BODY,
-        route_class_override=_BriefRoute,
-    )
+    for path, endpoint, summary, responses in (
+        ("/segment", segment, "Segment the lesion in a photo", SEGMENT_RESPONSES),
+        ("/segment/json", segment_json, "The same, with figures, as JSON", SEGMENT_JSON_RESPONSES),
+    ):
+        app.router.add_api_route(
+            path,
+            endpoint,
+            methods=["POST"],
+            tags=["segmentation"],
+            summary=summary,
+            dependencies=[Depends(only_known)],
+            response_class=Response,
+            responses=responses,
+            openapi_extra=SEGMENT_BODY,
+            route_class_override=_BriefRoute,
+        )
 
     @app.get("/health/live", tags=["health"], summary="Whether the process works")
     async def live() -> StatusAnswer:

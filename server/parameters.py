@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from fastapi import Header, Query, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import WithJsonSchema
+from pydantic.json_schema import SkipJsonSchema
 from starlette.datastructures import Headers
 
 from server.answers import MaskFormat
@@ -24,6 +26,7 @@ __all__ = [
     "answer_type",
     "deadline",
     "is_bulk",
+    "is_original",
     "only_known",
     "with_fields",
 ]
@@ -52,12 +55,18 @@ FileNames = Annotated[
 ]
 
 MaskSize = Annotated[
-    Literal["original", "model"],
-    Query(description="of the mask: the photo's, or the network's 128×128"),
+    Literal["original", "model"] | SkipJsonSchema[None],
+    Query(
+        description="of the mask: the photo's, or the network's 128×128; default: the photo's, but"
+        " for probabilities the network's",
+        examples=["original"],
+    ),
 ]
 
 MaskForm = Annotated[
     MaskFormat,
+    # In its place: generators take a reference with a description beside it for anything at all.
+    WithJsonSchema({"type": "string", "enum": [str(form) for form in MaskFormat]}),
     Query(description="how a JSON answer holds the mask; all but `png` ask for JSON"),
 ]
 
@@ -174,6 +183,13 @@ def _check_names(
         if name in seen:
             raise Unprocessable(f"The parameter {name!r} comes more than once: send it once.")
         seen.add(name)
+
+
+def is_original(size: str | None, mask: MaskFormat) -> bool:
+    """Whether the mask has the photo's size, by what was asked for."""
+    if size is None:
+        return mask is not MaskFormat.PROBABILITIES
+    return size == "original"
 
 
 def answer_type(

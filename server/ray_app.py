@@ -47,7 +47,7 @@ _RAYS_OWN = {"host", "port", "workers", "tls_cert", "tls_key", "tls_client_ca"}
 # What a form adds to its photos, generously.
 _FORM_BYTES = 2**20
 
-_BATCH_PATH = "/segment/batch"
+_BATCH_PATHS = ("/segment/batch", "/segment/batch/json")
 
 _POLL_S = 0.05
 
@@ -215,7 +215,7 @@ class Gateway:
             )
 
     async def _forward(self, request: Request) -> Response:
-        many = request.url.path == _BATCH_PATH
+        many = request.url.path in _BATCH_PATHS
         most_bytes = self._most_bytes_of_many if many else self._most_bytes
         with contextlib.ExitStack() as held:
             body = bytearray()

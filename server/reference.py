@@ -22,9 +22,11 @@ from server.problems import PROBLEM_JSON
 from server.uploads import FIELD, RAW_TYPES
 
 __all__ = [
+    "BINARY",
     "DESCRIPTION",
     "HEADERS",
     "SEGMENT_BODY",
+    "SEGMENT_JSON_RESPONSES",
     "SEGMENT_RESPONSES",
     "error_content",
     "error_headers",
@@ -230,15 +232,30 @@ def _problem(status: int, detail: str, instance: str) -> dict[str, Any]:
     }
 
 
+BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
+"""OpenAPI content: bytes."""
+
+_SEGMENT_PROBLEMS = problem_responses(400, 406, 413, 415, 422, 429, 500, 503, 504)
+
 SEGMENT_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "The mask: a 1-bit PNG with the lesion white, or JSON if `Accept` prefers"
-        " it or `format=json`.",
+        "description": "The mask: a 1-bit PNG with the lesion white. If `Accept` prefers JSON, or"
+        " `format=json` asks for it, what `POST /segment/json` answers, whose parameter `mask` is"
+        " known here too.",
+        "headers": HEADERS,
+        # The second name, if `Accept` prefers it, for clients that know no images.
+        "content": {"image/png": BINARY, "application/octet-stream": BINARY},
+    },
+    **_SEGMENT_PROBLEMS,
+}
+
+SEGMENT_JSON_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The mask in the form that was asked for, and what was found.",
         "headers": HEADERS,
         "model": SegmentationAnswer,
-        "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
     },
-    **problem_responses(400, 406, 413, 415, 422, 429, 500, 503, 504),
+    **_SEGMENT_PROBLEMS,
 }
 
 _REQUEST_ID: dict[str, Any] = {

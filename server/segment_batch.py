@@ -12,6 +12,7 @@ import logging
 import time
 import uuid
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -21,7 +22,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from server.admission import Place
-from server.answers import BatchItemAnswer, MaskFormat, json_answer, png_answer
+from server.answers import BatchItemAnswer, MaskFormat, json_answer, png_answer, probability_bytes
 from server.parameters import (
     Clean,
     FileNames,
@@ -31,11 +32,12 @@ from server.parameters import (
     TimeoutMs,
     answer_type,
     deadline,
+    is_original,
     only_known,
     with_fields,
 )
 from server.problems import PROBLEM_JSON, ClientGone, InferenceFailed, Problem, document
-from server.reference import HEADERS, inlined, problem_responses
+from server.reference import BINARY, HEADERS, problem_responses
 from server.service import Service
 from server.stages import Stages
 from server.uploads import MULTIPART, Fields, Part, hang_up, has_hung_up, read_parts
@@ -46,6 +48,10 @@ log = logging.getLogger("slsnet.server")
 
 NDJSON = "application/x-ndjson"
 MIXED = "multipart/mixed"
+JSON = "application/json"
+
+# The last is lines as well, for clients that take bytes under this name alone.
+_FORMS = (NDJSON, MIXED, "application/octet-stream")
 
 # Photos of one request that are worked on, or wait to be sent, at the same time.
 _MAX_AT_WORK = 32
@@ -70,43 +76,56 @@ def bulk_router(service: Service) -> APIRouter:
     router = APIRouter(tags=["segmentation"])
     settings = service.settings
 
-    @router.post(
-        "/segment/batch",
-        summary="Segment the lesions in many photos",
-        dependencies=[Depends(only_known)],
-        response_class=Response,
-        responses=_RESPONSES,
-        openapi_extra=_BODY,
-    )
-    async def segment_batch(
-        threshold: Threshold = 0.5,
-        size: MaskSize = "original",
-        clean: Clean = False,
-        mask: MaskForm = MaskFormat.PNG,
-        file_names: FileNames = False,
-        x_request_timeout_ms: TimeoutMs = None,
-    ) -> Response:
-        return _Answers(
-            service,
-            {
-                "threshold": threshold,
-                "size": size,
-                "clean": clean,
-                "mask": mask,
-                "file_names": file_names,
-            },
-            settings.bulk_timeout_s(x_request_timeout_ms),
+    def add(
+        path: str,
+        summary: str,
+        forms: Sequence[str],
+        responses: dict[int | str, dict[str, Any]],
+    ) -> None:
+        @router.post(
+            path,
+            summary=summary,
+            dependencies=[Depends(only_known)],
+            response_class=Response,
+            responses=responses,
+            openapi_extra=_BODY,
         )
+        async def segment_batch(
+            threshold: Threshold = 0.5,
+            size: MaskSize = None,
+            clean: Clean = False,
+            mask: MaskForm = MaskFormat.PNG,
+            file_names: FileNames = False,
+            x_request_timeout_ms: TimeoutMs = None,
+        ) -> Response:
+            return _Answers(
+                service,
+                forms,
+                {
+                    "threshold": threshold,
+                    "size": size,
+                    "clean": clean,
+                    "mask": mask,
+                    "file_names": file_names,
+                },
+                settings.bulk_timeout_s(x_request_timeout_ms),
+            )
 
+    add("/segment/batch", "Segment the lesions in many photos", _FORMS, _RESPONSES)
+    # Generated clients know one form of an answer for each path, and of JSON one value in it.
+    add("/segment/batch/json", "The same, as one JSON array", (JSON,), _JSON_RESPONSES)
     return router
 
 
 class _Answers(Response):
     """Reads the photos, and sends what comes of each."""
 
-    def __init__(self, service: Service, asked: dict[str, Any], timeout_s: float) -> None:
+    def __init__(
+        self, service: Service, forms: Sequence[str], asked: dict[str, Any], timeout_s: float
+    ) -> None:
         super().__init__()
         self._service = service
+        self._forms = forms
         self._asked = asked
         self._timeout_s = timeout_s
         self._options: _Options
@@ -151,11 +170,11 @@ class _Answers(Response):
         asked = with_fields(request, self._asked, fields)
         return _Options(
             asked["threshold"],
-            asked["size"] == "original",
+            is_original(asked["size"], asked["mask"]),
             asked["clean"],
             asked["mask"],
             asked["file_names"],
-            answer_type(request.headers, (NDJSON, MIXED), asked["mask"]),
+            answer_type(request.headers, self._forms, asked["mask"]),
             self._timeout_s,
         )
 
@@ -171,20 +190,31 @@ class _Answers(Response):
         waiting = deque(enumerate(photos))
         photos.clear()
         sending = asyncio.Lock()
+        opening, between, ending = b"", b"", b""
+        if self._options.media_type == MIXED:
+            ending = f"--{self._boundary}--\r\n".encode()
+        elif self._options.media_type == JSON:
+            opening, between, ending = b"[", b",", b"]\n"
 
         async def work() -> None:
+            nonlocal opening
             while waiting:
                 index, part = waiting.popleft()
                 place.begin()
-                status, answer = await self._answer(request, index, part, gone, network)
-                place.end(served=status == 200)
-                place.take(-part.size)
-                del part
-                async with sending:
-                    await send({"type": "http.response.body", "body": answer, "more_body": True})
+                with contextlib.ExitStack() as held:
+                    status, answer = await self._answer(request, index, part, gone, network, held)
+                    place.end(served=status == 200)
+                    place.take(-part.size)
+                    del part
+                    async with sending:
+                        body, opening = opening + answer, between
+                        await send({"type": "http.response.body", "body": body, "more_body": True})
 
         info = self._service.backend
         at_work = min(len(waiting), 2 * info.max_batch * info.slots, _MAX_AT_WORK)
+        if self._options.original and self._options.mask is MaskFormat.PROBABILITIES:
+            # As large as photos, and larger: one is held at a time.
+            at_work = min(at_work, 1)
         workers = asyncio.gather(*(work() for _ in range(at_work)))
         stages: Stages = request.state.stages
         timeout_s = stages.started + self._options.timeout_s - time.perf_counter() + _FAREWELL_S
@@ -195,8 +225,7 @@ class _Answers(Response):
             if workers.done():
                 with contextlib.suppress(ClientGone):
                     await workers
-                end = f"--{self._boundary}--\r\n" if self._options.media_type == MIXED else ""
-                await send({"type": "http.response.body", "body": end.encode()})
+                await send({"type": "http.response.body", "body": ending})
         finally:
             workers.cancel()
 
@@ -207,13 +236,14 @@ class _Answers(Response):
         part: Part,
         gone: asyncio.Future[Message],
         network: str,
+        held: contextlib.ExitStack,
     ) -> tuple[int, bytes]:
         """A photo's status, and its line, or part, of the answer."""
         status, content = 200, b""
         media_type = "image/png" if self._options.media_type == MIXED else "application/json"
         try:
             content = await self._service.unless_closing(
-                self._segment(request, part, gone, network)
+                self._segment(request, part, gone, network, held)
             )
         except ClientGone:
             raise
@@ -231,7 +261,7 @@ class _Answers(Response):
             # Its traceback has this frame: they would keep each other, and the photo.
             del problem
         self._service.metrics.bulk_photos.labels(str(int(status))).inc()
-        if self._options.media_type == NDJSON:
+        if self._options.media_type != MIXED:
             head: dict[str, Any] = {"index": index, "name": part.name, "status": int(status)}
             if self._options.file_names:
                 head["file_name"] = part.file_name
@@ -256,7 +286,12 @@ class _Answers(Response):
         return status, "\r\n".join(lines).encode() + content + b"\r\n"
 
     async def _segment(
-        self, request: Request, part: Part, gone: asyncio.Future[Message], network: str
+        self,
+        request: Request,
+        part: Part,
+        gone: asyncio.Future[Message],
+        network: str,
+        held: contextlib.ExitStack,
     ) -> bytes:
         if isinstance(part.photo, Problem):
             raise part.photo
@@ -282,6 +317,8 @@ class _Answers(Response):
                     bulk=True,
                 )
             else:
+                size_bytes = probability_bytes(segmentation, options.original, options.mask)
+                held.enter_context(self._service.gate.answer_bytes(size_bytes, bulk=True))
                 content = await self._service.in_thread(
                     lambda: json_answer(
                         segmentation,
@@ -291,6 +328,7 @@ class _Answers(Response):
                         clean=options.clean,
                         request_id=request.state.request_id,
                         timings_ms=stages.milliseconds(),
+                        room=self._service.pixels.room,
                     ),
                     bulk=True,
                 )
@@ -317,24 +355,38 @@ _BODY: dict[str, Any] = {
                             "description": "photos",
                         }
                     },
-                    "additionalProperties": {"type": "string", "format": "binary"},
                 }
             }
         },
     }
 }
 
+_PROBLEMS = problem_responses(400, 406, 413, 415, 422, 429, 503, 504)
+
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "One answer for each photo, in the order in which they get done: a line of"
-        " JSON, or, if `Accept` prefers multipart/mixed, a part with the mask as PNG (or a problem"
-        " document) and the headers Item-Index, Item-Name (percent-encoded) and Item-Status; with"
-        " file_names, Item-File-Name (percent-encoded) too.",
+        " JSON, such as the items of what `POST /segment/batch/json` answers, or, if `Accept`"
+        " prefers multipart/mixed, a part with the mask as PNG (or a problem document) and the"
+        " headers Item-Index, Item-Name (percent-encoded) and Item-Status; with file_names,"
+        " Item-File-Name (percent-encoded) too.",
         "headers": HEADERS,
         "content": {
-            NDJSON: {"schema": inlined(BatchItemAnswer.model_json_schema())},
-            MIXED: {"schema": {"type": "string", "format": "binary"}},
+            # Not one JSON value but many, of which a schema cannot speak.
+            NDJSON: BINARY,
+            MIXED: BINARY,
+            # Lines too, if `Accept` prefers it, for clients that know of no lines.
+            "application/octet-stream": BINARY,
         },
     },
-    **problem_responses(400, 406, 413, 415, 422, 429, 503, 504),
+    **_PROBLEMS,
+}
+
+_JSON_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "One answer for each photo, in the order in which they get done.",
+        "headers": HEADERS,
+        "model": list[BatchItemAnswer],
+    },
+    **_PROBLEMS,
 }

@@ -64,8 +64,9 @@ class Service:
         self.closing = asyncio.Event()
         """Set when the drain's time is nearly up: no photo of several is waited for any more."""
         self.gate = Gate(settings)
-        self._pixels = PixelBudget(settings.max_pixels_decoding)
-        metrics.observe(metrics.pixels_decoding, lambda: self._pixels.used)
+        self.pixels = PixelBudget(settings.max_pixels_decoding)
+        """Of photos being decoded, and of probabilities being brought to a photo's size."""
+        metrics.observe(metrics.pixels_decoding, lambda: self.pixels.used)
         metrics.observe(metrics.bytes_in_flight, lambda: self.gate.body_bytes.used)
         metrics.observe(metrics.ready, lambda: self.is_ready)
         metrics.observe(metrics.circuit_open, lambda: self.is_failing)
@@ -369,7 +370,7 @@ class Service:
             return read_photo(
                 image_in_body(body.pop(), content_type, take_fields),
                 max_pixels=self.settings.max_pixels,
-                room=self._pixels.room,
+                room=self.pixels.room,
             )
         except PhotoError as error:
             raise of_photo_error(error) from error

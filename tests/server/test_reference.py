@@ -46,7 +46,9 @@ def test_document_is_complete(server: ServerProcess) -> None:
         "/v2/health/ready",
         *(model + path for model in models for path in ("", "/ready", "/config", "/infer")),
         "/segment",
+        "/segment/json",
         "/segment/batch",
+        "/segment/batch/json",
         "/health/live",
         "/health/ready",
         "/model",
@@ -63,12 +65,14 @@ def test_document_is_complete(server: ServerProcess) -> None:
         "image/bmp",
         "application/octet-stream",
     }
-    assert set(segment["responses"]["200"]["content"]) == {"image/png", "application/json"}
-    names = {parameter["name"] for parameter in segment["parameters"]}
-    assert names == {
-        *("threshold", "size", "clean", "format", "mask"),
-        *("x-request-timeout-ms", "priority", "X-Request-ID"),
-    }
+    headers = {"x-request-timeout-ms", "priority", "X-Request-ID"}
+    for path, types, names in (
+        ("/segment", {"image/png", "application/octet-stream"}, {"threshold", "size", "clean"}),
+        ("/segment/json", {"application/json"}, {"threshold", "size", "clean", "mask"}),
+    ):
+        operation = document["paths"][path]["post"]
+        assert set(operation["responses"]["200"]["content"]) == types
+        assert {parameter["name"] for parameter in operation["parameters"]} == names | headers
 
 
 def test_every_path_tells_what_all_have(server: ServerProcess) -> None:
@@ -114,7 +118,8 @@ def test_every_answer_is_described_with_an_example_that_fits(server: ServerProce
 
 def resolved(document: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
     """With the schema that it refers to in its place."""
-    reference = node["schema"].get("$ref", "")
+    schema = node["schema"]
+    reference = schema.get("items", schema).get("$ref", "")
     named = document["components"]["schemas"].get(reference.rpartition("/")[2])
     return {**node, "schema": named or node["schema"]}
 
