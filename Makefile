@@ -1,6 +1,7 @@
 # make serve [PORT=8000] [HOST=127.0.0.1]   serve; installs what serving needs, and only that
 # make test                                 lint, types and tests; installs the development tools
 # make lint                                 format and types alone
+# make docs                                 the documentation as a site, in build/docs
 # make bare                                 make serve and make test in a bare Debian, as root; before a release
 # make audit                                known vulnerabilities of what is shipped, where they can be asked for
 # make bench [IMAGES=dir] [RESULTS=dir]     a short load test with its report (README, Load)
@@ -19,7 +20,7 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13)
 PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: serve test lint bare audit bench peers clean
+.PHONY: serve test lint docs bare audit bench peers clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.serving
@@ -32,6 +33,9 @@ lint: $(VENV)/.development
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.development
+	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
 
 bare:
 	docker/test/bare.sh

@@ -1,0 +1,51 @@
+"""The documentation builds without a warning, fetches nothing, and its links lead somewhere."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+# What a page loads; links that a reader may follow are not of them.
+_LOADED = re.compile(r'<(?:script|img|iframe)[^>]* src="([^"]+)"|<link[^>]* href="([^"]+)"')
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("site")
+    flags = ["-q", "-E", "-W", "--keep-going", "-b", "html", "-d", str(out / "doctrees")]
+    built = subprocess.run(
+        [sys.executable, "-m", "sphinx", *flags, "docs", str(out / "html")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    return out / "html"
+
+
+def test_every_page_is_there(site: Path) -> None:
+    written = {p.relative_to(ROOT / "docs").with_suffix("") for p in (ROOT / "docs").rglob("*.md")}
+    written = {p for p in written if p.parts[0] not in ("generated", "training")}
+    built = {p.relative_to(site).with_suffix("") for p in site.rglob("*.html")}
+    assert written <= built | {Path("training")}
+    assert "--max-queue" in (site / "reference/settings.html").read_text()
+    assert "slsnet_requests_total" in (site / "reference/metrics.html").read_text()
+    assert "/segment/batch" in (site / "_static/openapi.json").read_text()
+
+
+def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        for loaded in _LOADED.findall(page.read_text()):
+            address = "".join(loaded)
+            assert not re.match(r"https?:|//", address), f"{page.name} loads {address}"
+
+
+def test_the_readmes_links_lead_somewhere() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", readme):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
