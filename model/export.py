@@ -36,6 +36,7 @@ from model.files import replacing
 from model.generator import Generator, input_size, load_generator, load_metadata
 from model.image import MODEL_SIZE
 from model.layers import PositionAttention
+from model.program import program
 from model.stamp import stamped
 
 OPSET = 20
@@ -202,7 +203,7 @@ def _forget_origin(model: onnx.ModelProto) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m model.export",
+        prog=program("model.export"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -62,6 +62,7 @@ from model.discriminator import Discriminator
 from model.files import replacing
 from model.generator import Generator, save_generator
 from model.metrics import LESION_ABOVE, THRESHOLD_JACCARD
+from model.program import program
 from model.teacher import Teacher
 from model.truth import DataError
 
@@ -775,7 +776,7 @@ def split_samples(
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m model.train",
+        prog=program("model.train"),
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )

@@ -13,6 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from server import VERSION
 from server.access import Access
 from server.admin import admin_router
 from server.answers import (
@@ -65,8 +66,6 @@ from server.uploads import Fields, check_type, hang_up, has_hung_up, is_form, re
 __all__ = ["create_app"]
 
 log = logging.getLogger("slsnet.server")
-
-VERSION = "0.1.0"
 
 # All that are documented, and those by which a page's traces go on here (W3C Trace Context).
 _CORS_REQUEST_HEADERS = [

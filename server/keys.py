@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from model.program import program
+
 __all__ = ["Key", "KeyFile", "KeyFileError", "new_key"]
 
 log = logging.getLogger("slsnet.keys")
@@ -137,7 +139,7 @@ def _read(path: Path) -> list[Key]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; gives its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m server.keys", description="Make API keys.")
+    parser = argparse.ArgumentParser(prog=program("server.keys"), description="Make API keys.")
     command = parser.add_subparsers(required=True).add_parser("new", help="make a key")
     command.add_argument("name", help="whose it is; shows in the log")
     command.add_argument("--admin", action="store_true", help="it may also use /admin")

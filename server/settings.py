@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from model.image import DEFAULT_MAX_PIXELS
+from model.program import program
 from server.cores import available_cores
 from trt_build.plan import Precision
 
@@ -243,7 +244,7 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
     Exits with 2 and a message that names the flag or variable if a value is out of range.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m server",
+        prog=program("server"),
         description="Serve SLSNet: a photo of a skin lesion in, its mask out.",
         epilog="Each flag can also be given as the environment variable shown beside it; the flag"
         " wins.",

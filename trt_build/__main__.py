@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from model.program import program
 from trt_build.build import DEFAULT_WORKSPACE_BYTES, BuildError, BuildOptions, build
 from trt_build.calibrate import CalibrationError, read_ranges
 from trt_build.convert import ConversionError
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     GATE_FAILED where it must not be served.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m trt_build",
+        prog=program("trt_build"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

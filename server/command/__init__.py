@@ -1,0 +1,68 @@
+"""`slsnet`: one command for all that the project does.
+
+Each subcommand is the `main` of a module, which `python -m` runs too. It is imported only when it
+is asked for: serving must not load what training needs.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+from server import VERSION
+
+__all__ = ["COMMANDS", "main"]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand."""
+
+    module: str
+    """Whose `main` it is."""
+    summary: str
+    extra: str = ""
+    """What it needs beside the package's own: `requirements-train.txt` or the like."""
+
+
+COMMANDS = {
+    "serve": Command("server.__main__", "serve masks over HTTP"),
+    "segment": Command("server.command.segment", "write masks of a few photos, without a server"),
+    "bulk": Command("server.bulk.__main__", "segment a folder or list of any length"),
+    "keys": Command("server.keys", "make API keys"),
+    "train": Command("model.train", "train a network", "train"),
+    "evaluate": Command("model.evaluate", "score a network on photos and masks"),
+    "export": Command("model.export", "write trained weights as an ONNX file", "train"),
+    "build-engine": Command("trt_build.__main__", "build a TensorRT engine", "gpu"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand; gives the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(
+        prog="slsnet",
+        description="Lesion masks from dermoscopic photos.",
+        epilog="slsnet COMMAND --help says more of each.",
+    )
+    parser.add_argument("--version", action="version", version=VERSION)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.summary, add_help=False)
+    # What comes after the subcommand is the subcommand's own.
+    name = parser.parse_args(given[:1]).command
+    command = COMMANDS[name]
+    try:
+        module = import_module(command.module)
+    except ModuleNotFoundError as error:
+        if not command.extra or (error.name or "").partition(".")[0] in ("model", "trt_build"):
+            raise
+        parser.exit(
+            1,
+            f"slsnet {name} needs {error.name}: pip install -r requirements-{command.extra}.txt\n",
+        )
+    run: Callable[[], int | None] = module.main
+    # Each reads the command line itself and calls itself by its first word.
+    sys.argv = [f"slsnet {name}", *given[1:]]
+    return run() or 0

@@ -1,0 +1,166 @@
+"""`slsnet segment`: the masks of some photos, written beside them, without a server.
+
+    slsnet segment lesion.jpg                     lesion_mask.png, in the photo's folder
+    slsnet segment *.jpg -o masks --overlay       and the outline drawn over each photo
+    slsnet segment lesion.jpg --clean --threshold 0.4
+
+The masks are those of `POST /segment`: 1-bit PNG at the photo's size, lesion white. A photo that
+cannot be read costs its own mask only; the exit code is then 1.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from model.files import write_atomically
+from model.image import ImageError, encode_png, lesion_mask, read_photo
+from model.program import program
+from model.regions import largest_part, largest_region
+from server.backends import Backend, BackendError, open_backend
+from server.cores import available_cores
+from server.masks import Rings, measure, polygons
+from server.settings import Settings
+
+__all__ = ["main", "overlay"]
+
+_LARGEST_OVERLAY = 2048
+# Bluish green on black: told apart from skin by people who see red and green alike.
+_LINE, _EDGE = (0, 235, 200), (0, 0, 0)
+
+
+def overlay(data: bytes, width: int, height: int, outlines: Sequence[Rings]) -> bytes:
+    """The photo with its lesion's outline, as JPEG.
+
+    Args:
+        data: the photo as stored.
+        width, height: its size in pixels, upright.
+        outlines: from `server.masks.polygons`, in the photo's pixels.
+
+    Returns:
+        At the photo's size, or with a longer side of 2048 pixels where that is less.
+    """
+    scale = min(1.0, _LARGEST_OVERLAY / max(width, height))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    # Through the square that the network's pixels come from too, so that every format, mode and
+    # orientation looks as it was segmented.
+    square = Image.fromarray(read_photo(data, size=max(size)).pixels)
+    picture = square.resize(size, Image.Resampling.BOX)
+    draw = ImageDraw.Draw(picture)
+    thick = max(2, round(max(size) / 300))
+    for colour, line in ((_EDGE, thick + 2), (_LINE, thick)):
+        for rings in outlines:
+            for ring in rings:
+                points = [(x * scale, y * scale) for x, y in [*ring, ring[0], ring[1]]]
+                draw.line(points, colour, line, joint="curve")
+    out = BytesIO()
+    picture.save(out, "JPEG", quality=90)
+    return out.getvalue()
+
+
+def _targets(photo: Path, folder: Path | None, *, with_overlay: bool) -> list[Path]:
+    stem = (folder or photo.parent) / photo.stem
+    names = ["_mask.png", "_overlay.jpg"] if with_overlay else ["_mask.png"]
+    return [stem.with_name(stem.name + name) for name in names]
+
+
+def _segment(
+    photo: Path, targets: Sequence[Path], backend: Backend, options: argparse.Namespace
+) -> str:
+    """Write what belongs to one photo; gives the line that says what was found."""
+    started = time.perf_counter()
+    data = photo.read_bytes()
+    read = read_photo(data)
+    probability: NDArray[np.float32] = backend.infer(read.pixels[np.newaxis])[0]
+    threshold = options.threshold
+    shown = largest_region(probability, threshold) if options.clean else probability
+    packed = lesion_mask(shown, read.width, read.height, threshold)
+    if options.clean:
+        packed = largest_part(packed)
+    lesion = measure(packed, read.width)
+    contents = [encode_png(packed, read.width, read.height)]
+    if options.overlay:
+        rings = polygons(shown, read.width, read.height, threshold, clean=options.clean)
+        contents.append(overlay(data, read.width, read.height, rings))
+    for target, content in zip(targets, contents, strict=True):
+        write_atomically(target, content)
+    share = lesion.area / (read.width * read.height)
+    found = f"lesion on {share:.1%} of the photo" if lesion.area else "no lesion found"
+    took_ms = 1000 * (time.perf_counter() - started)
+    return f"{found}, {took_ms:.0f} ms -> {', '.join(map(str, targets))}"
+
+
+def _threshold(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not within 0 and 1")
+    return value
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; gives the exit code."""
+    parser = argparse.ArgumentParser(
+        prog=program("server.command.segment"),
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("photos", type=Path, nargs="+", metavar="PHOTO")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="DIR", help="default: each photo's own folder"
+    )
+    parser.add_argument("--overlay", action="store_true", help="write the outlined photo too")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace masks that are there (default: refuse)"
+    )
+    parser.add_argument(
+        "--threshold", type=_threshold, default=0.5, help="0 to 1 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--clean", action="store_true", help="leave the largest region only, without its holes"
+    )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=Settings.model_fields["model"].default,
+        metavar="FILE",
+        help="ONNX file (default: the shipped network)",
+    )
+    options = parser.parse_args(arguments)
+    plan = [
+        (photo, _targets(photo, options.output, with_overlay=options.overlay))
+        for photo in options.photos
+    ]
+    taken: dict[Path, Path] = {}
+    for photo, targets in plan:
+        for target in targets:
+            if target in taken:
+                parser.exit(2, f"{taken[target]} and {photo} would both become {target}\n")
+            taken[target] = photo
+            if target.exists() and not options.overwrite:
+                parser.exit(2, f"{target} is there: pass --overwrite, or -o another folder\n")
+    try:
+        if options.output:
+            options.output.mkdir(parents=True, exist_ok=True)
+        backend = open_backend("auto", options.model, threads=available_cores())
+    except (BackendError, OSError) as error:
+        parser.exit(1, f"{error}\n")
+    failed = False
+    for photo, targets in plan:
+        try:
+            print(f"{photo}: {_segment(photo, targets, backend, options)}", flush=True)
+        except (ImageError, OSError, BackendError) as error:
+            failed = True
+            said = error.strerror if isinstance(error, OSError) and error.strerror else error
+            print(f"{photo}: {said}", file=sys.stderr, flush=True)
+    backend.close()
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
