@@ -85,7 +85,7 @@ def chosen(names: Sequence[str]) -> list[str]:
     return list(found)
 
 
-def held_out(config: TrainConfig, samples: list[Sample], split: str) -> list[Sample]:
+def held_out(config: TrainConfig, samples: list[Sample], split: str, cache: Path) -> list[Sample]:
     """What the runs are scored on.
 
     Raises:
@@ -96,7 +96,7 @@ def held_out(config: TrainConfig, samples: list[Sample], split: str) -> list[Sam
         if not scored:
             raise DataError("there is no official test set in the data: leave --split out")
         return scored
-    return next(iter(split_samples(config, samples)[1].values()))
+    return next(iter(split_samples(config, samples, cache)[1].values()))
 
 
 def run_one(
@@ -215,8 +215,8 @@ def ablate(
     }
     samples = find_samples(data)
     first = next(iter(configs.values()))
-    scored = held_out(first, samples, split)
-    training = split_samples(first, samples)[0]
+    scored = held_out(first, samples, split, cache)
+    training = split_samples(first, samples, cache)[0]
     origins = ", ".join(sorted({s.origin for s in scored}))
     changes = ", ".join(f"{key}={value}" for key, value in overrides.items()) or "none"
     budget = (

@@ -53,7 +53,7 @@ class Recipe:
     """η of every half-resolution attention of every run."""
 
 
-def score(name: str, runs: Sequence[Path], samples: list[Sample]) -> Recipe:
+def score(name: str, runs: Sequence[Path], samples: list[Sample], cache: Path) -> Recipe:
     """Score the runs of one recipe.
 
     Raises:
@@ -68,7 +68,7 @@ def score(name: str, runs: Sequence[Path], samples: list[Sample]) -> Recipe:
             raise ConfigError(f"{run} is no run of slsnet that held out a fold: set data.folds")
         attentions = [pam for pam in network.half_resolution_attention() if pam.eta.item()]
         recipe.eta += [pam.eta.item() for pam in attentions]
-        for which, photos in split_samples(config, samples)[1].items():
+        for which, photos in split_samples(config, samples, cache)[1].items():
             scored = _jaccard(run, network, config.size, photos)
             _add(recipe.scores.setdefault(which, defaultdict(list)), photos, scored)
             if attentions:
@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
         for name, *runs in args.recipe:
             if not runs:
                 raise ConfigError(f"--recipe {name} names no run: give its folders after the name")
-            recipes.append(score(name, [Path(run) for run in runs], samples))
+            recipes.append(score(name, [Path(run) for run in runs], samples, args.cache))
     except (ConfigError, DataError) as error:
         parser.exit(2, f"error: {error}\n")
     print(markdown(recipes))

@@ -99,6 +99,8 @@ class DataConfig:
     allow_uniform_masks: bool = False  # accept masks that are empty or all lesion
     folds: int = 0  # >0: hold out fold `fold` of so many of the training ids for selection
     fold: int = 0
+    groups: str | None = None  # CSV of ids and of the lesion or patient that each belongs to
+    group_column: str = "lesion_id"  # of that file
     teacher: str | None = None  # file written by model.distill
 
     def __post_init__(self) -> None:

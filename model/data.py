@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import hashlib
+import math
 import os
 import re
+import time
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +31,7 @@ from PIL import Image
 
 from model.files import replacing
 from model.image import ImageError, read_photo
+from model.progress import TELL_EVERY_S, tell
 from model.truth import IMAGE_SUFFIXES, DataError, find_masks, find_photos, read_truth
 
 Split = Literal["training", "validation", "test"]
@@ -52,6 +56,9 @@ _LAYOUTS: tuple[tuple[str, Split, str, str], ...] = (
         for split, part in _PARTS_2018
     ),
 )
+
+
+_ID_COLUMNS = ("isic_id", "image_id", "image_name", "image", "id")
 
 
 @dataclass(frozen=True)
@@ -185,6 +192,41 @@ def refuse_leakage(splits: Mapping[str, Sequence[Sample]]) -> None:
                 )
 
 
+def read_groups(path: Path, column: str) -> dict[str, str]:
+    """
+    What each id belongs to (a lesion, a patient), of a table as ISIC's metadata are.
+
+    Args:
+        path: CSV with a header; the id is in the first of its columns that is called `isic_id`,
+            `image_id`, `image_name`, `image` or `id`, with or without the suffix of a file.
+        column: whose values are the groups; an id without one stands alone.
+
+    Raises:
+        DataError: unreadable, or without these columns.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            table = csv.DictReader(file)
+            names = list(table.fieldnames or ())
+            rows = list(table)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"data.groups: {path} is not a readable CSV file: {error}") from error
+    ids = [name for name in names if name in _ID_COLUMNS and name != column]
+    if not ids or column not in names:
+        wanted = f"{column!r} (data.group_column)" if ids else f"of ids ({', '.join(_ID_COLUMNS)})"
+        raise DataError(
+            f"data.groups: {path} has no column {wanted}; there are: {', '.join(names) or 'none'}"
+        )
+    found: dict[str, str] = {}
+    for row in rows:
+        name, group = ((row[key] or "").strip() for key in (ids[0], column))
+        if name.lower().endswith(IMAGE_SUFFIXES):
+            name = name.rpartition(".")[0]
+        if group and found.setdefault(name, group) != group:
+            raise DataError(f"data.groups: {path} has {name} in {found[name]} and in {group}")
+    return found
+
+
 def hold_out(samples: Sequence[Sample], fold: int, folds: int) -> tuple[list[Sample], list[Sample]]:
     """Split by a hash of the id: everything but one of `folds` folds, and that fold.
 
@@ -205,6 +247,14 @@ class PixelSet:
     ids: tuple[str, ...]
     images: NDArray[np.uint8]
     masks: NDArray[np.uint8]
+
+    def of(self, samples: Sequence[Sample]) -> PixelSet:
+        """Those of `samples`, in their order."""
+        if (wanted := tuple(s.id for s in samples)) == self.ids:
+            return self
+        row = {name: index for index, name in enumerate(self.ids)}
+        rows = [row[name] for name in wanted]
+        return PixelSet(wanted, self.images[rows], self.masks[rows])
 
 
 def read_mask(
@@ -268,8 +318,16 @@ def load_pixels(
         mask = read_mask(sample.mask, side, (photo.width, photo.height), allow_uniform)
         return photo.pixels.transpose(2, 0, 1), mask[None]
 
+    pairs = []
+    began = time.monotonic()
+    told = -math.inf
     with ThreadPoolExecutor() as pool:
-        pairs = list(pool.map(decode, samples))
+        for pair in pool.map(decode, samples):
+            pairs.append(pair)
+            if (now := time.monotonic()) - told > TELL_EVERY_S:
+                told = now
+                left = (now - began) / len(pairs) * (len(samples) - len(pairs))
+                tell(f"decoding photo {len(pairs)}/{len(samples)}", left)
     shape = (0, 3, side, side)
     images = np.stack([p[0] for p in pairs]) if pairs else np.empty(shape, np.uint8)
     masks = np.stack([p[1] for p in pairs]) if pairs else np.empty((0, 1, side, side), np.uint8)

@@ -82,16 +82,17 @@ def distil(data: Path, runs: list[Path], out: Path, cache: Path) -> None:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     samples = find_samples(data)
-    training = select(samples, "training")
-    pixels = load_pixels(training, STORED_SIZE, cache)
+    pixels = load_pixels(select(samples, "training"), STORED_SIZE, cache)
     row = {name: i for i, name in enumerate(pixels.ids)}
     total = np.zeros((len(row), STORED_SIZE, STORED_SIZE), np.float32)
     votes = np.zeros(len(row), np.int64)
+    used: set[str] = set()  # without copies of validation and test photos
     for run in runs:
         config, network = load_run(run, device)
-        _, held = split_samples(config, samples)
+        kept, held = split_samples(config, samples, cache)
         if "holdout" not in held:
             raise ConfigError(f"{run} held nothing out: train it with data.folds")
+        used |= {s.id for s in (*kept, *held["holdout"])}
         rows = np.array([row[s.id] for s in held["holdout"]])
         scores = []
         for chunk in np.array_split(rows, max(1, len(rows) // 64)):
@@ -102,18 +103,20 @@ def distil(data: Path, runs: list[Path], out: Path, cache: Path) -> None:
             scores += jaccard(count(found > 0.5, truth)).tolist()
         votes[rows] += 1
         print(f"{run}: {len(rows)} held-out images, Jaccard {np.mean(scores):.4f}", file=sys.stderr)
-    if (votes == 0).any():
-        missing = pixels.ids[int(votes.argmin())]
-        raise ConfigError(f"{missing} was held out by no run: train every fold")
-    mean = total / votes[:, None, None]
-    truth = pixels.masks[:, 0] > LESION_ABOVE
+    chosen = [i for name, i in row.items() if name in used]
+    if missing := [pixels.ids[i] for i in chosen if not votes[i]]:
+        raise ConfigError(f"{missing[0]} was held out by no run: train every fold")
+    mean = total[chosen] / votes[chosen, None, None]
+    truth = pixels.masks[chosen, 0] > LESION_ABOVE
     score = jaccard(count(mean > 0.5, truth)).mean()
     print(f"ensemble, held out: Jaccard {score:.4f}", file=sys.stderr)
     factor = STORED_SIZE // MODEL_SIZE
     small = mean.reshape(len(mean), MODEL_SIZE, factor, MODEL_SIZE, factor).mean((2, 4))
     with replacing(out) as path:
         np.savez_compressed(
-            path, ids=np.array(pixels.ids), probability=np.rint(small * 255).astype(np.uint8)
+            path,
+            ids=np.array([pixels.ids[i] for i in chosen]),
+            probability=np.rint(small * 255).astype(np.uint8),
         )
 
 

@@ -1,49 +1,84 @@
-"""Photos that are in a data set more than once, byte for byte or nearly so."""
+"""Photos that belong together: copies of one, in whatever file, and what a table says of them."""
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
-
-from model.image import ImageError, read_photo
-from model.truth import DataError
 
 __all__ = ["groups"]
 
-_SIDE = 32
-_MOST_DIFFERENCE = 5.0
-"""Mean over the thumbnail, of 255: another format, quality or size of one photo stays below."""
+_SIDE = 16
+"""Of the thumbnails that are compared, pixels."""
+
+_BLUR = 5
+"""Width of the mean that is taken off them, pixels: a dark patch amid skin is in every photo."""
+
+_LEAST_CORRELATION = 0.96
+"""Between copies. Chosen on the ISIC photos of even id: 884 that 2017 and 2018 store each in its
+own shape and quality correlate by 0.976 or more, the nearest photos of different lesions by 0.939.
+Of odd id, for which it was not chosen, it is 0.988 (907 photos) and 0.931."""
+
+_ROWS = 512
+"""Photos that are held against all others at a time: memory grows as their number alone."""
 
 
-def groups(photos: Sequence[Path]) -> list[int]:
+def groups(images: Iterable[NDArray[np.uint8]], labels: Sequence[Hashable | None]) -> list[int]:
     """
-    For each photo the index of the first that is the same, byte for byte or nearly; often its own.
+    For each photo the index of the first that it belongs together with; often its own.
 
-    Raises:
-        DataError: a photo cannot be read.
+    Two photos are copies if their thumbnails, turned and mirrored as fits best, correlate: so other
+    sizes, formats, qualities, brightness and contrast of one photo are found. What belongs to one
+    third belongs together.
+
+    Args:
+        images: n of uint8 [3, side, side], the whole frame squashed; the side a multiple of 16.
+        labels: one a photo; photos of equal labels belong together too, None is like no other.
     """
-    with ThreadPoolExecutor() as pool:
-        thumbnails = list(pool.map(_thumbnail, photos))
-    first = list(range(len(photos)))
-    if not photos:
-        return first
-    table = np.stack(thumbnails)
-    means = table.mean(axis=1)
-    for index in range(1, len(photos)):
-        # Near in the mean is a necessary condition, and a cheap one.
-        near = np.flatnonzero(np.abs(means[:index] - means[index]) <= _MOST_DIFFERENCE)
-        difference = np.abs(table[near] - table[index]).mean(axis=1)
-        for other in near[difference <= _MOST_DIFFERENCE].tolist():
-            old, new = sorted((first[index], first[other]), reverse=True)
-            first = [new if value == old else value for value in first]
-    return first
+    first = list(range(len(labels)))
+
+    def root(index: int) -> int:
+        while first[index] != index:
+            first[index] = index = first[first[index]]
+        return index
+
+    def join(one: int, other: int) -> None:
+        low, high = sorted((root(one), root(other)))
+        first[high] = low
+
+    known: dict[Hashable, int] = {}
+    for index, label in enumerate(labels):
+        if label is not None:
+            join(index, known.setdefault(label, index))
+    for one, other in _copies(images):
+        join(one, other)
+    return [root(index) for index in range(len(labels))]
 
 
-def _thumbnail(photo: Path) -> NDArray[np.float32]:
-    try:
-        pixels = read_photo(photo.read_bytes(), size=_SIDE).pixels
-    except (ImageError, OSError) as error:
-        raise DataError(f"{photo} cannot be used: {error}") from error
-    return pixels.reshape(-1).astype(np.float32)
+def _copies(images: Iterable[NDArray[np.uint8]]) -> Iterator[tuple[int, int]]:
+    """Pairs of indices of copies."""
+    thumbnails = [_thumbnail(image) for image in images]
+    if not thumbnails:
+        return
+    small = np.stack(thumbnails)
+    upright = small.reshape(len(small), -1)
+    for turns in range(4):
+        turned = np.rot90(small, turns, (1, 2))
+        for form in (turned, turned[..., ::-1]):
+            forms = form.reshape(upright.shape)
+            for start in range(0, len(upright), _ROWS):
+                alike = upright[start : start + _ROWS] @ forms.T > _LEAST_CORRELATION
+                for one, other in np.argwhere(alike).tolist():
+                    if start + one != other:
+                        yield start + one, other
+
+
+def _thumbnail(image: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """[3, side, side] → [16, 16] of length 1, so that the product of two is their correlation."""
+    step = image.shape[-1] // _SIDE
+    grey = image.reshape(3, _SIDE, step, _SIDE, step).mean((0, 2, 4), np.float32)
+    around = sliding_window_view(np.pad(grey, _BLUR // 2, "edge"), (_BLUR, _BLUR))
+    detail: NDArray[np.float32] = grey - around.mean((2, 3))
+    detail -= detail.mean()
+    detail /= max(float(np.linalg.norm(detail)), 1e-6)
+    return detail

@@ -21,7 +21,6 @@ import dataclasses
 import functools
 import math
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -51,10 +50,12 @@ from model.config import (
 from model.data import (
     PixelSet,
     Sample,
+    Split,
     add_data_arguments,
     find_samples,
     hold_out,
     load_pixels,
+    read_groups,
     refuse_leakage,
     select,
 )
@@ -63,12 +64,12 @@ from model.files import replacing
 from model.generator import Generator, save_generator
 from model.metrics import LESION_ABOVE, THRESHOLD_JACCARD
 from model.program import program
+from model.progress import TELL_EVERY_S, say, tell
 from model.teacher import Teacher
 from model.truth import DataError
 
 STORED_SIZE = 256  # side at which the set is kept, pixels; augmentation warps it, then pools
 SAVE_EVERY_S = 15.0  # a checkpoint at every epoch's end, but not more often than this
-TELL_EVERY_S = 10.0  # after the first step, a line of progress is written so often at most
 
 
 class TrainingError(RuntimeError):
@@ -202,7 +203,7 @@ class Trainer:
                     told = time.monotonic()
                     done = progress.step - first_step
                     left = (told - started) / done * (self.total_steps - progress.step)
-                    _tell(
+                    tell(
                         f"epoch {progress.epoch + 1}/{config.epochs} step {i + 1}/"
                         f"{self.steps_per_epoch}",
                         left,
@@ -589,12 +590,7 @@ def _report(row: dict[str, float], epochs: int, left: float) -> None:
     figures = " ".join(
         f"{k}={v:.4f}" for k, v in row.items() if k == "loss" or k.endswith("_jaccard")
     )
-    _tell(f"epoch {int(row['epoch'])}/{epochs} {figures} {row['images_per_s']:.1f} images/s", left)
-
-
-def _tell(what: str, left: float) -> None:
-    minutes, seconds = divmod(int(left), 60)
-    print(f"{what} left {minutes}:{seconds:02d}", file=sys.stderr, flush=True)
+    tell(f"epoch {int(row['epoch'])}/{epochs} {figures} {row['images_per_s']:.1f} images/s", left)
 
 
 def _announce(config: TrainConfig, device: torch.device, photos: int, steps: int) -> None:
@@ -603,11 +599,7 @@ def _announce(config: TrainConfig, device: torch.device, photos: int, steps: int
     if device.type == "cpu" and not has_bf16(device):
         why = " (this processor has no bf16 instructions"
         why += ", emulated: precision=fp32 is faster)" if precision == "bf16" else ")"
-    print(
-        f"{photos} photos, {steps} steps an epoch, on {device.type} in {precision}{why}",
-        file=sys.stderr,
-        flush=True,
-    )
+    say(f"{photos} photos, {steps} steps an epoch, on {device.type} in {precision}{why}")
 
 
 @torch.inference_mode()
@@ -721,56 +713,102 @@ def prepare(
         DataError: naming the file or id that cannot be used.
     """
     samples = find_samples(data)
-    training, selections = split_samples(config, samples)
-    side = math.ceil(STORED_SIZE / config.size) * config.size
-    load: Callable[[list[Sample]], PixelSet] = lambda chosen: load_pixels(  # noqa: E731
-        chosen, side, cache, config.data.allow_uniform_masks
-    )
+    training, selections = split_samples(config, samples, cache)
+    decoded = _decode(config, samples, "training", cache)
     counts = Counter(sample.origin for sample in training)
     origin = ", ".join(f"{count} images of {name}" for name, count in sorted(counts.items()))
-    return load(training), {name: load(chosen) for name, chosen in selections.items()}, origin
+    pixels = {
+        name: _decode(config, samples, "validation", cache)
+        if name == "validation"
+        else decoded.of(chosen)
+        for name, chosen in selections.items()
+    }
+    return decoded.of(training), pixels, origin
+
+
+def _decode(config: TrainConfig, samples: list[Sample], split: Split, cache: Path) -> PixelSet:
+    """All of a split, whatever is trained on of it: so every fold finds it in the cache."""
+    side = math.ceil(STORED_SIZE / config.size) * config.size
+    # Nothing is learnt from a mask of the test set.
+    uniform = config.data.allow_uniform_masks or split == "test"
+    return load_pixels(select(samples, split), side, cache, uniform)
 
 
 def split_samples(
-    config: TrainConfig, samples: list[Sample]
+    config: TrainConfig, samples: list[Sample], cache: Path
 ) -> tuple[list[Sample], dict[str, list[Sample]]]:
     """Training samples, and the named sets to select by.
 
+    Copies of a photo are in one fold, as are photos of one group of `config.data.groups`. Training
+    photos that belong together with one of a validation or test set are left out. Both are told.
+
     Raises:
-        DataError: there is nothing to select by, or an id is in two splits.
+        DataError: there is nothing to select by, an id is in two splits, or a file cannot be used.
     """
-    training = select(samples, "training")
-    selections: dict[str, list[Sample]] = {}
-    if validation := select(samples, "validation"):
-        selections["validation"] = validation
-    if config.data.folds:
-        first = duplicates.groups([sample.image for sample in training])
-        training = [
-            dataclasses.replace(sample, group=training[index].id)
-            for sample, index in zip(training, first, strict=True)
-        ]
-        if twins := [sample for sample in training if sample.group != sample.id]:
-            print(
-                f"{len(twins)} photos are there under another id too, and share its fold: "
-                + ", ".join(f"{twin.id} = {twin.group}" for twin in twins[:5]),
-                file=sys.stderr,
-            )
-        training, held = hold_out(training, config.data.fold, config.data.folds)
-        selections["holdout"] = held
-    if not selections:
-        raise DataError(
-            "there is no validation set beside the training images: "
-            "hold out a tenth with --set data.folds=10"
-        )
-    # between data sets ids repeat and are sorted out above; within one they are a mistake
+    # between data sets ids repeat and are sorted out by `select`; within one they are a mistake
     for origin in {sample.origin for sample in samples}:
         splits: dict[str, list[Sample]] = {}
         for sample in samples:
             if sample.origin == origin:
                 splits.setdefault(f"{origin}'s {sample.split} set", []).append(sample)
         refuse_leakage(splits)
+    validation = select(samples, "validation")
+    if not validation and not config.data.folds:
+        raise DataError(
+            "there is no validation set beside the training images: "
+            "hold out a tenth with --set data.folds=10"
+        )
+    training = _grouped(config, samples, cache)
+    selections = {"validation": validation} if validation else {}
+    if config.data.folds:
+        training, held = hold_out(training, config.data.fold, config.data.folds)
+        selections["holdout"] = held
     refuse_leakage({"the training set": training, **selections})
     return training, selections
+
+
+def _grouped(config: TrainConfig, samples: list[Sample], cache: Path) -> list[Sample]:
+    """The training samples with their groups, without those that are held out in another file."""
+    order: tuple[Split, ...] = ("training", "validation", "test")
+    every = [sample for split in order for sample in select(samples, split)]
+    images = (image for split in order for image in _decode(config, samples, split, cache).images)
+    labels: dict[str, str] = {}
+    if config.data.groups is not None:
+        labels = read_groups(Path(config.data.groups), config.data.group_column)
+        alone = sum(sample.id not in labels for sample in every)
+        if alone == len(every):
+            raise DataError(f"data.groups: {config.data.groups} holds none of the ids of the data")
+        say(f"{alone} of {len(every)} photos have no {config.data.group_column}")
+    first = duplicates.groups(images, [labels.get(sample.id) for sample in every])
+    training = [
+        dataclasses.replace(sample, group=every[index].id)
+        for sample, index in zip(every, first, strict=True)
+        if sample.split == "training"
+    ]
+    outside = {
+        every[index].id: sample.id
+        for sample, index in zip(every, first, strict=True)
+        if sample.split != "training"
+    }
+    kept = [sample for sample in training if sample.group not in outside]
+    why = f"or of one {config.data.group_column} " if labels else ""
+    _tell_pairs(
+        f"left out of training, copies {why}of validation or test photos",
+        [(sample.id, outside[sample.group]) for sample in training if sample.group in outside],
+    )
+    _tell_pairs(
+        f"in one fold, copies {why}of other training photos",
+        [(sample.id, sample.group) for sample in kept if sample.group != sample.id],
+    )
+    return kept
+
+
+def _tell_pairs(what: str, pairs: list[tuple[str, str]]) -> None:
+    """Say which ids are so for the sake of which others."""
+    if pairs:
+        more = ", …" if len(pairs) > 5 else ""
+        shown = ", ".join(f"{one} = {other}" for one, other in pairs[:5])
+        say(f"{what} ({len(pairs)}): {shown}{more}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_photo_is_scored_once_by_the_run_that_held_it_out(folder: Path) -> None:
     samples = find_samples(folder / "data")
-    recipe = score("exact", [folder / "exact-0", folder / "exact-1"], samples)
+    recipe = score("exact", [folder / "exact-0", folder / "exact-1"], samples, folder / "cache")
     held = recipe.scores["holdout"]
     assert set(held) == {s.id for s in samples if s.split == "training"}
     assert {len(values) for values in held.values()} == {1}
@@ -42,9 +42,9 @@ def test_every_photo_is_scored_once_by_the_run_that_held_it_out(folder: Path) ->
 
 def test_attention_that_was_awake_has_a_weight_and_can_be_left_out(folder: Path) -> None:
     samples = find_samples(folder / "data")
-    awake = score("exact", [folder / "exact-0"], samples)
+    awake = score("exact", [folder / "exact-0"], samples, folder / "cache")
     assert len(awake.eta) == 2 and all(awake.eta)
-    asleep = score("none", [folder / "none-0"], samples)
+    asleep = score("none", [folder / "none-0"], samples, folder / "cache")
     assert asleep.eta == [] and asleep.without == asleep.scores
 
     # a network that leans on its attention loses by its absence
@@ -54,7 +54,7 @@ def test_attention_that_was_awake_has_a_weight_and_can_be_left_out(folder: Path)
         if key.endswith("pam.eta"):
             state["average"][key] += 50
     torch.save(state, folder / "exact-0" / "last.pt")
-    leaning = score("exact", [folder / "exact-0"], samples)
+    leaning = score("exact", [folder / "exact-0"], samples, folder / "cache")
     assert leaning.scores["holdout"] != leaning.without["holdout"]
 
 
@@ -85,12 +85,12 @@ def test_the_table_is_paired_by_photo(folder: Path, capsys: pytest.CaptureFixtur
 def test_what_cannot_be_compared_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     samples = find_samples(folder / "data")
     with pytest.raises(ConfigError, match="holds no run"):
-        score("x", [folder / "nothing"], samples)
+        score("x", [folder / "nothing"], samples, folder / "cache")
     whole = folder / "whole"
     where = ["--data", str(folder / "data"), "--cache", str(folder / "cache")]
     train([*where, "--out", str(whole), *tiny_flags(epochs=1, augment="none")])
     with pytest.raises(ConfigError, match=r"held out a fold: set data\.folds"):
-        score("x", [whole], samples)
+        score("x", [whole], samples, folder / "cache")
     with pytest.raises(SystemExit) as exit_:
         main([*where, "--recipe", "x"])
     assert exit_.value.code == 2

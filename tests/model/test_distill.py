@@ -51,7 +51,7 @@ def test_targets_are_held_out_predictions_and_are_learnt_from(
     judged: list[str] = []
     for folder_of_run in runs:
         config, network = load_run(folder_of_run, torch.device("cpu"))
-        kept, held = split_samples(config, samples)
+        kept, held = split_samples(config, samples, folder / "cache")
         judged += [s.id for s in held["holdout"]]
         rows = [pixels.ids.index(s.id) for s in held["holdout"]]
         assert not {s.id for s in kept} & {s.id for s in held["holdout"]}

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from model import train
-from model.config import ConfigError, TrainConfig
+from model import data, train
+from model.config import ConfigError, DataConfig, TrainConfig
 from model.train import Trainer, chosen_precision
-from tests.model.tiny import pixel_set, tiny_config
+from tests.model.tiny import pixel_set, tiny_config, write_isic2017
 
 
 def trainer(out: Path, config: TrainConfig) -> Trainer:
@@ -30,6 +30,20 @@ def test_steps_are_told_before_the_first_epoch_ends(
         "epoch 1/1 step 2/2",
     ]
     assert lines[3].startswith("epoch 1/1 loss=")
+
+
+def test_decoding_is_told_from_the_first_photo_and_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "TELL_EVERY_S", 0.0)
+    root = write_isic2017(tmp_path / "data", training=4, validation=2)
+    train.prepare(tiny_config(), root, tmp_path / "cache")
+    told = [line.split(" left ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert told == [f"decoding photo {i}/{n}" for n in (4, 2) for i in range(1, n + 1)]
+    # neither another fold nor another look decodes them again
+    folds = DataConfig(folds=2, fold=1)
+    train.prepare(tiny_config(data=folds), root, tmp_path / "cache")
+    assert "decoding" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("native", "chosen"), [(True, "bf16"), (False, "fp32")])
