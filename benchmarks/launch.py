@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -29,12 +30,13 @@ class ServerProcess:
     process: subprocess.Popen[bytes]
     port: int
     log_file: Path
+    trust: ssl.SSLContext | None = None
     seconds_to_ready: float = 0
 
     @property
     def url(self) -> str:
         """Without a slash at the end."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"http{'s' if self.trust else ''}://127.0.0.1:{self.port}"
 
     def log(self) -> str:
         """What it has written so far."""
@@ -64,6 +66,7 @@ def serve(
     *flags: str,
     environment: dict[str, str] | None = None,
     command: Sequence[str] = ("-m", "server"),
+    trust: ssl.SSLContext | None = None,
 ) -> Iterator[ServerProcess]:
     """A server with these flags, ready; killed in the end if it still runs.
 
@@ -71,6 +74,7 @@ def serve(
         flags: of `python -m server`; the port is chosen here.
         environment: variables beside those of this process.
         command: what Python runs.
+        trust: what its certificate is held against, if the flags give it one.
 
     Raises:
         RuntimeError: it ended, or was not ready in time; holds its output.
@@ -86,7 +90,7 @@ def serve(
             stdout=output,
             stderr=subprocess.STDOUT,
         ) as process:
-            server = ServerProcess(process, port, Path(output.name))
+            server = ServerProcess(process, port, Path(output.name), trust)
             try:
                 _wait_until_ready(server)
                 server.seconds_to_ready = time.perf_counter() - started
@@ -98,9 +102,10 @@ def serve(
 
 def _wait_until_ready(server: ServerProcess) -> None:
     give_up = time.perf_counter() + _START_TIMEOUT_S
+    ready = f"{server.url}/health/ready"
     while time.perf_counter() < give_up and server.process.poll() is None:
         try:
-            with urllib.request.urlopen(f"{server.url}/health/ready", timeout=5):
+            with urllib.request.urlopen(ready, timeout=5, context=server.trust):
                 return
         except OSError:  # refused, not ready, or no answer in time
             time.sleep(0.01)

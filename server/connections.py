@@ -9,6 +9,12 @@ its connection is given back in bounded time and holds a bounded number of bytes
 - `max_connections` are held; who comes on top is told so with 503 and let go, unless to ask for
   health or metrics: a process that is full works, and is not to be killed for it
 
+And each request that came whole has its answer. An answer arrives although the client still sends
+(RFC 9112, 9.6): the connection is closed for writing first, and what comes is thrown away until the
+client has closed it, too, for a bounded time. What cannot be read as a request is refused behind
+the answers that are due. Who closes its side of the connection is answered still, but over TLS,
+where that ends it.
+
 Who asks for another protocol (`Upgrade`) is answered in HTTP/1.1, as RFC 9110 (7.8) lets a server.
 """
 
@@ -16,10 +22,16 @@ import asyncio
 import json
 import re
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 import httptools
-from uvicorn._types import ASGI3Application
+from uvicorn._types import (
+    ASGI3Application,
+    ASGIReceiveCallable,
+    ASGISendCallable,
+    ASGISendEvent,
+    Scope,
+)
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
@@ -30,12 +42,20 @@ from server.settings import Settings
 
 __all__ = ["Connection", "House"]
 
-# Who is refused may take this long to read why; closing at once would reset what it still sends,
-# and the answer with it. So may, in a drain, who is idle, to say goodbye over TLS.
+# Who got its last answer may take this long to read it; closing at once would reset what it still
+# sends, and the answer with it. So may, in a drain, who is idle, to say goodbye over TLS.
 _FAREWELL_S = 2
 
-# Connections that have been told that they are refused; of more, the oldest is cut at once.
+# Connections that have had their last answer; of more, the oldest is cut at once.
 _FAREWELLS = 256
+
+# Of one connection, as much is thrown away; a client that reads its answer stops long before.
+_MOST_DISCARDED = 256 * 2**20
+
+# After so long, and again, a client that closed its side is sent a word to find out whether it is
+# gone: the first makes its system say so, the next then fails.
+_PROBE_S = 0.25
+_PROBE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 # Connections above the limit that may say what they want; of more, the oldest is refused.
 _ASKED = 16
@@ -59,6 +79,44 @@ class _Refused(Exception):
     """The request is refused on the grounds of its head; it has been answered already."""
 
 
+class _Transport:
+    """A connection's transport, but for how it is closed."""
+
+    def __init__(self, connection: "Connection", transport: asyncio.Transport) -> None:
+        self._connection = connection
+        self._transport = transport
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        return self._connection._is_parting or self._transport.is_closing()
+
+    def close(self) -> None:
+        self._connection._close(self._transport)
+
+
+def _until_closed(app: ASGI3Application, cycle: RequestResponseCycle) -> ASGI3Application:
+    """Answers of unknown length end with the connection: HTTP/1.0 has no chunks."""
+
+    async def answer(scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        is_open_ended = False
+
+        async def send_plain(message: ASGISendEvent) -> None:
+            nonlocal is_open_ended
+            if message["type"] == "http.response.start":
+                names = {name.lower() for name, _ in message.get("headers", ())}
+                if is_open_ended := b"content-length" not in names:
+                    cycle.chunked_encoding = False
+            elif is_open_ended and message["type"] == "http.response.body":
+                cycle.expected_content_length = len(message.get("body", b""))
+            await send(message)
+
+        await app(scope, receive, send_plain)
+
+    return cast(ASGI3Application, answer)
+
+
 class House:
     """What the connections of one server share."""
 
@@ -66,7 +124,7 @@ class House:
         self.settings = settings
         self.metrics = metrics
         self.leaving: dict[Connection, None] = {}
-        """Connections that have been refused and not closed yet, the oldest first."""
+        """Connections that have had their last answer and are not closed yet, the oldest first."""
         self.asked: dict[Connection, None] = {}
         """Those on top of the limit that have not said yet what they want, the oldest first."""
 
@@ -88,8 +146,14 @@ class Connection(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._body_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
+        self._probe_timer: asyncio.TimerHandle | None = None
         self._running: RequestResponseCycle | None = None
         self._refused = False
+        self._refusal = b""
+        self._is_parting = False
+        self._is_last = False
+        self._is_half_closed = False
+        self._discarded = 0
         self._in_body = False
         self._is_chunked = False
         self._content_length = 0
@@ -98,7 +162,7 @@ class Connection(HttpToolsProtocol):
         self._bytes_between_bodies = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(cast(asyncio.Transport, _Transport(self, transport)))
         self._expect_head()
         if self._is_full:
             asked = self._house.asked
@@ -109,7 +173,7 @@ class Connection(HttpToolsProtocol):
                 oldest._refuse_one_too_many()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for timer in (self._head_timer, self._body_timer, self._write_timer):
+        for timer in (self._head_timer, self._body_timer, self._write_timer, self._probe_timer):
             if timer is not None:
                 timer.cancel()
         self._house.leaving.pop(self, None)
@@ -121,6 +185,7 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if self._refused or self.transport.is_closing():
+            self._discard(len(data))
             return
         self._unset_keepalive_if_required()
         self._bytes_between_bodies += len(data)
@@ -137,6 +202,30 @@ class Connection(HttpToolsProtocol):
             self._refuse_head()
         elif not self._in_body and self._is_answered:
             self._expect_head()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Keep it open for the answers that are due."""
+        if self.transport.is_closing() or self.scheme == "https":
+            return False
+        last = self._drop_unfinished()
+        if last is None:
+            return False
+        self._is_half_closed = True
+        if not self._refused:
+            last.keep_alive = False
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+        self._probe_timer = self.loop.call_later(_PROBE_S, self._probe)
+        return True
+
+    def _probe(self) -> None:
+        if self.transport.is_closing():
+            return
+        running = self._running
+        # In HTTP/1.0 there is no such word, and within an answer it would be taken for a part.
+        if running and not running.response_started and running.scope["http_version"] == "1.1":
+            self.transport.write(_PROBE)
+        self._probe_timer = self.loop.call_later(_PROBE_S, self._probe)
 
     def _parse(self, data: bytes) -> None:
         """Give the parser one head or body at a time, and after a chunked one a new parser.
@@ -238,6 +327,8 @@ class Connection(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)
         self._bytes_between_bodies = 0
+        if self.cycle.response_complete:
+            self._discard(len(body))
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -252,10 +343,17 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
+        if cycle.scope["http_version"] < "1.1":
+            app = _until_closed(app, cycle)
         super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self.transport.is_closing():
+            return
+        if self._refusal and self._drop_unfinished() is None:
+            self._send_refusal()
+            return
         if self._in_body and self._is_answered:
             # Nobody reads it any more.
             if self._body_timer is not None:
@@ -265,17 +363,60 @@ class Connection(HttpToolsProtocol):
             )
         if self.transport.get_write_buffer_size():
             self._watch_writing()
-        elif self.transport.is_closing():
-            self._say_goodbye()
 
     def shutdown(self) -> None:
+        self._is_last = True
         super().shutdown()
         if self.transport.is_closing() and not self.transport.get_write_buffer_size():
             self._say_goodbye()
 
+    def _close(self, transport: asyncio.Transport) -> None:
+        """End it in such a way that the client can read what it was sent."""
+        if self._is_parting or transport.is_closing():
+            return
+        running = self._running
+        if running and running.response_started and not running.response_complete:
+            # It was left off, which a chunk that is missing tells, or else only a reset.
+            if running.chunked_encoding is False:
+                transport.abort()
+            else:
+                transport.close()
+        elif self._refused or self._in_body or (running and not running.keep_alive):
+            self._is_parting = True
+            if self._body_timer is not None:
+                self._body_timer.cancel()
+            self.flow.resume_reading()
+            if transport.can_write_eof() and not self._is_half_closed:
+                transport.write_eof()
+            else:
+                # Nothing more can come; or it is TLS, which does the same of itself.
+                transport.close()
+            if transport.get_write_buffer_size():
+                self._watch_writing()
+            else:
+                self._say_goodbye()
+        else:
+            # Idle: there is nothing to be lost.
+            transport.close()
+
     def _say_goodbye(self) -> None:
-        # Over TLS asyncio waits half a minute for that of a client that does not look.
-        self.loop.call_later(_FAREWELL_S, self.transport.abort)
+        """Wait for the client's end; over TLS asyncio would do so for half a minute."""
+        leaving = self._house.leaving
+        leaving[self] = None
+        if len(leaving) > _FAREWELLS:
+            next(iter(leaving)).transport.abort()
+        is_sending = self._in_body and not self._is_last
+        if is_sending:
+            self._body_timer = self.loop.call_later(
+                self._settings.stall_timeout_s, self._cut, "body_discarded"
+            )
+        else:
+            self.loop.call_later(_FAREWELL_S, self.transport.abort)
+
+    def _discard(self, size: int) -> None:
+        self._discarded += size
+        if self._discarded > _MOST_DISCARDED:
+            self._cut("body_discarded")
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -393,22 +534,29 @@ class Connection(HttpToolsProtocol):
         running.message_event.set()
         return running
 
+    def _drop_unfinished(self) -> RequestResponseCycle | None:
+        """Forget a request that has not come whole; gives the last whole one that has no answer."""
+        if self.pipeline:
+            if self._in_body and self.pipeline[0][0] is self._request:
+                self.pipeline.popleft()
+                self._in_body = False
+        elif self._in_body:
+            return None
+        if self.pipeline:
+            return self.pipeline[0][0]
+        running = self._running
+        return None if running is None or running.response_complete else running
+
     def _refuse(self, status: HTTPStatus, reason: str, detail: str) -> None:
-        """Answer with a problem document, then close; a request under way is over."""
+        """Answer with a problem document, then close; a request that is not whole is over."""
         if self._refused or self.transport.is_closing():
             return
         self._refused = True
         self._house.asked.pop(self, None)
         self._metrics.connections_refused.labels(reason).inc()
-        running = self._hang_up()
-        if running is not None:
-            # Half an answer is out: a second one would be taken for its rest. And of several
-            # requests the first would take what is meant for the last; too many are all meant.
-            others = self.pipeline and status != HTTPStatus.TOO_MANY_REQUESTS
-            if running.response_started or others:
-                self.transport.abort()
-                return
-        self.pipeline.clear()
+        for timer in (self._head_timer, self._body_timer):
+            if timer is not None:
+                timer.cancel()
         body = json.dumps(
             {
                 "type": "about:blank",
@@ -419,19 +567,25 @@ class Connection(HttpToolsProtocol):
         ).encode()
         busy = status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
         retry = "Retry-After: 1\r\n" if busy else ""
-        self.transport.write(
-            (
-                f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: {PROBLEM_JSON}\r\n"
-                f"Content-Length: {len(body)}\r\n{retry}Cache-Control: no-store\r\n"
-                "X-Content-Type-Options: nosniff\r\nConnection: close\r\n\r\n"
-            ).encode()
-            + body
-        )
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
-        self.flow.resume_reading()
-        leaving = self._house.leaving
-        leaving[self] = None
-        if len(leaving) > _FAREWELLS:
-            next(iter(leaving)).transport.abort()
-        self.loop.call_later(_FAREWELL_S, self.transport.abort)
+        self._refusal = (
+            f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: {PROBLEM_JSON}\r\n"
+            f"Content-Length: {len(body)}\r\n{retry}Cache-Control: no-store\r\n"
+            "X-Content-Type-Options: nosniff\r\nConnection: close\r\n\r\n"
+        ).encode() + body
+        if self._in_body and self._is_answered:
+            self.transport.close()
+            return
+        # Those that are too many are all meant; else the answers that are due come first.
+        if status == HTTPStatus.TOO_MANY_REQUESTS or self._drop_unfinished() is None:
+            running = self._hang_up()
+            if running is not None and running.response_started:
+                # Half an answer is out: a second one would be taken for its rest.
+                self.transport.abort()
+                return
+            self._send_refusal()
+
+    def _send_refusal(self) -> None:
+        self._unset_keepalive_if_required()
+        self.pipeline.clear()
+        self.transport.write(self._refusal)
+        self.transport.close()
