@@ -20,6 +20,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import model.training_tools  # noqa: F401, before what it looks for
+
+# isort: split
 from matplotlib.figure import Figure
 
 from model.config import (

@@ -14,6 +14,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import model.training_tools  # noqa: F401, before what it looks for
+
+# isort: split
 import torch
 from torch import Tensor
 

@@ -23,6 +23,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import model.training_tools  # noqa: F401, before what it looks for
+
+# isort: split
 import numpy as np
 import torch
 from numpy.typing import NDArray

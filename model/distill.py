@@ -16,6 +16,9 @@ import argparse
 import sys
 from pathlib import Path
 
+import model.training_tools  # noqa: F401, before what it looks for
+
+# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F

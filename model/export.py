@@ -25,6 +25,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Literal, get_args
 
+import model.training_tools  # noqa: F401, before what it looks for
+
+# isort: split
 import numpy as np
 import onnx
 import onnxruntime as ort

@@ -28,6 +28,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import model.training_tools  # noqa: F401, before what it looks for
+
+# isort: split
 import numpy as np
 import torch
 import torch.distributed as dist

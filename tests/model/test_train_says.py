@@ -1,5 +1,7 @@
 """What a run of training says: how far it is, in what precision, and what is wrong with `init`."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,22 @@ def test_steps_are_told_before_the_first_epoch_ends(
         "epoch 1/1 step 2/2",
     ]
     assert lines[3].startswith("epoch 1/1 loss=")
+
+
+@pytest.mark.parametrize("command", ["train", "distill", "ablate", "average", "compare", "export"])
+def test_without_pytorch_it_is_told_what_to_install(command: str) -> None:
+    # -S: without the installed packages
+    ran = subprocess.run(
+        [sys.executable, "-S", "-m", f"model.{command}", "--help"],
+        cwd=Path(train.__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 1
+    assert ran.stderr.splitlines() == [
+        "error: training needs torch, yaml, safetensors, kornia, which serving does without: "
+        "pip install -r requirements-train.txt"
+    ]
 
 
 def test_decoding_is_told_from_the_first_photo_and_once(
