@@ -40,10 +40,11 @@ say "what pip and TLS are told on this machine holds there too"
 cp -L /etc/resolv.conf "$rootfs/etc/resolv.conf"
 cp -L /etc/ssl/certs/ca-certificates.crt "$rootfs/etc/ssl/certs/ca-certificates.crt"
 configuration=$(python3 -m pip config debug 2>/dev/null | sed -n 's/^ *\(\/.*\), exists: True$/\1/p')
-# Folders of packages that the configuration names, and files of constraints.
+# Folders of packages that the configuration names, and files of constraints. The files of an index
+# called simple lie beside it.
 # shellcheck disable=SC2086
 named=$([ -z "$configuration" ] || grep -hoE '(file://|[ =])/[^ ]+' $configuration |
-    sed -E 's/^(file:\/\/|[ =])//' | sort -u)
+    sed -E 's/^(file:\/\/|[ =])//; s/\/simple\/?$//' | sort -u)
 for path in $configuration $named; do
     if [ ! -e "$path" ] || mountpoint -q "$rootfs$path"; then continue; fi
     mkdir -p "$rootfs$(dirname "$path")"
