@@ -60,11 +60,14 @@ git clone --quiet --no-hardlinks . "$rootfs/root/slsnet"
 say "make serve"
 # shellcheck disable=SC2016
 inside '
-make serve PORT=18098 & server=$!
+rm -f /root/ended
+setsid sh -c "make serve PORT=18098; touch /root/ended" & server=$!
 python3 - <<END
-import time, urllib.request
+import os, sys, time, urllib.request
 give_up = time.monotonic() + 900
 while True:
+    if os.path.exists("/root/ended"):
+        sys.exit("make serve has ended by itself")
     try:
         urllib.request.urlopen("http://127.0.0.1:18098/health/ready", timeout=5)
         break
@@ -73,7 +76,7 @@ while True:
             raise
         time.sleep(0.5)
 END
-kill $server; wait $server || true'
+kill -- -$server; wait $server || true'
 
 say "make test"
 if [ $# -eq 0 ]; then
