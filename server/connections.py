@@ -306,7 +306,8 @@ class Connection(HttpToolsProtocol):
             )
             raise _Refused
         is_on_top = self in self._house.asked and self._is_full
-        if is_on_top and self.url.partition(b"?")[0] not in _ALWAYS_ANSWERED:
+        path = self.url.partition(b"?")[0].removeprefix(self._settings.root_path.encode())
+        if is_on_top and path not in _ALWAYS_ANSWERED:
             self._refuse_one_too_many()
             raise _Refused
         self._house.asked.pop(self, None)

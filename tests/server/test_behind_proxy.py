@@ -1,6 +1,7 @@
-"""Behind nginx, which ends TLS and serves this under a prefix: page, reference and API work."""
+"""Behind a proxy that ends TLS and serves this under a prefix: page, reference and API work."""
 
 import contextlib
+import os
 import shutil
 import socket
 import ssl
@@ -15,11 +16,7 @@ import pytest
 from benchmarks.launch import ServerProcess, serve
 from tests.conftest import Sample, until
 
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("nginx") and shutil.which("openssl")), reason="needs nginx and openssl"
-)
-
-_CONFIG = """\
+_NGINX = """\
 daemon off;
 pid {folder}/nginx.pid;
 error_log stderr;
@@ -48,8 +45,46 @@ http {{
 """
 
 
+_CADDY = """\
+{{
+  admin off
+  auto_https disable_redirects
+}}
+https://localhost:{port} {{
+  bind 127.0.0.1
+  tls {folder}/cert.pem {folder}/key.pem
+  {handle} /skin/lesions/* {{
+    reverse_proxy 127.0.0.1:{upstream}
+  }}
+}}
+"""
+
+
+def _nginx(folder: Path, port: int, upstream: int, strips: bool) -> list[str | Path]:
+    config = folder / "nginx.conf"
+    path = "/" if strips else ""
+    config.write_text(
+        _NGINX.format(folder=folder, port=port, upstream=upstream, path=path), encoding="utf-8"
+    )
+    return ["nginx", "-c", config, "-p", folder, "-e", folder / "error.log"]
+
+
+def _caddy(folder: Path, port: int, upstream: int, strips: bool) -> list[str | Path]:
+    config = folder / "Caddyfile"
+    handle = "handle_path" if strips else "handle"
+    config.write_text(
+        _CADDY.format(folder=folder, port=port, upstream=upstream, handle=handle), encoding="utf-8"
+    )
+    return ["caddy", "run", "--config", config, "--adapter", "caddyfile"]
+
+
+_PROXIES = {"nginx": _nginx, "caddy": _caddy}
+
+
 @contextlib.contextmanager
-def nginx(folder: Path, server: ServerProcess, *, strips: bool) -> Iterator[httpx.Client]:
+def proxy(
+    name: str, folder: Path, server: ServerProcess, *, strips: bool
+) -> Iterator[httpx.Client]:
     """A client of the proxy, whose base is the prefix."""
     subprocess.run(
         [
@@ -62,18 +97,18 @@ def nginx(folder: Path, server: ServerProcess, *, strips: bool) -> Iterator[http
     )
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    config = folder / "nginx.conf"
-    path = "/" if strips else ""
-    config.write_text(
-        _CONFIG.format(folder=folder, port=port, upstream=server.port, path=path), encoding="utf-8"
-    )
-    log = (folder / "nginx.log").open("wb")
-    command: list[str | Path] = ["nginx", "-c", config, "-p", folder, "-e", folder / "error.log"]
-    with log, subprocess.Popen(command, stderr=log) as process:
+    command = _PROXIES[name](folder, port, server.port, strips)
+    # Caddy keeps its state at home.
+    home = {
+        **os.environ,
+        **dict.fromkeys(("HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"), str(folder)),
+    }
+    log = folder / "proxy.log"
+    with log.open("wb") as output, subprocess.Popen(command, stderr=output, env=home) as process:
         try:
 
             def listens() -> bool:
-                assert process.poll() is None, (folder / "nginx.log").read_text(encoding="utf-8")
+                assert process.poll() is None, log.read_text(encoding="utf-8")
                 with socket.socket() as connection:
                     return connection.connect_ex(("127.0.0.1", port)) == 0
 
@@ -86,11 +121,18 @@ def nginx(folder: Path, server: ServerProcess, *, strips: bool) -> Iterator[http
             process.terminate()
 
 
-@pytest.fixture(params=["stripped", "kept"])
+@pytest.fixture(
+    params=[(name, form) for name in _PROXIES for form in ("stripped", "kept")], ids="-".join
+)
 def proxied(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[httpx.Client]:
-    strips = request.param == "stripped"
-    flags = () if strips else ("--root-path", "/skin/lesions")
-    with serve(*flags) as server, nginx(tmp_path, server, strips=strips) as client:
+    name, form = request.param
+    if missing := [tool for tool in (name, "openssl") if not shutil.which(tool)]:
+        pytest.skip(f"needs {' and '.join(missing)}")
+    flags = () if form == "stripped" else ("--root-path", "/skin/lesions")
+    with (
+        serve(*flags) as server,
+        proxy(name, tmp_path, server, strips=form == "stripped") as client,
+    ):
         # Whoever asks directly does not know of the prefix.
         assert httpx.get(f"{server.url}/health/ready").status_code == 200
         yield client

@@ -200,6 +200,18 @@ def test_a_full_server_says_that_it_works(photos: list[Sample]) -> None:
             assert another.get("/model").headers.get("connection") != "close"
 
 
+def test_a_full_server_says_that_it_works_below_a_prefix() -> None:
+    flags = ("--max-connections", "2", "--root-path", "/skin")
+    with serve(*flags) as server, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(httpx.Client(base_url=server.url)) for _ in range(2)]
+        assert [one.get("/health/live").status_code for one in clients] == [200] * 2
+        for path in ("/health/live", "/health/ready", "/v2/health/live", "/metrics?x=1"):
+            for prefix in ("/skin", ""):
+                assert httpx.get(server.url + prefix + path).status_code == 200, prefix + path
+        for path in ("/skin/model", "/skin", "/skinhealth/live"):
+            assert httpx.get(server.url + path).status_code == 503, path
+
+
 def test_a_client_that_keeps_its_connection_is_served_again(strict: ServerProcess) -> None:
     with httpx.Client(base_url=strict.url) as client:
         for pause_s in (0, 1.3, 0):
