@@ -71,8 +71,10 @@ $(VENV)/.benchmarks: requirements.txt requirements-bench.txt | $(BIN)/python
 	@touch $@ $(VENV)/.serving
 
 $(VENV)/.development: requirements.txt requirements-train.txt requirements-otel.txt requirements-ray.txt \
-		requirements-bench.txt docker/requirements-tools.txt requirements-dev.txt | $(BIN)/python
+		requirements-bench.txt docker/requirements-tools.txt requirements-dev.txt requirements-scorer.txt | $(BIN)/python
 	@echo "== installing requirements-dev.txt into $(VENV): PyTorch, Ray and the development tools, some gigabytes, several minutes"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-scorer.txt 2>/dev/null || \
+		echo "== without the official ISIC scorer, which has to be compiled: its comparison is skipped"
 	@echo "== installed"
 	@touch $@ $(VENV)/.serving $(VENV)/.benchmarks

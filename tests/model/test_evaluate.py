@@ -88,7 +88,9 @@ def test_cleaned_figures_leave_other_regions_out(pairs: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # not this project's
 def test_agreement_with_the_official_scorer(pairs: Path, report: Path, tmp_path: Path) -> None:
-    segmentation = pytest.importorskip("isic_challenge_scoring.segmentation")
+    segmentation = pytest.importorskip(
+        "isic_challenge_scoring.segmentation", reason="needs requirements-scorer.txt"
+    )
     network = load_network(WEIGHTS)
     truths, predictions = tmp_path / "truths", tmp_path / "predictions"
     truths.mkdir()

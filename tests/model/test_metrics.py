@@ -39,7 +39,7 @@ def masks(seed: int, height: int, width: int) -> tuple[Mask, Mask]:
     return truth, truth.copy() if rng.random() < 0.15 else blob()
 
 
-# isic-challenge-scoring 5.6.0 on `masks` of the seeds 0 to 59; it installs on Python 3.11 alone.
+# isic-challenge-scoring 5.6.0 on `masks` of the seeds 0 to 59, for where it cannot be installed.
 OFFICIAL = {
     "accuracy": 0.7593862701698367,
     "dice": 0.4254229711666116,
@@ -114,7 +114,9 @@ def test_agreement_with_what_the_official_scorer_said() -> None:
 
 @pytest.mark.filterwarnings("ignore")  # not this project's
 def test_agreement_with_the_official_scorer(tmp_path: Path) -> None:
-    segmentation = pytest.importorskip("isic_challenge_scoring.segmentation")
+    segmentation = pytest.importorskip(
+        "isic_challenge_scoring.segmentation", reason="needs requirements-scorer.txt"
+    )
     truths, predictions = tmp_path / "truth", tmp_path / "prediction"
     truths.mkdir()
     predictions.mkdir()
