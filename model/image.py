@@ -127,6 +127,8 @@ class Photo:
     """Pixels, after EXIF orientation."""
     height: int
     """Pixels, after EXIF orientation."""
+    orientation: int
+    """That was applied to the stored picture, 1 to 8 (EXIF 2.32, tag 0x0112)."""
 
 
 def _always_room(_pixels: int) -> AbstractContextManager[None]:
@@ -190,8 +192,10 @@ def read_photo(
                 if name != "JPEG" or not formats.is_lossless_jpeg(data):
                     image.draft("RGB", (_JPEG_MARGIN * size, _JPEG_MARGIN * size))
                 grey = formats.Grey.of(image)
+                # TIFF is turned upright while it is loaded.
+                applied = _orientation(image) if name == "TIFF" else 1
                 image.load()
-                # After loading: a PNG may store it behind the pixels; TIFF is upright by then.
+                # After loading: a PNG may store it behind the pixels.
                 orientation = _orientation(image)
                 # Before averaging, as Pillow's BOX is not symmetric: so the pixels are exactly
                 # those of the same photo stored upright. A JPEG is small by now.
@@ -221,7 +225,7 @@ def read_photo(
         raise CorruptImageError(_why_corrupt(name, data, error)) from error
     if 5 <= orientation <= 8:
         width, height = height, width
-    return Photo(square, width, height)
+    return Photo(square, width, height, applied if name == "TIFF" else orientation)
 
 
 def lesion_mask(
@@ -390,7 +394,8 @@ def _orientation(image: ImageFile.ImageFile) -> int:
         if exif is None and "Raw profile type exif" in image.info:
             exif = bytes.fromhex("".join(image.info["Raw profile type exif"].split("\n")[3:]))
         immodest = exif is not None and not structure.is_modest_exif(exif)
-        orientation = 1 if immodest else int(image.getexif().get(_ORIENTATION_TAG, 1))
+        tag = 1 if immodest else int(image.getexif().get(_ORIENTATION_TAG, 1))
+        orientation = tag if tag in _UPRIGHT else 1
     except Exception:  # noqa: BLE001
         # Damaged EXIF beside sound pixels: the picture as it is stored.
         return 1

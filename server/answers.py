@@ -55,6 +55,13 @@ class ImageSize(_Answer):
 
     width: int = Field(description="pixels", examples=[1024])
     height: int = Field(description="pixels", examples=[768])
+    orientation: int = Field(
+        ge=1,
+        le=8,
+        description="that was applied to the picture as it is stored, in EXIF's numbers, wherever"
+        " the file has it: 1 for none",
+        examples=[1],
+    )
 
 
 class CocoRle(_Answer):
@@ -280,7 +287,11 @@ def json_answer(
     answer = SegmentationAnswer(
         request_id=request_id,
         model=_model_id(segmentation.backend),
-        image=ImageSize(width=segmentation.width, height=segmentation.height),
+        image=ImageSize(
+            width=segmentation.width,
+            height=segmentation.height,
+            orientation=segmentation.orientation,
+        ),
         threshold=threshold,
         clean=clean,
         mask=mask,

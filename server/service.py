@@ -48,6 +48,8 @@ class Segmentation:
     width: int
     """Of the photo, pixels."""
     height: int
+    orientation: int
+    """That was applied to the photo as it is stored, 1 to 8."""
     batch_size: int
     """Photos that ran through the network together."""
     backend: BackendInfo
@@ -289,6 +291,7 @@ class Service:
             inference.probability,
             photo.width,
             photo.height,
+            photo.orientation,
             inference.batch_size,
             backend,
         )

@@ -1,6 +1,6 @@
 // A photo → POST /segment → its outline over the photo. Nothing here comes from, or goes, elsewhere.
 
-import { decode, encodePng, largestRegion, lesionMask, outline } from "./mask.js";
+import { decode, encodePng, largestPart, largestRegion, lesionMask, outline } from "./mask.js";
 
 const STAGES = ["read", "decode", "queue", "infer", "encode"];
 const SERVER_PAUSE_MS = 10_000;
@@ -78,8 +78,11 @@ function note(text) {
   byId("note").hidden = false;
 }
 
+/** The photo as the browser turns it, until the server has told how. */
 function showPhoto(url) {
   const image = byId("photo");
+  byId("picture").removeAttribute("href");
+  image.hidden = false;
   image.dataset.shown = "true";
   image.alt = "The photo";
   image.src = url;
@@ -182,20 +185,51 @@ function retry() {
   segment();
 }
 
+/**
+ * The stored picture → upright, `width` × `height` pixels, by EXIF's orientation. Browsers do not
+ * look for it in all the places where the server does.
+ */
+function upright(orientation, width, height) {
+  const matrices = {
+    1: [1, 0, 0, 1, 0, 0],
+    2: [-1, 0, 0, 1, width, 0],
+    3: [-1, 0, 0, -1, width, height],
+    4: [1, 0, 0, -1, 0, height],
+    5: [0, 1, 1, 0, 0, 0],
+    6: [0, 1, -1, 0, width, 0],
+    7: [0, -1, -1, 0, width, height],
+    8: [0, -1, 1, 0, 0, height],
+  };
+  return `matrix(${matrices[orientation].join(" ")})`;
+}
+
+/** The good photo under its outline. */
+function showPicture() {
+  const { url, size } = good;
+  const picture = byId("picture");
+  if (picture.getAttribute("href") === url) return;
+  const sides = size.orientation < 5 ? [size.width, size.height] : [size.height, size.width];
+  picture.setAttribute("width", sides[0]);
+  picture.setAttribute("height", sides[1]);
+  picture.setAttribute("transform", upright(size.orientation, size.width, size.height));
+  picture.setAttribute("href", url);
+  picture.dataset.shown = "true";
+  byId("photo").hidden = true;
+}
+
 /** Mask, outline and figures of the good photo at the slider's threshold, cleaned if so chosen. */
 function show() {
   const { size } = good;
   const threshold = Number(byId("threshold").value);
-  const map = byId("clean").checked ? largestRegion(good.map, threshold) : good.map;
-  const mask = lesionMask(map, size.width, size.height, threshold);
+  const clean = byId("clean").checked;
+  const map = clean ? largestRegion(good.map, threshold) : good.map;
+  const whole = lesionMask(map, size.width, size.height, threshold);
+  const mask = clean ? largestPart(whole) : whole;
   good.mask = mask;
   byId("overlay").setAttribute("viewBox", `0 0 ${size.width} ${size.height}`);
-  const path = outline(map, size.width, size.height, threshold);
+  const path = outline(map, size.width, size.height, threshold, clean);
   for (const id of ["shade", "halo", "contour"]) byId(id).setAttribute("d", path);
-  // Where the browser cannot show the photo, the frame takes its shape from the mask.
-  const image = byId("photo");
-  image.setAttribute("width", size.width);
-  image.setAttribute("height", size.height);
+  showPicture();
 
   const percent = ((mask.area / (size.width * size.height)) * 100).toFixed(1);
   byId("percent").textContent = percent;
@@ -315,6 +349,10 @@ byId("photo").addEventListener("error", () => {
   byId("photo").dataset.shown = "false";
   byId("photo").alt = "";
   byId("no-preview").hidden = false;
+});
+
+byId("picture").addEventListener("error", () => {
+  byId("picture").dataset.shown = "false";
 });
 
 byId("threshold").addEventListener("input", ({ target }) => {

@@ -55,6 +55,98 @@ export function largestRegion({ width, height, values }, threshold) {
   return { width, height, values: cleaned };
 }
 
+/**
+ * Leave only the largest region of a mask at the photo's size, and fill its holes: what is one region
+ * of the probabilities can be thinner than a pixel somewhere.
+ */
+export function largestPart(mask) {
+  const regions = connected(runsOf(mask));
+  if (!regions.length) return mask;
+  const pixels = (region) => region.reduce((sum, [, start, end]) => sum + end - start, 0);
+  const kept = regions.reduce((most, region) => (pixels(region) > pixels(most) ? region : most));
+  const left = kept.reduce((least, run) => Math.min(least, run[1]), Infinity);
+  const right = kept.reduce((most, run) => Math.max(most, run[2]), 0);
+  const [top, bottom] = [kept[0][0], kept[kept.length - 1][0] + 1];
+  // The first of what is around it is what reaches the frame; holes are the rest.
+  const holes = connected(around(kept, left - 1, right + 1)).slice(1);
+  const filled = [kept, ...holes];
+  const bits = new Uint8Array(mask.bits.length);
+  for (const region of filled) for (const run of region) setRun(bits, mask.width, run);
+  const area = filled.reduce((sum, region) => sum + pixels(region), 0);
+  const box = [left, top, right - left, bottom - top];
+  return { bits, width: mask.width, height: mask.height, area, box };
+}
+
+/** The pixels of a mask as runs, from the top: row, first column, column after the last. */
+function runsOf({ bits, width, height }) {
+  const stride = Math.ceil(width / 8);
+  const runs = [];
+  for (let y = 0; y < height; y++) {
+    let start = -1;
+    for (let at = 0; at < stride; at++) {
+      const byte = bits[y * stride + at];
+      if (byte === (start < 0 ? 0 : 255)) continue;
+      for (let bit = 0; bit < 8; bit++) {
+        const lesion = (byte & (128 >> bit)) !== 0;
+        if (lesion === start >= 0) continue;
+        if (!lesion) runs.push([y, start, at * 8 + bit]);
+        start = lesion ? at * 8 + bit : -1;
+      }
+    }
+    if (start >= 0) runs.push([y, start, width]);
+  }
+  return runs;
+}
+
+/** Regions joined by edges, as their runs from the top; by union and find on runs in reading order. */
+function connected(runs) {
+  const parent = Int32Array.from(runs, (_, i) => i);
+  const root = (i) => {
+    while (parent[i] !== i) i = parent[i] = parent[parent[i]];
+    return i;
+  };
+  let upper = 0;
+  for (let lower = 0; lower < runs.length; lower++) {
+    const [row, first, last] = runs[lower];
+    while (runs[upper][0] < row - 1 || (runs[upper][0] === row - 1 && runs[upper][2] <= first)) upper++;
+    // What reaches beyond this run may touch the next one too.
+    for (let i = upper; runs[i][0] === row - 1 && runs[i][1] < last; i++) parent[root(lower)] = root(i);
+  }
+  const found = new Map();
+  runs.forEach((run, i) => {
+    const region = found.get(root(i));
+    if (region) region.push(run);
+    else found.set(root(i), [run]);
+  });
+  return [...found.values()];
+}
+
+/** What a region is not, between these columns and the rows next to it. */
+function around(region, left, right) {
+  const outside = [[region[0][0] - 1, left, right]];
+  let [row, start] = [region[0][0], left];
+  for (const [y, first, last] of region) {
+    if (y !== row) {
+      outside.push([row, start, right]);
+      [row, start] = [y, left];
+    }
+    outside.push([row, start, first]);
+    start = last;
+  }
+  outside.push([row, start, right], [row + 1, left, right]);
+  return outside;
+}
+
+function setRun(bits, width, [y, from, to]) {
+  const stride = Math.ceil(width / 8);
+  for (let x = from; x < to; x++) {
+    if ((x & 7) === 0 && x + 8 <= to) {
+      bits[y * stride + (x >> 3)] = 255;
+      x += 7;
+    } else bits[y * stride + (x >> 3)] |= 128 >> (x & 7);
+  }
+}
+
 /** For each output pixel: the source pixel before it, and the share of the next. */
 function positions(length, source) {
   return Array.from({ length }, (_, i) => {
@@ -91,12 +183,7 @@ export function lesionMask(map, width, height, threshold) {
       right = Math.max(right, to);
       top = Math.min(top, y);
       bottom = y + 1;
-      for (let x = from; x < to; x++) {
-        if ((x & 7) === 0 && x + 8 <= to) {
-          bits[y * stride + (x >> 3)] = 255;
-          x += 7;
-        } else bits[y * stride + (x >> 3)] |= 128 >> (x & 7);
-      }
+      setRun(bits, width, [y, from, to]);
     };
     for (let c = 0; c < map.width; c++) {
       const next = line[Math.min(c + 1, map.width - 1)];
@@ -114,8 +201,11 @@ export function lesionMask(map, width, height, threshold) {
   return { bits, width, height, area, box };
 }
 
-/** The outline as an SVG path in pixels of the photo: marching squares on a finer grid. */
-export function outline(map, width, height, threshold) {
+/**
+ * The outline as an SVG path in pixels of the photo: marching squares on a finer grid; the largest
+ * ring alone if it is to be one.
+ */
+export function outline(map, width, height, threshold, one) {
   const fine = 4;
   const [columns, rows] = [map.width * fine, map.height * fine];
   const across = positions(columns, map.width);
@@ -164,7 +254,7 @@ export function outline(map, width, height, threshold) {
     const border = (at, count) => (at < 0.999 ? 0 : at > count + 0.001 ? count + 1 : at);
     const px = border(x + (edge & 1 ? 0 : share), columns);
     const py = border(y + (edge & 1 ? share : 0), rows);
-    return `${scale(px, columns, width).toFixed(2)} ${scale(py, rows, height).toFixed(2)}`;
+    return [scale(px, columns, width), scale(py, rows, height)];
   };
   const rings = [];
   while (next.size) {
@@ -176,9 +266,13 @@ export function outline(map, width, height, threshold) {
       next.delete(edge);
       edge = to;
     }
-    rings.push(`M${points.join("L")}Z`);
+    rings.push(points);
   }
-  return rings.join("");
+  const area = (ring) =>
+    Math.abs(ring.reduce((sum, [x, y], i) => sum + x * ring.at(i - 1)[1] - y * ring.at(i - 1)[0], 0));
+  const kept = one && rings.length ? [rings.reduce((a, b) => (area(b) > area(a) ? b : a))] : rings;
+  const text = (ring) => ring.map(([x, y]) => `${x.toFixed(2)} ${y.toFixed(2)}`).join("L");
+  return kept.map((ring) => `M${text(ring)}Z`).join("");
 }
 
 /** A 1-bit greyscale PNG, lesion white. */

@@ -162,6 +162,7 @@ def test_exif_orientation_turns_pixels_and_size(
     }
     upright = photo.transpose(turn[orientation]) if orientation > 1 else photo
     assert (read.width, read.height) == upright.size
+    assert read.orientation == orientation
     lossy = name in ("JPEG", "WEBP")
     assert difference(read.pixels, squashed(upright)) <= (4 if lossy else 0)
 

@@ -1,5 +1,6 @@
 """The page at `/`, clicked through in a real browser, at a desk's and at a phone's width."""
 
+import base64
 import io
 import shutil
 import time
@@ -8,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -17,8 +20,12 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
 from benchmarks.launch import ServerProcess
+from model.image import lesion_mask
+from model.regions import largest_part, largest_region
+from server.masks import measure
 from tests.conftest import Offline
 from tests.lesions import encode_photo, lesion_photo
+from tests.server.test_clean_masks import faint
 from tests.server.test_segment import read_png
 
 CHROMEDRIVER = shutil.which("chromedriver")
@@ -70,7 +77,7 @@ class Page:
         return [
             page_part.get_attribute(name)
             for page_part, name in (
-                (self.find("photo"), "src"),
+                (self.find("picture"), "href"),
                 (self.find("contour"), "d"),
                 *((self.find(figure), "textContent") for figure in ("percent", "area", "box")),
             )
@@ -80,16 +87,10 @@ class Page:
         """The contour's box, in shares of the photo as it is shown."""
         box: dict[str, float] = self.run(
             """
-            const image = document.getElementById("photo");
-            const frame = image.getBoundingClientRect();
-            const scale = Math.min(
-              frame.width / image.naturalWidth, frame.height / image.naturalHeight);
-            const left = frame.x + (frame.width - image.naturalWidth * scale) / 2;
-            const top = frame.y + (frame.height - image.naturalHeight * scale) / 2;
+            const photo = document.getElementById("picture").getBoundingClientRect();
             const box = document.getElementById("contour").getBoundingClientRect();
-            const [width, height] = [image.naturalWidth * scale, image.naturalHeight * scale];
-            return {x: (box.x - left) / width, y: (box.y - top) / height,
-                    width: box.width / width, height: box.height / height};
+            return {x: (box.x - photo.x) / photo.width, y: (box.y - photo.y) / photo.height,
+                    width: box.width / photo.width, height: box.height / photo.height};
             """
         )
         return box
@@ -203,6 +204,124 @@ def test_clean_leaves_one_outline(page: Page, two_lesions: bytes, tmp_path: Path
     assert outlines() >= 2
     page.find("clean").send_keys(Keys.SPACE)
     page.until(lambda: page.state() == "done" and outlines() == 1)
+
+
+def with_exif(image: Image.Image, name: str, orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(image, name, exif=exif.tobytes())
+
+
+def with_xmp(image: Image.Image, name: str, orientation: int) -> bytes:
+    xmp = (
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/">'
+        '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        '<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/"'
+        f' tiff:Orientation="{orientation}"/></rdf:RDF></x:xmpmeta>'
+    )
+    told = PngInfo()
+    told.add_itxt("XML:com.adobe.xmp", xmp)
+    return encoded(image, name, xmp=xmp.encode(), pnginfo=told)
+
+
+def with_exif_behind_pixels(image: Image.Image, name: str, orientation: int) -> bytes:
+    data = with_exif(image, name, orientation)
+    start = data.index(b"eXIf") - 4
+    chunk = data[start : start + 12 + int.from_bytes(data[start : start + 4], "big")]
+    end = data.index(b"IEND") - 4
+    return data[:start] + data[start + len(chunk) : end] + chunk + data[end:]
+
+
+def encoded(image: Image.Image, name: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, name, quality=95, **options)
+    return buffer.getvalue()
+
+
+# Of what is applied, what undoes it.
+UNDONE = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+@pytest.mark.parametrize(
+    ("store", "name", "orientations"),
+    [
+        (with_exif, "JPEG", (1, 2, 3, 4, 5, 6, 7, 8)),
+        (with_exif, "WEBP", (3, 6)),
+        (with_exif, "PNG", (5, 8)),
+        (with_exif_behind_pixels, "PNG", (2, 6)),
+        (with_xmp, "JPEG", (4, 6)),
+        (with_xmp, "WEBP", (7, 8)),
+        (with_xmp, "PNG", (3, 8)),
+    ],
+)
+def test_photo_and_outline_agree_whatever_says_how_it_lies(
+    page: Page,
+    tmp_path: Path,
+    store: Callable[[Image.Image, str, int], bytes],
+    name: str,
+    orientations: tuple[int, ...],
+) -> None:
+    pixels = lesion_photo(7, 450, 300).pixels.copy()
+    # So that no two ways to lay it look alike.
+    pixels[:80, :80], pixels[:80, -80:] = (200, 0, 0), (0, 150, 0)
+    photo = Image.fromarray(pixels)
+    page.open()
+    for orientation in orientations:
+        undo = UNDONE[orientation]
+        data = store(photo.transpose(undo) if undo is not None else photo, name, orientation)
+        path = tmp_path / f"{orientation}.{name.lower()}"
+        path.write_bytes(data)
+        told = httpx.post(f"{page.url}/segment/json", content=data).json()
+        assert told["image"] == {"width": 450, "height": 300, "orientation": orientation}
+        page.find("choose").send_keys(str(path))
+        page.until(lambda: page.state() == "busy" or page.state() == "done")
+        page.until_done()
+        page.until(lambda: page.text("area") == f"{told['lesion']['area']:,} px")  # noqa: B023
+        x, y, width, height = told["lesion"]["bounding_box"]
+        assert page.outline() == pytest.approx(
+            {"x": x / 450, "y": y / 300, "width": width / 450, "height": height / 300}, abs=0.015
+        )
+        page.run("document.querySelector('input[value=photo]').click()")
+        with Image.open(io.BytesIO(page.find("picture").screenshot_as_png)) as shown:
+            shot = shown.convert("RGB").resize((45, 30), Image.Resampling.BOX)
+        expected = np.asarray(photo.resize((45, 30), Image.Resampling.BOX), np.float32)
+        assert np.abs(np.asarray(shot, np.float32) - expected).mean() < 8, (name, orientation)
+        page.run("document.querySelector('input[value=outline]').click()")
+
+
+def test_the_pages_largest_region_is_the_servers(page: Page) -> None:
+    page.open()
+    for seed, (width, height) in enumerate([(128, 128), (640, 480), (301, 777), (90, 61)]):
+        levels = np.rint(faint(seed) * 65535).astype("<u2")
+        probability = (levels / 65535).astype(np.float32)
+        for threshold in (0.0, 0.001, 0.05, 0.5, 0.95):
+            packed, area, box, rings = page.driver.execute_async_script(
+                """
+                const [text, width, height, threshold, done] = arguments;
+                import(new URL("page/mask.js", document.baseURI)).then((mask) => {
+                  const sent = {width: 128, height: 128, probabilities: text};
+                  const map = mask.largestRegion(mask.decode(sent), threshold);
+                  const part = mask.largestPart(mask.lesionMask(map, width, height, threshold));
+                  const path = mask.outline(map, width, height, threshold, true);
+                  done([[...part.bits], part.area, part.box, path.split("M").length - 1]);
+                });
+                """,
+                *(base64.b64encode(levels.tobytes()).decode(), width, height, threshold),
+            )
+            own = lesion_mask(largest_region(probability, threshold), width, height, threshold)
+            expected = largest_part(own)
+            lesion = measure(expected, width)
+            assert np.array_equal(np.array(packed, np.uint8), expected.reshape(-1))
+            assert (area, tuple(box), rings) == (lesion.area, lesion.bounding_box, 1)
 
 
 def test_what_the_server_refuses_is_told_and_another_photo_works(

@@ -169,7 +169,7 @@ def test_json_says_what_the_mask_shows(
         answer = post(server, photo.data, params={"format": "json"}).json()
         expected = offline.mask(photo.data)
         height, width = expected.shape
-        assert answer["image"] == {"width": width, "height": height}
+        assert answer["image"] == {"width": width, "height": height, "orientation": 1}
         assert answer["mask"].keys() == {"format", "width", "height", "png"}
         np.testing.assert_array_equal(read_png(base64.b64decode(answer["mask"]["png"])), expected)
         lesion = answer["lesion"]
