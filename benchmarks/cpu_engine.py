@@ -24,6 +24,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from benchmarks.latency import machine
+from model.program import Help
 from server.backends import Backend, BackendError, BackendInfo, open_backend
 from server.settings import SHIPPED_MODEL, available_cores
 from trt_build.parity import GENERATED, Infer, compare, table
@@ -97,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.cpu_engine",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("--model", type=Path, default=MODEL, help="the network, an ONNX file")
     parser.add_argument(

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from model.image import FORMATS, MODEL_SIZE, ImageError, read_photo
+from model.program import Help
 from server.logs import silence_libtiff
 from tests.attacks import attacks
 from tests.lesions import encode_photo, lesion_photo
@@ -185,7 +186,7 @@ def _memory_mib() -> float:
 
 def main() -> int:
     """The command; gives its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz")
+    parser = argparse.ArgumentParser(formatter_class=Help, prog="python -m benchmarks.fuzz")
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--photos", type=Path, help="a folder of JPEG photos to damage, too")

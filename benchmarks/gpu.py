@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.image import MODEL_SIZE
+from model.program import Help
 from server.backends import Backend, BackendError
 from trt_build.device import Gpu, NoGpuError, current_gpu
 from trt_build.parity import compare, onnx_runner
@@ -258,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("--onnx", type=Path, default=MODEL)
     parser.add_argument("--buckets", type=parse_buckets, default=BUCKETS)

@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.launch import ServerProcess, serve
+from model.program import Help
 from server.settings import available_cores
 from server.stages import STAGES
 
@@ -168,7 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.latency",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("--images", type=Path, help="folder of JPEGs; the largest is taken")
     parser.add_argument("--requests", type=int, default=30, help="measured, for each size")

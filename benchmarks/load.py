@@ -44,6 +44,7 @@ from benchmarks.locustfile import (
     prepare,
 )
 from benchmarks.photos import Deck, bare_network_ms, generated, given
+from model.program import Help
 from server.settings import available_cores
 from server.stages import STAGES
 
@@ -250,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.load",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("--images", type=Path, help="folder of photos; generated if not given")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the report")

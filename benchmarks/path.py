@@ -23,6 +23,7 @@ from PIL import Image
 
 from benchmarks.latency import SIZES, largest, machine, photos_at_all_sizes
 from model.image import MODEL_SIZE, encode_png, lesion_mask, read_photo
+from model.program import Help
 from server.settings import SHIPPED_MODEL
 from trt_build.parity import Infer, onnx_runner
 
@@ -122,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.path",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("--images", type=Path, help="folder of JPEGs; the largest is taken")
     parser.add_argument("--turns", type=int, default=9, help="measured, of each way and size")

@@ -28,6 +28,7 @@ import psutil
 from benchmarks.launch import serve
 from benchmarks.photos import Card, deal, generated
 from benchmarks.ray_cluster import GATEWAY, PROXY, SEGMENTER, RayService, ray_service
+from model.program import Help
 from server.settings import Settings, available_cores
 
 __all__ = ["Figures", "measure", "report"]
@@ -78,6 +79,7 @@ class Load:
 def main() -> int:
     """Measure, and print a table; gives the process's exit code."""
     parser = argparse.ArgumentParser(
+        formatter_class=Help,
         prog="python -m benchmarks.ray_replicas",
         description="Requests a second on 1, 2 and 4 replicas beside a server without Ray.",
     )

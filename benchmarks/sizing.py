@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from model.program import Help
+
 __all__ = ["Cost", "Prices", "read_costs", "tables"]
 
 HEADROOM = 0.7
@@ -107,7 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.sizing",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("file", nargs="?", type=Path, default=Path("README.md"))
     parser.add_argument("--photos-per-s", type=float, default=50, help="at the peak")

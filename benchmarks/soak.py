@@ -29,6 +29,7 @@ import psutil
 
 from benchmarks.launch import ServerProcess, serve
 from benchmarks.photos import Card, deal, generated
+from model.program import Help
 from server.settings import Settings
 
 __all__ = ["Soak", "soak"]
@@ -333,7 +334,7 @@ def _range(parts: Sequence[float]) -> str:
 
 def main() -> int:
     """The command; gives its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak")
+    parser = argparse.ArgumentParser(formatter_class=Help, prog="python -m benchmarks.soak")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     given = parser.parse_args()

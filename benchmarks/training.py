@@ -30,6 +30,7 @@ from model.config import PRESETS, TrainConfig
 from model.data import PixelSet
 from model.generator import Generator
 from model.layers import PositionAttention
+from model.program import Help
 from model.train import STORED_SIZE, Trainer
 
 Step = Callable[[], float]
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.training",
         description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--size", type=int, default=128, help="side of the input, pixels")

@@ -35,6 +35,7 @@ from model.config import (
 from model.data import Sample, add_data_arguments, find_samples, select
 from model.evaluate import evaluate, load_network
 from model.files import replacing
+from model.program import Help
 from model.train import TrainingError, split_samples, train
 from model.truth import DataError
 
@@ -250,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m model.ablate",
         description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
+        formatter_class=Help,
     )
     add_data_arguments(parser)
     parser.add_argument("--presets", nargs="+", required=True, metavar="NAME")

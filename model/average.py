@@ -24,6 +24,7 @@ from model.config import ConfigError
 from model.data import add_data_arguments
 from model.files import replacing
 from model.generator import Generator, save_generator
+from model.program import Help
 from model.train import load_run, prepare, score_selections, weights_metadata
 from model.truth import DataError
 
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m model.average",
         description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
+        formatter_class=Help,
     )
     add_data_arguments(parser)
     parser.add_argument("--runs", type=Path, nargs="+", required=True)

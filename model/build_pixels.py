@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from model.pixels import LIBRARY
+from model.program import Help
 
 SOURCE = LIBRARY.with_name("pixels.c")
 
@@ -48,7 +49,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m model.build_pixels",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("--check", action="store_true", help="write nothing")
     if not parser.parse_args().check:

@@ -36,6 +36,7 @@ from model.data import Sample, add_data_arguments, find_samples
 from model.evaluate import evaluate, torch_network
 from model.generator import Generator
 from model.metrics import jaccard
+from model.program import Help
 from model.train import load_run, split_samples
 from model.truth import DataError
 
@@ -142,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m model.compare",
         description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
+        formatter_class=Help,
     )
     add_data_arguments(parser)
     parser.add_argument(

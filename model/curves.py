@@ -16,6 +16,7 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from model.program import Help
 from model.truth import DataError
 
 Curve = tuple[list[float], list[float]]
@@ -78,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m model.curves",
         description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("files", type=Path, nargs="+", metavar="history.csv")
     parser.add_argument("--out", type=Path, required=True, help=".svg or .png")

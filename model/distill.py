@@ -29,6 +29,7 @@ from model.data import add_data_arguments, find_samples, load_pixels, select
 from model.files import replacing
 from model.image import MODEL_SIZE
 from model.metrics import LESION_ABOVE, count, jaccard
+from model.program import Help
 from model.train import STORED_SIZE, load_run, split_samples
 from model.truth import DataError
 
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m model.distill",
         description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
+        formatter_class=Help,
     )
     add_data_arguments(parser)
     parser.add_argument("--runs", type=Path, nargs="+", required=True)

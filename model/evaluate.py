@@ -39,7 +39,7 @@ from model.metrics import (
     macro_average,
     stack,
 )
-from model.program import program
+from model.program import Help, program
 from model.regions import largest_part, largest_region
 from model.tables import to_cell
 from model.truth import DataError, read_truth
@@ -341,6 +341,7 @@ def _progress(total: int, shown: bool) -> Iterator[Callable[[str], Callable[[], 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        formatter_class=Help,
         prog=program("model.evaluate"),
         description="Score a network on images and masks, at the size of the masks.",
         epilog="X.jpg|png|bmp|… belongs to X_segmentation.png. Figures are per-image means.",

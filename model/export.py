@@ -39,7 +39,7 @@ from model.files import replacing
 from model.generator import Generator, input_size, load_generator, load_metadata
 from model.image import MODEL_SIZE
 from model.layers import PositionAttention
-from model.program import program
+from model.program import Help, program
 from model.stamp import stamped
 
 OPSET = 20
@@ -208,7 +208,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog=program("model.export"),
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("--weights", type=Path, required=True, metavar="FILE", help=".safetensors")
     parser.add_argument(

@@ -1,5 +1,6 @@
-"""What a command calls itself in its help and errors."""
+"""What a command calls itself in its help and errors, and how its help looks."""
 
+import argparse
 import sys
 
 
@@ -7,3 +8,15 @@ def program(module: str) -> str:
     """`slsnet COMMAND` where it was called so, else `python -m MODULE`."""
     called = sys.argv[0]
     return called if called.startswith("slsnet ") else f"python -m {module}"
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Help that shows the default of every option that has one."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        """Show an option; one without words of its own gets those of its default."""
+        says = action.help or ""
+        shown = action.default not in (None, False, argparse.SUPPRESS, []) and action.nargs != 0
+        if shown and action.help is not argparse.SUPPRESS and "default" not in says:
+            action.help = f"{says} (default: %(default)s)".strip()
+        super().add_argument(action)

@@ -66,7 +66,7 @@ from model.discriminator import Discriminator
 from model.files import replacing
 from model.generator import Generator, save_generator
 from model.metrics import LESION_ABOVE, THRESHOLD_JACCARD
-from model.program import program
+from model.program import Help, program
 from model.progress import TELL_EVERY_S, say, tell
 from model.teacher import Teacher
 from model.truth import DataError
@@ -819,7 +819,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog=program("model.train"),
         description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
+        formatter_class=Help,
     )
     add_data_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, help="the run's folder")

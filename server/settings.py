@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from model.image import DEFAULT_MAX_PIXELS
-from model.program import program
+from model.program import Help, program
 from server.cores import available_cores
 from trt_build.plan import Precision
 
@@ -244,6 +244,7 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
     Exits with 2 and a message that names the flag or variable if a value is out of range.
     """
     parser = argparse.ArgumentParser(
+        formatter_class=Help,
         prog=program("server"),
         description="Serve SLSNet: a photo of a skin lesion in, its mask out.",
         epilog="Each flag can also be given as the environment variable shown beside it; the flag"

@@ -19,6 +19,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from model.files import write_atomically
+from model.program import Help
 from trt_build.plan import file_sha256
 from trt_build.samples import Sample, batches, load_samples
 
@@ -95,7 +96,9 @@ def read_ranges(onnx_path: Path, calibration: Path | None = None) -> dict[str, f
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m trt_build.calibrate", description=__doc__)
+    parser = argparse.ArgumentParser(
+        formatter_class=Help, prog="python -m trt_build.calibrate", description=__doc__
+    )
     parser.add_argument("--onnx", type=Path, required=True)
     parser.add_argument("--images", type=Path, required=True, help="folder of photos")
     parser.add_argument("--output", type=Path, help="default: beside the ONNX file")

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from model.files import write_atomically
 from model.image import lesion_mask, unpack_mask
 from model.metrics import count, jaccard
+from model.program import Help
 from trt_build.plan import Precision
 from trt_build.samples import REFERENCE, Sample, batches, load_samples
 
@@ -225,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m trt_build.parity",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("--onnx", type=Path, required=True, help="the float32 reference")
     parser.add_argument("--engine", type=Path, help="an engine built from it; needs its GPU")

@@ -34,6 +34,7 @@ from benchmarks.peers.processes import ROOT, Unavailable, end_on_signals, prepar
 from benchmarks.peers.report import write_report
 from model.files import write_atomically
 from model.image import read_photo
+from model.program import Help
 from server.settings import SHIPPED_MODEL
 from tests.lesions import encode_photo, lesion_photo
 
@@ -191,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.peers",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     names = [entrant.name for entrant in ENTRANTS]
     parser.add_argument(

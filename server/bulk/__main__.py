@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 
-from model.program import program
+from model.program import Help, program
 from server.backends import BackendError, BackendInfo
 from server.bulk.ledger import MASKS, STATE, TABLE, Ledger, Row
 from server.bulk.local import Place, this_machine
@@ -53,7 +53,7 @@ signal's number if one stopped it.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, or go on; gives the process's exit code."""
     parser = argparse.ArgumentParser(
-        prog=program("server.bulk"), description=_DESCRIPTION, epilog=_EPILOG
+        formatter_class=Help, prog=program("server.bulk"), description=_DESCRIPTION, epilog=_EPILOG
     )
     parser.add_argument("source", type=Path, metavar="SRC", help="a folder or a manifest")
     parser.add_argument("results", type=Path, metavar="DST", help="the folder of results")

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 
 from model.files import write_atomically
 from model.image import ImageError, encode_png, lesion_mask, read_photo
-from model.program import program
+from model.program import Help, program
 from model.regions import largest_part, largest_region
 from server.backends import Backend, BackendError, open_backend
 from server.cores import available_cores
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=program("server.command.segment"),
         description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("photos", type=Path, nargs="+", metavar="PHOTO")
     parser.add_argument(
