@@ -458,6 +458,71 @@ def test_a_drop_that_is_not_one_photo_gets_a_word(page: Page, fill: str, words: 
     assert words in page.text("note")
 
 
+def drop(page: Page, *paths: Path) -> None:
+    """As the system's file manager does."""
+    data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        page.driver.execute_cdp_cmd(
+            "Input.dispatchDragEvent", {"type": kind, "x": 150, "y": 300, "data": data}
+        )
+
+
+def test_a_dropped_folder_gets_a_word_and_changes_nothing(
+    page: Page, photo: Path, tmp_path: Path
+) -> None:
+    page.open()
+    page.find("choose").send_keys(str(photo))
+    page.until_done()
+    shown = page.shown()
+    drop(page, tmp_path)
+    page.until(page.find("note").is_displayed)
+    assert "That is a folder" in page.text("note")
+    assert page.state() == "done"
+    assert page.shown() == shown
+
+
+def test_of_several_dropped_photos_the_first_is_taken(
+    page: Page, photo: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.jpg"
+    other.write_bytes(encode_photo(lesion_photo(3, 300, 200).pixels))
+    page.open()
+    drop(page, photo, other)
+    page.until_done()
+    assert page.text("dimensions") == "900 × 600 px"
+    assert page.text("note") == "2 files were dropped; this page takes one at a time: lesion.jpg."
+    drop(page, other)
+    page.until(lambda: page.text("dimensions") == "300 × 200 px")
+    assert not page.find("note").is_displayed()
+
+
+def test_the_upload_tells_how_far_it_is(page: Page, photo: Path) -> None:
+    page.open()
+    size = photo.stat().st_size
+    slow = {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": size / 6}
+    page.driver.execute_cdp_cmd("Network.enable", {})
+    page.driver.execute_cdp_cmd("Network.emulateNetworkConditions", slow)
+    # Watched in the page, as it may be gone before it can be asked for.
+    page.run(
+        """
+        const bar = document.getElementById("upload");
+        window.seen = [];
+        new MutationObserver(() => bar.hidden || window.seen.push(bar.value)).observe(
+          bar, {attributes: true, attributeFilter: ["hidden", "value"]});
+        """
+    )
+    try:
+        page.find("choose").send_keys(str(photo))
+        page.until_done()
+    finally:
+        fast = {**slow, "uploadThroughput": -1}
+        page.driver.execute_cdp_cmd("Network.emulateNetworkConditions", fast)
+    seen = page.run("return window.seen")
+    assert seen == sorted(seen)
+    assert [value for value in seen if 0 < value < 1]
+    assert not page.find("upload").is_displayed()
+
+
 def test_everything_that_can_be_focused_has_a_name(page: Page) -> None:
     page.open()
     page.find("example").click()
