@@ -8,6 +8,8 @@ its connection is given back in bounded time and holds a bounded number of bytes
   cut; the rest of a body that was refused is thrown away for no longer than that
 - `max_connections` are held; who comes on top is told so with 503 and let go, unless to ask for
   health or metrics: a process that is full works, and is not to be killed for it
+- who has not agreed on how to encrypt counts, too; where there are too many, the oldest is cut
+- fewer are held where the system allows few open files, so that some are left for all that
 
 And each request that came whole has its answer. An answer arrives although the client still sends
 (RFC 9112, 9.6): the connection is closed for writing first, and what comes is thrown away until the
@@ -21,7 +23,9 @@ Who asks for another protocol (`Upgrade`) is answered in HTTP/1.1, as RFC 9110 (
 import asyncio
 import json
 import re
+import resource
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any, cast
 
 import httptools
@@ -40,7 +44,7 @@ from server.metrics import Metrics
 from server.problems import PROBLEM_JSON
 from server.settings import Settings
 
-__all__ = ["Connection", "House"]
+__all__ = ["WANTED_ON_TOP", "Connection", "House"]
 
 # Who got its last answer may take this long to read it; closing at once would reset what it still
 # sends, and the answer with it. So may, in a drain, who is idle, to say goodbye over TLS.
@@ -59,7 +63,17 @@ _PROBE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 # Connections above the limit that may say what they want; of more, the oldest is refused.
 _ASKED = 16
-# What is answered on them.
+# So many more at least may be arriving, that is, agreeing on how to encrypt.
+_ARRIVING = 16
+
+# Files that are open beside connections, where there is no lack of them.
+_OTHER_FILES = 224
+
+_SOCKETS_ON_TOP = _FAREWELLS + _ASKED + _ARRIVING
+WANTED_ON_TOP = _SOCKETS_ON_TOP + _OTHER_FILES
+"""Files that a server wants beside those for the connections that it holds."""
+
+# What is answered on connections above the limit.
 _ALWAYS_ANSWERED = {
     b"/health/live",
     b"/health/ready",
@@ -127,6 +141,41 @@ class House:
         """Connections that have had their last answer and are not closed yet, the oldest first."""
         self.asked: dict[Connection, None] = {}
         """Those on top of the limit that have not said yet what they want, the oldest first."""
+        self.arriving: dict[Connection, asyncio.Task[Any]] = {}
+        """Those that have been accepted and are not ready to be heard, the oldest first."""
+        self.most = settings.max_connections
+        """Connections that are held."""
+        self._most_sockets = self.most + _SOCKETS_ON_TOP
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if files != resource.RLIM_INFINITY and files < self.most + WANTED_ON_TOP:
+            # Where that is little, half of what is left.
+            left = files - len(list(Path("/proc/self/fd").iterdir()))
+            self._most_sockets = max(files - _OTHER_FILES, left // 2)
+            on_top = min(_SOCKETS_ON_TOP, self._most_sockets // 2)
+            self.most = min(self.most, max(1, self._most_sockets - on_top))
+
+    def make_room(self, connections: int) -> None:
+        """Let one go where there are too many; of `connections` each has been made.
+
+        Who has said least goes first, and of these the oldest.
+        """
+        held = connections - len(self.leaving) - len(self.asked)
+        if len(self.arriving) > max(_ARRIVING, self.most - held):
+            self._cut_arriving()
+        elif len(self.arriving) + connections > self._most_sockets:
+            if self.leaving or self.asked:
+                oldest = next(iter(self.leaving or self.asked))
+                self.leaving.pop(oldest, None)
+                self.asked.pop(oldest, None)
+                self.metrics.connections_refused.labels("too_many").inc()
+                oldest.transport.abort()
+            else:
+                self._cut_arriving()
+
+    def _cut_arriving(self) -> None:
+        oldest = next(iter(self.arriving))
+        self.arriving.pop(oldest).cancel()
+        self.metrics.connections_refused.labels("too_many").inc()
 
 
 class Connection(HttpToolsProtocol):
@@ -163,6 +212,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(cast(asyncio.Transport, _Transport(self, transport)))
+        self._house.arriving.pop(self, None)
         self._expect_head()
         if self._is_full:
             asked = self._house.asked
@@ -434,10 +484,10 @@ class Connection(HttpToolsProtocol):
         """Whether as many are held as may be, beside this one if it is held, too."""
         house = self._house
         held = len(self.connections) - len(house.leaving) - len(house.asked)
-        return held > self._settings.max_connections - (self in house.asked)
+        return held > house.most - (self in house.asked)
 
     def _refuse_one_too_many(self) -> None:
-        most = self._settings.max_connections
+        most = self._house.most
         self._refuse(
             HTTPStatus.SERVICE_UNAVAILABLE,
             "too_many",

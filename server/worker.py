@@ -28,7 +28,7 @@ import uvicorn
 
 from server.app import create_app
 from server.backends import BackendError
-from server.connections import Connection, House
+from server.connections import WANTED_ON_TOP, Connection, House
 from server.keys import KeyFileError
 from server.logs import configure, finish, silence_libtiff
 from server.service import Service
@@ -39,8 +39,11 @@ __all__ = ["run"]
 
 log = logging.getLogger("slsnet.server")
 
-# Files that are open beside connections.
-_OTHER_FILES = 512
+# As many are accepted before those that are in are heard again.
+_AT_ONCE = 4
+
+# Where files or memory are short, nobody is accepted for so long.
+_PAUSE_S = 0.2
 
 # That the supervisor is gone. Not SIGTERM: the kernel says it once for every thread that the
 # supervisor had, and a second SIGTERM ends at once.
@@ -68,7 +71,21 @@ class _Server(uvicorn.Server):
         self._service = service
         self._held = held
         self._house = House(service.settings, service.metrics)
+        self.servers = []
         self._reloading: asyncio.Task[None] | None = None
+
+    def warn_of_limit(self) -> None:
+        """Say so where fewer connections are held than were asked for."""
+        most, asked = self._house.most, self._service.settings.max_connections
+        if most < asked:
+            files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            log.warning(
+                "%d connections are held, not the %d of --max-connections: the system allows %d"
+                " open files (ulimit -n)",
+                most,
+                asked,
+                files,
+            )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         if self._service.draining:
@@ -85,13 +102,6 @@ class _Server(uvicorn.Server):
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
-
-    @property
-    def _tls(self) -> dict[str, Any]:
-        if self.config.ssl is None:
-            return {}
-        timeout_s = self._service.settings.head_timeout_s
-        return {"ssl": self.config.ssl, "ssl_handshake_timeout": timeout_s}
 
     async def _reload(self) -> None:
         settings = self._service.settings
@@ -120,13 +130,59 @@ class _Server(uvicorn.Server):
             self._on_hangup()
         if set(self._held) - {signal.SIGHUP}:
             self._drain()
-        self.servers = [
-            await self._loop.create_server(
-                self._protocol, sock=listener, backlog=self.config.backlog, **self._tls
-            )
-            for listener in sockets or []
-        ]
+        for listener in sockets or []:
+            listener.setblocking(False)
+            listener.listen(self.config.backlog)
+            self._listen(listener)
         self.started = True
+
+    def _listen(self, listener: socket.socket) -> None:
+        if listener.fileno() >= 0:
+            self._loop.add_reader(listener, self._accept, listener)
+
+    def _accept(self, listener: socket.socket) -> None:
+        """Take in who has connected; asyncio's own server does not tell who is at a handshake."""
+        for _ in range(_AT_ONCE):
+            try:
+                connection, _ = listener.accept()
+            except BlockingIOError:
+                return
+            except ConnectionAbortedError:
+                # This one has given up.
+                continue
+            except OSError as error:
+                log.error("nobody is accepted for %g s: %s", _PAUSE_S, error)
+                self._house.metrics.connections_refused.labels("no_file").inc()
+                self._loop.remove_reader(listener)
+                self._loop.call_later(_PAUSE_S, self._listen, listener)
+                return
+            self._take_in(connection, self._service.settings.head_timeout_s)
+            self._house.make_room(len(self.server_state.connections))
+
+    def _take_in(self, accepted: socket.socket, handshake_timeout_s: float) -> None:
+        accepted.setblocking(False)
+        options: dict[str, Any] = {}
+        if self.config.ssl is not None:
+            options = {"ssl": self.config.ssl, "ssl_handshake_timeout": handshake_timeout_s}
+        connection = Connection(self._house, self.config, self.server_state, self.lifespan.state)
+        arrival = self._loop.create_task(
+            self._loop.connect_accepted_socket(lambda: connection, accepted, **options)
+        )
+        self._house.arriving[connection] = arrival
+
+        def arrived(_: asyncio.Task[Any]) -> None:
+            self._house.arriving.pop(connection, None)
+            if arrival.cancelled():
+                # If it had not begun, nobody else closes this.
+                accepted.close()
+            elif error := arrival.exception():
+                accepted.close()
+                timed_out = isinstance(error, ConnectionAbortedError)
+                if timed_out or isinstance(error, ssl.SSLError):
+                    reason = "handshake_timeout" if timed_out else "handshake_failed"
+                    self._house.metrics.connections_refused.labels(reason).inc()
+
+        arrival.add_done_callback(arrived)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for listener in sockets or []:
@@ -139,11 +195,11 @@ class _Server(uvicorn.Server):
 
     async def _accept_backlog(self, listener: socket.socket) -> None:
         """Take in who has connected already, then close: closing alone would reset them."""
-        waiting: list[socket.socket] = []
+        self._loop.remove_reader(listener)
         listener.setblocking(False)
         while True:
             try:
-                waiting.append(listener.accept()[0])
+                self._take_in(listener.accept()[0], _LAST_HANDSHAKES_S)
             except BlockingIOError:
                 break
             except ConnectionAbortedError:
@@ -152,25 +208,12 @@ class _Server(uvicorn.Server):
             except OSError as error:
                 log.error("who has connected last is not answered: %s", error)
                 break
-        for server in self.servers:
-            server.close()
         listener.close()
-        options = self._tls
-        if options:
-            options["ssl_handshake_timeout"] = _LAST_HANDSHAKES_S
-        for connection in waiting:
-            connection.setblocking(False)
-        # All at once, for some may say nothing; whoever fails at TLS has been let go.
-        await asyncio.gather(
-            *(
-                self._loop.connect_accepted_socket(self._protocol, connection, **options)
-                for connection in waiting
-            ),
-            return_exceptions=True,
-        )
-
-    def _protocol(self) -> asyncio.Protocol:
-        return Connection(self._house, self.config, self.server_state, self.lifespan.state)
+        # All at once, for some may say nothing.
+        if arrivals := set(self._house.arriving.values()):
+            _, late = await asyncio.wait(arrivals, timeout=_LAST_HANDSHAKES_S)
+            for arrival in late:
+                arrival.cancel()
 
     def _stop(self) -> None:
         self.should_exit = True
@@ -225,7 +268,7 @@ def run(
         on_reloaded: called when an administrator has had the network loaded again.
     """
     held = _hold_signals()
-    _allow_files(settings.max_connections + _OTHER_FILES)
+    _allow_files(settings.max_connections + WANTED_ON_TOP)
     silence_libtiff()
     failed = False
 
@@ -260,6 +303,7 @@ def run(
         log.error("TLS cannot be set up, look at --tls-cert and its kin: %s", error)
         return 1
     server = _Server(config, service, held)
+    server.warn_of_limit()
     server.run([listener])
     return 1 if failed else 0
 
