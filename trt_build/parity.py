@@ -268,6 +268,8 @@ def _results(args: argparse.Namespace) -> list[Parity]:
         raise RuntimeError("--cuda: this ONNX Runtime has no CUDA (requirements-gpu.txt)")
     samples = load_samples(args.images, args.masks, args.limit)
     source = GENERATED if args.images == REFERENCE else args.images.name
+    # First: that there is no GPU for it is told before the minutes that the rest may take.
+    engines = [gate_engine(args.onnx, args.engine, samples, source)] if args.engine else []
     candidates: list[tuple[str, Precision, Infer]] = [
         (f"{precision}, simulated on CPU", precision, simulated_runner(args.onnx, precision))
         for precision in args.simulate
@@ -283,9 +285,7 @@ def _results(args: argparse.Namespace) -> list[Parity]:
         )
         for name, precision, infer in candidates
     ]
-    if args.engine:
-        results.append(gate_engine(args.onnx, args.engine, samples, source))
-    return results
+    return results + engines
 
 
 if __name__ == "__main__":

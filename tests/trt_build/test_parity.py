@@ -13,6 +13,7 @@ from tests.conftest import MODEL
 from tests.lesions import write_pairs
 from trt_build.calibrate import calibration_path, read_ranges
 from trt_build.calibrate import main as calibrate
+from trt_build.device import NoGpuError
 from trt_build.parity import GATES, Parity, compare, mask_iou, onnx_runner, table
 from trt_build.parity import main as parity
 from trt_build.samples import REFERENCE, Sample, load_samples
@@ -187,6 +188,21 @@ def test_the_command_says_what_cannot_be_compared(
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith("error: ")
+
+
+def test_without_a_gpu_nothing_is_simulated_before_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from trt_build import parity as module
+
+    def absent(*_: object) -> None:
+        raise NoGpuError("no driver")
+
+    monkeypatch.setattr(module, "gate_engine", absent)
+    monkeypatch.setattr(module, "simulated_runner", lambda *_: pytest.fail("begun"))
+    arguments = ["--onnx", str(MODEL), "--engine", str(tmp_path / "e"), "--simulate", "fp16"]
+    assert parity(arguments) == 2
+    assert capsys.readouterr().err == "error: no driver\n"
 
 
 def test_the_shipped_ranges_belong_to_the_shipped_model() -> None:
