@@ -1,23 +1,35 @@
-r"""The CPU's backends beside stock ONNX Runtime, in one run: `python -m benchmarks.cpu_engine`.
+r"""The CPU's backends beside stock ONNX Runtime: `python -m benchmarks.cpu_engine`.
 
-Prints Markdown: milliseconds an image (median of the rounds) for each size of batch, with the ratio
-to stock, which is ONNX Runtime in float32 as it comes, with as many threads; and how far each one's
-masks are from stock's. The photos are those of `--data`, or generated. With
+Prints Markdown: milliseconds an image for each size of batch, by the clock (least and median of the
+rounds) and of CPU time, with the ratio to stock, which is ONNX Runtime in float32 as it comes, with
+as many threads; and how far each one's masks are from stock's. The photos are those of `--data`, or
+generated. With
 
     --data ../shared/data/isic2017/ISIC-2017_Validation_Data \
     --masks ../shared/data/isic2017/ISIC-2017_Validation_Part1_GroundTruth
 
-the table of masks has the Jaccard index, too. In every round each engine runs each size of batch
-once, in an order that rotates, so that what else the machine does hits all alike.
+the table of masks has the Jaccard index, too. Each engine has a process of its own, and runs a
+batch as the server does: as many runs at a time as the backend has slots. In every round each
+engine runs each size of batch once, in an order that rotates, so that what else the machine does
+hits all alike. It says how much that was, and warns where it was too much for the figures to count.
+`--busy 1` takes a core away on purpose.
 """
 
 import argparse
+import itertools
+import multiprocessing
+import os
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -25,7 +37,7 @@ from numpy.typing import NDArray
 
 from benchmarks.latency import machine
 from model.program import Help
-from server.backends import Backend, BackendError, BackendInfo, open_backend
+from server.backends import BackendError, BackendInfo, open_backend
 from server.settings import SHIPPED_MODEL, available_cores
 from trt_build.parity import GENERATED, Infer, compare, table
 from trt_build.plan import Precision
@@ -37,6 +49,9 @@ WARM_UP = 3
 
 _REST_S = 0.02
 """Between two runs: stock's threads spin for a while after each, on the cores of the next."""
+_QUIET = 0.1
+"""Of a core; what other work may take before the figures are of another machine."""
+_PROC_STAT = Path("/proc/stat")
 
 
 def stock(model: Path, threads: int) -> Infer:
@@ -52,45 +67,221 @@ def stock(model: Path, threads: int) -> Infer:
     return infer
 
 
+def as_served(name: str, model: Path, threads: int) -> tuple[BackendInfo, Infer]:
+    """A backend that is warm, and a batch run by it as the server's queue would be."""
+    backend = open_backend(name, model, threads=threads)
+    backend.warm_up()
+    info = backend.describe()
+    slots = ThreadPoolExecutor(info.slots)
+
+    def infer(batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        most = info.max_batch
+        runs = [batch[start : start + most] for start in range(0, len(batch), most)]
+        return np.concatenate(list(slots.map(backend.infer, runs)))
+
+    return info, infer
+
+
+@dataclass(frozen=True)
+class Run:
+    """What an engine took for an image, seconds by the clock and of its process's CPU time."""
+
+    wall_s: float
+    cpu_s: float
+
+
+class Contender:
+    """An engine in a process of its own."""
+
+    def __init__(self, backend: str | None, model: Path, threads: int) -> None:
+        """Args:
+        backend: its name; None for stock.
+        model: the ONNX file.
+        threads: of the engine.
+
+        Raises:
+            BackendError: it does not run here.
+        """
+        spawning = multiprocessing.get_context("spawn")
+        self._pipe, other = spawning.Pipe()
+        arguments = (other, backend, model, threads)
+        self._process = spawning.Process(target=_contend, args=arguments, daemon=True)
+        self._process.start()
+        other.close()
+        try:
+            self.info: BackendInfo | None = self._answer()
+        except EOFError:
+            raise BackendError("its process ended") from None
+
+    @property
+    def pid(self) -> int:
+        """Of its process."""
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """What it says of a batch."""
+        probability: NDArray[np.float32] = self._ask(batch)[0]
+        return probability
+
+    def run(self, batch: NDArray[np.uint8]) -> Run:
+        """What it takes for an image of a batch."""
+        run: Run = self._ask(batch)[1]
+        return run
+
+    def close(self) -> None:
+        """End the process."""
+        self._pipe.close()
+        self._process.join()
+
+    def _ask(self, batch: NDArray[np.uint8]) -> Any:
+        self._pipe.send(batch)
+        return self._answer()
+
+    def _answer(self) -> Any:
+        answer = self._pipe.recv()
+        if isinstance(answer, BackendError):
+            raise answer
+        return answer
+
+
+def _contend(pipe: Connection, backend: str | None, model: Path, threads: int) -> None:
+    info: BackendInfo | None = None
+    try:
+        if backend is None:
+            infer = stock(model, threads)
+        else:
+            info, infer = as_served(backend, model, threads)
+    except BackendError as error:
+        pipe.send(error)
+        return
+    pipe.send(info)
+    while True:
+        try:
+            batch = pipe.recv()
+        except EOFError:
+            return
+        wall_s, cpu_s = time.perf_counter(), time.process_time()
+        probability = infer(batch)
+        wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
+        pipe.send((probability, Run(wall_s / len(batch), cpu_s / len(batch))))
+
+
+class OtherWork:
+    """How much of a core other processes took, those that were asked for apart."""
+
+    def __init__(self, own: Sequence[int]) -> None:
+        """`own`: processes that count as the measurement's, beside this one."""
+        self._own = [os.getpid(), *own]
+        self._before = self._now()
+
+    def cores(self) -> float | None:
+        """Since it was asked last; None where the system does not tell (it is Linux that does)."""
+        before, self._before = self._before, self._now()
+        if before is None or self._before is None:
+            return None
+        (then_s, others_then_s), (now_s, others_now_s) = before, self._before
+        return max(0.0, (others_now_s - others_then_s) / (now_s - then_s))
+
+    def _now(self) -> tuple[float, float] | None:
+        if not _PROC_STAT.exists():
+            return None
+        ticks = os.sysconf("SC_CLK_TCK")
+        # From user to steal (proc(5)); the fourth and fifth are idle and waiting for a disk.
+        times = [int(n) for n in _PROC_STAT.read_text(encoding="ascii").split("\n")[0].split()[1:9]]
+        busy = sum(times) - times[3] - times[4]
+        for pid in self._own:
+            text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+            busy -= sum(int(n) for n in text.rpartition(")")[2].split()[11:13])
+        return time.perf_counter(), busy / ticks
+
+
+@dataclass
+class Figures:
+    """What was measured."""
+
+    runs: dict[tuple[str, int], list[Run]] = field(default_factory=dict)
+    """By engine and size of batch."""
+    others: list[float] = field(default_factory=list)
+    """Cores that other work took, by round; empty where the system does not tell."""
+
+    def wall_ms(self, name: str, size: int) -> tuple[float, float]:
+        """Least and median milliseconds an image."""
+        times = [1000 * run.wall_s for run in self.runs[name, size]]
+        return min(times), statistics.median(times)
+
+    def cpu_ms(self, name: str, size: int) -> float:
+        """Median milliseconds of CPU time an image."""
+        return 1000 * statistics.median(run.cpu_s for run in self.runs[name, size])
+
+
 def measure(
-    engines: dict[str, Infer], pixels: NDArray[np.uint8], batches: Sequence[int], rounds: int
-) -> dict[tuple[str, int], float]:
-    """Median milliseconds an image by engine and size of batch.
+    engines: dict[str, Contender],
+    pixels: NDArray[np.uint8],
+    batches: Sequence[int],
+    rounds: int,
+    other_work: OtherWork,
+) -> Figures:
+    """Time each engine on each size of batch.
 
     Args:
         engines: what runs a batch, by name.
         pixels: uint8 [count, 128, 128, 3], taken in turn.
         batches: sizes.
         rounds: measured, after `WARM_UP` that are not.
+        other_work: asked after each round.
     """
-    seconds: dict[tuple[str, int], list[float]] = {}
+    figures = Figures()
     names = list(engines)
     for turn in range(WARM_UP + rounds):
         for size in batches:
             batch = np.take(pixels, range(turn * size, (turn + 1) * size), axis=0, mode="wrap")
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 time.sleep(_REST_S)
-                started = time.perf_counter()
-                engines[name](batch)
-                taken_s = time.perf_counter() - started
+                run = engines[name].run(batch)
                 if turn >= WARM_UP:
-                    seconds.setdefault((name, size), []).append(taken_s / size)
-    return {key: 1000 * statistics.median(times) for key, times in seconds.items()}
+                    figures.runs.setdefault((name, size), []).append(run)
+        cores = other_work.cores()
+        if turn >= WARM_UP and cores is not None:
+            figures.others.append(cores)
+    return figures
 
 
-def speed_table(
-    figures: dict[tuple[str, int], float], names: Sequence[str], batches: Sequence[int]
-) -> str:
+def speed_table(figures: Figures, names: Sequence[str], batches: Sequence[int]) -> str:
     """Milliseconds an image, and the ratio to stock, as Markdown."""
-    heads = "".join(f" batch {size}, ms an image | × stock |" for size in batches)
-    lines = [f"| engine |{heads}", "|---" + "|--:|--:" * len(batches) + "|"]
-    for name in names:
-        cells = (
-            f" {figures[name, size]:.1f} | **{figures[STOCK, size] / figures[name, size]:.2f}** |"
-            for size in batches
+    lines = [
+        "| engine | batch | ms an image, least | median | × stock, least | median | CPU, ms |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for size, name in itertools.product(batches, names):
+        least, median = figures.wall_ms(name, size)
+        stock_least, stock_median = figures.wall_ms(STOCK, size)
+        lines.append(
+            f"| {name} | {size} | {least:.1f} | {median:.1f} | {stock_least / least:.2f} |"
+            f" **{stock_median / median:.2f}** | {figures.cpu_ms(name, size):.1f} |"
         )
-        lines.append(f"| {name} |{''.join(cells)}")
     return "\n".join(lines)
+
+
+def disturbance(others: Sequence[float]) -> str:
+    """What to say of other work."""
+    if not others:
+        return "Other work on the machine: this system does not tell."
+    median, most = statistics.median(others), max(others)
+    said = f"Other work took {median:.2f} cores (median of the rounds), {most:.2f} at most."
+    return said if median <= _QUIET else f"**Disturbed: the figures do not count.** {said}"
+
+
+@contextmanager
+def taken(cores: int) -> Iterator[list[int]]:
+    """Processes that each keep a core busy; their ids."""
+    burners = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(cores)]
+    try:
+        yield [burner.pid for burner in burners]
+    finally:
+        for burner in burners:
+            burner.kill()
+            burner.wait()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -106,8 +297,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--backends", nargs="+", default=["onnxruntime"], metavar="NAME")
     parser.add_argument("--threads", type=int, default=available_cores(), help="of each engine")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], metavar="SIZE")
-    parser.add_argument("--rounds", type=int, default=20, help="measured")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], metavar="SIZE")
+    parser.add_argument("--rounds", type=int, default=30, help="measured")
+    parser.add_argument(
+        "--busy", type=int, default=0, metavar="CORES", help="taken by other work meanwhile"
+    )
     parser.add_argument("--data", type=Path, default=REFERENCE, help="folder of photos")
     parser.add_argument("--masks", type=Path, help="folder of their true masks")
     options = parser.parse_args(arguments)
@@ -117,27 +311,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     pixels = np.stack([sample.pixels for sample in samples])
     with ExitStack() as stack:
-        engines: dict[str, Infer] = {STOCK: stock(options.stock or options.model, options.threads)}
+        engines: dict[str, Contender] = {}
         infos: dict[str, BackendInfo] = {}
+
+        def enter(name: str | None, model: Path) -> None:
+            contender = Contender(name, model, options.threads)
+            stack.callback(contender.close)
+            if (info := contender.info) is None:
+                engines[STOCK] = contender
+            else:
+                shown = f"{info.name} ({info.precision})"
+                engines[shown], infos[shown] = contender, info
+
+        enter(None, options.stock or options.model)
         for backend_name in options.backends:
             try:
-                backend = open_backend(backend_name, options.model, threads=options.threads)
+                enter(backend_name, options.model)
             except BackendError as error:
                 print(f"{backend_name} is left out: {error}", file=sys.stderr)
-                continue
-            stack.callback(backend.close)
-            info = backend.describe()
-            name = f"{info.name} ({info.precision})"
-            engines[name], infos[name] = _whole_batch(backend), info
         source = GENERATED if options.data == REFERENCE else options.data.name
         print(f"Machine: {machine()}. {options.threads} threads, {len(samples)} photos ({source}),")
-        print(f"ONNX Runtime {onnxruntime.__version__}, medians of {options.rounds} rounds.\n")
-        figures = measure(engines, pixels, options.batches, options.rounds)
-        print(speed_table(figures, list(engines), options.batches), flush=True)
+        print(f"ONNX Runtime {onnxruntime.__version__}, {options.rounds} rounds,", end=" ")
+        print(f"{options.busy} cores taken on purpose.\n")
+        with taken(options.busy) as burners:
+            own = [*burners, *(contender.pid for contender in engines.values())]
+            figures = measure(engines, pixels, options.batches, options.rounds, OtherWork(own))
+        print(speed_table(figures, list(engines), options.batches))
+        print(f"\n{disturbance(figures.others)}", flush=True)
         results = [
             compare(
-                engines[STOCK],
-                engines[name],
+                engines[STOCK].infer,
+                engines[name].infer,
                 samples,
                 name=name,
                 precision=_precision(info),
@@ -148,11 +352,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("\nMasks against stock's:\n")
     print(table(results))
     return int(any(result.failures() for result in results))
-
-
-def _whole_batch(backend: Backend) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
-    backend.warm_up()
-    return backend.infer
 
 
 def _precision(info: BackendInfo) -> Precision:

@@ -1,11 +1,12 @@
 """The comparison of the CPU's backends, on few photos."""
 
 import re
+import time
 from pathlib import Path
 
 import pytest
 
-from benchmarks.cpu_engine import STOCK, main
+from benchmarks.cpu_engine import STOCK, OtherWork, disturbance, main, taken
 from tests.conftest import CPU_BACKEND
 from tests.lesions import write_pairs
 
@@ -14,14 +15,15 @@ def test_speed_and_masks_are_told_beside_stock(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_pairs(tmp_path, 3, 200, 150)
-    flags = ["--rounds", "1", "--batches", "1", "3", "--threads", "1", "--data", str(tmp_path)]
+    flags = ["--rounds", "2", "--batches", "1", "3", "--threads", "2", "--data", str(tmp_path)]
     assert main([*flags, "--masks", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert "1 threads, 3 photos" in said
-    assert re.search(
-        rf"^\| {STOCK} \| [\d.]+ \| \*\*1\.00\*\* \| [\d.]+ \| \*\*1\.00\*\* \|$", said, re.M
-    )
-    assert len(re.findall(rf"^\| {CPU_BACKEND} \(.*\|$", said, re.M)) == 2
+    assert "2 threads, 3 photos" in said
+    for size in (1, 3):
+        row = rf"^\| {STOCK} \| {size} \| [\d.]+ \| [\d.]+ \| 1\.00 \| \*\*1\.00\*\* \| [\d.]+ \|$"
+        assert re.search(row, said, re.M)
+        assert re.search(rf"^\| {CPU_BACKEND} \(fp32\) \| {size} \|.*\|$", said, re.M)
+    assert re.search(r"Other work took [\d.]+ cores", said)
     assert said.count("passed") == 1
 
 
@@ -31,3 +33,19 @@ def test_a_folder_without_photos_is_told(
     with pytest.raises(SystemExit):
         main(["--data", str(tmp_path)])
     assert "holds no photo" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the system does not tell")
+def test_work_of_others_is_seen_and_work_on_purpose_is_not_counted() -> None:
+    """One and the same busy process, once a stranger and once the measurement's own."""
+    with taken(1) as burners:
+        all_of_it, without = OtherWork([]), OtherWork(burners)
+        time.sleep(1)
+        seen, unseen = all_of_it.cores(), without.cores()
+    assert seen is not None and unseen is not None
+    assert seen > unseen
+
+
+def test_figures_of_a_disturbed_machine_do_not_count() -> None:
+    assert "do not count" in disturbance([0.0, 0.6, 0.7])
+    assert "do not count" not in disturbance([0.0, 0.01, 0.7])
