@@ -63,7 +63,10 @@ class Settings(BaseSettings):
         description="processes that serve; each has its own network, and limits are for each",
     )
     threads: int = Field(
-        0, ge=0, description="CPU threads for one inference; 0 is one for each core"
+        0,
+        ge=0,
+        description="CPU threads of a photo that comes alone, and photos that run at the same time;"
+        " 0 is one for each core",
     )
     decode_threads: int = Field(
         0, ge=0, description="threads that decode photos and encode masks; 0 is one for each core"

@@ -86,7 +86,7 @@ def open_backend(name: str, model: Path, *, threads: int) -> Backend:
         name: `torch` or `onnxruntime`; for `auto` and `tensorrt` this is what serves until an
             engine does (`server.backends.engine_cache`): ONNX Runtime on CUDA, else on the CPU.
         model: the ONNX file.
-        threads: CPU threads for one inference.
+        threads: CPU threads of an image that comes alone, and images that run at the same time.
 
     Raises:
         BackendError: the backend is unknown or cannot be loaded.

@@ -1,5 +1,7 @@
 """ONNX Runtime: the default on CPU. Loads the shipped ONNX file in a fraction of a second."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -8,38 +10,39 @@ from numpy.typing import NDArray
 
 from model.image import MODEL_SIZE
 from server.backends import BackendError, BackendInfo
-from server.backends.model_file import read_model
+from server.backends.model_file import ModelFile, read_model
 
 __all__ = ["OnnxRuntimeBackend", "check_contract"]
 
-# On CPU a batch takes as long as its images one by one, so it only saves hand-offs; a large one
-# would make those who come next wait for all of it.
-_MAX_BATCH = 8
+# Each takes memory of its own: about 80 MiB with exact attention.
+_MOST_TOGETHER = 8
 
 
 class OnnxRuntimeBackend:
-    """The exported graph in ONNX Runtime's CPU provider."""
+    """The exported graph in ONNX Runtime's CPU provider.
+
+    An image that comes alone runs on all threads. Those that come together run on a thread each,
+    which does more in all: threads that share an image wait for each other after every layer.
+
+    Args:
+        model: the ONNX file.
+        threads: of an image that comes alone, and of all that run at the same time.
+
+    Raises:
+        BackendError: the file is no network, or not one of the served contract.
+    """
 
     def __init__(self, model: Path, *, threads: int) -> None:
         file = read_model(model)
         self._sha256 = file.sha256
+        self._slots = min(threads, _MOST_TOGETHER)
         onnxruntime.disable_telemetry_events()
-        # One for each thread fills them; memory grows by about 80 MiB with each.
-        self._run_together = min(threads, _MAX_BATCH)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        # A plan for each size of batch, each with memory of its own, makes nothing faster here.
-        options.enable_mem_pattern = False
-        options.log_severity_level = 3
-        # Threads that spin while they wait for the next inference take the cores from decoding.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
-            self._session = onnxruntime.InferenceSession(
-                file.content, options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:
-            raise BackendError(f"ONNX Runtime cannot load {file.path}: {error}") from error
-        check_contract(self._session, file.path)
+        self._alone = _open(file, threads)
+        # Beside the threads that call it; with a slot for each thread that is none.
+        helpers = threads - self._slots
+        self._beside = _open(file, 1 + helpers) if threads > 1 else self._alone
+        self._running = 0
+        self._lock = threading.Lock()
 
     def describe(self) -> BackendInfo:
         return BackendInfo(
@@ -47,29 +50,57 @@ class OnnxRuntimeBackend:
             version=onnxruntime.__version__,
             device="cpu",
             precision="fp32",
-            max_batch=_MAX_BATCH,
-            model=dict(self._session.get_modelmeta().custom_metadata_map),
+            # Images one by one take as long as a batch of them; together they would only wait for
+            # each other.
+            max_batch=1,
+            slots=self._slots,
+            model=dict(self._alone.get_modelmeta().custom_metadata_map),
             file_sha256=self._sha256,
         )
 
     def warm_up(self) -> None:
-        # The largest run takes all the memory there will ever be; smaller ones fit in.
-        self.infer(np.zeros((self._run_together, MODEL_SIZE, MODEL_SIZE, 3), np.uint8))
+        # As many as ever run together take all the memory there will ever be.
+        image = np.zeros((1, MODEL_SIZE, MODEL_SIZE, 3), np.uint8)
+        self.infer(image)
+        with ThreadPoolExecutor(self._slots) as threads:
+            list(threads.map(self.infer, [image] * self._slots))
 
     def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
-        together = self._run_together
-        parts = [batch[start : start + together] for start in range(0, len(batch), together)]
+        with self._lock:
+            session = self._beside if self._running else self._alone
+            self._running += 1
         try:
             return np.concatenate(
-                [self._session.run(["probability"], {"image": part})[0] for part in parts]
+                [session.run(["probability"], {"image": image[None]})[0] for image in batch]
             )
         except Exception as error:
             raise BackendError(
                 f"ONNX Runtime failed on a batch of {len(batch)}: {error}"
             ) from error
+        finally:
+            with self._lock:
+                self._running -= 1
 
     def close(self) -> None:
-        del self._session
+        del self._alone, self._beside
+
+
+def _open(file: ModelFile, threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    # A plan for each size of batch, each with memory of its own, makes nothing faster here.
+    options.enable_mem_pattern = False
+    options.log_severity_level = 3
+    # Threads that spin while they wait for the next inference take the cores from decoding.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        session = onnxruntime.InferenceSession(
+            file.content, options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:
+        raise BackendError(f"ONNX Runtime cannot load {file.path}: {error}") from error
+    check_contract(session, file.path)
+    return session
 
 
 def check_contract(session: onnxruntime.InferenceSession, model: Path) -> None:

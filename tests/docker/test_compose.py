@@ -85,7 +85,7 @@ def test_the_worst_case_fits_into_memory(services: dict[str, dict[str, Any]]) ->
     limit_mib = 1024 * int(services["server"]["mem_limit"].removesuffix("g"))
     defaults = Settings()
     photos = defaults.max_bytes_in_flight + 20 * defaults.max_pixels_decoding
-    network_mib = 140 + 8 * 80
+    network_mib = 140 + 9 * 80
     gpu_mib = 3072 if "deploy" in services["server"] else 0
     assert limit_mib > network_mib + gpu_mib + photos / 2**20
 

@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ class _Held:
         self._lock = lock
 
     def describe(self) -> BackendInfo:
-        return self._backend.describe()
+        # One holds the lock, so that all others are in the queue.
+        return replace(self._backend.describe(), slots=1)
 
     def warm_up(self) -> None:
         self._backend.warm_up()

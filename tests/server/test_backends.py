@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,19 @@ def test_pytorch_gives_what_the_exported_graph_gives(pixels: NDArray[np.uint8]) 
     assert info.model["attention"] == onnx.describe().model["attention"] == "pooled"
     for backend in (torch, onnx):
         backend.close()
+
+
+def test_images_that_come_together_on_a_cpu_get_a_thread_each(pixels: NDArray[np.uint8]) -> None:
+    backend = open_backend("onnxruntime", MODEL, threads=3)
+    info = backend.describe()
+    assert (info.slots, info.max_batch) == (3, 1)
+    alone = [backend.infer(image[None]) for image in pixels]
+    with ThreadPoolExecutor(info.slots) as threads:
+        together = list(threads.map(lambda n: backend.infer(pixels[n % 3][None]), range(24)))
+    for n, probability in enumerate(together):
+        np.testing.assert_array_equal(probability, alone[n % 3])
+    np.testing.assert_array_equal(backend.infer(pixels), np.concatenate(alone))
+    backend.close()
 
 
 def test_weights_that_are_not_there_are_said(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Many clients at once: nobody gets another's mask, and load makes batches."""
+"""Many clients at once: nobody gets another's mask, and each photo runs once."""
 
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -49,8 +49,8 @@ def test_200_photos_from_8_clients_equal_the_offline_prediction(
 
     images, batches = batch_statistics(server)
     assert images - images_before == len(many_photos) == 200
-    # How many run together is a matter of what is slower, decoding or the network.
-    assert batches - batches_before < images - images_before
+    # On a CPU a photo that waits gets a thread of its own, not a place in a batch.
+    assert batches - batches_before == 200
     for photos, masks in zip(shares, answers, strict=True):
         for photo, mask in zip(photos, masks, strict=True):
             np.testing.assert_array_equal(read_png(mask), offline.mask(photo.data), photo.name)
