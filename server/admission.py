@@ -63,6 +63,7 @@ class Pace:
         self._busy_s = 0.0
         self._counted = 0.0
         self._done: deque[float] = deque([0.0], memory + 1)
+        self._seen: float | None = None
         self._supposed_s = 0.0
 
     @property
@@ -75,6 +76,12 @@ class Pace:
         return self._supposed_s + (seen_s - self._supposed_s) * math.exp2(-idle_s / _FORGET_S)
 
     def _seen_s(self) -> float:
+        # Asked for by everyone who is refused, and another one only when photos get done.
+        if self._seen is None:
+            self._seen = self._middle()
+        return self._seen
+
+    def _middle(self) -> float:
         count = len(self._done) - 1
         if count < 2 * _PARTS:
             return (self._done[-1] - self._done[0]) / count if count else 0.0
@@ -100,6 +107,7 @@ class Pace:
         if len(done) == 1:
             done = [done[0] - seconds_each * n for n in range(_SUPPOSED_PHOTOS, -1, -1)]
         self._done = deque(done, memory + 1)
+        self._seen = None
 
     def begin(self, photos: int) -> None:
         """So many more are worked on or wait."""
@@ -110,6 +118,7 @@ class Pace:
                 (self._busy_s - (self._busy_s - at) * share for at in self._done),
                 self._done.maxlen,
             )
+            self._seen = None
         self._count_time()
         self.photos += photos
 
@@ -122,6 +131,7 @@ class Pace:
         self.photos -= photos
         if served:
             self._done.extend([self._busy_s] * photos)
+            self._seen = None
 
     def _count_time(self) -> None:
         now = time.perf_counter()
@@ -233,8 +243,7 @@ class Gate:
         Raises:
             Overloaded: all places are taken, or the answer would come too late.
         """
-        usable_s = (deadline - time.perf_counter()) * _USABLE
-        self.check(1, usable_s, bulk=bulk, arriving=self._count_arriving(bulk))
+        self.check_room(deadline=deadline, bulk=bulk)
         body_bytes = self._bulk_bytes if bulk else self.body_bytes
         with self.places(1, bulk=bulk), body_bytes.account(self._memory_full) as take:
             place = Place(self, take, deadline, bulk)
@@ -243,6 +252,19 @@ class Gate:
                 yield place
             finally:
                 place.leave()
+
+    def check_room(
+        self, *, deadline: float, bulk: bool, coming: int = 0, others_coming: int = 0
+    ) -> None:
+        """Whether one more can be let in; other arguments and errors are those of `enter`.
+
+        Args:
+            coming: requests of its kind that come before it and have not entered yet.
+            others_coming: the same of the other kind.
+        """
+        usable_s = (deadline - time.perf_counter()) * _USABLE
+        self.check(1, usable_s, bulk=bulk, arriving=self._count_arriving(bulk) + coming)
+        self._find_places(1 + coming, bulk=bulk, others=others_coming)
 
     @contextlib.contextmanager
     def answer_bytes(self, count: int, *, bulk: bool) -> Iterator[None]:
@@ -287,13 +309,12 @@ class Gate:
         """Nothing more is to come for this one."""
         self._arriving.pop(place, None)
 
-    def _find_places(self, count: int, *, bulk: bool) -> None:
+    def _find_places(self, count: int, *, bulk: bool, others: int = 0) -> None:
         # Bulk has a share of its own: held against all, it would never be let in, and so starve,
         # where others keep the queue half full.
         in_time = list(self._arriving_in_time())
-        is_full = (
-            self.admitted - (len(self._arriving) - len(in_time)) + count > self._settings.max_queue
-        )
+        taken = self.admitted - (len(self._arriving) - len(in_time)) + others
+        is_full = taken + count > self._settings.max_queue
         if bulk and not is_full:
             slow = sum(place.bulk for place in self._arriving) - sum(
                 place.bulk for place in in_time

@@ -59,6 +59,7 @@ from server.reference import (
 from server.segment_batch import bulk_router
 from server.service import Service
 from server.settings import Settings
+from server.shedding import Shedding
 from server.stages import Stages
 from server.tracing import open_tracing
 from server.uploads import Fields, check_type, hang_up, has_hung_up, is_form, read_body
@@ -181,7 +182,7 @@ def create_app(
     app.include_router(openinference_router(service, VERSION))
     app.include_router(admin_router(loader.load, on_reloaded))
     guarded: ASGIApp = Access(
-        app,
+        Shedding(app),
         keys,
         metrics_keyed=settings.metrics_keyed,
         requests_per_s=settings.key_requests_per_s / settings.workers,

@@ -21,9 +21,11 @@ Who asks for another protocol (`Upgrade`) is answered in HTTP/1.1, as RFC 9110 (
 """
 
 import asyncio
+import contextlib
 import json
 import re
 import resource
+from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, cast
@@ -34,10 +36,15 @@ from uvicorn._types import (
     ASGIReceiveCallable,
     ASGISendCallable,
     ASGISendEvent,
+    HTTPScope,
     Scope,
 )
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 from uvicorn.server import ServerState
 
 from server.metrics import Metrics
@@ -84,6 +91,9 @@ _ALWAYS_ANSWERED = {
 
 # Requests that a client may send without waiting for the answers to those before.
 _MAX_PIPELINE = 32
+
+# Bytes of a body that are thrown away so that its connection, refused one request, can stay.
+_MOST_THROWN_AWAY = 2**20
 
 # Where a head or a chunked body may end; the first bytes may be the end of what came before.
 _ENDS = re.compile(rb"\A(?:\n\r\n|\r?\n)|\r\n\r\n")
@@ -134,9 +144,19 @@ def _until_closed(app: ASGI3Application, cycle: RequestResponseCycle) -> ASGI3Ap
 class House:
     """What the connections of one server share."""
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        is_refused: Callable[[HTTPScope], bool] = lambda _scope: False,
+    ) -> None:
+        """Args:
+        is_refused: whether the application will refuse a request at once, without its body and
+            without waiting for anything.
+        """
         self.settings = settings
         self.metrics = metrics
+        self.is_refused = is_refused
         self.leaving: dict[Connection, None] = {}
         """Connections that have had their last answer and are not closed yet, the oldest first."""
         self.asked: dict[Connection, None] = {}
@@ -250,7 +270,7 @@ class Connection(HttpToolsProtocol):
         # Of one header, or one piece of chunked encoding, that never ends.
         if self._bytes_between_bodies > self._settings.max_header_bytes:
             self._refuse_head()
-        elif not self._in_body and self._is_answered:
+        elif not self._in_body and self._is_answered and self.timeout_keep_alive_task is None:
             self._expect_head()
 
     def eof_received(self) -> bool:  # type: ignore[override]
@@ -318,6 +338,9 @@ class Connection(HttpToolsProtocol):
         return b"\r\n".join(lines) + b"\r\n\r\n"
 
     def on_message_begin(self) -> None:
+        if self.transport.is_closing():
+            # What came before in the same bytes has had the last answer.
+            raise _Refused
         if self._is_chunked:
             # Its parser may hold a trailer still.
             self._refuse(
@@ -391,12 +414,48 @@ class Connection(HttpToolsProtocol):
             self._body_timer.cancel()
             self._body_timer = None
         super().on_message_complete()
+        is_over = self.transport.is_closing() or self.timeout_keep_alive_task is not None
+        if self._is_answered and not is_over:
+            # It was refused, and this was thrown away.
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
+        if self._house.is_refused(cycle.scope):
+            self._shed(cycle, app)
+            return
         if cycle.scope["http_version"] < "1.1":
             app = _until_closed(app, cycle)
         super()._start_asgi_task(cycle, app)
+
+    def _shed(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        """Let the application refuse without a task, and write what it says at once."""
+        messages: list[Any] = []
+
+        async def send(message: Any) -> None:
+            messages.append(message)
+
+        with contextlib.suppress(StopIteration):
+            refusing: Any = app(cycle.scope, cycle.receive, send)
+            refusing.send(None)
+        start, body = messages
+        headers = [*cycle.default_headers, *start["headers"]]
+        # Whoever sends much more had better stop than have it thrown away.
+        goes_on = cycle.more_body and (self._is_chunked or self._content_length > _MOST_THROWN_AWAY)
+        closing = (b"connection", b"close")
+        cycle.keep_alive &= not goes_on and closing not in headers
+        if not cycle.keep_alive and closing not in headers:
+            headers.append(closing)
+        lines = [b"%b: %b\r\n" % header for header in headers]
+        self.transport.write(
+            b"".join([STATUS_LINE[start["status"]], *lines, b"\r\n", body["body"]])
+        )
+        cycle.response_started = cycle.response_complete = True
+        if not cycle.keep_alive:
+            self.transport.close()
+        self.on_response_complete()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Callable
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.metrics import Metrics
@@ -59,11 +59,12 @@ class RequestContext:
         record: writes traces.
         """
         self._app = app
-        self._security = dict(_SECURITY)
+        security = dict(_SECURITY)
         if encrypted:
-            self._security["Strict-Transport-Security"] = "max-age=31536000"
+            security["Strict-Transport-Security"] = "max-age=31536000"
         if shared:
-            self._security["Cross-Origin-Resource-Policy"] = "cross-origin"
+            security["Cross-Origin-Resource-Policy"] = "cross-origin"
+        self._security = [(k.lower().encode(), v.encode()) for k, v in security.items()]
         self._metrics = metrics
         self._is_draining = is_draining
         self._record = record
@@ -76,8 +77,8 @@ class RequestContext:
         if method == "HEAD":
             # Each GET has one (RFC 9110, 9.1), the same but for the body, which uvicorn leaves out.
             scope = {**scope, "method": "GET"}
-        given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        asked = Headers(scope=scope).get("x-request-id", "")
+        request_id = asked if REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
         stages = Stages()
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
@@ -88,13 +89,16 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["X-Request-ID"] = request_id
-                headers["Server-Timing"] = stages.header()
-                for name, value in self._security.items():
-                    headers.setdefault(name, value)
-                if self._is_draining():
-                    headers["Connection"] = "close"
+                # Not by `MutableHeaders`, which goes through all of them for each.
+                given = list(message.get("headers", ()))
+                names = {name for name, _ in given}
+                message["headers"] = [
+                    *given,
+                    (b"x-request-id", request_id.encode()),
+                    (b"server-timing", stages.header().encode()),
+                    *(header for header in self._security if header[0] not in names),
+                    *([(b"connection", b"close")] if self._is_draining() else []),
+                ]
             await send(message)
 
         try:
@@ -119,6 +123,8 @@ class RequestContext:
                 "slsnet.request_id": request_id,
             }
             self._record(stages, Headers(scope=scope), f"{method} {path}", attributes)
+        if not log.isEnabledFor(logging.INFO):
+            return
         client = state.get("client", "-")
         log.info(
             "%s %s %s %s %d %s",

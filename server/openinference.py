@@ -41,11 +41,19 @@ from server.service import Service
 from server.stages import Stages
 from server.uploads import hang_up, has_hung_up, read_body
 
-__all__ = ["openinference_router"]
+__all__ = ["INFER_PATHS", "openinference_router"]
 
 NAME = "slsnet"
 VERSION = "1"
 """Of the contract (the two tensors); the weights' own version is in `GET /model`."""
+
+_MODEL_PATH = "/v2/models/{model}"
+_VERSION_PATH = f"{_MODEL_PATH}/versions/{{version}}"
+INFER_PATHS = {
+    f"{path}/infer".format(model=NAME, version=VERSION): f"{path}/infer"
+    for path in (_MODEL_PATH, _VERSION_PATH)
+}
+"""Where tensors are sent, and the path of its route."""
 
 INPUT = "image"
 OUTPUT = "probability"
@@ -363,11 +371,8 @@ def openinference_router(service: Service, server_version: str) -> APIRouter:
     every = APIRouter()
     every.include_router(router)
     is_model, is_version = Depends(_known_model), Depends(_known_version)
-    model = "/v2/models/{model}"
-    every.include_router(_model_router(service, model, [is_model]))
-    every.include_router(
-        _model_router(service, f"{model}/versions/{{version}}", [is_model, is_version])
-    )
+    every.include_router(_model_router(service, _MODEL_PATH, [is_model]))
+    every.include_router(_model_router(service, _VERSION_PATH, [is_model, is_version]))
     return every
 
 

@@ -102,7 +102,7 @@ class Service:
     @property
     def is_ready(self) -> bool:
         """Warmed up, working, and not on the way out."""
-        return self._batcher is not None and not self.is_failing and not self.draining
+        return self.works and not self.draining
 
     @property
     def backend(self) -> BackendInfo:
@@ -209,6 +209,11 @@ class Service:
             closing.cancel()
             # Its exception's traceback has this frame: they would keep each other, and a photo.
             del doing
+
+    @property
+    def works(self) -> bool:
+        """Whether there is a network, and it does not fail all the time."""
+        return self._batcher is not None and not self._batcher.is_failing
 
     def check_works(self) -> None:
         """Raises:

@@ -10,6 +10,7 @@ It is all there is, or one of several that a supervisor started on one port (`se
 
 import asyncio
 import ctypes
+import gc
 import logging
 import math
 import os
@@ -34,6 +35,7 @@ from server.logs import configure, finish, silence_libtiff
 from server.service import Service
 from server.settings import Settings, read_settings
 from server.shared_metrics import SHARED_FOLDER
+from server.shedding import Door
 
 __all__ = ["run"]
 
@@ -70,7 +72,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._held = held
-        self._house = House(service.settings, service.metrics)
+        self._house = House(service.settings, service.metrics, Door(service).refuses)
         self.servers = []
         self._reloading: asyncio.Task[None] | None = None
 
@@ -134,6 +136,9 @@ class _Server(uvicorn.Server):
             listener.setblocking(False)
             listener.listen(self.config.backlog)
             self._listen(listener)
+        # All that is there by now stays: no collection need go through it again, every time with
+        # everybody waiting.
+        gc.freeze()
         self.started = True
 
     def _listen(self, listener: socket.socket) -> None:

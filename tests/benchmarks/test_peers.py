@@ -30,6 +30,7 @@ from benchmarks.peers.figures import (
     Comparison,
     Missing,
     Network,
+    Overload,
     PhotoPath,
     Setting,
     Step,
@@ -41,6 +42,7 @@ from benchmarks.peers.figures import (
     stop_of,
 )
 from benchmarks.peers.measure import Deck, Masks
+from benchmarks.peers.overload import Round, table
 from benchmarks.peers.processes import Running, Unavailable
 from benchmarks.peers.report import write_report
 from model.image import encode_png
@@ -642,3 +644,17 @@ def test_the_bare_loop_runs_in_as_many_processes_as_the_server() -> None:
     per_s = json.loads(run.stdout)
     assert set(per_s) == {"1", "2"}
     assert all(value > 0 for value in per_s.values())
+
+
+def test_goodput_under_overload_is_told_beside_the_best_peer() -> None:
+    def found(entrant: str, best_per_s: float, served_per_s: float, unsent: int) -> Round:
+        at_twice = Overload(2 * best_per_s, 2, 0, served_per_s, 1, 2, {"429": 7}, 7, 0, unsent, 0)
+        return Round(entrant, best_per_s, {2.0: at_twice}, {2.0: 0.25})
+
+    rounds = [found("slsnet", 100, served, 0) for served in (70, 90, 80)]
+    rounds += [found("mosec", 50, 40, 100), found("litserve", 50, 20, 0)]
+    _, _, ours, mosec, litserve = table(rounds, [2.0]).splitlines()
+    assert ours == "| slsnet | 2× | 200 | 80 | 0.80 | 2.00 | 2 | 7 | 0 | 0.25 |"
+    # All its connections waited, or the load could not send more.
+    assert mosec == "| mosec | 2× | 100, 50% sent | 40 | 0.80 | 1.00 | 2 | 7 | 0 | 0.25 |"
+    assert litserve.startswith("| litserve | 2× | 100 | 20 | 0.40 | 0.50 |")
