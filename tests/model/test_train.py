@@ -180,7 +180,8 @@ def refused(capsys: pytest.CaptureFixture[str], flags: list[str], says: str) -> 
         main(flags)
     assert exit_.value.code == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and says in error
+    # How far decoding was may be told before.
+    assert "\nerror: " in f"\n{error}" and says in error
     assert "Traceback" not in error and "epoch 1/" not in error
 
 
