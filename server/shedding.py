@@ -28,7 +28,10 @@ _BATCH = "/segment/batch"
 
 _ROUTES = {
     path: SimpleNamespace(path=route)
-    for path, route in {"/segment": "/segment", _BATCH: _BATCH, **INFER_PATHS}.items()
+    for path, route in {
+        **{path: path for path in ("/segment", "/segment/json", _BATCH)},
+        **INFER_PATHS,
+    }.items()
 }
 """What takes a place in the queue, and for those who count it what the framework calls it."""
 

@@ -29,7 +29,10 @@ from tests.server.held import serve_held
 from tests.server.test_load import figures
 
 ORIGIN = "https://clinic.example"
-PATHS = {"/segment": "/segment", "/segment/batch": "/segment/batch", **INFER_PATHS}
+PATHS = {
+    **{path: path for path in ("/segment", "/segment/json", "/segment/batch")},
+    **INFER_PATHS,
+}
 IN_FLIGHT = "slsnet_requests_in_flight"
 
 
