@@ -41,6 +41,7 @@ __all__ = [
     "Photo",
     "UnsupportedImageError",
     "encode_png",
+    "is_baseline_jpeg",
     "lesion_mask",
     "read_photo",
     "unpack_mask",
@@ -226,6 +227,11 @@ def read_photo(
     if 5 <= orientation <= 8:
         width, height = height, width
     return Photo(square, width, height, applied if name == "TIFF" else orientation)
+
+
+def is_baseline_jpeg(data: bytes) -> bool:
+    """Whether it is a JPEG of one scan, which decodes in a time that its pixels bound."""
+    return data.startswith(_MAGIC[0][0]) and _jpeg_scans(data) == 1
 
 
 def lesion_mask(

@@ -364,6 +364,8 @@ def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
                         ),
                         bulk=bulk,
                     )
+                elif service.has_one and not bulk and not clean and segmentation.is_small:
+                    content = png_answer(segmentation, threshold, original, clean=clean)
                 else:
                     content = await service.in_thread(
                         lambda: png_answer(segmentation, threshold, original, clean=clean),

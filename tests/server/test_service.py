@@ -7,17 +7,18 @@ import math
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from model.image import CorruptImageError
+from model.image import CorruptImageError, Photo, read_photo
 from server import service as service_module
 from server.backends import BackendInfo
 from server.metrics import Metrics
 from server.parameters import deadline
-from server.problems import DeadlineExceeded, Unavailable, UnsupportedType
+from server.problems import DeadlineExceeded, Unavailable, Unprocessable, UnsupportedType
 from server.service import Segmentation, Service
 from server.settings import Settings
 from server.stages import Stages
@@ -202,3 +203,74 @@ def test_what_is_wrong_with_a_photo_does_not_keep_it() -> None:
 
     with no_collection():
         asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+LONE = encode_photo(lesion_photo(4, 600, 450).pixels)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "requests", "bulk", "on_the_loop"),
+    [
+        ("alone", LONE, 1, False, True),
+        ("not alone", LONE, 2, False, False),
+        ("bulk", LONE, 1, True, False),
+        ("many pixels", encode_photo(lesion_photo(4, 1024, 768).pixels), 1, False, False),
+        ("many bytes", LONE + bytes(2**17), 1, False, False),
+        ("progressive", encode_photo(lesion_photo(4).pixels, progressive=True), 1, False, False),
+        ("not a JPEG", encode_photo(lesion_photo(4, 64, 64).pixels, "PNG"), 1, False, False),
+    ],
+)
+def test_only_a_lone_small_photo_is_decoded_on_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    data: bytes,
+    requests: int,
+    bulk: bool,
+    on_the_loop: bool,
+) -> None:
+    decoded: list[tuple[threading.Thread, NDArray[np.uint8]]] = []
+
+    def reads(data: bytes, **limits: Any) -> Photo:
+        photo = read_photo(data, **limits)
+        decoded.append((threading.current_thread(), photo.pixels))
+        return photo
+
+    async def scenario() -> None:
+        service = Service(Settings(), Metrics())
+        await service.use(Constant(0.5))
+        monkeypatch.setattr(service_module, "read_photo", reads)
+        with contextlib.ExitStack() as others:
+            for _ in range(requests):
+                others.enter_context(service.admission(deadline=math.inf, bulk=bulk))
+            found = await service.segment(
+                [data],
+                "image/jpeg",
+                stages=Stages(),
+                deadline=time.perf_counter() + 60,
+                is_gone=lambda: False,
+                bulk=bulk,
+            )
+        await service.close()
+        assert found.width, name
+
+    asyncio.run(scenario())
+    ((thread, pixels),) = decoded
+    assert (thread is threading.main_thread()) is on_the_loop
+    assert np.array_equal(pixels, read_photo(data).pixels)
+
+
+def test_what_is_wrong_with_a_lone_photo_is_told_as_ever() -> None:
+    async def scenario() -> None:
+        service = Service(Settings(), Metrics())
+        await service.use(Constant(0.5))
+        with service.admission(deadline=math.inf), pytest.raises(Unprocessable):
+            await service.segment(
+                [LONE[: len(LONE) // 2]],
+                "image/jpeg",
+                stages=Stages(),
+                deadline=time.perf_counter() + 60,
+                is_gone=lambda: False,
+            )
+        await service.close()
+
+    asyncio.run(scenario())
