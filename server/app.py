@@ -364,7 +364,7 @@ def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
                         ),
                         bulk=bulk,
                     )
-                elif service.has_one and not bulk and not clean and segmentation.is_small:
+                elif segmentation.is_small and not clean and not bulk:
                     content = png_answer(segmentation, threshold, original, clean=clean)
                 else:
                     content = await service.in_thread(

@@ -1,8 +1,8 @@
 """One segmentation from bytes to mask: admission, decode, batch, mask. No HTTP in here.
 
-Decoding and masks run in a pool of threads, but for a small photo that is alone, inference in the
-batcher's; otherwise the event loop only passes things on. Between any two stages work is dropped if
-nobody waits for it any more.
+Decoding and masks run in a pool of threads, inference in the batcher's; beside small masks, and a
+small photo that is alone, the event loop only passes things on. Between any two stages work is
+dropped if nobody waits for it any more.
 """
 
 import asyncio

@@ -9,12 +9,16 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from model.image import CorruptImageError, Photo, read_photo
+from server import app as app_module
 from server import service as service_module
+from server.answers import png_answer
+from server.app import create_app
 from server.backends import BackendInfo
 from server.metrics import Metrics
 from server.parameters import deadline
@@ -274,3 +278,32 @@ def test_what_is_wrong_with_a_lone_photo_is_told_as_ever() -> None:
         await service.close()
 
     asyncio.run(scenario())
+
+
+def test_a_small_mask_does_not_wait_behind_photos_to_be_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads: list[str] = []
+
+    def makes(*arguments: Any, **options: Any) -> bytes:
+        threads.append(threading.current_thread().name.partition("_")[0])
+        return png_answer(*arguments, **options)
+
+    monkeypatch.setattr(app_module, "png_answer", makes)
+    large = encode_photo(lesion_photo(4, 1024, 768).pixels)
+
+    async def scenario() -> None:
+        app, service = create_app(Settings())
+        await service.use(Constant(0.75))
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            for photo, query in ((LONE, ""), (large, ""), (LONE, "?clean=true")):
+                answer = await client.post(f"/segment{query}", content=photo)
+                assert answer.status_code == 200
+            bulk = await client.post("/segment", content=LONE, headers={"Priority": "bulk"})
+            assert bulk.status_code == 200
+        await service.close()
+
+    asyncio.run(scenario())
+    assert threads[0] not in ("work", "bulk")
+    assert threads[1:] == ["work", "work", "bulk"]
