@@ -149,6 +149,9 @@ def _serialise(
         config.clear_flag(module.BuilderFlag.TF32)
     else:
         config.set_flag(module.BuilderFlag.TF32)
+    if trt.is_rtx:
+        # Memory of its own, allocated while it runs, cannot be recorded in a CUDA graph.
+        config.set_flag(module.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if options.version_compatible:
         if trt.is_rtx:
             raise BuildError("TensorRT for RTX has no version-compatible engines")

@@ -22,6 +22,9 @@ from trt_build.tensorrt_api import TensorRT, TensorRTError, find_tensorrt
 
 SLOTS = 2
 
+_MOST_GRAPH_DIFFERENCE = 1e-2
+"""Of probability, between an engine's answers recorded and not: kernels that sum in any order."""
+
 log = logging.getLogger("slsnet.tensorrt")
 
 
@@ -154,9 +157,17 @@ class _Lane:
     """One bucket of a slot: a context whose shapes never change, and its graph."""
 
     def __init__(
-        self, context: Any, bucket: int, slot: _Slot, profile: int, image: str, probability: str
+        self,
+        trt: TensorRT,
+        context: Any,
+        bucket: int,
+        slot: _Slot,
+        profile: int,
+        image: str,
+        probability: str,
     ) -> None:
         self.bucket = bucket
+        self.graph: Any = None
         self._context = context
         self._slot = slot
         handle = slot.stream.handle
@@ -168,9 +179,34 @@ class _Lane:
         if not done:
             raise TensorRTError(f"TensorRT refuses a batch of {bucket}")
         # The first run allocates and, in RTX, compiles: it must not be the one that is recorded.
+        pixels = np.random.default_rng(0).integers(0, 256, slot.image.array.shape, np.uint8)
+        expected = self._answer(pixels)
+        self.graph = self._capture(trt)
+        try:
+            if self.graph is not None:
+                self._prove(pixels, expected)
+        except BaseException:
+            self.close()
+            raise
+
+    def _answer(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        self._slot.image.array[...] = pixels
+        self.run()
+        probability: NDArray[np.float32] = self._slot.probability.array[: self.bucket].copy()
+        return probability
+
+    def _prove(self, pixels: NDArray[np.uint8], expected: NDArray[np.float32]) -> None:
+        """Drop the graph unless it gives, for ``pixels``, what the engine gave without it."""
+        # What a graph that did nothing would find on the GPU is then another batch's answer.
+        self._slot.image.array[...] = 0
         self._enqueue()
-        slot.stream.synchronize()
-        self.graph = self._capture()
+        self._slot.stream.synchronize()
+        if not np.allclose(self._answer(pixels), expected, atol=_MOST_GRAPH_DIFFERENCE):
+            log.warning(
+                "no CUDA graph for batches of %d: its answers are not the engine's", self.bucket
+            )
+            self.graph.close()
+            self.graph = None
 
     def _enqueue(self) -> None:
         slot = self._slot
@@ -182,10 +218,12 @@ class _Lane:
             slot.probability.address, slot.device_probability.address, probability.nbytes
         )
 
-    def _capture(self) -> Any:
+    def _capture(self, trt: TensorRT) -> Any:
         from trt_build import cuda
 
         try:
+            if not trt.can_be_recorded(self._context, self._slot.stream.handle):
+                raise TensorRTError("TensorRT for RTX says that it cannot be recorded")
             return self._slot.stream.capture(self._enqueue)
         except (cuda.CudaError, TensorRTError) as error:
             log.warning("no CUDA graph for batches of %d: %s", self.bucket, error)
@@ -239,7 +277,7 @@ class _Slot:
                 if context is None:
                     raise TensorRTError(f"TensorRT gives no context for batches of {bucket}")
                 context.set_device_memory(scratch.address, scratch.size)
-                self.lanes.append(_Lane(context, bucket, self, profile, image, probability))
+                self.lanes.append(_Lane(trt, context, bucket, self, profile, image, probability))
         except BaseException:
             self.close()
             raise

@@ -21,6 +21,11 @@ _NEEDED = {
     "IExecutionContext": ("execute_async_v3", "set_optimization_profile_async"),
     "NetworkDefinitionCreationFlag": ("STRONGLY_TYPED",),
 }
+_NEEDED_RTX = {
+    "BuilderFlag": ("REQUIRE_USER_ALLOCATION",),
+    "IExecutionContext": ("is_stream_capturable",),
+}
+"""What CUDA graphs of TensorRT for RTX need (its release notes of 1.2)."""
 
 
 class TensorRTError(RuntimeError):
@@ -36,14 +41,15 @@ class TensorRT:
     def __post_init__(self) -> None:
         missing = [
             f"{name}.{member}"
-            for name, members in _NEEDED.items()
+            for needed in (_NEEDED, _NEEDED_RTX if self.is_rtx else {})
+            for name, members in needed.items()
             for member in members
             if not hasattr(getattr(self.module, name, None), member)
         ]
         if missing:
             raise TensorRTError(
                 f"{self.module.__name__} {self.version} has no {', '.join(missing)}:"
-                " TensorRT 10.14 or newer is needed, or TensorRT for RTX"
+                " TensorRT 10.14 or newer is needed, or TensorRT for RTX 1.2 or newer"
             )
 
     @property
@@ -84,6 +90,10 @@ class TensorRT:
         """
         flag = self.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED
         return builder.create_network(1 << int(flag))
+
+    def can_be_recorded(self, context: Any, stream: int) -> bool:
+        """Whether the work of ``context`` may go into a CUDA graph: RTX alone has to be asked."""
+        return not self.is_rtx or bool(context.is_stream_capturable(stream))
 
     def target(self, config: Any, compute_capability: str) -> None:
         """Build for one GPU alone, this machine's (``current``) or another: RTX alone can.

@@ -2,6 +2,10 @@
 
 Keeps count of what is allocated, and fails on what would be an error on a GPU: an address that is
 none, a copy beyond a buffer, a run on scratch memory that is too small, a capture that does work.
+
+Its rules of capture are those of ``cudaThreadExchangeStreamCaptureMode``: what allocates, frees or
+waits is refused, and voids the capture, where this thread captures, or any thread in global mode. A
+sticky error is every later call's answer, as an illegal address is.
 """
 
 # ruff: noqa: N802, N815 - CUDA's own names
@@ -11,7 +15,7 @@ import threading
 from collections.abc import Callable
 from enum import Enum
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 
@@ -23,7 +27,10 @@ class Status(Enum):
     cudaErrorMemoryAllocation = 2
     cudaErrorInsufficientDriver = 35
     cudaErrorNoDevice = 100
+    cudaErrorIllegalAddress = 700
     cudaErrorStreamCaptureUnsupported = 900
+    cudaErrorStreamCaptureInvalidated = 901
+    cudaErrorStreamCaptureWrongThread = 908
     cudaErrorInvalidValue = 1
 
 
@@ -35,6 +42,9 @@ class FakeStream:
     def __init__(self, number: int) -> None:
         self.number = number
         self.recording: list[Queued] | None = None
+        self.captured_by: tuple[int, int] = (0, 0)
+        """Mode and thread of its capture."""
+        self.is_void = False
         self.launches = 0
 
     def __int__(self) -> int:
@@ -53,7 +63,9 @@ class FakeCuda:
     cudaError_t = Status
     cudaStreamNonBlocking = 1
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyDefault=4)
-    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
+    cudaStreamCaptureMode = SimpleNamespace(
+        cudaStreamCaptureModeGlobal=0, cudaStreamCaptureModeThreadLocal=1
+    )
 
     def __init__(self, capacity: int = 1 << 30, *, captures: bool = True) -> None:
         self.capacity = capacity
@@ -62,6 +74,17 @@ class FakeCuda:
         self.streams: dict[int, FakeStream] = {}
         self.graphs = 0
         self.copies = 0
+        self.sticky: Status | None = None
+        """An error that outlives the call that met it."""
+
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        if not name.startswith("cuda") or not callable(found) or self.sticky is None:
+            return found
+        if name == "cudaGetErrorString":
+            return found
+        results = len(get_args(get_type_hints(found)["return"])) - 1
+        return lambda *_: (self.sticky, *[None] * results)
 
     def used(self) -> int:
         return sum(ctypes.sizeof(buffer) for buffer in self.memory.values())
@@ -76,7 +99,21 @@ class FakeCuda:
         assert address + size <= base + ctypes.sizeof(self.memory[base]), "beyond the buffer"
         return (ctypes.c_uint8 * size).from_address(address)
 
+    def may_be_unsafe(self) -> bool:
+        """Whether a call that may be unsafe is refused now; the captures in its way are void."""
+        captures = [
+            stream
+            for stream in self.streams.values()
+            if stream.recording is not None
+            and (stream.captured_by[0] == 0 or stream.captured_by[1] == threading.get_ident())
+        ]
+        for stream in captures:
+            stream.is_void = True
+        return bool(captures)
+
     def _allocate(self, size: int) -> tuple[Status, int]:
+        if self.may_be_unsafe():
+            return Status.cudaErrorStreamCaptureUnsupported, 0
         if self.used() + size > self.capacity:
             return Status.cudaErrorMemoryAllocation, 0
         buffer = (ctypes.c_uint8 * size)()
@@ -84,6 +121,8 @@ class FakeCuda:
         return OK, ctypes.addressof(buffer)
 
     def _free(self, address: int) -> tuple[Status]:
+        if self.may_be_unsafe():
+            return (Status.cudaErrorStreamCaptureUnsupported,)
         del self.memory[address]
         return (OK,)
 
@@ -110,7 +149,9 @@ class FakeCuda:
         return (OK,)
 
     def cudaStreamSynchronize(self, stream: FakeStream) -> tuple[Status]:
-        assert stream.recording is None, "synchronising breaks a capture"
+        if stream.recording is not None:
+            stream.is_void = True
+            return (Status.cudaErrorStreamCaptureUnsupported,)
         return (OK,)
 
     def cudaMemcpyAsync(
@@ -127,15 +168,19 @@ class FakeCuda:
         return (OK,)
 
     def cudaStreamBeginCapture(self, stream: FakeStream, mode: int) -> tuple[Status]:
-        assert mode == 1
         if not self.captures:
             return (Status.cudaErrorStreamCaptureUnsupported,)
-        stream.recording = []
+        stream.recording, stream.is_void = [], False
+        stream.captured_by = (mode, threading.get_ident())
         return (OK,)
 
     def cudaStreamEndCapture(self, stream: FakeStream) -> tuple[Status, Any]:
+        if stream.captured_by[0] != 2 and stream.captured_by[1] != threading.get_ident():
+            return Status.cudaErrorStreamCaptureWrongThread, None
         recorded, stream.recording = stream.recording, None
-        return OK, recorded
+        return (
+            (Status.cudaErrorStreamCaptureInvalidated, None) if stream.is_void else (OK, recorded)
+        )
 
     def cudaGraphInstantiate(self, graph: list[Queued], flags: int) -> tuple[Status, Any]:
         assert flags == 0
@@ -158,6 +203,9 @@ class FakeCuda:
 
 class FakeContext:
     """Gives the red channel as probability; refuses what TensorRT would refuse."""
+
+    spoils_graphs = False
+    """Recorded, its work does something else."""
 
     def __init__(self, engine: "FakeEngine") -> None:
         self.engine = engine
@@ -199,8 +247,22 @@ class FakeContext:
                 red = np.ctypeslib.as_array(source).reshape(-1, 3)[:, 0]
                 np.ctypeslib.as_array(target).view(np.float32)[:] = red / np.float32(255)
 
-        cuda.streams[stream].queue(work)
+        recorded = cuda.streams[stream].recording is not None
+        cuda.streams[stream].queue((lambda: None) if recorded and self.spoils_graphs else work)
         return True
+
+
+class FakeRtxContext(FakeContext):
+    """Allocates while it runs, unless its engine was built to require the user's memory."""
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        assert stream in self.engine.cuda.streams
+        return self.engine.user_allocation
+
+    def execute_async_v3(self, stream: int) -> bool:
+        if not self.engine.user_allocation and self.engine.cuda.may_be_unsafe():
+            return False
+        return super().execute_async_v3(stream)
 
 
 class FakeEngine:
@@ -210,6 +272,7 @@ class FakeEngine:
         self.cuda = cuda
         self.buckets = buckets
         self.device_memory_size_v2 = scratch
+        self.user_allocation = True
         self.contexts: list[FakeContext] = []
         self._locks: dict[int, threading.Lock] = {}
 
@@ -218,10 +281,18 @@ class FakeEngine:
         assert not lock.locked(), "two contexts run on the same scratch memory"
         return lock
 
-    def create_execution_context(self, strategy: str) -> FakeContext:
-        assert strategy == "USER_MANAGED"
-        self.contexts.append(FakeContext(self))
+    def create_execution_context(self, how: "str | FakeRtxConfig") -> FakeContext:
+        if isinstance(how, FakeRtxConfig):
+            assert how.dynamic_shapes_kernel_specialization_strategy == "EAGER"
+            self.contexts.append(FakeRtxContext(self))
+            how = how.strategy
+        else:
+            self.contexts.append(FakeContext(self))
+        assert how == "USER_MANAGED"
         return self.contexts[-1]
+
+    def create_runtime_config(self) -> "FakeRtxConfig":
+        return FakeRtxConfig()
 
     def get_tensor_name(self, i: int) -> str:
         return ("image", "probability")[i]
@@ -231,3 +302,20 @@ class FakeEngine:
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return (-1, SIDE, SIDE, 3) if name == "image" else (-1, SIDE, SIDE)
+
+
+class FakeRtxConfig:
+    """How TensorRT for RTX makes a context."""
+
+    def __init__(self) -> None:
+        self.dynamic_shapes_kernel_specialization_strategy = "LAZY"
+        self.strategy = "STATIC"
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> SimpleNamespace:
+        return SimpleNamespace(serialize=lambda: b"kernels", deserialize=lambda _: True)
+
+    def set_runtime_cache(self, cache: SimpleNamespace) -> bool:
+        return True

@@ -8,7 +8,7 @@ import logging
 import threading
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from server.backends import BackendError
 from server.backends.tensorrt import TensorRtBackend
 from tests.server.fake_builder import CONTENT, KEY, plan_info
+from tests.trt_build import surface
 from tests.trt_build.devices import has_gpu
-from tests.trt_build.fake_cuda import SIDE, FakeCuda, FakeEngine, Status
+from tests.trt_build.fake_cuda import SIDE, FakeContext, FakeCuda, FakeEngine, Status
 from trt_build import cuda as cuda_module
 from trt_build import runtime as runtime_module
 from trt_build.device import Gpu, NoGpuError, current_gpu
@@ -38,11 +39,22 @@ class Machine:
         plan_info().write(self.engine)
         self.monkeypatch = monkeypatch
         self.accepts = True
+        self.is_rtx = False
         self.version = "11.4.0"
         self.gpu = GPU
         self.plug_in(FakeCuda())
         monkeypatch.setattr(runtime_module, "current_gpu", lambda: self.gpu)
         monkeypatch.setattr(runtime_module, "find_tensorrt", lambda: self.tensorrt())
+
+    def be_rtx(self) -> None:
+        """A card with TensorRT for RTX, and a portable engine."""
+        self.is_rtx = True
+        self.version = "1.7.1.116"
+        self.gpu = Gpu("NVIDIA GeForce RTX 4090", "8.9", 24 << 30)
+        key = dataclasses.replace(
+            KEY, library=f"tensorrt_rtx {self.version}", compute_capability="any"
+        )
+        plan_info(key).write(self.engine)
 
     def plug_in(self, cuda: FakeCuda, scratch: int = 4096) -> None:
         self.cuda = cuda
@@ -54,16 +66,10 @@ class Machine:
             assert data == CONTENT
             return self.loaded if self.accepts else None
 
-        module = SimpleNamespace(
-            Runtime=lambda _: SimpleNamespace(deserialize_cuda_engine=deserialize),
-            TensorIOMode=SimpleNamespace(INPUT="INPUT"),
-            ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="USER_MANAGED"),
-        )
-        library = f"tensorrt {self.version}"
-        return cast(
-            "TensorRT",
-            SimpleNamespace(module=module, library=library, is_rtx=False, logger=lambda _: None),
-        )
+        module = surface.module("tensorrt-rtx-1.7" if self.is_rtx else "tensorrt-11.4")
+        module.__version__ = self.version
+        module.Runtime = lambda _: SimpleNamespace(deserialize_cuda_engine=deserialize)
+        return TensorRT(module)
 
 
 @pytest.fixture
@@ -103,12 +109,41 @@ def test_every_bucket_of_every_slot_runs_as_a_graph_after_one_run(machine: Machi
     contexts = machine.loaded.contexts
     assert len(contexts) == SLOTS * len(KEY.buckets)
     assert runner.graphs == len(contexts)
-    # Once for real, once recorded; every inference after that is a launch.
-    assert [context.runs for context in contexts] == [2] * len(contexts)
+    # Twice for real, once recorded; every run after that is a launch, the first to prove it.
+    assert [context.runs for context in contexts] == [3] * len(contexts)
+    launches = sum(stream.launches for stream in machine.cuda.streams.values())
+    assert launches == len(contexts)
     for n in (1, 2, 3, 4):
         runner.infer(_images(n))
-    assert [context.runs for context in contexts] == [2] * len(contexts)
-    assert sum(stream.launches for stream in machine.cuda.streams.values()) == 4
+    assert [context.runs for context in contexts] == [3] * len(contexts)
+    assert sum(stream.launches for stream in machine.cuda.streams.values()) == launches + 4
+
+
+def test_a_graph_whose_answer_is_another_than_the_networks_is_not_used(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(FakeContext, "spoils_graphs", True)
+    runner = EngineRunner(machine.engine)
+    assert runner.graphs == 0
+    assert "no CUDA graph for batches of 2: its answers are not the engine's" in caplog.text
+    batch = _images(3)
+    np.testing.assert_array_equal(runner.infer(batch), _expected(batch))
+    runner.close()
+    assert machine.cuda.held() == 0
+
+
+@pytest.mark.parametrize("capturable", [True, False])
+def test_rtx_is_asked_whether_its_work_may_be_recorded(
+    machine: Machine, caplog: pytest.LogCaptureFixture, capturable: bool
+) -> None:
+    machine.be_rtx()
+    machine.loaded.user_allocation = capturable
+    runner = EngineRunner(machine.engine)
+    assert runner.graphs == (SLOTS * len(KEY.buckets) if capturable else 0)
+    why = "TensorRT for RTX says that it cannot be recorded"
+    assert (why in caplog.text) is not capturable
+    batch = _images(3)
+    np.testing.assert_array_equal(runner.infer(batch), _expected(batch))
 
 
 def test_two_batches_are_in_flight_on_streams_and_memory_of_their_own(machine: Machine) -> None:
@@ -134,7 +169,8 @@ def test_two_batches_are_in_flight_on_streams_and_memory_of_their_own(machine: M
         thread.join(20)
     for i, batch in enumerate(batches):
         np.testing.assert_array_equal(found[i], _expected(batch))
-    assert [stream.launches for stream in machine.cuda.streams.values()] == [3, 3]
+    launches = [stream.launches - len(KEY.buckets) for stream in machine.cuda.streams.values()]
+    assert launches == [3, 3]
 
 
 def test_the_buckets_of_a_slot_share_its_scratch_memory(machine: Machine) -> None:

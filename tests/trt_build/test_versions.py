@@ -1,18 +1,14 @@
-"""TensorRT 10 and 11 as they are: modules that have exactly the attributes of the real ones.
-
-The surfaces were recorded from the bindings of NVIDIA's wheels (``dir()`` of each class). Whatever
-the builder or the runtime touches that a version does not have, fails here as it would there.
-"""
+"""Building with TensorRT 10, 11 and for RTX as they are (``surface``), with a made-up engine."""
 
 import json
 from pathlib import Path
-from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import onnx
 import pytest
 
 from tests.conftest import MODEL
+from tests.trt_build import surface as surfaces
 from trt_build import build as build_module
 from trt_build.build import BuildOptions, build
 from trt_build.convert import convert
@@ -20,7 +16,6 @@ from trt_build.device import Gpu
 from trt_build.layers import expected_types
 from trt_build.tensorrt_api import TensorRT, TensorRTError, plan_key
 
-SURFACES = Path(__file__).parent / "surfaces"
 GPU = Gpu("NVIDIA H100 80GB HBM3", "9.0", 80 << 30)
 
 
@@ -55,22 +50,15 @@ class Recorded:
 
 
 class FakeTensorRT:
-    """A module ``tensorrt`` of one version, whose builder gives a made-up engine."""
+    """A TensorRT module of one version, whose builder gives a made-up engine."""
 
     def __init__(self, surface: str, layers: str) -> None:
-        recorded = json.loads((SURFACES / f"{surface}.json").read_text())
-        self.classes = {name: frozenset(members) for name, members in recorded["classes"].items()}
+        self.classes = surfaces.classes(surface)
         self.calls: list[Any] = []
         self.layers = layers
         self.timing_cache: bytes = b""
         self.log: Any = None
-        self.module = cast("Any", ModuleType("tensorrt"))
-        self.module.__version__ = recorded["version"]
-        for name, members in self.classes.items():
-            setattr(self.module, name, type(name, (), {member: member for member in members}))
-        for name in ("BuilderFlag", "NetworkDefinitionCreationFlag"):
-            values = {member: i for i, member in enumerate(sorted(self.classes[name]))}
-            setattr(self.module, name, type(name, (), values))
+        self.module = surfaces.module(surface)
         self.module.Builder = self._builder
         self.module.OnnxParser = lambda *_: self._object("OnnxParser")
         self.module.Runtime = self._runtime
@@ -219,9 +207,35 @@ def test_a_version_without_attention_is_refused_by_name() -> None:
         TensorRT(old.module)
 
 
+@pytest.mark.parametrize(
+    ("surface", "asks"), [("tensorrt-11.4", False), ("tensorrt-rtx-1.7", True)]
+)
+def test_rtx_is_told_to_allocate_nothing_itself(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, surface: str, asks: bool
+) -> None:
+    """Or its work cannot be recorded in a CUDA graph (its release notes of 1.2)."""
+    monkeypatch.setattr(build_module, "current_gpu", lambda: GPU)
+    monkeypatch.setattr("trt_build.tensorrt_api.current_gpu", lambda: GPU)
+    fake = FakeTensorRT(surface, _inspector_json(surface))
+    build(MODEL, tmp_path / "x.engine", BuildOptions(buckets=(1, 2)), trt=TensorRT(fake.module))
+    flags = fake.module.BuilderFlag
+    told = {arguments[0] for name, arguments in fake.calls if name == "set_flag"}
+    assert (getattr(flags, "REQUIRE_USER_ALLOCATION", None) in told) is asks
+
+
+def test_an_rtx_that_cannot_be_told_is_refused_by_name() -> None:
+    module = surfaces.module("tensorrt-rtx-1.7")
+    del module.BuilderFlag.REQUIRE_USER_ALLOCATION
+    with pytest.raises(
+        TensorRTError,
+        match=r"no BuilderFlag\.REQUIRE_USER_ALLOCATION: .* RTX 1\.2 or newer",
+    ):
+        TensorRT(module)
+
+
 def test_what_version_11_removed_is_not_there() -> None:
     """The fake would not notice a use of what 11 removed if its record were incomplete."""
-    classes = json.loads((SURFACES / "tensorrt-11.4.json").read_text())["classes"]
+    classes = surfaces.classes("tensorrt-11.4")
     assert "FP16" not in classes["BuilderFlag"]
     assert "EXPLICIT_BATCH" not in classes["NetworkDefinitionCreationFlag"]
     assert "device_memory_size" not in classes["ICudaEngine"]
