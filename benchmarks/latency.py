@@ -5,7 +5,8 @@ Starts real servers, sends one photo at a time over HTTP, and prints Markdown ta
 - p50 of the whole request as the client sees it, split by the server's own stages, and everything
   that is not the network, which is the whole less `infer`;
 - a lone request with batching on and off (`--max-batch 1`), two servers asked in turn;
-- time from process start to ready, and whether torch was loaded for it.
+- time from process start to ready, whether torch was loaded for it, and the most memory (proc(5):
+  VmHWM) with eight photos at once.
 
 Photos are resized from `--images` (default: SLSNET_DATA's native ones) or generated. `--cores 1`
 pins server and client to one core each; figures hold for the machine they are printed with.
@@ -18,6 +19,7 @@ import platform
 import statistics
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -32,6 +34,7 @@ from server.stages import STAGES
 
 SIZES = ((600, 450), (1024, 768), (3024, 2016), (6000, 4000))
 JPEG_QUALITY = 92
+_TOGETHER = 8
 SENSOR_NOISE = 3
 """Standard deviation of a sample, of 255."""
 
@@ -54,6 +57,10 @@ class Client:
 
     def __init__(self, server: ServerProcess) -> None:
         self._connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+
+    def close(self) -> None:
+        """Hang up."""
+        self._connection.close()
 
     def segment(self, photo: bytes) -> Timing:
         """Send one photo and read its whole mask."""
@@ -130,20 +137,29 @@ def batching_table(flags: Sequence[str], photo: bytes, count: int) -> str:
     return "\n".join(lines)
 
 
-def start_table(flags: Sequence[str], count: int) -> str:
-    """Process start to ready, and what was loaded, as Markdown."""
+def start_table(flags: Sequence[str], photo: bytes, count: int) -> str:
+    """Process start to ready, what was loaded, and what eight photos at once take, as Markdown."""
     seconds = []
     torch_loaded = False
+    peak_mib = 0
     for _ in range(count):
-        with serve(*flags) as server:
+        with serve(*flags) as server, ThreadPoolExecutor(_TOGETHER) as threads:
             seconds.append(server.seconds_to_ready)
-            maps = Path(f"/proc/{server.process.pid}/maps")
-            torch_loaded |= maps.exists() and has_torch(maps.read_text(encoding="utf-8"))
+            clients = [Client(server) for _ in range(_TOGETHER)]
+            list(threads.map(lambda client: client.segment(photo), clients))
+            for client in clients:
+                client.close()
+            process = Path(f"/proc/{server.process.pid}")
+            if process.exists():
+                torch_loaded |= has_torch((process / "maps").read_text(encoding="utf-8"))
+                status = (process / "status").read_text(encoding="utf-8")
+                peak_mib = max(peak_mib, int(status.partition("VmHWM:")[2].split()[0]) // 1024)
     return "\n".join(
         [
-            "| ready after, s (p50) | worst | torch loaded |",
-            "|--:|--:|---|",
-            f"| **{_p50(seconds):.2f}** | {max(seconds):.2f} | {'yes' if torch_loaded else 'no'} |",
+            "| ready after, s (p50) | worst | torch loaded | peak with eight photos, MiB |",
+            "|--:|--:|---|--:|",
+            f"| **{_p50(seconds):.2f}** | {max(seconds):.2f} | {'yes' if torch_loaded else 'no'} |"
+            f" {peak_mib} |",
         ]
     )
 
@@ -193,7 +209,7 @@ def main() -> None:
     print("\nA lone 1024×768 photo with batching on and off, in turn:\n")
     print(batching_table(options.flags, photos[1024, 768], 2 * options.requests), flush=True)
     print("\nProcess start to ready:\n")
-    print(start_table(options.flags, options.starts))
+    print(start_table(options.flags, photos[1024, 768], options.starts))
 
 
 def largest(folder: Path) -> Path | None:

@@ -1,13 +1,14 @@
-"""What the latency benchmark refuses, and what it takes for torch."""
+"""What the latency benchmark refuses, what it takes for torch, and what it says of a start."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.latency import has_torch
-from tests.conftest import ROOT
+from benchmarks.latency import has_torch, start_table
+from tests.conftest import ROOT, Sample
 
 
 @pytest.mark.parametrize("exists", [False, True])
@@ -32,3 +33,10 @@ def test_torch_is_told_by_its_libraries() -> None:
     torch = line.format("/usr/lib/python3/torch/lib/libtorch_cpu.so")
     assert not has_torch(numpy)
     assert has_torch(f"{numpy}\n{torch}\n")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell")
+def test_a_start_is_told_with_the_memory_that_eight_photos_take(photos: list[Sample]) -> None:
+    row = start_table((), photos[0].data, 1).splitlines()[-1]
+    told = re.fullmatch(r"\| \*\*[\d.]+\*\* \| [\d.]+ \| no \| (\d+) \|", row)
+    assert told and int(told[1]) > 64, row
