@@ -109,8 +109,8 @@ class PositionAttention(nn.Module):
             )[:, 0]
         else:
             out = (query @ key.transpose(1, 2)).softmax(-1) @ value
-        out = out.transpose(1, 2).reshape(n, channels, height, width)
-        return x + self.eta * out
+        out = (self.eta * out).transpose(1, 2).reshape(n, channels, height, width)
+        return x + out
 
 
 class ChannelAttention(nn.Module):
@@ -131,9 +131,10 @@ class ChannelAttention(nn.Module):
             a = x.float().flatten(2)  # [n, C, H·W]
             energy = a @ a.transpose(1, 2)  # [n, C, C]
             if self.form == "danet":
-                energy = energy.amax(-1, keepdim=True) - energy
-            out = (energy.softmax(-1) @ a).view_as(x)
-        return x + self.gamma * out.to(x.dtype)
+                # The softmax of max - energy, too: a row's constant makes no difference to it.
+                energy = -1.0 * energy
+            out = self.gamma * (energy.softmax(-1) @ a)
+        return x + out.view_as(x).to(x.dtype)
 
 
 class FactorisedLayer(nn.Module):
@@ -224,4 +225,4 @@ class MultiscaleBlock(nn.Module):
             if scale > 1:
                 y = F.interpolate(y, size=size, mode="bilinear", align_corners=False)
             maps.append(y)
-        return torch.stack(maps).mean(0) if len(maps) > 1 else maps[0]
+        return cast(Tensor, sum(maps[1:], maps[0]) / len(maps))
