@@ -1,0 +1,173 @@
+"""What hostile photos cost the server, and those who send good ones meanwhile.
+
+    python -m benchmarks.attack
+    python -m benchmarks.attack --attackers 4 --seconds 30 -- --workers 2
+
+First every file that is made to cost much is sent alone, among them the largest sound ones that the
+limits allow: the server's CPU seconds and its answer are printed, the costliest first. Then one
+client sends a good photo again and again, alone and beside attackers who send the costliest files
+without a pause, in turns. Latencies beside the attack are set against those without, in the same
+run. Whatever follows `--` are flags of the server.
+"""
+
+import argparse
+import statistics
+import sys
+import threading
+import time
+from collections import Counter
+from io import BytesIO
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+from PIL import Image
+
+from benchmarks.launch import ServerProcess, serve
+from tests.attacks import attacks
+from tests.lesions import encode_photo, lesion_photo
+
+_COSTLIEST = 3
+_TIMEOUT_S = 120
+
+
+def largest_sound() -> dict[str, bytes]:
+    """Photos at the default limit of pixels, in the forms that cost a decoder most."""
+    small = np.random.default_rng(0).integers(0, 256, (500, 500, 3), np.uint8)
+    picture = Image.fromarray(small).resize((8000, 8000), Image.Resampling.BICUBIC)
+    # Sixteen levels: else it has more bytes than a body may.
+    coarse = picture.point(lambda value: value & 0xF0)
+    files = {}
+    for name, photo, form, options in (
+        ("PNG of 64 megapixels", coarse, "PNG", {"compress_level": 1}),
+        ("progressive JPEG of 64 megapixels", picture, "JPEG", {"progressive": True}),
+        ("JPEG of 64 megapixels", picture, "JPEG", {}),
+        ("LZW TIFF of 64 megapixels", coarse, "TIFF", {"compression": "tiff_lzw"}),
+        ("WebP of 64 megapixels", picture.resize((7900, 8000)), "WEBP", {"method": 0}),
+    ):
+        out = BytesIO()
+        photo.save(out, form, **options)
+        files[name] = out.getvalue()
+    return files
+
+
+def _cpu_s(server: ServerProcess) -> float:
+    root = psutil.Process(server.process.pid)
+    times = [p.cpu_times() for p in (root, *root.children(recursive=True))]
+    return sum(t.user + t.system for t in times)
+
+
+def costs(server: ServerProcess, files: dict[str, bytes]) -> list[tuple[float, str, int]]:
+    """CPU seconds, name and status of each file, sent alone; the costliest first."""
+    found = []
+    with httpx.Client(base_url=server.url, timeout=_TIMEOUT_S) as client:
+        for name, data in files.items():
+            before = _cpu_s(server)
+            status = client.post("/segment", content=data).status_code
+            found.append((_cpu_s(server) - before, name, status))
+    return sorted(found, reverse=True)
+
+
+def latencies_ms(server: ServerProcess, photo: bytes, seconds: float) -> tuple[list[float], int]:
+    """Of good photos, one after the other; and how many were not answered with a mask."""
+    taken, failed = [], 0
+    until = time.perf_counter() + seconds
+    with httpx.Client(base_url=server.url, timeout=_TIMEOUT_S) as client:
+        while time.perf_counter() < until:
+            started = time.perf_counter()
+            answer = client.post("/segment", content=photo)
+            taken.append(1000 * (time.perf_counter() - started))
+            failed += answer.status_code != 200
+    return taken, failed
+
+
+def _attack(
+    server: ServerProcess, files: list[bytes], stop: threading.Event, statuses: Counter[int]
+) -> None:
+    with httpx.Client(base_url=server.url, timeout=_TIMEOUT_S) as client:
+        while not stop.is_set():
+            for data in files:
+                statuses[client.post("/segment", content=data).status_code] += 1
+                if stop.is_set():
+                    return
+
+
+def _percentile(values: list[float], share: float) -> float:
+    return float(np.percentile(values, 100 * share))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; gives the exit code: 1 if a good photo was not answered with its mask."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.attack",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument(
+        "--attackers", type=int, default=1, help="at the same time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=8, help="of each turn (default: %(default)s)"
+    )
+    parser.add_argument("--turns", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--photo", type=Path, help="good photo (default: one that is drawn)")
+    parser.add_argument("flags", nargs="*", help="of the server, after --")
+    options = parser.parse_args(argv)
+    photo = (
+        options.photo.read_bytes()
+        if options.photo
+        else encode_photo(lesion_photo(0, 600, 450).pixels)
+    )
+    files = attacks() | largest_sound()
+    with serve(*options.flags) as server:
+        latencies_ms(server, photo, 1)
+        found = costs(server, files)
+        print("| file | bytes | answer | CPU, s |\n|---|--:|--:|--:|")
+        for cpu_s, name, status in found[:12]:
+            print(f"| {name} | {len(files[name])} | {status} | {cpu_s:.2f} |")
+        print(f"\n{len(found)} files; the others cost {found[12][0]:.2f} s of CPU or less.\n")
+        worst = [files[name] for _, name, _ in found[:_COSTLIEST]]
+        quiet: list[list[float]] = []
+        beside: list[list[float]] = []
+        failed = 0
+        statuses: Counter[int] = Counter()
+        for _ in range(options.turns):
+            taken, wrong = latencies_ms(server, photo, options.seconds)
+            quiet.append(taken)
+            failed += wrong
+            stop = threading.Event()
+            attackers = [
+                threading.Thread(target=_attack, args=(server, worst, stop, statuses))
+                for _ in range(options.attackers)
+            ]
+            for attacker in attackers:
+                attacker.start()
+            taken, wrong = latencies_ms(server, photo, options.seconds)
+            stop.set()
+            beside.append(taken)
+            failed += wrong
+            for attacker in attackers:
+                attacker.join()
+    print("| good photos | p50, ms | p99, ms | masks | other answers |\n|---|--:|--:|--:|--:|")
+    for name, turns in (("alone", quiet), ("beside the attack", beside)):
+        p50, p99 = (
+            statistics.median(_percentile(taken, share) for taken in turns)
+            for share in (0.5, 0.99)
+        )
+        print(f"| {name} | {p50:.1f} | {p99:.1f} | {sum(map(len, turns))} | |")
+    ratios = [
+        statistics.median(
+            _percentile(b, share) / _percentile(q, share)
+            for q, b in zip(quiet, beside, strict=True)
+        )
+        for share in (0.5, 0.99)
+    ]
+    print(f"| ratio | {ratios[0]:.2f} | {ratios[1]:.2f} | | {failed} |")
+    answered = ", ".join(f"{count} × {status}" for status, count in sorted(statuses.items()))
+    print(f"\n{options.attackers} attackers, answered {answered}.")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
