@@ -152,8 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     print("| good photos | p50, ms | p99, ms | masks | other answers |\n|---|--:|--:|--:|--:|")
     for name, turns in (("alone", quiet), ("beside the attack", beside)):
         p50, p99 = (
-            statistics.median(_percentile(taken, share) for taken in turns)
-            for share in (0.5, 0.99)
+            statistics.median(_percentile(taken, share) for taken in turns) for share in (0.5, 0.99)
         )
         print(f"| {name} | {p50:.1f} | {p99:.1f} | {sum(map(len, turns))} | |")
     ratios = [

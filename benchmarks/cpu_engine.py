@@ -36,7 +36,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from benchmarks.latency import machine
-from model.program import Help
+from common.program import Help
 from server.backends import BackendError, BackendInfo, open_backend
 from server.settings import SHIPPED_MODEL, available_cores
 from trt_build.parity import GENERATED, Infer, compare, table

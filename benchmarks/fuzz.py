@@ -27,9 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from model.image import FORMATS, MODEL_SIZE, ImageError, read_photo
-from model.program import Help
-from server.logs import silence_libtiff
+from common.program import Help
+from photos.image import FORMATS, MODEL_SIZE, ImageError, read_photo
+from server.observe.logs import silence_libtiff
 from tests.attacks import attacks
 from tests.lesions import encode_photo, lesion_photo
 

@@ -26,8 +26,8 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from model.image import MODEL_SIZE
-from model.program import Help
+from common.program import Help
+from photos.image import MODEL_SIZE
 from server.backends import Backend, BackendError
 from trt_build.device import Gpu, NoGpuError, current_gpu
 from trt_build.parity import compare, onnx_runner

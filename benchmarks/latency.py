@@ -28,9 +28,9 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.launch import ServerProcess, serve
-from model.program import Help
+from common.program import Help
+from server.observe.stages import STAGES
 from server.settings import available_cores
-from server.stages import STAGES
 
 SIZES = ((600, 450), (1024, 768), (3024, 2016), (6000, 4000))
 JPEG_QUALITY = 92

@@ -44,9 +44,9 @@ from benchmarks.locustfile import (
     prepare,
 )
 from benchmarks.photos import Deck, bare_network_ms, generated, given
-from model.program import Help
+from common.program import Help
+from server.observe.stages import STAGES
 from server.settings import available_cores
-from server.stages import STAGES
 
 RESULTS = Path(__file__).parent / "results"
 CLIENTS = (1, 2, 4, 8, 16, 32)

@@ -11,7 +11,7 @@ from matplotlib.ticker import LogFormatter
 
 from benchmarks.load_figures import Report, Step
 from benchmarks.pages import Block, Heading, Plot, Table, write_pages
-from server.stages import STAGES
+from server.observe.stages import STAGES
 
 __all__ = ["write_report"]
 

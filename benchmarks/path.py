@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.latency import SIZES, largest, machine, photos_at_all_sizes
-from model.image import MODEL_SIZE, encode_png, lesion_mask, read_photo
-from model.program import Help
+from common.program import Help
+from photos.image import MODEL_SIZE, encode_png, lesion_mask, read_photo
 from server.settings import SHIPPED_MODEL
 from trt_build.parity import Infer, onnx_runner
 

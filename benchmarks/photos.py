@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from model.image import FORMATS, ImageError, encode_png, lesion_mask, read_photo, unpack_mask
+from photos.image import FORMATS, ImageError, encode_png, lesion_mask, read_photo, unpack_mask
 from server.backends import open_backend
+from server.http.uploads import FIELD
 from server.settings import available_cores
-from server.uploads import FIELD
 from trt_build.parity import GATES, mask_iou, onnx_runner
 
 __all__ = ["Card", "Deck", "Expected", "Verdict", "bare_network_ms", "deal", "generated", "given"]

@@ -28,7 +28,7 @@ import psutil
 from benchmarks.launch import serve
 from benchmarks.photos import Card, deal, generated
 from benchmarks.ray_cluster import GATEWAY, PROXY, SEGMENTER, RayService, ray_service
-from model.program import Help
+from common.program import Help
 from server.settings import Settings, available_cores
 
 __all__ = ["Figures", "measure", "report"]

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.program import Help
+from common.program import Help
 
 __all__ = ["Cost", "Prices", "read_costs", "tables"]
 

@@ -29,7 +29,7 @@ import psutil
 
 from benchmarks.launch import ServerProcess, serve
 from benchmarks.photos import Card, deal, generated
-from model.program import Help
+from common.program import Help
 from server.settings import Settings
 
 __all__ = ["Soak", "soak"]

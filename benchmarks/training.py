@@ -24,13 +24,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.program import Help
 from model import losses
 from model.augment import Augmenter
 from model.config import PRESETS, TrainConfig
 from model.data import PixelSet
 from model.generator import Generator
 from model.layers import PositionAttention
-from model.program import Help
 from model.train import STORED_SIZE, Trainer
 
 Step = Callable[[], float]

@@ -20,8 +20,8 @@ ROOT = DOCS.parent
 GENERATED = DOCS / "generated"
 sys.path.insert(0, str(ROOT))
 
-from server.app import create_app  # noqa: E402 - only found once the root is on the path
-from server.metrics import Metrics  # noqa: E402
+from server.http.app import create_app  # noqa: E402 - only found once the root is on the path
+from server.observe.metrics import Metrics  # noqa: E402
 from server.settings import Settings, settings_table  # noqa: E402
 
 project = "SLSNet Server"

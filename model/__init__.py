@@ -1,4 +1,4 @@
 """The SLSNet network: layers, training, evaluation and export.
 
-Importing the package itself imports no torch, nor do `model.image` and `model.metrics`.
+Importing the package itself imports no torch, nor do `photos.image` and `model.metrics`.
 """

@@ -25,6 +25,8 @@ import model.training_tools  # noqa: F401, before what it looks for
 # isort: split
 from matplotlib.figure import Figure
 
+from common.files import replacing
+from common.program import Help
 from model.config import (
     PRESETS,
     ConfigError,
@@ -34,8 +36,6 @@ from model.config import (
 )
 from model.data import Sample, add_data_arguments, find_samples, select
 from model.evaluate import evaluate, load_network
-from model.files import replacing
-from model.program import Help
 from model.train import TrainingError, split_samples, train
 from model.truth import DataError
 

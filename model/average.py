@@ -20,11 +20,11 @@ import model.training_tools  # noqa: F401, before what it looks for
 import torch
 from torch import Tensor
 
+from common.files import replacing
+from common.program import Help
 from model.config import ConfigError
 from model.data import add_data_arguments
-from model.files import replacing
 from model.generator import Generator, save_generator
-from model.program import Help
 from model.train import load_run, prepare, score_selections, weights_metadata
 from model.truth import DataError
 

@@ -14,8 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from model.pixels import LIBRARY
-from model.program import Help
+from common.program import Help
+from photos.pixels import LIBRARY
 
 SOURCE = LIBRARY.with_name("pixels.c")
 

@@ -31,12 +31,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from common.program import Help
 from model.config import ConfigError
 from model.data import Sample, add_data_arguments, find_samples
 from model.evaluate import evaluate, torch_network
 from model.generator import Generator
 from model.metrics import jaccard
-from model.program import Help
 from model.train import load_run, split_samples
 from model.truth import DataError
 

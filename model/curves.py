@@ -16,7 +16,7 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from model.program import Help
+from common.program import Help
 from model.truth import DataError
 
 Curve = tuple[list[float], list[float]]

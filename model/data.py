@@ -29,10 +29,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from model.files import replacing
-from model.image import ImageError, read_photo
-from model.progress import TELL_EVERY_S, tell
+from common.files import replacing
+from common.progress import TELL_EVERY_S, tell
 from model.truth import IMAGE_SUFFIXES, DataError, find_masks, find_photos, read_truth
+from photos.image import ImageError, read_photo
 
 Split = Literal["training", "validation", "test"]
 

@@ -24,14 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.files import replacing
+from common.program import Help
 from model.config import ConfigError
 from model.data import add_data_arguments, find_samples, load_pixels, select
-from model.files import replacing
-from model.image import MODEL_SIZE
 from model.metrics import LESION_ABOVE, count, jaccard
-from model.program import Help
 from model.train import STORED_SIZE, load_run, split_samples
 from model.truth import DataError
+from photos.image import MODEL_SIZE
 
 
 @torch.inference_mode()

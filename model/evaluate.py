@@ -28,8 +28,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from common.program import Help, program
+from common.tables import to_cell
 from model.data import Sample, find_pairs
-from model.image import MODEL_SIZE, ImageError, Photo, lesion_mask, read_photo
 from model.metrics import (
     METRICS,
     Calibration,
@@ -39,10 +40,9 @@ from model.metrics import (
     macro_average,
     stack,
 )
-from model.program import Help, program
-from model.regions import largest_part, largest_region
-from model.tables import to_cell
 from model.truth import DataError, read_truth
+from photos.image import MODEL_SIZE, ImageError, Photo, lesion_mask, read_photo
+from photos.regions import largest_part, largest_region
 
 if TYPE_CHECKING:
     from torch import nn
@@ -171,7 +171,7 @@ def evaluate(
         samples: images with their masks, as `model.data.find_pairs` returns them.
         network: from `load_network`.
         threshold: probability above which a pixel is lesion.
-        clean: count only the largest region, without its holes (`model.regions`).
+        clean: count only the largest region, without its holes (`photos.regions`).
         progress: whether to tell on stderr how far it is.
 
     Raises:

@@ -35,12 +35,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model.files import replacing
+from common.files import replacing
+from common.program import Help, program
+from common.stamp import stamped
 from model.generator import Generator, input_size, load_generator, load_metadata
-from model.image import MODEL_SIZE
 from model.layers import PositionAttention
-from model.program import Help, program
-from model.stamp import stamped
+from photos.image import MODEL_SIZE
 
 OPSET = 20
 POOL = 8
@@ -173,7 +173,7 @@ def export(
 
 
 def stamp(path: Path) -> None:
-    """Let an ONNX file say what its answers and bytes are (`model.stamp`), in place of before."""
+    """Let an ONNX file say what its answers and bytes are (`common.stamp`), in place of before."""
     content = path.read_bytes()
     session = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
 

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from model.evaluate import Case, Evaluation
-from model.image import lesion_mask, read_photo, unpack_mask
 from model.metrics import LESION_ABOVE, METRICS, jaccard
 from model.truth import read_truth
+from photos.image import lesion_mask, read_photo, unpack_mask
 
 CASES_EACH = 6
 """How many worst, median and best cases are shown."""

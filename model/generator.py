@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model.config import GeneratorConfig
-from model.image import MODEL_SIZE
 from model.layers import (
     ChannelAttention,
     DownSampler,
@@ -31,6 +30,7 @@ from model.layers import (
     UpSampler,
     factorised_attention,
 )
+from photos.image import MODEL_SIZE
 
 # Mean and deviation of RGB in [0, 1] over the ISIC 2017 and 2018 training images.
 RGB_MEAN = (0.708, 0.582, 0.536)

@@ -83,7 +83,7 @@ def count(prediction: NDArray[np.bool_], truth: NDArray[np.bool_]) -> Confusion:
 
 def count_packed(prediction: NDArray[np.uint8], truth: NDArray[np.uint8], pixels: int) -> Confusion:
     """
-    Count the pixels of one mask in packed bits, as `model.image.lesion_mask` returns them.
+    Count the pixels of one mask in packed bits, as `photos.image.lesion_mask` returns them.
 
     Args:
         prediction: uint8 [height, ceil(width / 8)], padding bits 0.

@@ -39,6 +39,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from common.files import replacing
+from common.program import Help, program
+from common.progress import TELL_EVERY_S, say, tell
 from model import duplicates, losses
 from model.augment import Augmenter
 from model.config import (
@@ -63,11 +66,8 @@ from model.data import (
     select,
 )
 from model.discriminator import Discriminator
-from model.files import replacing
 from model.generator import Generator, save_generator
 from model.metrics import LESION_ABOVE, THRESHOLD_JACCARD
-from model.program import Help, program
-from model.progress import TELL_EVERY_S, say, tell
 from model.teacher import Teacher
 from model.truth import DataError
 

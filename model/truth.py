@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from model.image import FORMATS
 from model.metrics import LESION_ABOVE
+from photos.image import FORMATS
 
 __all__ = ["IMAGE_SUFFIXES", "DataError", "find_masks", "find_photos", "read_truth"]
 

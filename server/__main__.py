@@ -5,7 +5,7 @@ import signal
 import socket
 import sys
 
-from server.logs import configure
+from server.observe.logs import configure
 from server.settings import read_settings
 
 log = logging.getLogger("slsnet.server")
@@ -44,10 +44,10 @@ def main() -> int:
         )
         return 1
     if settings.workers > 1:
-        from server.supervisor import supervise
+        from server.process.supervisor import supervise
 
         return supervise(settings, sys.argv[1:], listener)
-    from server.worker import run
+    from server.process.worker import run
 
     return run(settings, listener)
 

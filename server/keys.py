@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from model.program import program
+from common.program import program
 
 __all__ = ["Key", "KeyFile", "KeyFileError", "new_key"]
 

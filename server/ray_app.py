@@ -26,10 +26,10 @@ from starlette.responses import Response
 from starlette.types import Message, Scope
 from uvicorn.lifespan.on import LifespanOn
 
-from server.app import create_app
 from server.backends import BackendError
-from server.logs import configure
-from server.problems import answer
+from server.http.app import create_app
+from server.http.problems import answer
+from server.observe.logs import configure
 from server.settings import Settings
 
 __all__ = ["Gateway", "Segmenter", "app"]
@@ -56,7 +56,7 @@ Answer = tuple[int, list[tuple[bytes, bytes]], bytes]
 
 
 class Segmenter:
-    """One replica: `server.app`'s application, asked without HTTP."""
+    """One replica: `server.http.app`'s application, asked without HTTP."""
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         """Come up with the network loaded and warmed up.

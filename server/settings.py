@@ -13,8 +13,8 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from model.image import DEFAULT_MAX_PIXELS
-from model.program import Help, program
+from common.program import Help, program
+from photos.image import DEFAULT_MAX_PIXELS
 from server.cores import available_cores
 from trt_build.plan import Precision
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.launch import ServerProcess, serve
-from model.image import Photo, lesion_mask, read_photo, unpack_mask
+from photos.image import Photo, lesion_mask, read_photo, unpack_mask
 from server.backends import open_backend
 from tests.lesions import encode_photo, lesion_photo
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from model.program import Help, program
+from common.program import Help, program
 from trt_build.build import DEFAULT_WORKSPACE_BYTES, BuildError, BuildOptions, build
 from trt_build.calibrate import CalibrationError, read_ranges
 from trt_build.convert import ConversionError

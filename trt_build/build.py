@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 from google.protobuf.message import DecodeError
 
-from model.files import write_atomically
+from common.files import write_atomically
 from trt_build import layers as layer_reports
 from trt_build.convert import AttentionForm, ConversionError, convert, default_attention
 from trt_build.device import NoGpuError, current_gpu

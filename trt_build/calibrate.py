@@ -18,8 +18,8 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from model.files import write_atomically
-from model.program import Help
+from common.files import write_atomically
+from common.program import Help
 from trt_build.plan import file_sha256
 from trt_build.samples import Sample, batches, load_samples
 

@@ -21,10 +21,10 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from model.files import write_atomically
-from model.image import lesion_mask, unpack_mask
+from common.files import write_atomically
+from common.program import Help
 from model.metrics import count, jaccard
-from model.program import Help
+from photos.image import lesion_mask, unpack_mask
 from trt_build.plan import Precision
 from trt_build.samples import REFERENCE, Sample, batches, load_samples
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model.files import write_atomically
+from common.files import write_atomically
 from trt_build.device import Gpu, current_gpu
 from trt_build.plan import PlanError, PlanInfo, read_engine, read_plan_info
 from trt_build.tensorrt_api import TensorRT, TensorRTError, find_tensorrt

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from model.image import read_photo
 from model.truth import find_masks, find_photos, read_truth
+from photos.image import read_photo
 
 REFERENCE = Path(__file__).parent / "reference"
 """Generated lesions with their masks, shipped: the gate runs on them where no folder is given."""
@@ -40,7 +40,7 @@ class Sample:
 def load_samples(images: Path, masks: Path | None = None, limit: int | None = None) -> list[Sample]:
     """Read up to ``limit`` photos of a folder, spread evenly over its sorted names.
 
-    Raises FileNotFoundError where the folder holds none, model.image.ImageError for a bad one and
+    Raises FileNotFoundError where the folder holds none, photos.image.ImageError for a bad one and
     model.truth.DataError for a bad mask.
     """
     files = find_photos(images) if images.is_dir() else []

@@ -32,9 +32,9 @@ from benchmarks.peers.measure import (
 )
 from benchmarks.peers.processes import ROOT, Unavailable, end_on_signals, prepare, python_of
 from benchmarks.peers.report import write_report
-from model.files import write_atomically
-from model.image import read_photo
-from model.program import Help
+from common.files import write_atomically
+from common.program import Help
+from photos.image import read_photo
 from server.settings import SHIPPED_MODEL
 from tests.lesions import encode_photo, lesion_photo
 
@@ -328,7 +328,7 @@ def _setting(plan: Plan, photos: Sequence[bytes], source: str, model: Path) -> S
 def _commit() -> str:
     """The last that touched what is measured or measures; with a + where it was changed since."""
     git = ["git", "-C", str(ROOT)]
-    watched = ["server", "model", "trt_build", "benchmarks/peers"]
+    watched = ["server", "model", "photos", "common", "trt_build", "benchmarks/peers"]
     log = [*git, "log", "-1", "--format=%h", "--", *watched]
     run = subprocess.run(log, capture_output=True, text=True, check=False)
     if run.returncode or not run.stdout:

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from benchmarks.cpu_engine import stock
-from model.image import MODEL_SIZE
+from photos.image import MODEL_SIZE
 from server.backends import open_backend
 from server.settings import Settings, read_settings
 from trt_build.parity import Infer

@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.peers.servers import handler
-from server import loading, supervisor, worker
 from server.__main__ import main
 from server.backends import BackendInfo
-from server.shared_metrics import SHARED_FOLDER
+from server.inference import loading
+from server.observe.shared_metrics import SHARED_FOLDER
+from server.process import supervisor, worker
 
 
 class StubBackend:
@@ -48,7 +49,7 @@ class _Popen(subprocess.Popen[bytes]):
     """Starts the supervisor's workers through this module, too."""
 
     def __init__(self, command: Sequence[str], **options: Any) -> None:
-        mine = [__spec__.name if part == "server.worker" else part for part in command]
+        mine = [__spec__.name if part == "server.process.worker" else part for part in command]
         super().__init__(mine, **options)
 
 

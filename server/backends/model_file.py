@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.stamp import StampError, check_digest
+from common.stamp import StampError, check_digest
 from server.backends import BackendError
 
 __all__ = ["ModelFile", "read_model"]
@@ -20,7 +20,7 @@ class ModelFile:
 
 
 def read_model(model: Path) -> ModelFile:
-    """The file's bytes, held against the digest that they have (`model.stamp`).
+    """The file's bytes, held against the digest that they have (`common.stamp`).
 
     Raises:
         BackendError: it cannot be read, or is not what its digest was made of.

@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from model.image import MODEL_SIZE
+from photos.image import MODEL_SIZE
 from server.backends import BackendError, BackendInfo
 from server.backends.model_file import ModelFile, read_model
 

@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from model.image import MODEL_SIZE
+from photos.image import MODEL_SIZE
 from server.backends import BackendError, BackendInfo
 from server.backends.model_file import read_model
 from server.backends.onnxruntime import check_contract

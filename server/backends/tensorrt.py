@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from model.image import MODEL_SIZE
+from photos.image import MODEL_SIZE
 from server.backends import BackendError, BackendInfo
 from trt_build.device import NoGpuError
 from trt_build.plan import PlanError

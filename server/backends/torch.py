@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from model.export import AttentionForm, Contract, set_attention
 from model.generator import Generator, load_generator, load_metadata
-from model.image import MODEL_SIZE
+from photos.image import MODEL_SIZE
 from server.backends import BackendError, BackendInfo
 
 __all__ = ["TorchBackend"]

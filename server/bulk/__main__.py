@@ -8,14 +8,14 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 
-from model.program import Help, program
+from common.program import Help, program
 from server.backends import BackendError, BackendInfo
 from server.bulk.ledger import MASKS, STATE, TABLE, Ledger, Row
 from server.bulk.local import Place, this_machine
 from server.bulk.progress import Progress
 from server.bulk.segmenter import Options
 from server.bulk.sources import SUFFIXES, BulkError, Source, open_source
-from server.logs import configure
+from server.observe.logs import configure
 from server.settings import Settings, add_flags, settings_of
 
 # Those of the service that are not about HTTP.

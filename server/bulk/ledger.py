@@ -13,8 +13,8 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from model.files import replacing
-from model.tables import csv_line
+from common.files import replacing
+from common.tables import csv_line
 from server.bulk.sources import BulkError, Listed
 
 __all__ = ["Counts", "Ledger", "Listing", "Row", "Task"]
@@ -30,7 +30,7 @@ _VERSION = 2
 _AT_ONCE = 10_000
 _PAGE = 1000
 
-# As `model.files.replacing` calls them.
+# As `common.files.replacing` calls them.
 _LEFTOVER = re.compile(r"\..+\.png\.[a-z0-9_]{8}\.png")
 _LEFTOVER_TABLE = re.compile(rf"\.{re.escape(TABLE)}\.[a-z0-9_]{{8}}\.csv")
 

@@ -14,19 +14,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from model.files import write_atomically
-from model.image import ImageError, Photo, encode_png, lesion_mask, read_photo
-from model.regions import largest_part, largest_region
+from common.files import write_atomically
+from photos.image import ImageError, Photo, encode_png, lesion_mask, read_photo
+from photos.masks import measure
+from photos.regions import largest_part, largest_region
 from server.backends import BackendInfo
 from server.bulk.ledger import Row, Task
 from server.bulk.sources import BulkError
-from server.loading import Loader
-from server.masks import measure
-from server.metrics import Metrics
-from server.problems import InferenceFailed, Unavailable
-from server.service import Service
+from server.inference.budgets import PixelBudget
+from server.inference.errors import InferenceFailed, Unavailable
+from server.inference.loading import Loader
+from server.inference.service import Service
+from server.observe.metrics import Metrics
 from server.settings import Settings
-from server.uploads import PixelBudget
 
 __all__ = ["Options", "Segmenter"]
 

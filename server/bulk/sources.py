@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.tables import from_cell
+from common.tables import from_cell
 
 __all__ = ["SUFFIXES", "BulkError", "Listed", "Source", "open_source"]
 

@@ -19,13 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from model.files import write_atomically
-from model.image import ImageError, encode_png, lesion_mask, read_photo
-from model.program import Help, program
-from model.regions import largest_part, largest_region
+from common.files import write_atomically
+from common.program import Help, program
+from photos.image import ImageError, encode_png, lesion_mask, read_photo
+from photos.masks import Rings, measure, polygons
+from photos.regions import largest_part, largest_region
 from server.backends import Backend, BackendError, open_backend
 from server.cores import available_cores
-from server.masks import Rings, measure, polygons
 from server.settings import Settings
 
 __all__ = ["main", "overlay"]
@@ -41,7 +41,7 @@ def overlay(data: bytes, width: int, height: int, outlines: Sequence[Rings]) -> 
     Args:
         data: the photo as stored.
         width, height: its size in pixels, upright.
-        outlines: from `server.masks.polygons`, in the photo's pixels.
+        outlines: from `photos.masks.polygons`, in the photo's pixels.
 
     Returns:
         At the photo's size, or with a longer side of 2048 pixels where that is less.

@@ -10,7 +10,7 @@ from PIL import Image
 
 from benchmarks import path
 from benchmarks.path import STEPS, compare
-from model.image import MODEL_SIZE
+from photos.image import MODEL_SIZE
 from trt_build.parity import mask_iou
 
 

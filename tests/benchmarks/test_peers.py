@@ -45,7 +45,7 @@ from benchmarks.peers.measure import Deck, Masks
 from benchmarks.peers.overload import Round, table
 from benchmarks.peers.processes import Running, Unavailable
 from benchmarks.peers.report import write_report
-from model.image import encode_png
+from photos.image import encode_png
 from tests.conftest import ROOT, until
 
 OK = b"HTTP/1.1 200 OK\r\n"

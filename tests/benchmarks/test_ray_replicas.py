@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from benchmarks.photos import Card, Expected
-from model.image import read_photo
+from photos.image import read_photo
 from tests.conftest import Offline, Sample
 
 pytest.importorskip("ray", reason="needs Ray: pip install -r requirements-ray.txt")

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from benchmarks.launch import ServerProcess
-from server.metrics import Metrics
+from server.observe.metrics import Metrics
 from server.settings import Settings, settings_table
 
 kubernetes_validate = pytest.importorskip(

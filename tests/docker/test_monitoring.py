@@ -13,7 +13,7 @@ import yaml
 from prometheus_client.metrics import Histogram, MetricWrapperBase
 
 from docker.test.stack import annotations, dashboard_queries, variables
-from server.metrics import Metrics
+from server.observe.metrics import Metrics
 
 ROOT = Path(__file__).parent.parent.parent
 PROMETHEUS = ROOT / "docker/prometheus"

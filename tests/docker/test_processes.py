@@ -15,7 +15,7 @@ from threading import Thread
 import pytest
 
 from benchmarks.launch import free_port, serve
-from tests.server.test_access import Authority
+from tests.server.http.test_access import Authority
 
 ROOT = Path(__file__).parent.parent.parent
 HEALTH = ROOT / "docker/health.py"

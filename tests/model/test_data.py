@@ -20,8 +20,8 @@ from model.data import (
     refuse_leakage,
     select,
 )
-from model.image import read_photo
 from model.truth import DataError
+from photos.image import read_photo
 from tests.lesions import encode_photo, lesion_photo
 from tests.model.tiny import write_isic2017, write_pair
 

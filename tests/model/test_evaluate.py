@@ -12,9 +12,9 @@ from PIL import Image
 
 from model.data import find_pairs
 from model.evaluate import THRESHOLDS, WEIGHTS, Network, evaluate, load_network, main
-from model.image import lesion_mask, read_photo, unpack_mask
 from model.metrics import METRICS
 from model.truth import DataError, read_truth
+from photos.image import lesion_mask, read_photo, unpack_mask
 from tests.lesions import encode_photo, lesion_photo, write_pairs
 
 KEYS = {"accuracy", "dice", "jaccard", "sensitivity", "specificity", "threshold_jaccard", "count"}

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 import model.export
+from common.stamp import unstamped
 from model.config import GeneratorConfig
 from model.evaluate import WEIGHTS as SHIPPED
 from model.export import export, main, set_attention
 from model.generator import Generator, load_generator, load_metadata, save_generator
 from model.layers import ChannelAttention, PositionAttention
-from model.stamp import unstamped
 from tests.lesions import lesion_photo
 from tests.model.tiny import GENERATOR
 from trt_build.parity import compare, onnx_runner

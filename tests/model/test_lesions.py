@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from model.evaluate import WEIGHTS, load_network
-from model.image import lesion_mask, read_photo, unpack_mask
+from photos.image import lesion_mask, read_photo, unpack_mask
 from tests.lesions import SKIN_TONES, encode_photo, lesion_photo, write_pairs
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
-from model.files import replacing, write_atomically
+from common.files import replacing, write_atomically
 from trt_build.plan import Layer, PlanInfo, PlanKey
 
 KEY = PlanKey("0" * 64, "tensorrt 11.4.0", "9.0", "fp16", (1, 2, 4))

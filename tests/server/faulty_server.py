@@ -10,9 +10,9 @@ from unittest import mock
 import numpy as np
 from numpy.typing import NDArray
 
-from server import loading
 from server.__main__ import main
 from server.backends import Backend, BackendError, BackendInfo, open_backend
+from server.inference import loading
 
 POISON = (255, 0, 255)
 """A batch with a photo of nothing but this colour always fails."""

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.launch import ServerProcess, serve
-from server import loading
 from server.__main__ import main
 from server.backends import Backend, BackendInfo, open_backend
+from server.inference import loading
 
 __all__ = ["serve_held"]
 

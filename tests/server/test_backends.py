@@ -73,7 +73,7 @@ def test_choosing_a_backend_loads_no_other() -> None:
     """Serving starts without torch, without onnx, and without touching CUDA where it need not."""
     script = (
         "import sys; from pathlib import Path; from server.backends import open_backend;"
-        "import server.loading;"
+        "import server.inference.loading;"
         f"open_backend('auto', Path({str(MODEL)!r}), threads=1).warm_up();"
         "print(*{'torch', 'onnx', 'tensorrt_rtx_bindings', 'ml_dtypes'} & sys.modules.keys())"
     )

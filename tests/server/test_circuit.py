@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from server import batching, loading
-from server.app import create_app
 from server.backends import BackendError, BackendInfo
+from server.http.app import create_app
+from server.inference import batching, loading
 from server.settings import Settings
-from tests.server.test_loading import PHOTO, _backend, _serve, _until
+from tests.server.inference.test_loading import PHOTO, _backend, _serve, _until
 
 
 class Fragile:

@@ -7,9 +7,9 @@ import pytest
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from model.image import lesion_mask, unpack_mask
-from model.regions import largest_part, largest_region
-from server.masks import polygons
+from photos.image import lesion_mask, unpack_mask
+from photos.masks import polygons
+from photos.regions import largest_part, largest_region
 
 THRESHOLDS = (0.0, 0.001, 0.01, 0.05, 0.5, 0.95)
 

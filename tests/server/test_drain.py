@@ -21,14 +21,14 @@ import uvicorn
 import uvloop
 
 from benchmarks.launch import ServerProcess, serve
-from server import worker
-from server.app import create_app
-from server.connections import Connection
+from server.http.app import create_app
+from server.process import worker
+from server.process.connections import Connection
+from server.process.worker import _Server
 from server.settings import Settings
-from server.worker import _Server
 from tests.conftest import Sample, until
 from tests.server.held import serve_held
-from tests.server.test_access import Authority
+from tests.server.http.test_access import Authority
 from tests.server.test_load import figures
 
 

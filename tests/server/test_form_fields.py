@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.launch import ServerProcess
 from tests.conftest import Sample
-from tests.server.test_problems import assert_problem
+from tests.server.http.test_problems import assert_problem
 
 Fields = dict[str, Any]
 

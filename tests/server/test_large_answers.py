@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from benchmarks.launch import ServerProcess, serve
-from model.image import read_photo
+from photos.image import read_photo
 from tests.conftest import Offline, Sample
-from tests.server.test_problems import assert_problem
+from tests.server.http.test_problems import assert_problem
 
 WHOLE = {"mask": "probabilities", "size": "original"}
 

@@ -14,16 +14,16 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
+from common.stamp import StampError, check_digest, stamped, trial_images, unstamped
 from model.export import stamp
-from model.stamp import StampError, check_digest, stamped, trial_images, unstamped
 from server.backends import BackendInfo
 from server.backends.onnxruntime import OnnxRuntimeBackend
-from server.metrics import Metrics
-from server.service import Service
+from server.inference.service import Service
+from server.observe.metrics import Metrics
 from server.settings import Settings
 from tests.conftest import MODEL
 from tests.lesions import encode_photo, lesion_photo
-from tests.server.test_problems import assert_problem
+from tests.server.http.test_problems import assert_problem
 from tests.server.test_reload import Site, inverted, open_site
 
 

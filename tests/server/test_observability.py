@@ -14,7 +14,7 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.launch import ServerProcess, serve
-from server.tracing import open_tracing
+from server.observe.tracing import open_tracing
 from tests.conftest import CPU_BACKEND, Sample
 from tests.lesions import encode_photo, lesion_photo
 

@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks.launch import serve
 from tests.conftest import Sample, until
-from tests.server.test_access import Authority
-from tests.server.test_connections import connect
+from tests.server.http.test_access import Authority
+from tests.server.process.test_connections import connect
 
 FEW_FILES = """
 import resource, runpy, sys

@@ -4,10 +4,10 @@ import contextlib
 
 import pytest
 
-from server import admission
-from server.admission import Gate
+from server.inference import admission
+from server.inference.admission import Gate
 from server.settings import Settings
-from tests.server.test_admission import Clock, is_let_in
+from tests.server.inference.test_admission import Clock, is_let_in
 
 
 @pytest.fixture

@@ -20,9 +20,9 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
 from benchmarks.launch import ServerProcess
-from model.image import lesion_mask
-from model.regions import largest_part, largest_region
-from server.masks import measure
+from photos.image import lesion_mask
+from photos.masks import measure
+from photos.regions import largest_part, largest_region
 from tests.conftest import Offline
 from tests.lesions import encode_photo, lesion_photo
 from tests.server.test_clean_masks import faint

@@ -35,7 +35,7 @@ def test_serving_loads_neither_torch_nor_onnx() -> None:
 import json, sys
 from pathlib import Path
 import numpy as np
-from server.app import create_app
+from server.http.app import create_app
 from server.backends import open_backend
 from server.settings import Settings
 create_app(Settings())

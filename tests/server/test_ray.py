@@ -23,7 +23,7 @@ import yaml
 
 from benchmarks.launch import free_port
 from benchmarks.photos import Expected
-from model.image import read_photo
+from photos.image import read_photo
 from tests.conftest import CPU_BACKEND, ROOT, Offline, Sample
 from tests.server.bulk.test_bulk import masks, recorded, table
 

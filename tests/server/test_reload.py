@@ -16,12 +16,12 @@ import onnx
 import pytest
 
 from benchmarks.launch import ServerProcess, serve
-from model.stamp import unstamped
+from common.stamp import unstamped
 from server.keys import new_key
 from tests.conftest import MODEL, Sample, until
 from tests.lesions import encode_photo, lesion_photo
+from tests.server.http.test_problems import assert_problem
 from tests.server.test_load import figures
-from tests.server.test_problems import assert_problem
 from tests.server.test_segment import read_png
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from scipy import ndimage
 
 from benchmarks.launch import ServerProcess
-from model.image import read_photo
+from photos.image import read_photo
 from tests.conftest import CPU_BACKEND, Offline, Sample
 from tests.lesions import encode_photo, lesion_photo
 

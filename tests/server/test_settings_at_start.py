@@ -10,13 +10,13 @@ import httpx
 import pytest
 
 from benchmarks.launch import free_port, serve
-from server import loading
-from server.app import create_app
 from server.backends import BackendError
+from server.http.app import create_app
+from server.inference import loading
 from server.keys import KeyFile, KeyFileError, new_key
 from server.settings import Settings
 from tests.conftest import ROOT
-from tests.server.test_loading import _serve
+from tests.server.inference.test_loading import _serve
 
 
 def refused(*flags: str, code: int = 2, **environment: str) -> str:

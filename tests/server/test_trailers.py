@@ -9,7 +9,7 @@ import pytest
 from benchmarks.launch import ServerProcess, serve
 from server.keys import new_key
 from tests.conftest import Sample
-from tests.server.test_connections import read_all
+from tests.server.process.test_connections import read_all
 
 KEY, LINE = new_key("clinic")
 TRAILER = b"X-API-Key: %b\r\n" % KEY.encode()

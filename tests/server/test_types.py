@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.launch import ServerProcess
 from tests.conftest import Sample
-from tests.server.test_problems import assert_problem
+from tests.server.http.test_problems import assert_problem
 
 _INFER = "/v2/models/slsnet/infer"
 

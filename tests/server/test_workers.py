@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from benchmarks.launch import ServerProcess, free_port, serve
-from server.shared_metrics import Folder
+from server.observe.shared_metrics import Folder
 from tests.conftest import ROOT, Sample, until
 from tests.server.test_drain import Ledger, keep_sending, masks_of
 from tests.server.test_load import figures
@@ -275,7 +275,7 @@ def test_a_signal_to_a_starting_worker_is_kept(tmp_path: Path) -> None:
     """Signals come the moment that a worker is there."""
     program = """
 import os, signal, sys
-from server import supervisor
+from server.process import supervisor
 from server.__main__ import main
 start = supervisor._Supervisor._start
 def start_and_tell(self, place):
@@ -303,7 +303,7 @@ sys.exit(main())
 def test_a_worker_that_cannot_be_started_is_tried_again() -> None:
     program = """
 import subprocess, sys
-import server.supervisor
+import server.process.supervisor
 from server.__main__ import main
 popen, calls = subprocess.Popen, []
 def flaky(*arguments, **options):

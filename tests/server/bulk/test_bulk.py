@@ -24,16 +24,16 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from model.image import lesion_mask, read_photo, unpack_mask
-from model.regions import largest_region
-from model.stamp import unstamped
+from common.stamp import unstamped
+from photos.image import lesion_mask, read_photo, unpack_mask
+from photos.masks import measure
+from photos.regions import largest_region
 from server.backends import Backend, BackendInfo
 from server.bulk import segmenter
 from server.bulk.__main__ import main
 from server.bulk.ledger import Ledger, Listing, Row, Task
 from server.bulk.progress import Progress
 from server.bulk.sources import BulkError, Listed
-from server.masks import measure
 from tests.conftest import CPU_BACKEND, MODEL, ROOT, Offline, Sample
 from tests.lesions import encode_photo, lesion_photo
 
@@ -605,7 +605,7 @@ def test_a_network_that_fails_all_the_time_ends_the_run(
     def open_failing(*_: Any, **__: Any) -> Backend:
         return Failing()
 
-    monkeypatch.setattr("server.loading.open_backend", open_failing)
+    monkeypatch.setattr("server.inference.loading.open_backend", open_failing)
     assert bulk(archive, tmp_path / "results", "--backend", "onnxruntime") == 2
     assert "fails on every photo" in capfd.readouterr().err
     lines = table(tmp_path / "results")
@@ -661,7 +661,7 @@ def test_a_list_of_any_length_is_gone_through_in_the_same_memory(tmp_path: Path)
 
 def test_neither_ray_nor_torch_is_loaded_unasked() -> None:
     code = (
-        "import sys, server.__main__, server.worker, server.bulk.__main__;"
+        "import sys, server.__main__, server.process.worker, server.bulk.__main__;"
         "print({'ray', 'pyarrow', 'torch'} & set(sys.modules))"
     )
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)

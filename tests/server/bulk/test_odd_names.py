@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from model.tables import csv_line, from_cell, to_cell
+from common.tables import csv_line, from_cell, to_cell
 from server.bulk.__main__ import main
 from tests.lesions import encode_photo, lesion_photo
 

@@ -1,0 +1,522 @@
+"""
+Photo bytes → the network's square pixels, and its probability map → a mask at the photo's size.
+
+Training, evaluation and serving all go through these functions, so a mask does not depend on which
+door its photo came through. Needs numpy and Pillow only.
+
+    photo = read_photo(data)                                  # bytes → uint8 [128, 128, 3]
+    mask = lesion_mask(probability, photo.width, photo.height)  # float32 [128, 128] → packed bits
+    png = encode_png(mask, photo.width, photo.height)
+
+Errors:
+
+    ImageError (ValueError)      the message tells the sender what to do
+    ├── UnsupportedImageError    not one of FORMATS
+    ├── ImageTooLargeError       more pixels than allowed, known from the header
+    └── CorruptImageError        does not decode
+"""
+
+import math
+import re
+import struct
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+from photos import formats, pixels, structure
+
+__all__ = [
+    "DEFAULT_MAX_PIXELS",
+    "FORMATS",
+    "MODEL_SIZE",
+    "CorruptImageError",
+    "ImageError",
+    "ImageTooLargeError",
+    "Photo",
+    "UnsupportedImageError",
+    "encode_png",
+    "is_baseline_jpeg",
+    "lesion_mask",
+    "read_photo",
+    "unpack_mask",
+    "upsampled",
+]
+
+MODEL_SIZE = 128
+"""Side of the network's square input, pixels."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
+"""Formats that are read, by Pillow's names. Others that Pillow knows are never tried."""
+
+DEFAULT_MAX_PIXELS = 64_000_000
+"""Room for 61-megapixel sensors (9504×6336). A decoded photo takes up to 4 bytes a pixel, twice
+that while it is turned, four times in WebP (libwebp's two canvases and their copies). A JPEG is
+decoded at reduced scale, but a progressive one holds its coefficients, up to 6 bytes a pixel."""
+
+# JPEG's own limit. A picture of one row within the limit of pixels would need a thousand times the
+# memory of a photo to have its mask made.
+_MAX_SIDE = 65_535
+
+# A JPEG is decoded at the smallest scale with this many pixels a side for each of the network's.
+# With less than two, averaging takes some lines of pixels alone and others in pairs: on native
+# dermoscopic photos the network's pixels then lie 2.5 levels (of 255) off those of a whole decode,
+# with two 1.0, for half a millisecond more at 1024×768 and nothing more at 6000×4000.
+_JPEG_MARGIN = 2
+
+# Pixels that are converted to RGB at a time where the mode calls for it.
+_STRIP_PIXELS = 1_000_000
+
+# Bytes of a mask, eight pixels each, that are interpolated at a time: their floats stay in cache.
+_MASK_BYTES = 1 << 13
+
+_MAGIC = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"II*\x00", "TIFF"),
+    (b"MM\x00*", "TIFF"),
+    (b"II+\x00", "TIFF"),
+    (b"MM\x00+", "TIFF"),
+    (b"BM", "BMP"),
+)
+
+# EXIF orientation → what turns the stored picture upright (EXIF 2.32, tag 0x0112).
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Pillow warns of damaged metadata and of large pictures. Both are judged here; and a warning whose
+# text holds a number from the file would stay in Python's registry of warnings for ever.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+class ImageError(ValueError):
+    """A photo that cannot be used. The message says why and what its sender can do."""
+
+
+class UnsupportedImageError(ImageError):
+    """The bytes are not of a format in `FORMATS`."""
+
+
+class ImageTooLargeError(ImageError):
+    """The picture has more pixels than allowed, or needs more memory than there is."""
+
+
+class CorruptImageError(ImageError):
+    """The format is known, but the picture does not decode."""
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photo at the network's size, with the size it had."""
+
+    pixels: NDArray[np.uint8]
+    """uint8 [size, size, 3], RGB: the whole frame squashed to a square."""
+    width: int
+    """Pixels, after EXIF orientation."""
+    height: int
+    """Pixels, after EXIF orientation."""
+    orientation: int
+    """That was applied to the stored picture, 1 to 8 (EXIF 2.32, tag 0x0112)."""
+
+
+def _always_room(_pixels: int) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def read_photo(
+    data: bytes,
+    *,
+    size: int = MODEL_SIZE,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    room: Callable[[int], AbstractContextManager[None]] = _always_room,
+) -> Photo:
+    """
+    Decode a photo of any size to `size`×`size` RGB by area average (Pillow's BOX filter).
+
+    The header alone decides on format and pixel count, before anything is decoded. JPEG is decoded
+    at the smallest DCT scale whose sides are both ≥ 2 `size`. EXIF orientation is applied, to the
+    width and height too. Any mode becomes RGB: transparency lies over white, 12- and 16-bit grey is
+    scaled to 8 bits, signed, 32-bit and float grey, which has no defined white, is stretched
+    from its least to its greatest number; embedded colour profiles are not applied. Of several
+    frames or pages the first is taken. Safe to call from several threads.
+
+    `room` is given the number of pixels, and what it gives is entered before memory is taken for
+    them: where several photos are decoded at once, they can wait for each other there.
+
+    Raises:
+        UnsupportedImageError: not one of `FORMATS`.
+        ImageTooLargeError: more than 65,535 pixels a side, or more than `max_pixels` (or than
+            Pillow's own limit, 178,956,970).
+        CorruptImageError: truncated, damaged, or stored in a way that is not read: see
+            `photos.formats`.
+    """
+    name = _sniff(data)
+    # What hostile bytes can raise inside an image library is an open list (OSError, SyntaxError,
+    # struct.error, zlib.error, KeyError, RuntimeError, …): all of it means the same to the sender.
+    try:
+        with ExitStack() as held:
+            if name == "WEBP":
+                # libwebp allocates its canvases on opening, so this size is checked beforehand.
+                webp_size = _webp_size(data)
+                _check_pixels(*webp_size, max_pixels)
+                held.enter_context(room(math.prod(webp_size)))
+            odd = structure.check(name, data, _jpeg_scans(data) if name == "JPEG" else 0)
+            if odd:
+                raise CorruptImageError(
+                    f"The {name} image has {odd}, which no photo needs: save it anew as a baseline"
+                    " JPEG or a PNG, without its metadata."
+                )
+            if name == "PNG":
+                data = formats.without_text(data)
+            file = structure.metered(data)
+            with Image.open(file, formats=(name,)) as image:
+                structure.header_is_read(file)
+                width, height = image.size
+                _check_pixels(width, height, max_pixels)
+                if name != "WEBP":
+                    held.enter_context(room(width * height))
+                if (refusal := formats.refusal(image, data)) is not None:
+                    raise CorruptImageError(refusal)
+                if name != "JPEG" or not formats.is_lossless_jpeg(data):
+                    image.draft("RGB", (_JPEG_MARGIN * size, _JPEG_MARGIN * size))
+                grey = formats.Grey.of(image)
+                # TIFF is turned upright while it is loaded.
+                applied = _orientation(image) if name == "TIFF" else 1
+                image.load()
+                # After loading: a PNG may store it behind the pixels.
+                orientation = _orientation(image)
+                # Before averaging, as Pillow's BOX is not symmetric: so the pixels are exactly
+                # those of the same photo stored upright. A JPEG is small by now.
+                upright = (
+                    image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+                )
+                square = _squash(upright, size, grey)
+    except ImageError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        # Before its size could be seen here: Pillow tells it in the message alone.
+        size_told = re.search(r"\d+", str(error))
+        most = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
+        raise ImageTooLargeError(
+            f"The image has {size_told[0] if size_told else 'too many'} pixels, {most} are"
+            " allowed: send a smaller version of it."
+        ) from error
+    except structure.TakesTooLongError as error:
+        raise CorruptImageError(
+            f"The {name} image takes too long to decode: save it anew as a baseline JPEG."
+        ) from error
+    except MemoryError as error:
+        raise ImageTooLargeError(
+            f"The {name} image takes more memory to decode than there is: send a smaller one."
+        ) from error
+    except Exception as error:
+        raise CorruptImageError(_why_corrupt(name, data, error)) from error
+    if 5 <= orientation <= 8:
+        width, height = height, width
+    return Photo(square, width, height, applied if name == "TIFF" else orientation)
+
+
+def is_baseline_jpeg(data: bytes) -> bool:
+    """Whether it is a JPEG of one scan, which decodes in a time that its pixels bound."""
+    return data.startswith(_MAGIC[0][0]) and _jpeg_scans(data) == 1
+
+
+def lesion_mask(
+    probability: NDArray[np.float32], width: int, height: int, threshold: float = 0.5
+) -> NDArray[np.uint8]:
+    """
+    The mask at the photo's size: `probability` up-sampled, then `> threshold`.
+
+    Bilinear, with half-pixel centres and clamped edges. The probabilities at the photo's size are
+    never formed: between two source rows a pixel's value lies between those of the two, so only
+    columns in which the rows fall on different sides of the threshold are interpolated.
+
+    Args:
+        probability: float32 [rows, columns], usually [128, 128].
+        width: the photo's, pixels.
+        height: the photo's, pixels.
+        threshold: probability above which a pixel is lesion.
+
+    Returns:
+        uint8 [height, ceil(width / 8)]: eight pixels a byte, the leftmost in the highest bit,
+        lesion 1; padding bits are 0. See `unpack_mask`.
+    """
+    mask = pixels.mask(probability, width, height, threshold)
+    if mask is None:
+        mask = _mask(probability, width, height, threshold)
+    if width % 8:
+        mask[:, -1] &= 0xFF << (8 - width % 8) & 0xFF
+    return mask
+
+
+def upsampled(
+    probability: NDArray[np.float32], width: int, height: int, lines: int
+) -> Iterator[NDArray[np.float32]]:
+    """
+    `probability` at the photo's size, as `lesion_mask` looks at it, so many lines at a time.
+
+    Args:
+        probability: float32 [rows, columns], usually [128, 128].
+        width: the photo's, pixels.
+        height: the photo's, pixels.
+        lines: of the photo; the last ones may be fewer.
+
+    Yields:
+        float32 [lines, width]
+    """
+    left, across = _sample_positions(width, probability.shape[1], width)
+    rows = _between_columns(probability, left, across)
+    top, down = _sample_positions(height, probability.shape[0], height)
+    below = np.minimum(top + 1, len(rows) - 1)
+    for line in range(0, height, lines):
+        part = slice(line, line + lines)
+        upper = rows[top[part]]
+        strip = rows[below[part]]
+        strip -= upper
+        strip *= down[part, None]
+        strip += upper
+        yield strip
+
+
+def unpack_mask(packed: NDArray[np.uint8], width: int) -> NDArray[np.bool_]:
+    """Packed bits as `lesion_mask` returns them → bool [height, width]."""
+    return np.unpackbits(packed, axis=1, count=width).view(np.bool_)
+
+
+def encode_png(packed: NDArray[np.uint8], width: int, height: int) -> bytes:
+    """
+    Packed bits as `lesion_mask` returns them → a 1-bit greyscale PNG, lesion white.
+
+    Written here (PNG, W3C Recommendation, third edition) as the packed bits are already PNG's
+    own sample layout: each line differs little from the one above, which the "Up" filter turns
+    into runs of zeros that zlib passes over at its fastest setting.
+    """
+    if packed.shape != (height, -(-width // 8)):
+        raise ValueError(
+            f"packed mask has shape {packed.shape}, but {width}×{height} pixels take"
+            f" {(height, -(-width // 8))}"
+        )
+    lines = np.empty((height, packed.shape[1] + 1), np.uint8)
+    lines[:, 0] = 2  # filter type "Up"
+    lines[0, 1:] = packed[0]
+    np.subtract(packed[1:], packed[:-1], out=lines[1:, 1:])
+    compressor = zlib.compressobj(level=1, strategy=zlib.Z_RLE)
+    pixels = compressor.compress(lines.data) + compressor.flush()
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)  # 1 bit, greyscale
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b""))
+    )
+
+
+def _sniff(data: bytes) -> str:
+    """The format by its first bytes, as Pillow names it."""
+    if not data:
+        raise CorruptImageError("The image is empty (0 bytes): send the bytes of a photo.")
+    for magic, name in _MAGIC:
+        if data.startswith(magic):
+            return name
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    known = formats.foreign(data)
+    raise UnsupportedImageError(
+        f"This is a file of the format {known}, which is not read: send"
+        f" {', '.join(FORMATS[:-1])} or {FORMATS[-1]}."
+        if known
+        else f"The bytes are not an image of a known format: send {', '.join(FORMATS[:-1])} or"
+        f" {FORMATS[-1]}."
+    )
+
+
+def _check_pixels(width: int, height: int, max_pixels: int) -> None:
+    if max(width, height) > _MAX_SIDE:
+        raise ImageTooLargeError(
+            f"The image has {width}×{height} pixels, {_MAX_SIDE} a side are allowed: send a"
+            " smaller version of it."
+        )
+    if width * height > max_pixels:
+        raise ImageTooLargeError(
+            f"The image has {width}×{height} = {width * height} pixels, {max_pixels} are allowed:"
+            " send a smaller version of it."
+        )
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Canvas of a WebP file from its first chunk (RFC 9649), pixels; 0×0 if there is none."""
+    kind, head = data[12:16], data[20:30]
+    if kind == b"VP8X" and len(head) == 10:
+        return 1 + int.from_bytes(head[4:7], "little"), 1 + int.from_bytes(head[7:10], "little")
+    if kind == b"VP8L" and len(head) >= 5:
+        bits = int.from_bytes(head[1:5], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if kind == b"VP8 " and len(head) == 10:
+        width, height = struct.unpack("<HH", head[6:10])
+        return width & 0x3FFF, height & 0x3FFF
+    return 0, 0
+
+
+def _jpeg_scans(data: bytes) -> int:
+    """How many scans the picture has, by its markers up to the end of image (ITU-T T.81, B.1.1).
+
+    Segments are skipped by their length and what follows the picture is not looked at: maker notes,
+    previews and the film that phones append hold marker bytes by chance.
+    """
+    compiled = pixels.scans(data)
+    if compiled is not None:
+        return compiled
+    values = np.frombuffer(data, np.uint8)
+    at = np.flatnonzero(values[:-1] == 0xFF)
+    code = values[at + 1]
+    # neither stuffed (00) nor fill bytes (FF), nor a marker without a length, as libjpeg has them
+    at = at[(code >= 0xC0) & ((code < 0xD0) | (code > 0xD8)) & ((code < 0xF0) | (code == 0xFE))]
+    scans = 0
+    position = 2  # after the start of image
+    while (i := int(np.searchsorted(at, position))) < len(at):
+        position = int(at[i])
+        marker = data[position + 1]
+        if marker == 0xD9:
+            break
+        scans += marker == 0xDA
+        position += 2 + max(2, int.from_bytes(data[position + 2 : position + 4], "big"))
+    return scans
+
+
+def _orientation(image: ImageFile.ImageFile) -> int:
+    try:
+        exif = image.info.get("exif")
+        if exif is None and "Raw profile type exif" in image.info:
+            exif = bytes.fromhex("".join(image.info["Raw profile type exif"].split("\n")[3:]))
+        immodest = exif is not None and not structure.is_modest_exif(exif)
+        tag = 1 if immodest else int(image.getexif().get(_ORIENTATION_TAG, 1))
+        orientation = tag if tag in _UPRIGHT else 1
+    except Exception:  # noqa: BLE001
+        # Damaged EXIF beside sound pixels: the picture as it is stored.
+        return 1
+    if immodest:
+        raise CorruptImageError(
+            f"The {image.format} image has EXIF metadata as no photo has: send it without them."
+        )
+    return orientation
+
+
+def _squash(image: Image.Image, size: int, grey: formats.Grey) -> NDArray[np.uint8]:
+    """
+    The whole frame by area average, uint8 [size, size, 3].
+
+    What is not RGB is converted a strip at a time, so that no second picture of the photo's size
+    is held.
+    """
+    if image.mode == "RGB" and "transparency" not in image.info:
+        compiled = pixels.squash(image, size)
+        if compiled is not None:
+            return compiled
+        return np.array(image.resize((size, size), Image.Resampling.BOX))
+    ends = grey.ends(image)
+    if ends is None:
+        raise CorruptImageError(
+            "No sample of the image is a number: save it as JPEG, PNG or TIFF of 8 bits."
+        )
+    black, white = ends
+    square = Image.new("RGB", (size, size))
+    scale = image.height / size
+    step = max(1, min(size, int(_STRIP_PIXELS / (image.width * scale))))
+    for row in range(0, size, step):
+        rows = min(step, size - row)
+        upper, lower = row * scale, min((row + rows) * scale, image.height)
+        first, last = int(upper), min(int(np.ceil(lower)), image.height)
+        strip = _to_rgb(image.crop((0, first, image.width, last)), grey, black, white)
+        box = (0, upper - first, image.width, lower - first)
+        square.paste(strip.resize((size, rows), Image.Resampling.BOX, box), (0, row))
+    return np.array(square)
+
+
+def _to_rgb(image: Image.Image, grey: formats.Grey, black: float, white: float) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        values = grey.values(image)
+        scaled = np.nan_to_num((values - black) * (255 / ((white - black) or 1)))
+        if "transparency" in image.info:
+            scaled[values == image.info["transparency"]] = 255
+        return Image.fromarray(np.clip(scaled + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        opaque = image.convert("RGBA")
+        white_paper = Image.new("RGBA", opaque.size, "white")
+        return Image.alpha_composite(white_paper, opaque).convert("RGB")
+    return image.convert("RGB")
+
+
+def _why_corrupt(name: str, data: bytes, error: Exception) -> str:
+    if (rare := formats.rare(name, data, error)) is not None:
+        return rare
+    if "truncated" in str(error).lower():
+        return f"The {name} image ends too early (truncated): send the whole file again."
+    if isinstance(error, UnidentifiedImageError):
+        return f"The {name} image has a damaged header: send the original file again."
+    return (
+        f"The {name} image does not decode (damaged, or an unusual variant of the format): send"
+        " the original file again, or save it anew as JPEG or PNG."
+    )
+
+
+def _mask(
+    probability: NDArray[np.float32], width: int, height: int, threshold: float
+) -> NDArray[np.uint8]:
+    """`lesion_mask`, but for the padding bits, where it is not compiled."""
+    stride = -(-width // 8)
+    # Up to a whole byte.
+    left, across = _sample_positions(width, probability.shape[1], stride * 8)
+    rows = _between_columns(probability, left, across)  # [rows, stride * 8]
+
+    packed = np.packbits(rows > threshold, axis=1)  # [rows, stride]
+    top, down = _sample_positions(height, probability.shape[0], height)
+    mask = packed.take(top, axis=0)
+    # Between its two source rows a line may differ from the upper one in these bytes alone.
+    row, byte = np.nonzero(packed[:-1] ^ packed[1:])
+    # A source row's lines, but those above the centre of the first: they repeat it.
+    first = np.searchsorted(top, np.arange(len(rows)))
+    first[0] = np.count_nonzero(down[: np.searchsorted(top, 1)] == 0)
+    count = np.searchsorted(top, np.arange(len(rows)), side="right") - first
+    row, byte = row[count[row] > 0], byte[count[row] > 0]
+    if row.size:
+        lines = rows.reshape(len(rows), stride, 8)
+        # All bands as long as the longest, whose last line others repeat.
+        line = np.minimum(np.arange(count[row].max()), count[:, None] - 1) + first[:, None]
+        weight = down.take(line, mode="clip")[..., None]
+        step = max(1, _MASK_BYTES // line.shape[1])
+        for part in (slice(start, start + step) for start in range(0, row.size, step)):
+            at, bytes_ = row[part], byte[part]
+            upper = lines[at, bytes_][:, None]  # [bytes, 1, 8]
+            above = upper + (lines[at + 1, bytes_][:, None] - upper) * weight[at] > threshold
+            mask[line[at], bytes_[:, None]] = np.packbits(above, axis=2)[..., 0]
+    return mask
+
+
+def _between_columns(
+    probability: NDArray[np.float32], left: NDArray[np.intp], across: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    columns = probability.astype(np.float32, copy=False)
+    rows = columns.take(left, axis=1)
+    rows += (columns.take(np.minimum(left + 1, columns.shape[1] - 1), axis=1) - rows) * across
+    return rows
+
+
+def _sample_positions(
+    length: int, source: int, count: int
+) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+    """For `count` of `length` output pixels: the source pixel before it, the share of the next."""
+    position = (np.arange(count) + 0.5) * (source / length) - 0.5
+    position = position.clip(0, source - 1)
+    before = position.astype(np.intp)
+    return before, (position - before).astype(np.float32)

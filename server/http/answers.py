@@ -1,0 +1,378 @@
+"""The bodies of answers: their schema for `GET /docs`, and how a segmentation becomes one."""
+
+import base64
+import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from enum import StrEnum
+from typing import Annotated, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from photos.image import encode_png, lesion_mask, upsampled
+from photos.masks import coco_rle, measure, polygons
+from photos.regions import largest_part, largest_region
+from server.backends import BackendInfo
+from server.inference.service import Segmentation
+
+__all__ = [
+    "BackendAnswer",
+    "BatchItemAnswer",
+    "ErrorAnswer",
+    "MaskFormat",
+    "ModelAnswer",
+    "ProblemAnswer",
+    "SegmentationAnswer",
+    "StatusAnswer",
+    "json_answer",
+    "model_answer",
+    "png_answer",
+    "probability_bytes",
+]
+
+
+# Pixels, so that their floats stay in cache.
+_LEVELS_AT_ONCE = 1 << 17
+
+
+class MaskFormat(StrEnum):
+    """How a JSON answer holds the mask."""
+
+    PNG = "png"
+    RLE = "rle"
+    POLYGONS = "polygons"
+    PROBABILITIES = "probabilities"
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ImageSize(_Answer):
+    """The photo as it is looked at, its EXIF orientation applied."""
+
+    width: int = Field(description="pixels", examples=[1024])
+    height: int = Field(description="pixels", examples=[768])
+    orientation: int = Field(
+        ge=1,
+        le=8,
+        description="that was applied to the picture as it is stored, in EXIF's numbers, wherever"
+        " the file has it: 1 for none",
+        examples=[1],
+    )
+
+
+class CocoRle(_Answer):
+    """COCO's compressed run-length encoding; `pycocotools.mask.decode` reads it."""
+
+    size: tuple[int, int] = Field(description="height, width", examples=[[768, 1024]])
+    counts: str = Field(examples=["Ygf21fg0O1O1N2N2N2N1O1O1O"])
+
+
+class Mask(_Answer):
+    """The mask, in the one form that was asked for."""
+
+    format: MaskFormat
+    width: int = Field(description="pixels", examples=[1024])
+    height: int = Field(description="pixels", examples=[768])
+    png: str | None = Field(
+        None, description="a 1-bit PNG, lesion white, in base64", examples=["iVBORw0KGgoAAAANSUhEU"]
+    )
+    rle: CocoRle | None = None
+    polygons: list[list[list[tuple[float, float]]]] | None = Field(
+        None,
+        description="for each separate part its rings of [x, y], the outer one first, holes after"
+        " it; in pixels of the mask, from its upper left corner",
+        examples=[[[[412.5, 300.25], [530.75, 310.5], [470.0, 402.25]]]],
+    )
+    probabilities: str | None = Field(
+        None,
+        description="the network's map: unsigned integers of 16 bits, the lower byte first, row by"
+        " row, 65535 for 1; in base64. Up-sampled bilinearly, with half-pixel centres and clamped"
+        " edges, as it is at the photo's size, it gives the mask of any threshold",
+        examples=["AAABAAMA//8="],
+    )
+
+
+class LesionAnswer(_Answer):
+    """What was found, in pixels of the mask."""
+
+    found: bool = Field(description="whether any pixel is above the threshold")
+    area: int = Field(description="pixels", examples=[157286])
+    area_fraction: float = Field(description="of the frame, 0 to 1", examples=[0.2])
+    bounding_box: tuple[int, int, int, int] | None = Field(
+        description="x, y, width, height; null if nothing was found",
+        examples=[[310, 205, 402, 391]],
+    )
+    centroid: tuple[float, float] | None = Field(
+        description="x, y; null if nothing was found", examples=[[511.2, 399.8]]
+    )
+    mean_probability: float | None = Field(
+        description="of the pixels above the threshold, at the network's 128×128; null if there are"
+        " none",
+        examples=[0.9312],
+    )
+    max_probability: float = Field(
+        description="of all pixels, at the network's 128×128", examples=[0.9987]
+    )
+
+
+Attention = Annotated[
+    str,
+    Field(
+        description="form of the position attention at half resolution: `exact` compares all"
+        " positions, `pooled` averages of keys and values",
+        examples=["pooled"],
+    ),
+]
+
+
+class ModelId(_Answer):
+    """Which network answered."""
+
+    name: str = Field(examples=["slsnet"])
+    version: str = Field(examples=["1.1.0"])
+    weights_sha256: str = Field(
+        examples=["5f2c3d0e5f0f4e6bb4a7c9e1f7f0f1f4d1c5a3b2e8d7c6b5a4f3e2d1c0b9a8f7"]
+    )
+    attention: Attention
+    file_sha256: str = Field(
+        description="of the file that was loaded; the others are what it says of itself",
+        examples=["7bb66a195e36a16171a0e3da07af8b635f169986c705e9e7f4dcbef5f2b75db3"],
+    )
+
+
+class SegmentationAnswer(_Answer):
+    """A segmentation as JSON."""
+
+    request_id: str = Field(examples=["6f1d4cb1f0a84a0f9f0e6a9fbb7c3d1e"])
+    model: ModelId
+    image: ImageSize
+    threshold: float = Field(description="lesion is where the probability is above it")
+    clean: bool = Field(description="whether all but the largest region was left out")
+    mask: Mask
+    lesion: LesionAnswer
+    timings_ms: dict[str, float] = Field(
+        description="milliseconds by stage; Server-Timing has the last stage too",
+        examples=[{"read": 0.4, "decode": 2.9, "queue": 0.1, "infer": 50.2}],
+    )
+
+
+class ModelAnswer(_Answer):
+    """The model card."""
+
+    name: str = Field(examples=["slsnet"])
+    version: str = Field(examples=["1.1.0"])
+    weights_sha256: str = Field(description="of the training's weights, as the file says")
+    attention: Attention
+    file_sha256: str = Field(description="of the file's bytes, as they were loaded")
+    parameters: int = Field(examples=[2347900])
+    training_data: str
+    validation_jaccard: float = Field(
+        description="mean over the official ISIC 2017 validation set", examples=[0.77]
+    )
+    threshold: float = Field(description="that the figures were measured at", examples=[0.5])
+    licence: str = Field(examples=["Apache-2.0"])
+    input: str = Field(examples=["image: uint8 [n, 128, 128, 3] RGB"])
+    output: str = Field(examples=["probability: float32 [n, 128, 128]"])
+    backend: "BackendAnswer"
+
+
+class BackendAnswer(_Answer):
+    """What runs the network."""
+
+    name: str = Field(examples=["onnxruntime"])
+    version: str = Field(examples=["1.32.0"])
+    device: str = Field(examples=["cpu"])
+    precision: str = Field(examples=["fp32"])
+    max_batch: int = Field(examples=[8])
+    slots: int = Field(description="inferences that run at the same time", examples=[1])
+    buckets: list[int] = Field(description="batch sizes it is built for; empty for any")
+
+
+class StatusAnswer(_Answer):
+    """The server's health."""
+
+    status: Literal["live", "ready"]
+    backend: str | None = Field(None, description="what runs the network", examples=["onnxruntime"])
+
+
+class ProblemAnswer(_Answer):
+    """RFC 9457 problem details."""
+
+    type: str = Field(examples=["about:blank"])
+    title: str = Field(description="the status in words")
+    status: int
+    detail: str = Field(description="what is wrong, and what to do")
+    instance: str | None = Field(
+        None,
+        description="path of the request; absent where the connection was refused before it came",
+        examples=["/segment"],
+    )
+    request_id: str | None = Field(None, description="also in X-Request-ID; quote it in a report")
+
+
+class ErrorAnswer(_Answer):
+    """What went wrong, as the Open Inference Protocol has it."""
+
+    error: str = Field(examples=["The input is called 'image', not 'input_0'."])
+
+
+class BatchItemAnswer(_Answer):
+    """One photo of several: a line of the answer. It has either `result` or `error`."""
+
+    index: int = Field(description="of the photo in the form, from 0", examples=[0])
+    name: str = Field(description="of the photo's field in the form", examples=["file"])
+    file_name: str | None = Field(
+        None, description="of the photo, if `file_names` asks for it", examples=["left arm.jpg"]
+    )
+    status: int = Field(description="what `POST /segment` would have answered with", examples=[200])
+    result: SegmentationAnswer | None = None
+    error: ProblemAnswer | None = None
+
+
+def png_answer(
+    segmentation: Segmentation, threshold: float, original: bool, *, clean: bool
+) -> bytes:
+    """The mask as PNG, at the photo's size if `original`, else at the network's.
+
+    Args:
+        segmentation: whose mask it is.
+        threshold: lesion is where the probability is above it.
+        original: as above.
+        clean: whether to leave only the largest region, without its holes.
+    """
+    if clean:
+        segmentation = _cleaned(segmentation, threshold)
+    width, height = _mask_size(segmentation, original)
+    packed = lesion_mask(segmentation.probability, width, height, threshold)
+    return encode_png(largest_part(packed) if clean else packed, width, height)
+
+
+def json_answer(
+    segmentation: Segmentation,
+    threshold: float,
+    original: bool,
+    mask_format: MaskFormat,
+    *,
+    clean: bool,
+    request_id: str,
+    timings_ms: dict[str, float],
+    room: Callable[[int], AbstractContextManager[None]],
+) -> bytes:
+    """The mask with its measures as JSON, in ASCII; arguments are those of `png_answer`.
+
+    `room` is entered while probabilities are brought to the photo's size, as in `read_photo`.
+    """
+    if clean:
+        segmentation = _cleaned(segmentation, threshold)
+    width, height = _mask_size(segmentation, original)
+    packed = lesion_mask(segmentation.probability, width, height, threshold)
+    if clean:
+        packed = largest_part(packed)
+    mask = Mask(format=mask_format, width=width, height=height)
+    if mask_format is MaskFormat.PNG:
+        mask.png = base64.b64encode(encode_png(packed, width, height)).decode("ascii")
+    elif mask_format is MaskFormat.RLE:
+        mask.rle = CocoRle.model_validate(coco_rle(packed, width))
+    elif mask_format is MaskFormat.PROBABILITIES:
+        with room(width * height) if original else nullcontext():
+            mask.probabilities = _levels(segmentation.probability, width, height)
+    else:
+        mask.polygons = polygons(segmentation.probability, width, height, threshold, clean=clean)
+    lesion = measure(packed, width)
+    inside = segmentation.probability[segmentation.probability > threshold]
+    answer = SegmentationAnswer(
+        request_id=request_id,
+        model=_model_id(segmentation.backend),
+        image=ImageSize(
+            width=segmentation.width,
+            height=segmentation.height,
+            orientation=segmentation.orientation,
+        ),
+        threshold=threshold,
+        clean=clean,
+        mask=mask,
+        lesion=LesionAnswer(
+            found=lesion.area > 0,
+            area=lesion.area,
+            # Four digits that mean something, of a small lesion in a large photo too.
+            area_fraction=float(f"{lesion.area / (width * height):.4g}"),
+            bounding_box=lesion.bounding_box,
+            centroid=lesion.centroid
+            and (round(lesion.centroid[0], 2), round(lesion.centroid[1], 2)),
+            mean_probability=round(float(inside.mean()), 4) if inside.size else None,
+            max_probability=round(float(segmentation.probability.max()), 4),
+        ),
+        timings_ms=timings_ms,
+    )
+    # A mask has one form: the others are left out rather than null.
+    absent = {"mask": {str(form) for form in MaskFormat} - {str(mask_format)}}
+    return answer.model_dump_json(exclude=absent, ensure_ascii=True).encode()
+
+
+def probability_bytes(segmentation: Segmentation, original: bool, mask_format: MaskFormat) -> int:
+    """Of an answer with probabilities at the photo's size; 0 of one that is never large."""
+    if mask_format is not MaskFormat.PROBABILITIES or not original:
+        return 0
+    return 4 * -(-2 * segmentation.width * segmentation.height // 3)
+
+
+def _levels(probability: NDArray[np.float32], width: int, height: int) -> str:
+    # Of three lines, or more, the bytes end where four characters do.
+    lines = 3 * max(1, _LEVELS_AT_ONCE // (3 * width))
+    text = []
+    for strip in upsampled(probability, width, height, lines):
+        strip *= 65535
+        text.append(base64.b64encode(np.rint(strip).astype("<u2").tobytes()))
+    return b"".join(text).decode("ascii")
+
+
+def _cleaned(segmentation: Segmentation, threshold: float) -> Segmentation:
+    probability = largest_region(segmentation.probability, threshold)
+    return dataclasses.replace(segmentation, probability=probability)
+
+
+def _model_id(backend: BackendInfo) -> ModelId:
+    said = {
+        key: backend.model.get(key, "unknown")
+        for key in ("name", "version", "weights_sha256", "attention")
+    }
+    return ModelId(**said, file_sha256=backend.file_sha256 or "unknown")
+
+
+def model_answer(backend: BackendInfo) -> ModelAnswer:
+    """The model card of what `backend` runs."""
+    card = backend.model
+    return ModelAnswer(
+        name=card.get("name", "unknown"),
+        version=card.get("version", "unknown"),
+        weights_sha256=card.get("weights_sha256", "unknown"),
+        attention=card.get("attention", "unknown"),
+        file_sha256=backend.file_sha256 or "unknown",
+        parameters=int(card.get("parameters", 0)),
+        training_data=card.get("training_data", "unknown"),
+        validation_jaccard=float(card.get("validation_jaccard", 0)),
+        threshold=float(card.get("threshold", 0.5)),
+        licence=card.get("licence", "unknown"),
+        input="image: uint8 [n, 128, 128, 3] RGB",
+        output="probability: float32 [n, 128, 128]",
+        backend=BackendAnswer(
+            name=backend.name,
+            version=backend.version,
+            device=backend.device,
+            precision=backend.precision,
+            max_batch=backend.max_batch,
+            slots=backend.slots,
+            buckets=list(backend.buckets),
+        ),
+    )
+
+
+def _mask_size(segmentation: Segmentation, original: bool) -> tuple[int, int]:
+    if original:
+        return segmentation.width, segmentation.height
+    rows, columns = segmentation.probability.shape
+    return columns, rows

@@ -1,0 +1,150 @@
+"""What surrounds every request: its id, its stopwatch, and the headers and log line they end in."""
+
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.observe.metrics import Metrics
+from server.observe.stages import Stages
+from server.observe.tracing import Record
+
+__all__ = ["REQUEST_ID", "RequestContext"]
+
+log = logging.getLogger("slsnet.access")
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+"""What a client may choose as its own request id: it is echoed, and written to the log."""
+
+# For every answer that does not say otherwise; only a page needs to.
+_SECURITY = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+
+
+class RequestContext:
+    """ASGI layer around the whole application, errors included.
+
+    Puts `request_id` and `stages` into the request's state. Every answer carries `X-Request-ID`,
+    `Server-Timing` and what keeps a browser strict, and while the server drains `Connection:
+    close`, so that clients come back somewhere else.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        is_draining: Callable[[], bool],
+        *,
+        encrypted: bool = False,
+        shared: bool = False,
+        record: Record | None = None,
+    ) -> None:
+        """Args:
+        app: all the rest.
+        metrics: told of every answer.
+        is_draining: whether the server is on its way out.
+        encrypted: browsers shall not come back without TLS.
+        shared: pages of other origins may use the API.
+        record: writes traces.
+        """
+        self._app = app
+        security = dict(_SECURITY)
+        if encrypted:
+            security["Strict-Transport-Security"] = "max-age=31536000"
+        if shared:
+            security["Cross-Origin-Resource-Policy"] = "cross-origin"
+        self._security = [(k.lower().encode(), v.encode()) for k, v in security.items()]
+        self._metrics = metrics
+        self._is_draining = is_draining
+        self._record = record
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        method = scope["method"]
+        if method == "HEAD":
+            # Each GET has one (RFC 9110, 9.1), the same but for the body, which uvicorn leaves out.
+            scope = {**scope, "method": "GET"}
+        asked = Headers(scope=scope).get("x-request-id", "")
+        request_id = asked if REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
+        stages = Stages()
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        state["stages"] = stages
+        status = 0
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                # Not by `MutableHeaders`, which goes through all of them for each.
+                given = list(message.get("headers", ()))
+                names = {name for name, _ in given}
+                message["headers"] = [
+                    *given,
+                    (b"x-request-id", request_id.encode()),
+                    (b"server-timing", stages.header().encode()),
+                    *(header for header in self._security if header[0] not in names),
+                    *([(b"connection", b"close")] if self._is_draining() else []),
+                ]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_headers)
+        except Exception:
+            # Answered with 500 already, unless an answer had begun; nobody before has logged it.
+            log.exception("request %s failed", request_id)
+        # Only paths that exist become label values: a scanner must not grow the metrics.
+        path = getattr(scope.get("route"), "path", "other")
+        reason = state.get("reason", "") if status >= 400 else ""
+        self._metrics.requests.labels(path, str(status), reason).inc()
+        for stage, seconds in stages.seconds.items():
+            self._metrics.stage_seconds.labels(stage).observe(seconds)
+        if "infer" in stages.seconds or status == 504:
+            # No refusals: they are quick, and say nothing of how long one waits for a mask.
+            self._metrics.request_seconds.labels(path).observe(time.perf_counter() - stages.started)
+        if self._record is not None:
+            attributes: dict[str, str | int] = {
+                "http.request.method": method,
+                "http.route": path,
+                "http.response.status_code": status,
+                "slsnet.request_id": request_id,
+            }
+            self._record(stages, Headers(scope=scope), f"{method} {path}", attributes)
+        if not log.isEnabledFor(logging.INFO):
+            return
+        client = state.get("client", "-")
+        log.info(
+            "%s %s %s %s %d %s",
+            request_id,
+            client,
+            method,
+            path,
+            status,
+            stages.header(),
+            extra={
+                "fields": {
+                    "request_id": request_id,
+                    "client": client,
+                    "method": method,
+                    "path": path,
+                    "status": status,
+                    "reason": reason,
+                    "stages_ms": stages.milliseconds(),
+                    "total_ms": round((time.perf_counter() - stages.started) * 1000, 3),
+                    **stages.notes,
+                }
+            },
+        )

@@ -1,0 +1,254 @@
+"""What a request may ask for beside its photo: query and headers that several paths share."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Annotated, Any, Literal
+
+from fastapi import Header, Query, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import WithJsonSchema
+from pydantic.json_schema import SkipJsonSchema
+from starlette.datastructures import Headers
+
+from server.http.answers import MaskFormat
+from server.http.uploads import Fields
+from server.inference.errors import DeadlineExceeded, NotAcceptable, Unprocessable
+
+__all__ = [
+    "Clean",
+    "FileNames",
+    "MaskForm",
+    "MaskSize",
+    "Priority",
+    "Threshold",
+    "TimeoutMs",
+    "answer_type",
+    "deadline",
+    "is_bulk",
+    "is_original",
+    "only_known",
+    "with_fields",
+]
+
+Threshold = Annotated[
+    float,
+    Query(
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="lesion is where the probability is above it",
+    ),
+]
+
+Clean = Annotated[
+    bool,
+    Query(
+        description="whether to leave only the largest region, without its holes: networks see a"
+        " second lesion in hair, ink or a colour patch now and then",
+    ),
+]
+
+FileNames = Annotated[
+    bool,
+    Query(description="whether each answer has the photo's file name, as its sender gave it"),
+]
+
+MaskSize = Annotated[
+    Literal["original", "model"] | SkipJsonSchema[None],
+    Query(
+        description="of the mask: the photo's, or the network's 128×128; default: the photo's, but"
+        " for probabilities the network's",
+        examples=["original"],
+    ),
+]
+
+MaskForm = Annotated[
+    MaskFormat,
+    # In its place: generators take a reference with a description beside it for anything at all.
+    WithJsonSchema({"type": "string", "enum": [str(form) for form in MaskFormat]}),
+    Query(description="how a JSON answer holds the mask; all but `png` ask for JSON"),
+]
+
+TimeoutMs = Annotated[
+    float | None,
+    Header(
+        gt=0,
+        allow_inf_nan=False,
+        description="milliseconds within which the answer is of use; more than the server's own"
+        " limit means that limit",
+        examples=[2000],
+    ),
+]
+
+Priority = Annotated[
+    str,
+    Header(
+        description="`bulk` lets requests that do not say so go first",
+        examples=["bulk"],
+    ),
+]
+
+
+def is_bulk(priority: str) -> bool:
+    """Whether a `Priority` header says `bulk`, alone or in a list (RFC 9218, 4)."""
+    return any(entry.partition(";")[0].strip().lower() == "bulk" for entry in priority.split(","))
+
+
+@contextlib.asynccontextmanager
+async def deadline(
+    timeout_s: float, *, spent_s: float = 0
+) -> AsyncIterator[Callable[[float], None]]:
+    """What is inside has this long; gives what sets it to fewer seconds, counted from the start.
+
+    Args:
+        timeout_s: that the request has.
+        spent_s: of these already.
+
+    Raises:
+        DeadlineExceeded: it took longer.
+    """
+    now = asyncio.get_running_loop().time
+    started = now() - spent_s
+    try:
+        async with asyncio.timeout(timeout_s - spent_s) as limit:
+
+            def shorten(seconds: float) -> None:
+                nonlocal timeout_s
+                timeout_s = seconds
+                limit.reschedule(started + seconds)
+
+            yield shorten
+    except TimeoutError:
+        raise DeadlineExceeded(
+            f"The deadline of {timeout_s * 1000:g} ms passed before the answer was ready. Send it"
+            " again when the server is less busy, or allow more time with X-Request-Timeout-Ms."
+        ) from None
+
+
+async def only_known(request: Request) -> None:
+    """Refuse a query whose parameters would be passed over; a dependency of the path.
+
+    Without `async` it would be run in a thread, and back.
+
+    Raises:
+        Unprocessable: a parameter that the path does not have, or one that comes twice.
+    """
+    _check_names(request, [name for name, _ in request.query_params.multi_items()])
+
+
+def with_fields(request: Request, given: dict[str, Any], fields: Fields) -> dict[str, Any]:
+    """The request's parameters, those among them that came as fields of its form.
+
+    A field means what the query's parameter of its name means, and is held to the same.
+
+    Args:
+        request: whose route says which parameters there are.
+        given: value of each parameter by its name, from the query or by default.
+        fields: of the form.
+
+    Raises:
+        Unprocessable: a field that is no parameter, one that comes twice, or one that says
+            something else than the query does.
+        RequestValidationError: a value that the query would not be let have either.
+    """
+    _check_names(
+        request, [name for name, _ in fields], "The form's field {} is no parameter: there"
+    )
+    asked = dict(given)
+    errors: list[Any] = []
+    for parameter in request.scope["route"].dependant.query_params:
+        name = parameter.alias
+        for value in (value for field, value in fields if field == name):
+            asked[name], found = parameter.validate(value, {}, loc=("form", name))
+            errors += found or []
+            if not found and name in request.query_params and asked[name] != given[name]:
+                raise Unprocessable(
+                    f"The query says {name}={request.query_params[name][:40]}, the form's field"
+                    f" {value[:40]!r}: say it once."
+                )
+    if errors:
+        raise RequestValidationError(errors)
+    return asked
+
+
+def _check_names(
+    request: Request, names: Sequence[str], unknown: str = "There is no parameter {}: there"
+) -> None:
+    known = [field.alias for field in request.scope["route"].dependant.query_params]
+    seen: set[str] = set()
+    for name in names:
+        if name not in known:
+            raise Unprocessable(f"{unknown.format(repr(name[:40]))} are {', '.join(known)}.")
+        if name in seen:
+            raise Unprocessable(f"The parameter {name!r} comes more than once: send it once.")
+        seen.add(name)
+
+
+def is_original(size: str | None, mask: MaskFormat) -> bool:
+    """Whether the mask has the photo's size, by what was asked for."""
+    if size is None:
+        return mask is not MaskFormat.PROBABILITIES
+    return size == "original"
+
+
+def answer_type(
+    headers: Headers, offers: Sequence[str], mask: MaskFormat, asked: str | None = None
+) -> str:
+    """The media type to answer with, of `offers`, whose default is the first.
+
+    Args:
+        headers: the request's.
+        offers: PNG in one form or another, and JSON.
+        mask: run lengths and polygons are for JSON alone, so they ask for it.
+        asked: by name, whatever `Accept` says.
+
+    Raises:
+        NotAcceptable: `Accept` rules all of them out.
+        Unprocessable: `mask` is for JSON, and something else is asked for.
+    """
+    if mask is not MaskFormat.PNG:
+        offers = sorted(offers, key=_is_json, reverse=True)
+    chosen = asked or _preferred(headers, offers)
+    if mask is not MaskFormat.PNG and not _is_json(chosen):
+        raise Unprocessable(
+            f"mask={mask} is for JSON answers, and {chosen} is asked for: leave mask out, or ask"
+            " for JSON."
+        )
+    return chosen
+
+
+def _is_json(media_type: str) -> bool:
+    return media_type.endswith("json")
+
+
+def _preferred(headers: Headers, offers: Sequence[str]) -> str:
+    """Which of `offers` the `Accept` headers prefer (RFC 9110, 12.5.1).
+
+    Of what they like equally, what they name; then the first. They are passed over if they name
+    nothing that is offered, but not if they rule it out by `q=0`.
+    """
+    qualities: dict[str, float] = {}
+    for entry in ",".join(headers.getlist("accept")).lower().split(","):
+        media_type, *parameters = (part.strip() for part in entry.split(";"))
+        quality = next((part[2:] for part in parameters if part.startswith("q=")), "1")
+        with contextlib.suppress(ValueError):
+            qualities[media_type] = float(quality)
+
+    def rank(offer: str) -> tuple[float, int]:
+        ranges = ("*/*", f"{offer.partition('/')[0]}/*", offer)
+        for specificity, media_range in reversed(list(enumerate(ranges))):
+            quality = qualities.get(media_range, -1)
+            if 0 <= quality <= 1:
+                return quality or _RULED_OUT, specificity
+        return 0, 0
+
+    best = max(offers, key=rank)
+    if rank(best)[0] == _RULED_OUT:
+        raise NotAcceptable(
+            f"Accept rules out all that there is: {', '.join(offers)}. Leave it out, or name one."
+        )
+    return best
+
+
+_RULED_OUT = -1

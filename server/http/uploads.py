@@ -1,0 +1,366 @@
+"""A request's body → the bytes of its image, in memory only.
+
+The framework's own form parser writes parts to temporary files, so it is not used: a patient's
+photo must never touch the disk.
+"""
+
+import asyncio
+import contextlib
+import re
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import multipart
+from starlette.datastructures import Headers
+from starlette.types import Message, Receive
+
+from server.inference.errors import (
+    BadRequest,
+    ClientGone,
+    Problem,
+    TooLarge,
+    Unprocessable,
+    UnsupportedType,
+)
+
+__all__ = [
+    "FIELD",
+    "MULTIPART",
+    "RAW_TYPES",
+    "Fields",
+    "Part",
+    "check_type",
+    "hang_up",
+    "has_hung_up",
+    "image_in_body",
+    "is_form",
+    "read_body",
+    "read_parts",
+]
+
+FIELD = "file"
+"""Name of the form field that holds the photo."""
+
+MULTIPART = "multipart/form-data"
+
+Fields = Sequence[tuple[str, str]]
+"""Names and values of a form's fields, but for its photos."""
+
+RAW_TYPES = (
+    "image/jpeg",
+    "image/png",
+    "image/webp",
+    "image/tiff",
+    "image/bmp",
+    "application/octet-stream",
+)
+"""Content types of a body that is the image itself, by their proper names."""
+
+# Names of bytes that nobody has looked at; `image/` with anything behind it is an image as well.
+_UNTOLD_TYPES = (
+    "",
+    "*/*",
+    "application/octet-stream",
+    "application/x-octet-stream",
+    "application/binary",
+    "application/unknown",
+    "application/x-image",
+    "binary/octet-stream",
+)
+
+_HINTS = {
+    "application/x-www-form-urlencoded": " curl --data-binary names this type unless it is told"
+    " another one: -H 'Content-Type: image/jpeg'."
+}
+
+# Without a boundary, or with one that is not the body's, most often because somebody set it.
+_LEAVE_TO_CLIENT = (
+    "Do not set Content-Type yourself: whatever makes the form (curl -F, FormData, files= in"
+    " requests) knows the boundary and sets both."
+)
+_FORM_START = re.compile(rb"--[^\r\n]{1,200}\r?\nContent-", re.IGNORECASE)
+
+_MAX_PARTS = 16
+
+# Of a field that holds a parameter: all of their values are shorter.
+_MAX_VALUE = 100
+
+# Of a field's name, which comes back with its photo's answer.
+_MAX_NAME = 200
+
+
+def check_type(headers: Headers) -> None:
+    """Refuse what is certainly not an image before its body is read; else its bytes decide.
+
+    Raises:
+        UnsupportedType: neither a form nor a type of image that is served, or compressed.
+    """
+    _check_encoding(headers)
+    kind = _media_type(headers.get("content-type", ""))
+    if kind != MULTIPART and not kind.startswith("image/") and kind not in _UNTOLD_TYPES:
+        raise UnsupportedType(
+            f"A body of type {kind[:80]} is not served. Send the photo as the field {FIELD!r} of a"
+            f" {MULTIPART} form, or as the body itself with one of these types:"
+            f" {', '.join(RAW_TYPES)}.{_HINTS.get(kind, '')}"
+        )
+
+
+def _check_encoding(headers: Headers) -> None:
+    encoding = headers.get("content-encoding", "identity")
+    if encoding.strip().lower() != "identity":
+        raise UnsupportedType(
+            f"A body with Content-Encoding {encoding[:40]} is not served: photos are compressed"
+            " already. Send it without Content-Encoding.",
+            # As RFC 9110 has it (15.5.16).
+            {"Accept-Encoding": "identity"},
+        )
+
+
+async def read_body(
+    receive: Receive, headers: Headers, *, max_bytes: int, take: Callable[[int], None]
+) -> bytes:
+    """The whole body, refused as soon as it is known to be too large.
+
+    Args:
+        receive: the ASGI channel.
+        headers: the request's.
+        max_bytes: largest body that is read.
+        take: accounts for bytes that have come, not for what is announced: who sends slowly must
+            not take what others could use. See `ByteBudget.account`.
+
+    Raises:
+        TooLarge: the length announced, or the bytes that came, exceed `max_bytes`.
+        ClientGone: the client hung up before the end.
+    """
+    chunks = [chunk async for chunk in _chunks(receive, headers, max_bytes=max_bytes, take=take)]
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A photo of a request that has several."""
+
+    name: str
+    """Of its field in the form."""
+    file_name: str | None
+    """That its sender gave the photo."""
+    size: int
+    """Bytes that it took from the budget."""
+    photo: list[bytes] | Problem
+    """Its bytes, for one to take out (see `Service.segment`), or what is wrong with them."""
+
+
+async def read_parts(
+    receive: Receive,
+    headers: Headers,
+    *,
+    max_bytes: int,
+    max_parts: int,
+    max_part_bytes: int,
+    take: Callable[[int], None],
+) -> tuple[list[Part], Fields]:
+    """All photos of a form, whatever their fields are called, and its parameters.
+
+    A parameter is a field without a file name whose value is too short for a photo.
+
+    Args:
+        receive, headers, max_bytes, take: as for `read_body`.
+        max_parts: most photos in the form.
+        max_part_bytes: largest photo; of a larger one nothing is kept.
+
+    Raises:
+        BadRequest: the form is malformed, or empty.
+        UnsupportedType: the body is not a form, or compressed.
+        TooLarge: it has too many photos, or bytes.
+        ClientGone: the client hung up before the end.
+    """
+    _check_encoding(headers)
+    content_type = headers.get("content-type", "")
+    if _media_type(content_type) != MULTIPART:
+        raise UnsupportedType(
+            f"Several photos are sent as a {MULTIPART} form, each in a field of its own."
+        )
+    photos: list[tuple[str, list[bytes]]] = []
+    sizes: list[int] = []
+    file_names: list[str | None] = []
+    too_many = TooLarge(f"The form has more than the {max_parts} photos that one request may have.")
+    with _form_parser(content_type, max_parts=max_parts + _MAX_PARTS + 1) as parse:
+        async for chunk in _chunks(receive, headers, max_bytes=max_bytes, take=take):
+            for event in parse(chunk):
+                if isinstance(event, multipart.MultipartSegment):
+                    photos.append((_field_name(event.name), []))
+                    sizes.append(0)
+                    named = event.filename is not None
+                    file_names.append(_field_name(event.filename) if named else None)
+                    if len(photos) > max_parts + _MAX_PARTS:
+                        raise too_many
+                elif event is not None:
+                    sizes[-1] += len(event)
+                    if sizes[-1] <= max_part_bytes:
+                        photos[-1][1].append(bytes(event))
+                    else:
+                        photos[-1][1].clear()
+    parts: list[Part] = []
+    fields: list[tuple[str, str]] = []
+    for (name, chunks), size, file_name in zip(photos, sizes, file_names, strict=True):
+        if file_name is None and size <= _MAX_VALUE:
+            fields.append((name, _field_value(name, b"".join(chunks))))
+            continue
+        photo: list[bytes] | Problem = [b"".join(chunks)]
+        chunks.clear()
+        if size > max_part_bytes:
+            photo = TooLarge(
+                f"The photo has {size} bytes, {max_part_bytes} are allowed. Send a smaller one, or"
+                " one that is compressed more."
+            )
+        elif not size:
+            photo = BadRequest("The field is empty: put the photo's bytes there.")
+        parts.append(Part(name, file_name, size, photo))
+    if not parts:
+        raise BadRequest("The form is empty, or has no photo: put each into a field of its own.")
+    if len(parts) > max_parts:
+        raise too_many
+    return parts, fields
+
+
+def _field_name(name: str | None) -> str:
+    # The parser reads names as Latin-1, so as never to fail; nearly everyone sends UTF-8.
+    return (name or "").encode("latin-1").decode("utf-8", "replace")[:_MAX_NAME]
+
+
+async def _chunks(
+    receive: Receive, headers: Headers, *, max_bytes: int, take: Callable[[int], None]
+) -> AsyncIterator[bytes]:
+    too_large = TooLarge(
+        f"The body is larger than the {max_bytes} bytes that are allowed. Send a smaller photo, or"
+        " one that is compressed more."
+    )
+    announced = headers.get("content-length")
+    # A number: whatever is not does not get past the parser of HTTP.
+    if announced is not None and int(announced) > max_bytes:
+        raise too_large
+    size = 0
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        chunk = message.get("body", b"")
+        more = message.get("more_body", False)
+        size += len(chunk)
+        if size > max_bytes:
+            raise too_large
+        take(len(chunk))
+        yield chunk
+
+
+@contextlib.contextmanager
+def hang_up(receive: Receive) -> Iterator[asyncio.Future[Message]]:
+    """What is done when the client hangs up; to be used once the whole body has come."""
+    gone = asyncio.ensure_future(receive())
+    try:
+        yield gone
+    finally:
+        gone.cancel()
+
+
+def has_hung_up(gone: asyncio.Future[Message]) -> bool:
+    """Whether the client did, and not just nobody looks any more: `gone` is from `hang_up`."""
+    return gone.done() and not gone.cancelled()
+
+
+def is_form(content_type: str) -> bool:
+    """Whether a body of this type is a multipart form."""
+    return _media_type(content_type) == MULTIPART
+
+
+def image_in_body(
+    body: bytes, content_type: str, take_fields: Callable[[Fields], None] | None = None
+) -> bytes:
+    """The image's bytes: the body itself, or the field `file` of a multipart form.
+
+    Args:
+        body: as it came.
+        content_type: of the body.
+        take_fields: told of a form's other fields; raises what is wrong with them.
+
+    Raises:
+        BadRequest: the body is empty, the form is malformed, or has not exactly one such field.
+    """
+    if not body:
+        raise BadRequest(
+            "The request has no body. Send a photo, for example: curl -F file=@lesion.jpg"
+            " http://…/segment -o mask.png"
+        )
+    if not is_form(content_type):
+        if _FORM_START.match(body):
+            raise BadRequest(
+                f"The body is a form, but its Content-Type is {content_type[:80] or 'missing'}."
+                f" {_LEAVE_TO_CLIENT}"
+            )
+        return body
+    images: list[list[bytes]] = []
+    others: list[tuple[str, list[bytes]]] = []
+    wanted: list[bytes] = []
+    with _form_parser(content_type, max_parts=_MAX_PARTS) as parse:
+        for event in parse(body):
+            if isinstance(event, multipart.MultipartSegment):
+                wanted = []
+                if event.name == FIELD:
+                    images.append(wanted)
+                else:
+                    others.append((_field_name(event.name), wanted))
+            elif event is not None:
+                wanted.append(bytes(event))
+    if not images:
+        names = [repr(name[:40]) if name else "a field without a name" for name, _ in others]
+        found = f" It has {', '.join(names)}." if names else ""
+        raise BadRequest(f"The form has no field {FIELD!r}: put the photo there.{found}")
+    if len(images) > 1:
+        raise BadRequest(
+            f"The form has {len(images)} fields {FIELD!r}: send one photo in a request."
+        )
+    image = b"".join(images[0])
+    if not image:
+        raise BadRequest(f"The field {FIELD!r} is empty: put the photo's bytes there.")
+    if take_fields is not None:
+        take_fields([(name, _field_value(name, b"".join(value))) for name, value in others])
+    return image
+
+
+def _field_value(name: str, value: bytes) -> str:
+    if len(value) > _MAX_VALUE:
+        raise Unprocessable(
+            f"The field {name[:40]!r} has {len(value)} bytes, which no parameter has: the photo"
+            f" goes into the field {FIELD!r}."
+        )
+    return value.decode("utf-8", "replace")
+
+
+@contextlib.contextmanager
+def _form_parser(
+    content_type: str, *, max_parts: int
+) -> Iterator[Callable[[bytes], Iterator[Any]]]:
+    """Gives what turns a form's bytes into fields and their contents, piece by piece."""
+    _, options = multipart.parse_options_header(content_type)
+    boundary = options.get("boundary")
+    if not boundary:
+        raise BadRequest(
+            f"Content-Type: {MULTIPART} comes without its boundary, by which the form's fields are"
+            f" told apart. {_LEAVE_TO_CLIENT}"
+        )
+    try:
+        with multipart.PushMultipartParser(
+            boundary,
+            max_segment_count=max_parts,
+            # Never fails to decode: file names come in any charset, and are not looked at.
+            header_charset="latin-1",
+        ) as parser:
+            yield parser.parse
+    except multipart.MultipartError as error:
+        raise BadRequest(f"The multipart form is malformed: {error.args[0]}.") from error
+
+
+def _media_type(content_type: str) -> str:
+    return content_type.partition(";")[0].strip().lower()

@@ -1,0 +1,357 @@
+"""Who is let in: as many as there is room for, and only those that can be answered in time.
+
+How long a request would wait is told by how many photos are ahead of it and by the pace at which
+photos got done while there were any: decoding, the network, batches, encoding and whatever else
+keeps the machine busy are all in that pace. Interactive photos wait for each other and for bulk's
+share of the batches; bulk ones for what others leave them, which is a pace of its own.
+
+A request that would be answered too late is refused before its body is read, and once more when
+its body has come and those ahead turned out to be more. One that nobody is ahead of is let in
+whatever its deadline, for it could not do better by coming back.
+"""
+
+import contextlib
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+from server.inference.batching import INTERACTIVE_PER_BULK
+from server.inference.budgets import ByteBudget
+from server.inference.errors import Overloaded
+from server.settings import Settings
+
+__all__ = ["Gate", "Pace", "Place"]
+
+# Photos that a pace is an average of, and batches: those of one come all at once. Bulk's depends on
+# who else is there, and is to be forgotten sooner.
+_PHOTOS = 32
+_BULK_PHOTOS = 8
+_BATCHES = 4
+
+# A pace is the middle of the means of so many parts of them: one photo that took long, whatever
+# the reason, shapes one part alone.
+_PARTS = 4
+
+# After so long without work, half of what a pace lies above the one at the start is forgotten: what
+# was seen in a bad minute must not refuse anyone in a good one.
+_FORGET_S = 1.0
+
+# What was measured at the start counts as so many photos done. The first ones done under load say
+# little: all of those that came with them were decoded while they were.
+_SUPPOSED_PHOTOS = 8
+
+# Of what is left until its deadline a request may spend so much by expectation; the rest is for
+# what nobody expects, such as other work on the machine that comes while it waits.
+_USABLE = 0.7
+
+# A body that takes longer than this to come is not ahead of anyone and has no place: a slow client
+# must not keep others out. When it is there it has to find room anew.
+_ARRIVING_S = 1.0
+
+
+class Pace:
+    """How soon photos get done, by those that got done last."""
+
+    def __init__(self, memory: int) -> None:
+        """Args:
+        memory: photos that it is an average of.
+        """
+        self.photos = 0
+        """That are being worked on or wait for it."""
+        self._busy_s = 0.0
+        self._counted = 0.0
+        self._done: deque[float] = deque([0.0], memory + 1)
+        self._seen: float | None = None
+        self._supposed_s = 0.0
+
+    @property
+    def seconds_each(self) -> float:
+        """From one that gets done to the next, while there are any; 0 before it is known."""
+        seen_s = self._seen_s()
+        if self.photos or seen_s <= self._supposed_s:
+            return seen_s
+        idle_s = time.perf_counter() - self._counted
+        return self._supposed_s + (seen_s - self._supposed_s) * math.exp2(-idle_s / _FORGET_S)
+
+    def _seen_s(self) -> float:
+        # Asked for by everyone who is refused, and another one only when photos get done.
+        if self._seen is None:
+            self._seen = self._middle()
+        return self._seen
+
+    def _middle(self) -> float:
+        count = len(self._done) - 1
+        if count < 2 * _PARTS:
+            return (self._done[-1] - self._done[0]) / count if count else 0.0
+        ends = [count * part // _PARTS for part in range(_PARTS + 1)]
+        means = sorted(
+            (self._done[end] - self._done[start]) / (end - start) for start, end in pairwise(ends)
+        )
+        return sum(means[1:-1]) / (_PARTS - 2)
+
+    @property
+    def overdue_s(self) -> float:
+        """Since the last one got done, while there are any."""
+        return (
+            self._busy_s + time.perf_counter() - self._counted - self._done[-1]
+            if self.photos
+            else 0.0
+        )
+
+    def suppose(self, seconds_each: float, memory: int) -> None:
+        """What to go by until photos have been seen, and of how many to make an average."""
+        self._supposed_s = seconds_each
+        done = list(self._done)
+        if len(done) == 1:
+            done = [done[0] - seconds_each * n for n in range(_SUPPOSED_PHOTOS, -1, -1)]
+        self._done = deque(done, memory + 1)
+        self._seen = None
+
+    def begin(self, photos: int) -> None:
+        """So many more are worked on or wait."""
+        seen_s = self._seen_s()
+        if not self.photos and seen_s:
+            share = self.seconds_each / seen_s
+            self._done = deque(
+                (self._busy_s - (self._busy_s - at) * share for at in self._done),
+                self._done.maxlen,
+            )
+            self._seen = None
+        self._count_time()
+        self.photos += photos
+
+    def end(self, photos: int, *, served: bool) -> None:
+        """So many less; `served` if the network has run them.
+
+        What others took was nearly nothing, or was in vain: it counts for those that come next.
+        """
+        self._count_time()
+        self.photos -= photos
+        if served:
+            self._done.extend([self._busy_s] * photos)
+            self._seen = None
+
+    def _count_time(self) -> None:
+        now = time.perf_counter()
+        if self.photos:
+            self._busy_s += now - self._counted
+        self._counted = now
+
+
+class Place:
+    """What a request holds from its admission to its answer."""
+
+    def __init__(
+        self,
+        gate: "Gate",
+        take: Callable[[int], None],
+        deadline: float,
+        bulk: bool,
+    ) -> None:
+        self.take = take
+        """Accounts for bytes of its body; see `ByteBudget.account`."""
+        self.deadline = deadline
+        """Second of `time.perf_counter`; may be set until `check`, as may `bulk`."""
+        self.bulk = bulk
+        self._gate = gate
+        self._photos = 0
+
+    def check(self, photos: int = 1) -> None:
+        """The body is there, with so many photos.
+
+        Raises:
+            Overloaded: they would be done too late, or the place was lost while the body came.
+        """
+        self._gate.arrived(self)
+        self._gate.check(photos, self.deadline - time.perf_counter(), bulk=self.bulk)
+
+    def begin(self, photos: int = 1) -> None:
+        """Work on so many of them begins."""
+        self._photos += photos
+        for pace in self._gate.paces(bulk=self.bulk):
+            pace.begin(photos)
+
+    def end(self, photos: int = 1, *, served: bool) -> None:
+        """Work on so many of them is over; `served` if the network has run them."""
+        self._photos -= photos
+        for pace in self._gate.paces(bulk=self.bulk):
+            pace.end(photos, served=served)
+
+    def leave(self) -> None:
+        """The request is over, whatever photos it still has."""
+        self._gate.left(self)
+        if self._photos:
+            self.end(self._photos, served=False)
+
+
+class Gate:
+    """Counts places, bytes and photos, and refuses what would be too many."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.admitted = 0
+        """Requests that have been let in."""
+        self._admitted_bulk = 0
+        self.body_bytes = ByteBudget(settings.max_bytes_in_flight)
+        self._bulk_bytes = ByteBudget(settings.bulk_bytes, self.body_bytes)
+        self._settings = settings
+        self._pace = Pace(_PHOTOS)
+        self._bulk_pace = Pace(_BULK_PHOTOS)
+        self._max_batch = 1
+        self._arriving: dict[Place, float] = {}
+
+    def expect(self, seconds_an_image: float, max_batch: int) -> None:
+        """By a first measurement, what a photo takes the network, and how many it runs together."""
+        self._max_batch = max_batch
+        self._pace.suppose(seconds_an_image, max(_PHOTOS, _BATCHES * max_batch))
+
+    def paces(self, *, bulk: bool) -> tuple[Pace, ...]:
+        """That a photo counts for."""
+        return (self._pace, self._bulk_pace) if bulk else (self._pace,)
+
+    def wait_s(self, photos: int = 1, *, bulk: bool, arriving: int = 0) -> float:
+        """Until the last of so many is done that come now, seconds; 0 if nobody is ahead.
+
+        Args:
+            photos: that come now.
+            bulk: whether they are.
+            arriving: photos of the same kind that come before them, beside those worked on.
+        """
+        each_s, most = self._pace.seconds_each, self._max_batch
+        interactive = self._pace.photos - self._bulk_pace.photos
+        if bulk:
+            ahead = self._bulk_pace.photos + arriving
+            if not ahead and not interactive:
+                return 0.0
+            pace_s = max(each_s, self._bulk_pace.seconds_each, self._bulk_pace.overdue_s)
+            # A batch of others runs already, and those of its own batch come with it.
+            return (ahead + photos) * pace_s + 2 * min(interactive, most) * each_s
+        ahead = interactive + arriving
+        ahead += min(self._bulk_pace.photos, 1 + ahead // INTERACTIVE_PER_BULK)
+        # As many as are ahead may follow and run in the same batch.
+        return (ahead + photos + min(ahead, most - 1)) * each_s if ahead else 0.0
+
+    @contextlib.contextmanager
+    def enter(self, *, deadline: float, bulk: bool) -> Iterator[Place]:
+        """A place among the requests being worked on.
+
+        Args:
+            deadline: second of `time.perf_counter` after which an answer is of no use.
+            bulk: takes half of the places, and of the bytes, at most with all others of its kind.
+
+        Raises:
+            Overloaded: all places are taken, or the answer would come too late.
+        """
+        self.check_room(deadline=deadline, bulk=bulk)
+        body_bytes = self._bulk_bytes if bulk else self.body_bytes
+        with self.places(1, bulk=bulk), body_bytes.account(self._memory_full) as take:
+            place = Place(self, take, deadline, bulk)
+            self._arriving[place] = time.perf_counter()
+            try:
+                yield place
+            finally:
+                place.leave()
+
+    def check_room(
+        self, *, deadline: float, bulk: bool, coming: int = 0, others_coming: int = 0
+    ) -> None:
+        """Whether one more can be let in; other arguments and errors are those of `enter`.
+
+        Args:
+            coming: requests of its kind that come before it and have not entered yet.
+            others_coming: the same of the other kind.
+        """
+        usable_s = (deadline - time.perf_counter()) * _USABLE
+        self.check(1, usable_s, bulk=bulk, arriving=self._count_arriving(bulk) + coming)
+        self._find_places(1 + coming, bulk=bulk, others=others_coming)
+
+    @contextlib.contextmanager
+    def answer_bytes(self, count: int, *, bulk: bool) -> Iterator[None]:
+        """So many bytes of an answer that is large: they count as those of bodies do.
+
+        Raises:
+            Overloaded: there is no room for them.
+        """
+        body_bytes = self._bulk_bytes if bulk else self.body_bytes
+        with body_bytes.account(self._memory_full) as take:
+            take(count)
+            yield
+
+    @contextlib.contextmanager
+    def places(self, count: int, *, bulk: bool) -> Iterator[None]:
+        """So many places; a request with several photos takes some beside its own.
+
+        Raises:
+            Overloaded: fewer are free.
+        """
+        self._find_places(count, bulk=bulk)
+        counted_as_bulk = count if bulk else 0
+        self.admitted += count
+        self._admitted_bulk += counted_as_bulk
+        try:
+            yield
+        finally:
+            self.admitted -= count
+            self._admitted_bulk -= counted_as_bulk
+
+    def arrived(self, place: Place) -> None:
+        """The body of this one has come.
+
+        Raises:
+            Overloaded: it came so slowly that its place was given to others, and none is free.
+        """
+        if time.perf_counter() - self._arriving[place] >= _ARRIVING_S:
+            self._find_places(1, bulk=place.bulk)
+        self.left(place)
+
+    def left(self, place: Place) -> None:
+        """Nothing more is to come for this one."""
+        self._arriving.pop(place, None)
+
+    def _find_places(self, count: int, *, bulk: bool, others: int = 0) -> None:
+        # Bulk has a share of its own: held against all, it would never be let in, and so starve,
+        # where others keep the queue half full.
+        in_time = list(self._arriving_in_time())
+        taken = self.admitted - (len(self._arriving) - len(in_time)) + others
+        is_full = taken + count > self._settings.max_queue
+        if bulk and not is_full:
+            slow = sum(place.bulk for place in self._arriving) - sum(
+                place.bulk for place in in_time
+            )
+            is_full = self._admitted_bulk - slow + count > self._settings.bulk_queue
+        if is_full:
+            raise self._overloaded("the queue is full", "queue_full")
+
+    def check(self, photos: int, left_s: float, *, bulk: bool, arriving: int = 0) -> None:
+        """Raises:
+        Overloaded: so many photos that come now are not done in `left_s`; see `wait_s`.
+        """
+        wait_s = self.wait_s(photos, bulk=bulk, arriving=arriving)
+        if wait_s and wait_s > left_s:
+            raise self._overloaded(
+                f"by what is ahead the answer would take about {wait_s:.1f} s, longer than the"
+                " request may take (X-Request-Timeout-Ms)",
+                "would_be_late",
+            )
+
+    def _count_arriving(self, bulk: bool) -> int:
+        return sum(place.bulk is bulk for place in self._arriving_in_time())
+
+    def _arriving_in_time(self) -> Iterator[Place]:
+        now = time.perf_counter()
+        for place, since in reversed(self._arriving.items()):
+            if now - since >= _ARRIVING_S:
+                return
+            yield place
+
+    def _memory_full(self) -> Overloaded:
+        return self._overloaded("the photos in flight fill the memory set aside for them", "memory")
+
+    def _overloaded(self, why: str, reason: str) -> Overloaded:
+        retry_s = max(1, math.ceil(self._pace.photos * self._pace.seconds_each))
+        return Overloaded(
+            f"The server is busy: {why}. Try again in about {retry_s} s (Retry-After).",
+            retry_s,
+            reason,
+        )

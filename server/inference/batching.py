@@ -1,0 +1,401 @@
+"""Idle-aware batching: start at once while the network is idle, gather while it is busy.
+
+A request that finds a free slot of the backend runs immediately, alone. Those that come while all
+slots are busy wait together, and the slot that comes free next takes up to `max_batch` of them. So
+a lone request pays nothing for batching, and load fills the batches by itself. Nothing is polled:
+work is handed out when a request arrives and when a slot comes free.
+
+Interactive photos go before bulk ones. Bulk gets the seats that a batch would be padded with, the
+slots that nobody else wants (in runs so short that whoever comes next hardly waits), and, so that
+it never starves, one photo for every eight interactive ones.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+
+import numpy as np
+from numpy.typing import NDArray
+
+from server.backends import Backend, BackendError
+from server.inference.errors import ClientGone, DeadlineExceeded, InferenceFailed, Unavailable
+from server.observe.metrics import Metrics
+
+__all__ = ["FAILING", "FAILURES", "INTERACTIVE_PER_BULK", "Batcher", "Inference"]
+
+log = logging.getLogger("slsnet.batching")
+
+FAILURES = 5
+"""A batch that fails and its retry can be one photo's fault; after this many runs in a row that
+failed, the backend is at fault."""
+
+FAILING = (
+    "The network fails on every photo and is being loaded anew. Try again when GET /health/ready"
+    " answers 200."
+)
+"""What clients are told of it."""
+
+INTERACTIVE_PER_BULK = 8
+"""While both kinds wait, so many interactive photos run for one bulk photo."""
+
+# A run of bulk photos alone is kept about this short: it cannot be interrupted.
+_BULK_RUN_S = 0.1
+
+# A run that takes longer than this, and so many times what was to be expected, never ends.
+_HUNG_S = 30.0
+_HUNG_TIMES = 20
+# Looks at the clock meanwhile, so that a process that was stopped for a while has lost one of them.
+_LOOKS = 10
+
+
+@dataclass(frozen=True)
+class Inference:
+    """What the network said of one image, and when (seconds of `time.perf_counter`)."""
+
+    probability: NDArray[np.float32]
+    """float32 [128, 128]"""
+    started: float
+    ended: float
+    batch_size: int
+
+
+@dataclass(eq=False)
+class _Item:
+    pixels: NDArray[np.uint8]
+    deadline: float
+    is_gone: Callable[[], bool]
+    result: asyncio.Future[Inference]
+    arrived: float = field(default_factory=time.perf_counter)
+
+
+class Batcher:
+    """Feeds one backend from one event loop; `infer` is called on that loop."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        metrics: Metrics,
+        *,
+        max_batch: int = 0,
+        max_wait_ms: float = 0,
+        on_failing: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Args:
+        backend: loaded and warmed up.
+        metrics: told of batch sizes, drops and failures.
+        max_batch: 0 for the backend's own.
+        max_wait_ms: how long an idle backend waits for a batch to fill.
+        on_failing: called once, when the backend has failed `FAILURES` times in a row, or hangs.
+        """
+        self.info = info = backend.describe()
+        self._backend = backend
+        self._metrics = metrics
+        self.max_batch = max_batch or info.max_batch
+        """Images that run together at most."""
+        if info.buckets:
+            self.max_batch = min(self.max_batch, info.buckets[-1])
+        self._buckets = info.buckets
+        self._slots = info.slots
+        self._max_wait_s = max_wait_ms / 1000
+        self._interactive: deque[_Item] = deque()
+        self._bulk: deque[_Item] = deque()
+        self._interactive_since_bulk = 0
+        self._running: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._threads = _Threads(info.slots)
+        self._on_failing = on_failing
+        self._failures = 0
+        self._is_failing = False
+        self._hung = False
+        self.seconds_per_image = 0.0
+        """Moving average of the backend's time an image."""
+
+    async def infer(
+        self,
+        pixels: NDArray[np.uint8],
+        *,
+        deadline: float,
+        is_gone: Callable[[], bool] = lambda: False,
+    ) -> Inference:
+        """Run one image, with others if the backend is busy.
+
+        Args:
+            pixels: uint8 [128, 128, 3].
+            deadline: second of `time.perf_counter` after which the image is not run.
+            is_gone: whether nobody waits for the answer any more; asked when a batch is formed.
+
+        Raises:
+            DeadlineExceeded: the deadline passed while the image waited.
+            ClientGone: `is_gone` said so.
+            InferenceFailed: the backend failed on this image in its batch and again alone.
+            Unavailable: the backend fails all the time, or does not come back.
+        """
+        return await self.submit([pixels], deadline=deadline, is_gone=is_gone)[0]
+
+    def submit(
+        self,
+        images: Sequence[NDArray[np.uint8]],
+        *,
+        deadline: float,
+        is_gone: Callable[[], bool] = lambda: False,
+        bulk: bool = False,
+    ) -> list[asyncio.Future[Inference]]:
+        """Queue images, each for itself; arguments and errors are those of `infer`.
+
+        Args:
+            images: each uint8 [128, 128, 3].
+            deadline, is_gone: as for `infer`.
+            bulk: let interactive images go first.
+
+        Returns:
+            A future for each; cancelling it takes the image out of the queue.
+        """
+        loop = asyncio.get_running_loop()
+        items = [_Item(pixels, deadline, is_gone, loop.create_future()) for pixels in images]
+        (self._bulk if bulk else self._interactive).extend(items)
+        self._dispatch()
+        return [item.result for item in items]
+
+    @property
+    def is_failing(self) -> bool:
+        """Whether the backend failed `FAILURES` times in a row, or hangs; once so, it stays so."""
+        return self._is_failing
+
+    def waiting(self, *, bulk: bool) -> int:
+        """Images in the queue."""
+        return len(self._bulk if bulk else self._interactive)
+
+    def longest_wait_s(self) -> float:
+        """Of the images in the queue, up to now."""
+        heads = [queue[0].arrived for queue in (self._interactive, self._bulk) if queue]
+        return time.perf_counter() - min(heads) if heads else 0.0
+
+    async def close(self) -> None:
+        """Finish what is queued and running, then close the backend, unless it hangs."""
+        self._max_wait_s = 0
+        self._dispatch()
+        while self._running:
+            await asyncio.wait(self._running)
+        self._threads.close()
+        if not self._hung:
+            # A thread is in there otherwise.
+            self._backend.close()
+
+    def _dispatch(self) -> None:
+        if self._is_failing:
+            for queue in (self._interactive, self._bulk):
+                while queue:
+                    _refuse(queue.popleft())
+        while len(self._running) < self._slots and (self._interactive or self._bulk):
+            if self._should_wait():
+                return
+            batch = self._next_batch()
+            if batch:
+                task = asyncio.get_running_loop().create_task(self._run(batch))
+                self._running.add(task)
+                task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        self._dispatch()
+
+    def _should_wait(self) -> bool:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        queues = [queue for queue in (self._interactive, self._bulk) if queue]
+        if sum(len(queue) for queue in queues) >= self.max_batch:
+            return False
+        oldest = min(queue[0].arrived for queue in queues)
+        remaining = oldest + self._max_wait_s - time.perf_counter()
+        if remaining <= 0:
+            return False
+        self._timer = asyncio.get_running_loop().call_later(remaining, self._dispatch)
+        return True
+
+    def _next_batch(self) -> list[_Item]:
+        batch: list[_Item] = []
+        self._fill(batch, self._bulk, self._interactive_since_bulk // INTERACTIVE_PER_BULK)
+        turns = len(batch)
+        self._fill(batch, self._interactive, self.max_batch)
+        interactive = len(batch) - turns
+        seats = min(self._bucket(len(batch)), self.max_batch) if batch else self._bulk_run()
+        self._fill(batch, self._bulk, seats)
+        if len(batch) > turns + interactive or not self._bulk:
+            self._interactive_since_bulk = 0
+        else:
+            self._interactive_since_bulk += interactive - turns * INTERACTIVE_PER_BULK
+        return batch
+
+    def _fill(self, batch: list[_Item], queue: deque[_Item], size: int) -> None:
+        while queue and len(batch) < size:
+            item = queue.popleft()
+            if self._is_wanted(item):
+                batch.append(item)
+
+    def _bulk_run(self) -> int:
+        """Images that take about `_BULK_RUN_S`; one while it is not known."""
+        if not self.seconds_per_image:
+            return 1
+        size = max(1, min(self.max_batch, int(_BULK_RUN_S / self.seconds_per_image)))
+        return max((bucket for bucket in self._buckets if bucket <= size), default=size)
+
+    def _bucket(self, images: int) -> int:
+        """The size of batch that so many images run in."""
+        return next((size for size in self._buckets if size >= images), images)
+
+    def _is_wanted(self, item: _Item) -> bool:
+        """Whether someone still waits for this image; who waits in vain is told so."""
+        if item.result.done():
+            if time.perf_counter() >= item.deadline:
+                reason = "deadline"
+            else:
+                # Else another image of the request failed, or it was given up.
+                reason = "client_gone" if item.is_gone() else "abandoned"
+            self._metrics.dropped.labels(reason).inc()
+            return False
+        if item.is_gone():
+            self._metrics.dropped.labels("client_gone").inc()
+            item.result.set_exception(ClientGone())
+            return False
+        if time.perf_counter() >= item.deadline:
+            self._metrics.dropped.labels("deadline").inc()
+            item.result.set_exception(DeadlineExceeded(_TOO_LATE))
+            return False
+        return True
+
+    async def _run(self, batch: list[_Item]) -> None:
+        try:
+            await self._infer(batch)
+        except Exception:
+            # One image may be the cause: each gets a second chance, on its own.
+            log.exception("inference failed on a batch of %d, retrying one by one", len(batch))
+            self._metrics.batch_failures.inc()
+            for item in batch:
+                if self._is_failing:
+                    _refuse(item)
+                elif self._is_wanted(item):
+                    await self._retry(item)
+
+    async def _retry(self, item: _Item) -> None:
+        try:
+            await self._infer([item])
+        except Exception as error:
+            log.exception("inference failed on a single image")
+            if self._hung:
+                _refuse(item)
+            elif not item.result.done():
+                failure = InferenceFailed(
+                    "The network failed on this photo twice. Trying again later may work; if it"
+                    " does not, report the request_id."
+                )
+                failure.__cause__ = error
+                item.result.set_exception(failure)
+
+    async def _infer(self, batch: list[_Item]) -> None:
+        try:
+            started, ended, probabilities = await self._in_time(batch)
+        except Exception:
+            self._failures += 1
+            if self._failures >= FAILURES:
+                self._fail()
+            raise
+        self._failures = 0
+        self._metrics.batch_size.observe(len(batch))
+        self._metrics.padding.inc(self._bucket(len(batch)) - len(batch))
+        per_image = (ended - started) / len(batch)
+        self.seconds_per_image += (per_image - self.seconds_per_image) * (
+            0.1 if self.seconds_per_image else 1
+        )
+        for item, probability in zip(batch, probabilities, strict=True):
+            if not item.result.done():
+                item.result.set_result(Inference(probability, started, ended, len(batch)))
+
+    async def _in_time(self, batch: list[_Item]) -> tuple[float, float, NDArray[np.float32]]:
+        """What `_call_backend` gives; BackendError if that takes for ever."""
+        images = [item.pixels for item in batch]
+        running = asyncio.wrap_future(self._threads.submit(lambda: self._call_backend(images)))
+        expected_s = self.seconds_per_image * self._bucket(len(batch))
+        limit_s = max(_HUNG_S, _HUNG_TIMES * expected_s)
+        for _ in range(_LOOKS):
+            await asyncio.wait([running], timeout=limit_s / _LOOKS)
+            if running.done():
+                return running.result()
+        self._hung = True
+        self._fail()
+        raise BackendError(f"The backend has not come back for {limit_s:g} s.")
+
+    def _fail(self) -> None:
+        """Give the backend nothing more, and tell those who wait for it."""
+        if not self._is_failing:
+            self._is_failing = True
+            self._dispatch()
+            self._on_failing()
+
+    def _call_backend(
+        self, images: Sequence[NDArray[np.uint8]]
+    ) -> tuple[float, float, NDArray[np.float32]]:
+        """In a thread: images → start, end (s), probabilities float32 [n, 128, 128]."""
+        started = time.perf_counter()
+        batch = np.stack(images)
+        bucket = self._bucket(len(images))
+        if bucket > len(images):
+            batch = np.pad(batch, [(0, bucket - len(images)), (0, 0), (0, 0), (0, 0)])
+        probabilities = self._backend.infer(batch)[: len(images)]
+        if len(probabilities) != len(images) or not np.isfinite(probabilities).all():
+            raise BackendError("The backend's answer is not one finite map for each image.")
+        return started, time.perf_counter(), probabilities
+
+
+_Result = tuple[float, float, NDArray[np.float32]]
+
+
+class _Threads:
+    """Threads that the end of the process does not wait for: one may be in a driver for ever."""
+
+    def __init__(self, count: int) -> None:
+        self._work: SimpleQueue[tuple[Future[_Result], Callable[[], _Result]] | None] = (
+            SimpleQueue()
+        )
+        self._count = count
+        for number in range(count):
+            threading.Thread(target=self._run, name=f"infer_{number}", daemon=True).start()
+
+    def submit(self, work: Callable[[], _Result]) -> Future[_Result]:
+        future: Future[_Result] = Future()
+        self._work.put((future, work))
+        return future
+
+    def close(self) -> None:
+        """Let them end once they are idle."""
+        for _ in range(self._count):
+            self._work.put(None)
+
+    def _run(self) -> None:
+        while (item := self._work.get()) is not None:
+            future, work = item
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(work())
+            except Exception as error:  # noqa: BLE001  # it goes to who waits
+                future.set_exception(error)
+            # Or the last batch would be held until the next one.
+            del item, future, work
+
+
+def _refuse(item: _Item) -> None:
+    if not item.result.done():
+        item.result.set_exception(Unavailable(FAILING))
+
+
+_TOO_LATE = (
+    "The deadline passed before the photo reached the network. Send it again when the server is"
+    " less busy, or allow more time with X-Request-Timeout-Ms."
+)

@@ -1,0 +1,161 @@
+"""What serves first, and what takes over: CPU or CUDA at once, TensorRT once it is built."""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from server.backends import Backend, BackendError, BackendInfo, open_backend
+from server.backends.engine_cache import EngineCache, EngineEvent, open_engine_cache
+from server.inference.service import Service
+from server.settings import Settings
+
+__all__ = ["Loader"]
+
+log = logging.getLogger("slsnet.loading")
+
+# Longest pause between two attempts to bring a backend back that failed, seconds.
+_LONGEST_PAUSE_S = 30
+
+
+class Loader:
+    """Brings a service its backend: at the start, on request, and when the one in use fails."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._stop = threading.Event()
+        self._better: asyncio.Task[None] | None = None
+        self._recovery: asyncio.Task[None] | None = None
+        self._one_at_a_time = asyncio.Lock()
+
+    async def load(self) -> BackendInfo:
+        """Load the network from its file, and swap it in once it is warm.
+
+        Requests are served all the while, by what served before, which goes on where this fails. A
+        better backend that takes time to build takes over later.
+
+        Raises:
+            BackendError: nothing can serve, or TensorRT was asked for and cannot be used here.
+        """
+        async with self._one_at_a_time:
+            try:
+                info = await self._load()
+            except Exception:
+                self._service.metrics.reloads.labels("failed").inc()
+                raise
+            self._service.metrics.reloads.labels("succeeded").inc()
+            return info
+
+    async def close(self) -> None:
+        """Stop building and recovering."""
+        if self._recovery is not None:
+            self._recovery.cancel()
+            await asyncio.wait([self._recovery])
+        await self._stop_building()
+
+    async def _stop_building(self) -> None:
+        self._stop.set()
+        if self._better is not None:
+            await asyncio.wait([self._better])
+
+    async def _load(self) -> BackendInfo:
+        service = self._service
+        settings = service.settings
+        engines = await service.in_thread(lambda: _engines(settings, self._count))
+        engine = await service.in_thread(engines.load) if engines is not None else None
+        if engine is None or not await self._take_over(engine):
+            first = await service.in_thread(lambda: _first(settings))
+            await service.use(first, self._failing)
+            if engines is not None and engine is None:
+                # What may still be built is for the network from before.
+                await self._stop_building()
+                self._stop = threading.Event()
+                self._better = asyncio.create_task(self._build(engines, self._stop))
+        return service.backend
+
+    async def _build(self, engines: EngineCache, stop: threading.Event) -> None:
+        # Not in the pool of workers: it blocks for as long as a build takes.
+        with ThreadPoolExecutor(1, thread_name_prefix="engine") as thread:
+            engine = await asyncio.get_running_loop().run_in_executor(thread, engines.obtain, stop)
+        if engine is not None and not stop.is_set():
+            await self._take_over(engine)
+
+    async def _take_over(self, engine: Backend) -> bool:
+        """Let `engine` serve, and the CPU in its place should the GPU be lost."""
+        try:
+            await self._service.use(engine, self._lost)
+        except BackendError as error:
+            self._count("load_failed")
+            log.error("the engine does not take over: %s", error)
+            return False
+        return True
+
+    def _lost(self) -> None:
+        self._count("lost")
+        log.error("engine lost: it fails on every batch, or hangs; the CPU serves now")
+        self._recover(_on_cpu)
+
+    def _failing(self) -> None:
+        log.error("the network fails on every batch, or hangs: requests are refused until it works")
+        self._recover(_first)
+
+    def _recover(self, open_anew: Callable[[Settings], Backend]) -> None:
+        self._recovery = asyncio.create_task(self._reopen(open_anew))
+
+    async def _reopen(self, open_anew: Callable[[Settings], Backend]) -> None:
+        service = self._service
+        pause_s = 0.5
+        while True:
+            try:
+                async with self._one_at_a_time:
+                    if service.is_failing:
+                        backend = await service.in_thread(open_anew, service.settings)
+                        await service.use(backend, self._failing)
+                return
+            except BackendError as error:
+                log.error("no better: %s", error)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    def _count(self, event: EngineEvent) -> None:
+        self._service.metrics.engine_events.labels(event=event).inc()
+
+
+def _on_cpu(settings: Settings) -> Backend:
+    """Not ONNX Runtime's CUDA: an error that lasts is the process's, whoever asks the GPU next."""
+    # Imported here, as `open_backend` does: with a GPU it may never be needed.
+    from server.backends.onnxruntime import OnnxRuntimeBackend
+
+    threads = settings.threads or settings.cores
+    return OnnxRuntimeBackend(settings.model, threads=threads)
+
+
+def _first(settings: Settings) -> Backend:
+    threads = settings.threads or settings.cores
+    return open_backend(settings.backend, settings.model, threads=threads)
+
+
+def _engines(settings: Settings, count: Callable[[EngineEvent], None]) -> EngineCache | None:
+    """The engine cache; None where TensorRT is not wanted, or cannot be used and need not be."""
+    if settings.backend not in ("auto", "tensorrt"):
+        return None
+    try:
+        return open_engine_cache(_engine_dir(settings), settings.model, settings.precision, count)
+    except BackendError as error:
+        if settings.backend == "tensorrt":
+            raise
+        log.debug("no TensorRT: %s", error)
+        return None
+
+
+def _engine_dir(settings: Settings) -> Path:
+    try:
+        return settings.engine_dir.expanduser()
+    except RuntimeError as error:
+        # No HOME, and a user that the system does not know.
+        raise BackendError(
+            f"{settings.engine_dir} is no folder, name one with --engine-dir (SLSNET_ENGINE_DIR):"
+            f" {error}"
+        ) from error

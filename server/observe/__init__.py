@@ -1,0 +1,1 @@
+"""What people watch the server by: metrics, logs and traces."""

@@ -1,0 +1,244 @@
+"""What Prometheus scrapes at `GET /metrics`."""
+
+import os
+from collections.abc import Callable
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+    values,
+)
+from prometheus_client.multiprocess import MultiProcessCollector
+
+from server.backends import BackendInfo
+from server.observe.log_writer import lost_lines
+from server.observe.shared_metrics import PLACE, SHARED_FOLDER
+
+__all__ = ["SHARED", "Metrics"]
+
+SHARED = SHARED_FOLDER in os.environ
+"""Whether this process is one of several whose metrics are shown together."""
+
+if SHARED:
+    _place = os.environ.get(PLACE, str(os.getpid()))
+    values.ValueClass = values.MultiProcessValue(lambda: _place)  # type: ignore[no-untyped-call]
+
+# Their creation times would double the series and tell nothing that a scraper needs.
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+_STAGE_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+
+
+class Metrics:
+    """The server's counters, in a registry of their own so that several servers fit a process."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._serving: Gauge | None = None
+        self._observed: list[tuple[Gauge, Callable[[], float]]] = []
+        self._observe_process()
+        self.requests = Counter(
+            "slsnet_requests",
+            "Answers by path, status and, where it is an error, its reason",
+            ["path", "status", "reason"],
+            registry=self.registry,
+        )
+        self.stage_seconds = Histogram(
+            "slsnet_stage_seconds",
+            "Time of a segmentation request by stage",
+            ["stage"],
+            buckets=_STAGE_SECONDS,
+            registry=self.registry,
+        )
+        self.request_seconds = Histogram(
+            "slsnet_request_seconds",
+            "Whole time of requests that the network ran for, or whose deadline passed",
+            ["path"],
+            buckets=_STAGE_SECONDS,
+            registry=self.registry,
+        )
+        self.batch_size = Histogram(
+            "slsnet_batch_size",
+            "Images that ran through the network together",
+            buckets=_BATCH_SIZES,
+            registry=self.registry,
+        )
+        self.dropped = Counter(
+            "slsnet_dropped",
+            "Requests dropped before inference, by reason",
+            ["reason"],
+            registry=self.registry,
+        )
+        self.batch_failures = Counter(
+            "slsnet_batch_failures",
+            "Batches that the backend failed on",
+            registry=self.registry,
+        )
+        self.bulk_photos = Counter(
+            "slsnet_bulk_photos",
+            "Photos of requests with several, by the status of each",
+            ["status"],
+            registry=self.registry,
+        )
+        self.engine_events = Counter(
+            "slsnet_engine_events",
+            "Steps in the life of the TensorRT engine: found, missing, damaged, built, refused, …",
+            ["event"],
+            registry=self.registry,
+        )
+        self.reloads = Counter(
+            "slsnet_reloads",
+            "Loads of the network, the first one among them, by result",
+            ["result"],
+            registry=self.registry,
+        )
+        # There from the start, or the first failure would not be seen as a rise.
+        for result in ("succeeded", "failed"):
+            self.reloads.labels(result)
+        self.circuit_open = Gauge(
+            "slsnet_circuit_open",
+            "1 while the backend fails all the time and nothing is given to it",
+            multiprocess_mode="livemax",
+            registry=self.registry,
+        )
+        self.backend = Gauge(
+            "slsnet_backend_info",
+            "What runs the network, and which network it is",
+            [
+                "backend",
+                "runtime_version",
+                "device",
+                "precision",
+                "model",
+                "version",
+                "sha256",
+                "attention",
+            ],
+            multiprocess_mode="livemax",
+            registry=self.registry,
+        )
+        self.connections_refused = Counter(
+            "slsnet_connections_refused",
+            "Connections that were refused or cut, by reason",
+            ["reason"],
+            registry=self.registry,
+        )
+        self._lines_counted = 0
+        self.log_lines_lost = Counter(
+            "slsnet_log_lines_lost",
+            "Lines of the log that nobody took in time, or the disk had no room for",
+            registry=self.registry,
+        )
+        self.admitted = Gauge(
+            "slsnet_requests_in_flight",
+            "Segmentation requests being worked on or waiting",
+            multiprocess_mode="livesum",
+            registry=self.registry,
+        )
+        self.bytes_in_flight = Gauge(
+            "slsnet_bytes_in_flight",
+            "Bytes of request bodies held",
+            multiprocess_mode="livesum",
+            registry=self.registry,
+        )
+        self.pixels_decoding = Gauge(
+            "slsnet_pixels_decoding",
+            "Pixels of the photos being decoded",
+            multiprocess_mode="livesum",
+            registry=self.registry,
+        )
+        self.padding = Counter(
+            "slsnet_batch_padding_images",
+            "Empty seats of batches that were filled up to a size that the backend is built for",
+            registry=self.registry,
+        )
+        self.queue_depth = Gauge(
+            "slsnet_queue_depth",
+            "Photos that are decoded and wait for the network",
+            ["priority"],
+            multiprocess_mode="livesum",
+            registry=self.registry,
+        )
+        self.queue_age_seconds = Gauge(
+            "slsnet_queue_age_seconds",
+            "How long the photo has waited that has waited longest",
+            multiprocess_mode="livemax",
+            registry=self.registry,
+        )
+        self.expected_wait_seconds = Gauge(
+            "slsnet_expected_wait_seconds",
+            "What a request that comes now would wait for its answer by expectation",
+            ["priority"],
+            multiprocess_mode="livemax",
+            registry=self.registry,
+        )
+        self.ready = Gauge(
+            "slsnet_ready",
+            "1 while requests are served and wanted",
+            multiprocess_mode="livemin",
+            registry=self.registry,
+        )
+
+    def observe(self, gauge: Gauge, read: Callable[[], float]) -> None:
+        """Let `gauge` show what `read` gives when the metrics are rendered."""
+        self._observed.append((gauge, read))
+
+    def refresh(self) -> None:
+        """Read what is observed; where processes share their metrics, others show it from here."""
+        for gauge, read in self._observed:
+            gauge.set(read())
+        lost = lost_lines()
+        self.log_lines_lost.inc(lost - self._lines_counted)
+        self._lines_counted = lost
+
+    def serves(self, backend: BackendInfo) -> None:
+        """`backend` serves from now on, and no other."""
+        if self._serving is not None:
+            # Cleared alone it would stay in what processes share.
+            self._serving.set(0)
+            self.backend.clear()
+        self._serving = self.backend.labels(
+            backend.name,
+            backend.version,
+            backend.device,
+            backend.precision,
+            backend.model.get("name", "unknown"),
+            backend.model.get("version", "unknown"),
+            backend.model.get("weights_sha256", "unknown"),
+            backend.model.get("attention", "unknown"),
+        )
+        self._serving.set(1)
+
+    def render(self) -> bytes:
+        """The exposition in Prometheus' text format, of all processes that share their metrics."""
+        self.refresh()
+        if not SHARED:
+            return generate_latest(self.registry)
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return generate_latest(registry)
+
+    def _observe_process(self) -> None:
+        """Memory, files, CPU and start of this process, under the names that are usual for them."""
+        if not SHARED:
+            ProcessCollector(registry=self.registry)
+            return
+        process = ProcessCollector(registry=None)
+        for family in process.collect():
+            gauge = Gauge(
+                family.samples[0].name,
+                family.documentation,
+                registry=self.registry,
+                multiprocess_mode="liveall",
+            )
+            self.observe(gauge, lambda name=family.name: _sample(process, name))  # type: ignore[misc]
+
+
+def _sample(process: ProcessCollector, name: str) -> float:
+    return next(family.samples[0].value for family in process.collect() if family.name == name)

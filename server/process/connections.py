@@ -1,0 +1,701 @@
+"""A client's connection, held to limits: what it may send before it is heard, and how slowly.
+
+Uvicorn speaks HTTP; this adds what it leaves to a proxy. Whatever a client does or leaves undone,
+its connection is given back in bounded time and holds a bounded number of bytes:
+
+- a request's head must be there within `head_timeout_s`, and be at most `max_header_bytes` long
+- a body that comes, and an answer that goes, slower than `min_bytes_per_s` for `stall_timeout_s` is
+  cut; the rest of a body that was refused is thrown away for no longer than that
+- `max_connections` are held; who comes on top is told so with 503 and let go, unless to ask for
+  health or metrics: a process that is full works, and is not to be killed for it
+- who has not agreed on how to encrypt counts, too; where there are too many, the oldest is cut
+- fewer are held where the system allows few open files, so that some are left for all that
+
+And each request that came whole has its answer. An answer arrives although the client still sends
+(RFC 9112, 9.6): the connection is closed for writing first, and what comes is thrown away until the
+client has closed it, too, for a bounded time. What cannot be read as a request is refused behind
+the answers that are due. Who closes its side of the connection is answered still, but over TLS,
+where that ends it.
+
+Who asks for another protocol (`Upgrade`) is answered in HTTP/1.1, as RFC 9110 (7.8) lets a server.
+"""
+
+import asyncio
+import contextlib
+import json
+import re
+import resource
+from collections.abc import Callable
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, cast
+
+import httptools
+from uvicorn._types import (
+    ASGI3Application,
+    ASGIReceiveCallable,
+    ASGISendCallable,
+    ASGISendEvent,
+    HTTPScope,
+    Scope,
+)
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
+from uvicorn.server import ServerState
+
+from server.http.problems import PROBLEM_JSON
+from server.observe.metrics import Metrics
+from server.settings import Settings
+
+__all__ = ["WANTED_ON_TOP", "Connection", "House"]
+
+# Who got its last answer may take this long to read it; closing at once would reset what it still
+# sends, and the answer with it. So may, in a drain, who is idle, to say goodbye over TLS.
+_FAREWELL_S = 2
+
+# Connections that have had their last answer; of more, the oldest is cut at once.
+_FAREWELLS = 256
+
+# Of one connection, as much is thrown away; a client that reads its answer stops long before.
+_MOST_DISCARDED = 256 * 2**20
+
+# After so long, and again, a client that closed its side is sent a word to find out whether it is
+# gone: the first makes its system say so, the next then fails.
+_PROBE_S = 0.25
+_PROBE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+# Connections above the limit that may say what they want; of more, the oldest is refused.
+_ASKED = 16
+# So many more at least may be arriving, that is, agreeing on how to encrypt.
+_ARRIVING = 16
+
+# Files that are open beside connections, where there is no lack of them.
+_OTHER_FILES = 224
+
+_SOCKETS_ON_TOP = _FAREWELLS + _ASKED + _ARRIVING
+WANTED_ON_TOP = _SOCKETS_ON_TOP + _OTHER_FILES
+"""Files that a server wants beside those for the connections that it holds."""
+
+# What is answered on connections above the limit.
+_ALWAYS_ANSWERED = {
+    b"/health/live",
+    b"/health/ready",
+    b"/v2/health/live",
+    b"/v2/health/ready",
+    b"/metrics",
+}
+
+# Requests that a client may send without waiting for the answers to those before.
+_MAX_PIPELINE = 32
+
+# Bytes of a body that are thrown away so that its connection, refused one request, can stay.
+_MOST_THROWN_AWAY = 2**20
+
+# Where a head or a chunked body may end; the first bytes may be the end of what came before.
+_ENDS = re.compile(rb"\A(?:\n\r\n|\r?\n)|\r\n\r\n")
+
+
+class _Refused(Exception):
+    """The request is refused on the grounds of its head; it has been answered already."""
+
+
+class _Transport:
+    """A connection's transport, but for how it is closed."""
+
+    def __init__(self, connection: "Connection", transport: asyncio.Transport) -> None:
+        self._connection = connection
+        self._transport = transport
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        return self._connection._is_parting or self._transport.is_closing()
+
+    def close(self) -> None:
+        self._connection._close(self._transport)
+
+
+def _until_closed(app: ASGI3Application, cycle: RequestResponseCycle) -> ASGI3Application:
+    """Answers of unknown length end with the connection: HTTP/1.0 has no chunks."""
+
+    async def answer(scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        is_open_ended = False
+
+        async def send_plain(message: ASGISendEvent) -> None:
+            nonlocal is_open_ended
+            if message["type"] == "http.response.start":
+                names = {name.lower() for name, _ in message.get("headers", ())}
+                if is_open_ended := b"content-length" not in names:
+                    cycle.chunked_encoding = False
+            elif is_open_ended and message["type"] == "http.response.body":
+                cycle.expected_content_length = len(message.get("body", b""))
+            await send(message)
+
+        await app(scope, receive, send_plain)
+
+    return cast(ASGI3Application, answer)
+
+
+class House:
+    """What the connections of one server share."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        is_refused: Callable[[HTTPScope], bool] = lambda _scope: False,
+    ) -> None:
+        """Args:
+        is_refused: whether the application will refuse a request at once, without its body and
+            without waiting for anything.
+        """
+        self.settings = settings
+        self.metrics = metrics
+        self.is_refused = is_refused
+        self.leaving: dict[Connection, None] = {}
+        """Connections that have had their last answer and are not closed yet, the oldest first."""
+        self.asked: dict[Connection, None] = {}
+        """Those on top of the limit that have not said yet what they want, the oldest first."""
+        self.arriving: dict[Connection, asyncio.Task[Any]] = {}
+        """Those that have been accepted and are not ready to be heard, the oldest first."""
+        self.most = settings.max_connections
+        """Connections that are held."""
+        self._most_sockets = self.most + _SOCKETS_ON_TOP
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if files != resource.RLIM_INFINITY and files < self.most + WANTED_ON_TOP:
+            # Where that is little, half of what is left.
+            left = files - len(list(Path("/proc/self/fd").iterdir()))
+            self._most_sockets = max(files - _OTHER_FILES, left // 2)
+            on_top = min(_SOCKETS_ON_TOP, self._most_sockets // 2)
+            self.most = min(self.most, max(1, self._most_sockets - on_top))
+
+    def make_room(self, connections: int) -> None:
+        """Let one go where there are too many; of `connections` each has been made.
+
+        Who has said least goes first, and of these the oldest.
+        """
+        held = connections - len(self.leaving) - len(self.asked)
+        if len(self.arriving) > max(_ARRIVING, self.most - held):
+            self._cut_arriving()
+        elif len(self.arriving) + connections > self._most_sockets:
+            if self.leaving or self.asked:
+                oldest = next(iter(self.leaving or self.asked))
+                self.leaving.pop(oldest, None)
+                self.asked.pop(oldest, None)
+                self.metrics.connections_refused.labels("too_many").inc()
+                oldest.transport.abort()
+            else:
+                self._cut_arriving()
+
+    def _cut_arriving(self) -> None:
+        oldest = next(iter(self.arriving))
+        self.arriving.pop(oldest).cancel()
+        self.metrics.connections_refused.labels("too_many").inc()
+
+
+class Connection(HttpToolsProtocol):
+    """Uvicorn's protocol with limits; see the module's description."""
+
+    def __init__(
+        self,
+        house: House,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+    ) -> None:
+        super().__init__(config, server_state, app_state)
+        self._house = house
+        self._settings = house.settings
+        self._metrics = house.metrics
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._body_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+        self._probe_timer: asyncio.TimerHandle | None = None
+        self._running: RequestResponseCycle | None = None
+        self._refused = False
+        self._refusal = b""
+        self._is_parting = False
+        self._is_last = False
+        self._is_half_closed = False
+        self._discarded = 0
+        self._in_body = False
+        self._is_chunked = False
+        self._content_length = 0
+        self._body_bytes = 0
+        self._head_bytes = 0
+        self._bytes_between_bodies = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(cast(asyncio.Transport, _Transport(self, transport)))
+        self._house.arriving.pop(self, None)
+        self._expect_head()
+        if self._is_full:
+            asked = self._house.asked
+            asked[self] = None
+            if len(asked) > _ASKED:
+                oldest = next(iter(asked))
+                del asked[oldest]
+                oldest._refuse_one_too_many()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self._head_timer, self._body_timer, self._write_timer, self._probe_timer):
+            if timer is not None:
+                timer.cancel()
+        self._house.leaving.pop(self, None)
+        self._house.asked.pop(self, None)
+        # Uvicorn tells the last request only.
+        self._hang_up()
+        super().connection_lost(exc)
+        self._unset_keepalive_if_required()
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused or self.transport.is_closing():
+            self._discard(len(data))
+            return
+        self._unset_keepalive_if_required()
+        self._bytes_between_bodies += len(data)
+        try:
+            self._parse(data)
+        except httptools.HttpParserError as error:
+            if not isinstance(error.__context__, _Refused):
+                self._refuse(
+                    HTTPStatus.BAD_REQUEST, "malformed", "What was sent is not an HTTP/1.1 request."
+                )
+            return
+        # Of one header, or one piece of chunked encoding, that never ends.
+        if self._bytes_between_bodies > self._settings.max_header_bytes:
+            self._refuse_head()
+        elif not self._in_body and self._is_answered and self.timeout_keep_alive_task is None:
+            self._expect_head()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Keep it open for the answers that are due."""
+        if self.transport.is_closing() or self.scheme == "https":
+            return False
+        last = self._drop_unfinished()
+        if last is None:
+            return False
+        self._is_half_closed = True
+        if not self._refused:
+            last.keep_alive = False
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+        self._probe_timer = self.loop.call_later(_PROBE_S, self._probe)
+        return True
+
+    def _probe(self) -> None:
+        if self.transport.is_closing():
+            return
+        running = self._running
+        # In HTTP/1.0 there is no such word, and within an answer it would be taken for a part.
+        if running and not running.response_started and running.scope["http_version"] == "1.1":
+            self.transport.write(_PROBE)
+        self._probe_timer = self.loop.call_later(_PROBE_S, self._probe)
+
+    def _parse(self, data: bytes) -> None:
+        """Give the parser one head or body at a time, and after a chunked one a new parser.
+
+        The old one would take the last trailer for the first header of the next request.
+        """
+        start = 0
+        while start < len(data):
+            if self._in_body and not self._is_chunked:
+                end = min(len(data), start + self._content_length - self._body_bytes)
+            else:
+                found = _ENDS.search(data, start)
+                end = found.end() if found else len(data)
+            self._feed(data[start:end])
+            start = end
+            if self._is_chunked and not self._in_body:
+                self._is_chunked = False
+                self._renew_parser()
+
+    def _feed(self, data: bytes) -> None:
+        while True:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                # The parser takes the body for another protocol's bytes, and cannot be told
+                # otherwise; so a new one reads the request without that header.
+                data = self._head_without_upgrade() + data[upgrade.args[0] :]
+                self._renew_parser()
+
+    def _renew_parser(self) -> None:
+        self.parser = httptools.HttpRequestParser(self)
+        # As uvicorn does.
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+
+    def _head_without_upgrade(self) -> bytes:
+        version = self.parser.get_http_version().encode()
+        lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
+        lines += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+        return b"\r\n".join(lines) + b"\r\n\r\n"
+
+    def on_message_begin(self) -> None:
+        if self.transport.is_closing():
+            # What came before in the same bytes has had the last answer.
+            raise _Refused
+        if self._is_chunked:
+            # Its parser may hold a trailer still.
+            self._refuse(
+                HTTPStatus.BAD_REQUEST, "malformed", "A request follows where none can begin."
+            )
+            raise _Refused
+        super().on_message_begin()
+        self._head_bytes = 0
+        self._expect_head()
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        self._count_head(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        # Also called for the trailers of a chunked body, which are no headers (RFC 9110, 6.5.1): a
+        # key among them must not open anything.
+        if not self._in_body:
+            super().on_header(name, value)
+        self._count_head(len(name) + len(value) + 4)
+
+    def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                self._refuse(
+                    HTTPStatus.BAD_REQUEST, "malformed", "CONNECT is for proxies, this is none."
+                )
+                raise _Refused
+            # It comes again, without the wish.
+            return
+        if len(self.pipeline) >= _MAX_PIPELINE:
+            self._refuse(
+                HTTPStatus.TOO_MANY_REQUESTS,
+                "pipeline",
+                f"More than {_MAX_PIPELINE} requests were sent before any was answered.",
+            )
+            raise _Refused
+        is_on_top = self in self._house.asked and self._is_full
+        path = self.url.partition(b"?")[0].removeprefix(self._settings.root_path.encode())
+        if is_on_top and path not in _ALWAYS_ANSWERED:
+            self._refuse_one_too_many()
+            raise _Refused
+        self._house.asked.pop(self, None)
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+        self._in_body = True
+        headers = dict(self.headers)
+        self._is_chunked = b"transfer-encoding" in headers
+        self._content_length = int(headers.get(b"content-length", 0))
+        self._body_bytes = 0
+        self._bytes_between_bodies = 0
+        self._watch_body()
+        super().on_headers_complete()
+        if is_on_top:
+            self.cycle.keep_alive = False
+
+    def on_body(self, body: bytes) -> None:
+        self._body_bytes += len(body)
+        self._bytes_between_bodies = 0
+        if self.cycle.response_complete:
+            self._discard(len(body))
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
+        self._in_body = False
+        self._bytes_between_bodies = 0
+        if self._body_timer is not None:
+            self._body_timer.cancel()
+            self._body_timer = None
+        super().on_message_complete()
+        is_over = self.transport.is_closing() or self.timeout_keep_alive_task is not None
+        if self._is_answered and not is_over:
+            # It was refused, and this was thrown away.
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        if self._house.is_refused(cycle.scope):
+            self._shed(cycle, app)
+            return
+        if cycle.scope["http_version"] < "1.1":
+            app = _until_closed(app, cycle)
+        super()._start_asgi_task(cycle, app)
+
+    def _shed(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        """Let the application refuse without a task, and write what it says at once."""
+        messages: list[Any] = []
+
+        async def send(message: Any) -> None:
+            messages.append(message)
+
+        with contextlib.suppress(StopIteration):
+            refusing: Any = app(cycle.scope, cycle.receive, send)
+            refusing.send(None)
+        start, body = messages
+        headers = [*cycle.default_headers, *start["headers"]]
+        # Whoever sends much more had better stop than have it thrown away.
+        goes_on = cycle.more_body and (self._is_chunked or self._content_length > _MOST_THROWN_AWAY)
+        closing = (b"connection", b"close")
+        cycle.keep_alive &= not goes_on and closing not in headers
+        if not cycle.keep_alive and closing not in headers:
+            headers.append(closing)
+        lines = [b"%b: %b\r\n" % header for header in headers]
+        self.transport.write(
+            b"".join([STATUS_LINE[start["status"]], *lines, b"\r\n", body["body"]])
+        )
+        cycle.response_started = cycle.response_complete = True
+        if not cycle.keep_alive:
+            self.transport.close()
+        self.on_response_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
+            return
+        if self._refusal and self._drop_unfinished() is None:
+            self._send_refusal()
+            return
+        if self._in_body and self._is_answered:
+            # Nobody reads it any more.
+            if self._body_timer is not None:
+                self._body_timer.cancel()
+            self._body_timer = self.loop.call_later(
+                self._settings.stall_timeout_s, self._cut, "body_discarded"
+            )
+        if self.transport.get_write_buffer_size():
+            self._watch_writing()
+
+    def shutdown(self) -> None:
+        self._is_last = True
+        super().shutdown()
+        if self.transport.is_closing() and not self.transport.get_write_buffer_size():
+            self._say_goodbye()
+
+    def _close(self, transport: asyncio.Transport) -> None:
+        """End it in such a way that the client can read what it was sent."""
+        if self._is_parting or transport.is_closing():
+            return
+        running = self._running
+        if running and running.response_started and not running.response_complete:
+            # It was left off, which a chunk that is missing tells, or else only a reset.
+            if running.chunked_encoding is False:
+                transport.abort()
+            else:
+                transport.close()
+        elif self._refused or self._in_body or (running and not running.keep_alive):
+            self._is_parting = True
+            if self._body_timer is not None:
+                self._body_timer.cancel()
+            self.flow.resume_reading()
+            if transport.can_write_eof() and not self._is_half_closed:
+                transport.write_eof()
+            else:
+                # Nothing more can come; or it is TLS, which does the same of itself.
+                transport.close()
+            if transport.get_write_buffer_size():
+                self._watch_writing()
+            else:
+                self._say_goodbye()
+        else:
+            # Idle: there is nothing to be lost.
+            transport.close()
+
+    def _say_goodbye(self) -> None:
+        """Wait for the client's end; over TLS asyncio would do so for half a minute."""
+        leaving = self._house.leaving
+        leaving[self] = None
+        if len(leaving) > _FAREWELLS:
+            next(iter(leaving)).transport.abort()
+        is_sending = self._in_body and not self._is_last
+        if is_sending:
+            self._body_timer = self.loop.call_later(
+                self._settings.stall_timeout_s, self._cut, "body_discarded"
+            )
+        else:
+            self.loop.call_later(_FAREWELL_S, self.transport.abort)
+
+    def _discard(self, size: int) -> None:
+        self._discarded += size
+        if self._discarded > _MOST_DISCARDED:
+            self._cut("body_discarded")
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_writing()
+
+    def _count_head(self, size: int) -> None:
+        self._head_bytes += size
+        if self._head_bytes > self._settings.max_header_bytes:
+            self._refuse_head()
+            raise _Refused
+
+    @property
+    def _is_full(self) -> bool:
+        """Whether as many are held as may be, beside this one if it is held, too."""
+        house = self._house
+        held = len(self.connections) - len(house.leaving) - len(house.asked)
+        return held > house.most - (self in house.asked)
+
+    def _refuse_one_too_many(self) -> None:
+        most = self._house.most
+        self._refuse(
+            HTTPStatus.SERVICE_UNAVAILABLE,
+            "too_many",
+            f"The server has {most} connections, more are not held. Try again in a second.",
+        )
+
+    def _refuse_head(self) -> None:
+        self._refuse(
+            HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+            "head_too_large",
+            f"Path and headers have more than the {self._settings.max_header_bytes} bytes that are"
+            " allowed.",
+        )
+
+    def _expect_head(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(
+                self._settings.head_timeout_s, self._head_is_late
+            )
+
+    def _head_is_late(self) -> None:
+        self._refuse(
+            HTTPStatus.REQUEST_TIMEOUT,
+            "head_timeout",
+            f"No whole request came within {self._settings.head_timeout_s:g} s.",
+        )
+
+    def _watch_body(self) -> None:
+        self._body_timer = self.loop.call_later(
+            self._settings.stall_timeout_s, self._check_body, self._body_bytes
+        )
+
+    def _check_body(self, before: int) -> None:
+        # While reading is paused it is the server that does not want more.
+        if not self.flow.read_paused and self._is_too_slow(self._body_bytes - before):
+            self._refuse(
+                HTTPStatus.REQUEST_TIMEOUT,
+                "body_too_slow",
+                f"The body came slower than {self._settings.min_bytes_per_s} bytes a second for"
+                f" {self._settings.stall_timeout_s:g} s.",
+            )
+        else:
+            self._watch_body()
+
+    def _watch_writing(self) -> None:
+        if self._write_timer is None:
+            self._write_timer = self.loop.call_later(
+                self._settings.stall_timeout_s,
+                self._check_writing,
+                self.transport.get_write_buffer_size(),
+            )
+
+    def _check_writing(self, before: int) -> None:
+        self._write_timer = None
+        left = self.transport.get_write_buffer_size()
+        if not left:
+            if self.transport.is_closing():
+                self._say_goodbye()
+            return
+        # What is written meanwhile hides some of what was sent; but while writing is paused nothing
+        # is, and where it was resumed the client does read. An answer that the application left off
+        # is never complete, but the transport is closed then.
+        if self._is_too_slow(before - left) and (
+            self.flow.write_paused or self._is_answered or self.transport.is_closing()
+        ):
+            self._cut("answer_not_read")
+        else:
+            self._watch_writing()
+
+    @property
+    def _is_answered(self) -> bool:
+        """Whether all of the last answer has been handed over."""
+        return self._request is None or self._request.response_complete
+
+    @property
+    def _request(self) -> RequestResponseCycle | None:
+        # The last that came; those before it may not be answered yet. Of this type, whatever
+        # uvicorn declares: there is none before the first.
+        return self.cycle
+
+    def _is_too_slow(self, transferred: int) -> bool:
+        settings = self._settings
+        return transferred < settings.min_bytes_per_s * settings.stall_timeout_s
+
+    def _cut(self, reason: str) -> None:
+        self._metrics.connections_refused.labels(reason).inc()
+        self.transport.abort()
+
+    def _hang_up(self) -> RequestResponseCycle | None:
+        """Tell the request that is being answered, if any, that nobody waits for it any more."""
+        running = self._running
+        if running is None or running.response_complete:
+            return None
+        running.disconnected = True
+        running.message_event.set()
+        return running
+
+    def _drop_unfinished(self) -> RequestResponseCycle | None:
+        """Forget a request that has not come whole; gives the last whole one that has no answer."""
+        if self.pipeline:
+            if self._in_body and self.pipeline[0][0] is self._request:
+                self.pipeline.popleft()
+                self._in_body = False
+        elif self._in_body:
+            return None
+        if self.pipeline:
+            return self.pipeline[0][0]
+        running = self._running
+        return None if running is None or running.response_complete else running
+
+    def _refuse(self, status: HTTPStatus, reason: str, detail: str) -> None:
+        """Answer with a problem document, then close; a request that is not whole is over."""
+        if self._refused or self.transport.is_closing():
+            return
+        self._refused = True
+        self._house.asked.pop(self, None)
+        self._metrics.connections_refused.labels(reason).inc()
+        for timer in (self._head_timer, self._body_timer):
+            if timer is not None:
+                timer.cancel()
+        body = json.dumps(
+            {
+                "type": "about:blank",
+                "title": status.phrase,
+                "status": status.value,
+                "detail": detail,
+            }
+        ).encode()
+        busy = status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
+        retry = "Retry-After: 1\r\n" if busy else ""
+        self._refusal = (
+            f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: {PROBLEM_JSON}\r\n"
+            f"Content-Length: {len(body)}\r\n{retry}Cache-Control: no-store\r\n"
+            "X-Content-Type-Options: nosniff\r\nConnection: close\r\n\r\n"
+        ).encode() + body
+        if self._in_body and self._is_answered:
+            self.transport.close()
+            return
+        # Those that are too many are all meant; else the answers that are due come first.
+        if status == HTTPStatus.TOO_MANY_REQUESTS or self._drop_unfinished() is None:
+            running = self._hang_up()
+            if running is not None and running.response_started:
+                # Half an answer is out: a second one would be taken for its rest.
+                self.transport.abort()
+                return
+            self._send_refusal()
+
+    def _send_refusal(self) -> None:
+        self._unset_keepalive_if_required()
+        self.pipeline.clear()
+        self.transport.write(self._refusal)
+        self.transport.close()

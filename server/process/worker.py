@@ -1,0 +1,342 @@
+"""One process that serves until SIGTERM or SIGINT, then finishes what is in flight and exits 0.
+
+The first signal turns readiness off; new requests are still served for a grace period, so that
+whoever routes them here can notice. Then the port closes and what is in flight is finished. A
+second signal ends at once, with what a shell says of a process ended by it. SIGHUP loads the
+network, and the TLS certificate, from their files again.
+
+It is all there is, or one of several that a supervisor started on one port
+(`server.process.supervisor`).
+"""
+
+import asyncio
+import ctypes
+import gc
+import logging
+import math
+import os
+import resource
+import shutil
+import signal
+import socket
+import ssl
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from server.backends import BackendError
+from server.http.app import create_app
+from server.http.shedding import Door
+from server.inference.service import Service
+from server.keys import KeyFileError
+from server.observe.logs import configure, finish, silence_libtiff
+from server.observe.shared_metrics import SHARED_FOLDER
+from server.process.connections import WANTED_ON_TOP, Connection, House
+from server.settings import Settings, read_settings
+
+__all__ = ["run"]
+
+log = logging.getLogger("slsnet.server")
+
+# As many are accepted before those that are in are heard again.
+_AT_ONCE = 4
+
+# Where files or memory are short, nobody is accepted for so long.
+_PAUSE_S = 0.2
+
+# That the supervisor is gone. Not SIGTERM: the kernel says it once for every thread that the
+# supervisor had, and a second SIGTERM ends at once.
+_ORPHANED = signal.SIGUSR1
+
+# Who connected before the port closed may take this long to send what they connected for.
+_LAST_REQUESTS_S = 0.5
+
+# And this long to agree on how to encrypt it.
+_LAST_HANDSHAKES_S = 1.0
+
+# So long before the drain's timeout, photos of several that are not done yet are given up: their
+# request's answer can be ended as it should.
+_LAST_ANSWERS_S = 5.0
+
+# Beyond all of these and the drain's timeout, for what is closed after it.
+_MARGIN_S = 3.0
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn with a drain that loses no request, and exit code 0 after it."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, held: list[int]) -> None:
+        super().__init__(config)
+        self._service = service
+        self._held = held
+        self._house = House(service.settings, service.metrics, Door(service).refuses)
+        self.servers = []
+        self._reloading: asyncio.Task[None] | None = None
+
+    def warn_of_limit(self) -> None:
+        """Say so where fewer connections are held than were asked for."""
+        most, asked = self._house.most, self._service.settings.max_connections
+        if most < asked:
+            files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            log.warning(
+                "%d connections are held, not the %d of --max-connections: the system allows %d"
+                " open files (ulimit -n)",
+                most,
+                asked,
+                files,
+            )
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        if self._service.draining:
+            os._exit(128 + sig)
+        self._drain()
+
+    def _drain(self) -> None:
+        if self._service.draining:
+            return
+        self._service.draining = True
+        grace_s = self._service.settings.drain_grace_s
+        self._loop.call_soon_threadsafe(self._loop.call_later, grace_s, self._stop)
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    async def _reload(self) -> None:
+        settings = self._service.settings
+        if self.config.ssl is not None and settings.tls_cert is not None:
+            try:
+                # Tried apart first: where it fails half of it would be in use.
+                for context in (ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), self.config.ssl):
+                    context.load_cert_chain(settings.tls_cert, settings.tls_key)
+            except OSError as error:
+                log.error("the certificate is not changed: %s", error)
+        try:
+            await self.lifespan.state["reload"]()
+        except (BackendError, OSError) as error:
+            log.error("the network is not changed: %s", error)
+
+    def _on_hangup(self) -> None:
+        self._reloading = self._loop.create_task(self._reload())
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            sys.exit(1)
+        self._loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
+        self._loop.add_signal_handler(_ORPHANED, self._drain)
+        if signal.SIGHUP in self._held:
+            self._on_hangup()
+        if set(self._held) - {signal.SIGHUP}:
+            self._drain()
+        for listener in sockets or []:
+            listener.setblocking(False)
+            listener.listen(self.config.backlog)
+            self._listen(listener)
+        # All that is there by now stays: no collection need go through it again, every time with
+        # everybody waiting.
+        gc.freeze()
+        self.started = True
+
+    def _listen(self, listener: socket.socket) -> None:
+        if listener.fileno() >= 0:
+            self._loop.add_reader(listener, self._accept, listener)
+
+    def _accept(self, listener: socket.socket) -> None:
+        """Take in who has connected; asyncio's own server does not tell who is at a handshake."""
+        for _ in range(_AT_ONCE):
+            try:
+                connection, _ = listener.accept()
+            except BlockingIOError:
+                return
+            except ConnectionAbortedError:
+                # This one has given up.
+                continue
+            except OSError as error:
+                log.error("nobody is accepted for %g s: %s", _PAUSE_S, error)
+                self._house.metrics.connections_refused.labels("no_file").inc()
+                self._loop.remove_reader(listener)
+                self._loop.call_later(_PAUSE_S, self._listen, listener)
+                return
+            self._take_in(connection, self._service.settings.head_timeout_s)
+            self._house.make_room(len(self.server_state.connections))
+
+    def _take_in(self, accepted: socket.socket, handshake_timeout_s: float) -> None:
+        accepted.setblocking(False)
+        options: dict[str, Any] = {}
+        if self.config.ssl is not None:
+            options = {"ssl": self.config.ssl, "ssl_handshake_timeout": handshake_timeout_s}
+        connection = Connection(self._house, self.config, self.server_state, self.lifespan.state)
+        arrival = self._loop.create_task(
+            self._loop.connect_accepted_socket(lambda: connection, accepted, **options)
+        )
+        self._house.arriving[connection] = arrival
+
+        def arrived(_: asyncio.Task[Any]) -> None:
+            self._house.arriving.pop(connection, None)
+            if arrival.cancelled():
+                # If it had not begun, nobody else closes this.
+                accepted.close()
+            elif error := arrival.exception():
+                accepted.close()
+                timed_out = isinstance(error, ConnectionAbortedError)
+                if timed_out or isinstance(error, ssl.SSLError):
+                    reason = "handshake_timeout" if timed_out else "handshake_failed"
+                    self._house.metrics.connections_refused.labels(reason).inc()
+
+        arrival.add_done_callback(arrived)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for listener in sockets or []:
+            await self._accept_backlog(listener)
+        await asyncio.sleep(_LAST_REQUESTS_S)
+        timeout_s = self._service.settings.drain_timeout_s
+        give_up_s = max(timeout_s - _LAST_ANSWERS_S, timeout_s / 2)
+        self._loop.call_later(give_up_s, self._service.closing.set)
+        await super().shutdown(sockets)
+
+    async def _accept_backlog(self, listener: socket.socket) -> None:
+        """Take in who has connected already, then close: closing alone would reset them."""
+        self._loop.remove_reader(listener)
+        listener.setblocking(False)
+        while True:
+            try:
+                self._take_in(listener.accept()[0], _LAST_HANDSHAKES_S)
+            except BlockingIOError:
+                break
+            except ConnectionAbortedError:
+                # This one has given up.
+                continue
+            except OSError as error:
+                log.error("who has connected last is not answered: %s", error)
+                break
+        listener.close()
+        # All at once, for some may say nothing.
+        if arrivals := set(self._house.arriving.values()):
+            _, late = await asyncio.wait(arrivals, timeout=_LAST_HANDSHAKES_S)
+            for arrival in late:
+                arrival.cancel()
+
+    def _stop(self) -> None:
+        self.should_exit = True
+        patience_s = _LAST_HANDSHAKES_S + _LAST_REQUESTS_S + _MARGIN_S
+        patience_s += math.ceil(self._service.settings.drain_timeout_s)
+        backstop = threading.Timer(patience_s, _end_at_last)
+        backstop.daemon = True
+        backstop.start()
+
+
+def _end_at_last() -> None:
+    """A thread that never comes back, say one in a driver, would hold up the end for ever."""
+    log.error("something does not end: the process is ended")
+    finish()
+    os._exit(1)
+
+
+def _hold_signals() -> list[int]:
+    """Keep what is signalled until the server can heed it; by default it would end the process."""
+    held: list[int] = []
+
+    def hold(number: int, _: FrameType | None) -> None:
+        if number in held and number in (signal.SIGTERM, signal.SIGINT):
+            os._exit(128 + number)
+        held.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, _ORPHANED):
+        signal.signal(number, hold)
+    # Blocked until there was something that could keep them.
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    return held
+
+
+def _allow_files(wanted: int) -> None:
+    """Raise the limit of open files as far as it may be and needs to be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < wanted and soft != resource.RLIM_INFINITY:
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
+
+
+def run(
+    settings: Settings,
+    listener: socket.socket,
+    on_reloaded: Callable[[], None] = lambda: None,
+) -> int:
+    """Serve; gives the process's exit code.
+
+    Args:
+        settings: all there is to set.
+        listener: accepts connections.
+        on_reloaded: called when an administrator has had the network loaded again.
+    """
+    held = _hold_signals()
+    _allow_files(settings.max_connections + WANTED_ON_TOP)
+    silence_libtiff()
+    failed = False
+
+    def on_failure() -> None:
+        nonlocal failed
+        failed = True
+        server.should_exit = True
+
+    try:
+        app, service = create_app(settings, on_failure, on_reloaded)
+    except (KeyFileError, RuntimeError) as error:
+        log.error("%s", error)
+        return 1
+    config = uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=settings.keep_alive_s,
+        timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s),
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
+        ssl_ca_certs=settings.tls_client_ca and str(settings.tls_client_ca),
+        ssl_cert_reqs=ssl.CERT_REQUIRED if settings.tls_client_ca else ssl.CERT_NONE,
+    )
+    try:
+        config.load()
+    except OSError as error:
+        log.error("TLS cannot be set up, look at --tls-cert and its kin: %s", error)
+        return 1
+    server = _Server(config, service, held)
+    server.warn_of_limit()
+    server.run([listener])
+    return 1 if failed else 0
+
+
+# Of prctl(2): the signal that this process gets when its parent ends.
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> int:
+    """`python -m server.process.worker SUPERVISOR LISTENER FLAGS…`, as the supervisor starts it."""
+    supervisor, listener = int(sys.argv[1]), int(sys.argv[2])
+    settings = read_settings(sys.argv[3:])
+    configure(settings.log_level, settings.log_format)
+    # However the supervisor ends, its workers drain and end too.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, _ORPHANED)
+    if os.getppid() != supervisor:
+        return 1
+    code = run(
+        settings,
+        socket.socket(fileno=listener),
+        lambda: os.kill(supervisor, signal.SIGHUP),
+    )
+    if os.getppid() != supervisor:
+        # Nobody else is left to do it.
+        shutil.rmtree(os.environ[SHARED_FOLDER], ignore_errors=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

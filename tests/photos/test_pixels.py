@@ -1,0 +1,130 @@
+"""What is compiled gives the same bits as Pillow and numpy, which do it elsewhere."""
+
+import importlib.util
+import platform
+import subprocess
+import sys
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image, _imaging
+
+from photos import image, pixels
+from photos.image import MODEL_SIZE, lesion_mask, read_photo
+from tests.conftest import ROOT
+
+runs_here = pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64", reason="built for Linux on x86-64"
+)
+
+
+def noise(width: int, height: int) -> NDArray[np.uint8]:
+    return np.random.default_rng(width + height).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def shapes() -> list[tuple[int, int]]:
+    rng = np.random.default_rng(3)
+    sides = rng.integers(1, 900, (60, 2)).tolist()
+    common = [(600, 450), (512, 384), (378, 252), (128, 128), (256, 256), (129, 127), (450, 600)]
+    # So many in a mean that its weight is small, and that sums are wide.
+    return [*common, (40_000, 3), (3000, 2000), *((width, height) for width, height in sides)]
+
+
+@runs_here
+@pytest.mark.parametrize("size", [MODEL_SIZE, 100, 7])
+def test_the_square_is_pillows(size: int) -> None:
+    compiled = 0
+    for width, height in shapes():
+        for values in (noise(width, height), np.full((height, width, 3), 255, np.uint8)):
+            picture = Image.fromarray(values)
+            square = pixels.squash(picture, size)
+            if square is not None:
+                compiled += 1
+                expected = np.asarray(picture.resize((size, size), Image.Resampling.BOX))
+                np.testing.assert_array_equal(square, expected, f"{width}×{height}")
+    assert compiled > len(shapes())
+
+
+@runs_here
+def test_common_photos_are_compiled_and_the_rest_is_left_to_pillow() -> None:
+    for width, height in ((600, 450), (1024, 768), (450, 600), (576, 768)):
+        assert pixels.squash(Image.new("RGB", (width, height)), MODEL_SIZE) is not None
+    # Columns first; too large for one piece of memory.
+    for width, height in ((300, 900), (6000, 4000)):
+        assert pixels.squash(Image.new("RGB", (width, height)), MODEL_SIZE) is None
+
+
+@runs_here
+def test_lines_with_room_between_them_are_left_to_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = Image.new("RGB", (601, 450))
+    assert pixels.squash(picture, MODEL_SIZE) is not None
+    monkeypatch.setattr(_imaging, "get_alignment", lambda: 64)
+    assert pixels.squash(picture, MODEL_SIZE) is None
+
+
+@runs_here
+@pytest.mark.parametrize("threshold", [0.0, 0.25, 0.5, 1.0])
+def test_the_mask_is_numpys(threshold: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(5)
+    y, x = np.mgrid[:MODEL_SIZE, :MODEL_SIZE] - 60
+    disc = (1 / (1 + np.exp((np.hypot(x, 1.2 * y) - 40) / 3))).astype(np.float32)
+    steps = np.kron(rng.choice([0, 0.25, 0.5, 1], (16, 16)), np.ones((8, 8))).astype(np.float32)
+    maps = [disc, steps, rng.random((128, 128), np.float32), rng.random((3, 1), np.float32)]
+    maps.append(disc.T[::-1])  # not one piece of memory
+    for width, height in [(1, 1), (9, 5), (6000, 50), *shapes()[:30]]:
+        for probability in maps:
+            compiled = lesion_mask(probability, width, height, threshold)
+            with monkeypatch.context() as patch:
+                patch.setattr(pixels, "_library", None)
+                expected = lesion_mask(probability, width, height, threshold)
+            np.testing.assert_array_equal(compiled, expected, f"{width}×{height}")
+
+
+@runs_here
+def test_scans_are_counted_alike_whatever_the_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = BytesIO()
+    Image.fromarray(noise(90, 70)).save(buffer, "JPEG", progressive=True)
+    photo = buffer.getvalue()
+    rng = np.random.default_rng(11)
+    # Marker bytes all over, lengths that are short, and ends in the middle of anything.
+    markers = np.array([0, 1, 3, 0xD0, 0xD9, 0xDA, 0xDB, 0xFF, 0xFF, 0xFF], np.uint8)
+    files = [photo, *(photo[:length] for length in range(3, len(photo), 97))]
+    files += [
+        b"\xff\xd8\xff" + rng.choice(markers, length - 3).tobytes()
+        for length in [*range(3, 12), *rng.integers(12, 400, 300)]
+    ]
+    counts = [image._jpeg_scans(data) for data in files]
+    monkeypatch.setattr(pixels, "_library", None)
+    assert counts == [image._jpeg_scans(data) for data in files]
+    assert counts[0] == 10
+    assert max(counts[len(files) - 300 :]) > 1
+
+
+def test_without_the_library_photos_and_masks_are_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    buffer = BytesIO()
+    Image.fromarray(noise(600, 450)).save(buffer, "JPEG")
+    read = read_photo(buffer.getvalue())
+    monkeypatch.setattr(pixels, "_library", None)
+    plain = read_photo(buffer.getvalue())
+    assert plain.pixels.flags.writeable and read.pixels.flags.writeable
+    np.testing.assert_array_equal(plain.pixels, read.pixels)
+
+
+def test_a_library_that_does_not_load_is_done_without(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "pixels.so").write_bytes(b"\x7fELF")
+    monkeypatch.setattr(pixels, "LIBRARY", tmp_path / "pixels.so")
+    assert pixels._load() is None
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ziglang") is None, reason="ziglang is not installed")
+def test_the_library_in_the_tree_is_what_its_source_gives() -> None:
+    command = [sys.executable, "-m", "model.build_pixels", "--check"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr

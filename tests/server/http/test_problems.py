@@ -1,0 +1,320 @@
+"""Bad input: each kind gets its row of the status table, and the next good request is served."""
+
+import asyncio
+import gzip
+import socket
+import struct
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from benchmarks.launch import ServerProcess
+from photos.image import DEFAULT_MAX_PIXELS
+from server.http.answers import ProblemAnswer
+from server.http.app import create_app
+from server.inference.service import Service
+from server.settings import Settings
+from tests.conftest import Sample, until
+from tests.lesions import encode_photo
+from tests.server.held import serve_held
+from tests.server.test_load import figures
+
+
+@pytest.fixture
+def good(server: ServerProcess, photos: list[Sample]) -> Iterator[Sample]:
+    """A photo that is served, before and after whatever a test does to the server."""
+    yield photos[0]
+    response = httpx.post(f"{server.url}/segment", files={"file": photos[0].data})
+    assert response.status_code == 200
+
+
+def assert_problem(response: httpx.Response, status: int, *words: str) -> dict[str, Any]:
+    """An RFC 9457 document with this status, whose detail has these words."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    problem: dict[str, Any] = response.json()
+    assert problem["status"] == status
+    assert problem["title"]
+    assert problem["type"] == "about:blank"
+    assert problem["instance"] == httpx.URL(str(response.url)).path
+    assert problem["request_id"] == response.headers["x-request-id"]
+    for word in words:
+        assert word in problem["detail"]
+    return problem
+
+
+@pytest.mark.usefixtures("good")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, ["no body", "curl -F file="]),
+        ({"content": b""}, ["no body"]),
+        ({"content": b"", "headers": {"Content-Type": "image/jpeg"}}, ["no body"]),
+        ({"files": {"image": b"\xff\xd8\xff"}}, ["'file'", "It has 'image'"]),
+        ({"files": [("file", b"a"), ("file", b"b")]}, ["2 fields 'file'", "one photo"]),
+        ({"files": {"file": b""}}, ["'file' is empty"]),
+        (
+            {"content": b"x", "headers": {"Content-Type": "multipart/form-data"}},
+            ["boundary"],
+        ),
+        (
+            {"content": b"x", "headers": {"Content-Type": "multipart/form-data; boundary=b"}},
+            ["malformed"],
+        ),
+        (
+            {
+                "content": b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\ncut off',
+                "headers": {"Content-Type": "multipart/form-data; boundary=b"},
+            },
+            ["malformed"],
+        ),
+        (
+            {
+                "content": b"--b\r\nContent-Disposition: form-data\r\n\r\nx\r\n--b--\r\n",
+                "headers": {"Content-Type": "multipart/form-data; boundary=b"},
+            },
+            ["no field 'file'", "a field without a name"],
+        ),
+        (
+            {"files": [(f"field{index}", b"x") for index in range(40)]},
+            ["malformed"],
+        ),
+    ],
+)
+def test_400_no_image_in_the_request(
+    server: ServerProcess, options: dict[str, Any], words: list[str]
+) -> None:
+    assert_problem(httpx.post(f"{server.url}/segment", **options), 400, *words)
+
+
+@pytest.mark.usefixtures("good")
+@pytest.mark.parametrize(
+    "kind",
+    ["text/plain", "application/json", "application/x-www-form-urlencoded", "video/mp4", "x"],
+)
+def test_415_a_body_that_is_no_image(server: ServerProcess, kind: str) -> None:
+    response = httpx.post(
+        f"{server.url}/segment", content=b"GIF89a", headers={"Content-Type": kind}
+    )
+    assert_problem(response, 415, kind, "image/jpeg", "multipart/form-data")
+
+
+@pytest.mark.usefixtures("good")
+def test_415_tells_curl_what_to_say(server: ServerProcess) -> None:
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    response = httpx.post(f"{server.url}/segment", content=b"x", headers=headers)
+    assert_problem(response, 415, "-H 'Content-Type: image/jpeg'")
+
+
+@pytest.mark.parametrize("path", ["/segment", "/segment/batch"])
+def test_415_a_compressed_body(server: ServerProcess, good: Sample, path: str) -> None:
+    form = httpx.Request("POST", server.url, files={"file": good.data})
+    response = httpx.post(
+        server.url + path,
+        content=gzip.compress(form.read()),
+        headers={"Content-Type": form.headers["content-type"], "Content-Encoding": "gzip"},
+    )
+    assert_problem(response, 415, "gzip", "Send it without Content-Encoding")
+    assert response.headers["accept-encoding"] == "identity"
+
+
+@pytest.mark.usefixtures("good")
+@pytest.mark.parametrize("path", ["/segment", "/segment/batch"])
+@pytest.mark.parametrize("accept", ["*/*;q=0", "image/*;q=0, multipart/*;q=0, application/*;q=0"])
+def test_406_nothing_is_wanted(server: ServerProcess, path: str, accept: str) -> None:
+    response = httpx.post(server.url + path, files={"file": b"x"}, headers={"Accept": accept})
+    assert_problem(response, 406, "Accept", "json")
+
+
+@pytest.mark.parametrize(
+    ("query", "accept", "words"),
+    [
+        ("format=json", "*/*", ["no parameter 'format'", "threshold, size, clean, mask"]),
+        ("mask=polygons", "multipart/mixed", ["mask=polygons", "multipart/mixed"]),
+    ],
+)
+def test_422_a_parameter_that_many_photos_do_not_have(
+    server: ServerProcess, good: Sample, query: str, accept: str, words: list[str]
+) -> None:
+    response = httpx.post(
+        f"{server.url}/segment/batch?{query}",
+        files={"file": good.data},
+        headers={"Accept": accept},
+    )
+    assert_problem(response, 422, *words)
+
+
+@pytest.mark.usefixtures("good")
+@pytest.mark.parametrize("data", [b"just some text", b"GIF89a\1\0\1\0\0\0\0;", bytes(1000)])
+def test_415_an_image_that_is_none(server: ServerProcess, data: bytes) -> None:
+    files = {"file": ("lesion.jpg", data, "image/jpeg")}
+    assert_problem(httpx.post(f"{server.url}/segment", files=files), 415, "JPEG, PNG")
+    raw = httpx.post(f"{server.url}/segment", content=data, headers={"Content-Type": "image/jpeg"})
+    assert_problem(raw, 415, "JPEG, PNG")
+
+
+@pytest.mark.parametrize("tenths", range(10))
+def test_422_a_truncated_jpeg(server: ServerProcess, good: Sample, tenths: int) -> None:
+    cut = good.data[: 4 + (len(good.data) - 8) * tenths // 10]
+    response = httpx.post(f"{server.url}/segment", files={"file": cut})
+    assert_problem(response, 422, "send the ")
+
+
+@pytest.mark.usefixtures("good")
+@pytest.mark.parametrize(
+    ("query", "words"),
+    [
+        ("threshold=2", ["threshold", "less than or equal to 1", "2"]),
+        ("threshold=-0.1", ["threshold", "greater than or equal to 0"]),
+        ("threshold=nan", ["threshold"]),
+        ("threshold=half", ["threshold", "number"]),
+        ("size=huge", ["size", "original", "model"]),
+        ("format=gif", ["format", "png", "json"]),
+        ("format=json&mask=svg", ["mask", "polygons"]),
+        ("treshold=0.3", ["no parameter 'treshold'", "threshold, size, clean, format, mask"]),
+        ("threshold=0.3&threshold=0.7", ["'threshold' comes more than once"]),
+        ("format=png&mask=rle", ["mask=rle", "JSON", "image/png"]),
+    ],
+)
+def test_422_a_parameter_out_of_range(server: ServerProcess, query: str, words: list[str]) -> None:
+    response = httpx.post(f"{server.url}/segment?{query}", files={"file": b"x"})
+    assert_problem(response, 422, *words)
+
+
+@pytest.mark.usefixtures("good")
+@pytest.mark.parametrize("timeout", ["0", "-5", "soon", "nan"])
+def test_422_a_deadline_that_is_none(server: ServerProcess, timeout: str) -> None:
+    response = httpx.post(
+        f"{server.url}/segment",
+        files={"file": b"x"},
+        headers={"X-Request-Timeout-Ms": timeout},
+    )
+    assert_problem(response, 422, "x-request-timeout-ms")
+
+
+def test_413_more_pixels_than_allowed(server: ServerProcess, good: Sample) -> None:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        crc = zlib.crc32(kind + body)
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", crc)
+
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99))
+    response = httpx.post(f"{server.url}/segment", files={"file": bomb})
+    assert_problem(response, 413, "2500000000 pixels", str(DEFAULT_MAX_PIXELS))
+
+    large = encode_photo(np.zeros((8001, 8000, 3), np.uint8), "PNG")
+    response = httpx.post(f"{server.url}/segment", files={"file": large}, timeout=60)
+    assert_problem(response, 413, "8000×8001", str(DEFAULT_MAX_PIXELS), "smaller")
+
+
+def test_413_more_bytes_than_allowed(server: ServerProcess, good: Sample) -> None:
+    limit = Settings().max_body_bytes
+    body = bytes(100 * 2**20)
+    announced = httpx.post(
+        f"{server.url}/segment", content=body, headers={"Content-Type": "image/png"}
+    )
+    assert_problem(announced, 413, str(limit), "smaller")
+    form = httpx.post(f"{server.url}/segment", files={"file": body}, timeout=60)
+    assert_problem(form, 413, str(limit), "smaller")
+    pieces = (bytes(2**20) for _ in range(100))
+    streamed = httpx.post(
+        f"{server.url}/segment", content=pieces, headers={"Content-Type": "image/png"}, timeout=60
+    )
+    assert_problem(streamed, 413, str(limit), "smaller")
+
+
+@pytest.mark.usefixtures("good")
+@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH"])
+def test_405_wrong_method(server: ServerProcess, method: str) -> None:
+    response = httpx.request(method, f"{server.url}/segment")
+    assert_problem(response, 405, method, "use POST")
+    assert response.headers["allow"] == "POST"
+
+
+@pytest.mark.usefixtures("good")
+def test_404_nothing_there(server: ServerProcess) -> None:
+    response = httpx.post(f"{server.url}/segmentation", files={"file": b"x"})
+    assert_problem(response, 404, "/segmentation", "POST /segment")
+
+
+def test_504_the_deadline_passed(server: ServerProcess, good: Sample) -> None:
+    response = httpx.post(
+        f"{server.url}/segment",
+        files={"file": good.data},
+        headers={"X-Request-Timeout-Ms": "0.01"},
+    )
+    assert_problem(response, 504, "0.01 ms", "X-Request-Timeout-Ms")
+
+
+@pytest.mark.usefixtures("good")
+def test_504_a_body_that_does_not_come(server: ServerProcess) -> None:
+    head = (
+        b"POST /segment HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/jpeg\r\n"
+        b"X-Request-Timeout-Ms: 200\r\nContent-Length: 1000\r\n\r\n\xff\xd8\xff"
+    )
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(head)
+        assert connection.recv(100).startswith(b"HTTP/1.1 504 Gateway Timeout\r\n")
+
+
+def test_429_more_requests_or_bytes_than_there_is_room_for(
+    tmp_path: Path, photos: list[Sample]
+) -> None:
+    data = photos[0].data
+    room = 2 * len(data)
+    flags = ("--max-queue", "1", "--max-bytes-in-flight", str(room))
+    with (
+        serve_held(tmp_path, *flags) as (server, hold),
+        httpx.Client(base_url=server.url, timeout=60) as client,
+        ThreadPoolExecutor(1) as other,
+    ):
+        too_many_bytes = client.post("/segment", content=bytes(room + 1))
+        problem = assert_problem(too_many_bytes, 429, "memory")
+        assert int(too_many_bytes.headers["retry-after"]) >= 1
+        assert f"{too_many_bytes.headers['retry-after']} s" in problem["detail"]
+        with hold():
+            answer = other.submit(client.post, "/segment", content=data)
+            until(lambda: figures(server)["slsnet_requests_in_flight"] == 1)
+            refused = httpx.post(f"{server.url}/segment", content=data)
+            assert_problem(refused, 429, "queue is full")
+            assert int(refused.headers["retry-after"]) >= 1
+        assert answer.result().status_code == 200
+        assert client.post("/segment", content=data).status_code == 200
+
+
+def test_500_is_answered_and_logged_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(_service: Service) -> None:
+        raise RuntimeError("a fault of the server's own")
+
+    monkeypatch.setattr(Service, "backend", property(broken))
+    app, _ = create_app(Settings())
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            return await client.get("/model")
+
+    problem = assert_problem(asyncio.run(ask()), 500, "report the request_id")
+    (failure,) = (record for record in caplog.records if record.exc_info)
+    assert problem["request_id"] in failure.getMessage()
+    assert "a fault of the server's own" in caplog.text
+    assert "own" not in problem["detail"]
+
+
+def test_problems_are_told_in_the_reference(server: ServerProcess) -> None:
+    operation = httpx.get(f"{server.url}/openapi.json").json()["paths"]["/segment"]["post"]
+    for status in ("400", "405", "406", "413", "415", "422", "429", "500", "503", "504"):
+        content = operation["responses"][status]["content"]
+        assert list(content) == ["application/problem+json"]
+        example = content["application/problem+json"]["example"]
+        assert example["status"] == int(status)
+        assert len(example["detail"]) > 20
+        assert example.keys() == ProblemAnswer.model_fields.keys()

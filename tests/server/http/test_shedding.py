@@ -1,0 +1,256 @@
+"""Refused before the framework is asked: with the same answer, and with the same checks before."""
+
+import asyncio
+import contextlib
+import json
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from http.client import HTTPResponse
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from uvicorn.server import ServerState
+
+from benchmarks.launch import ServerProcess
+from server.http.openinference import INFER_PATHS
+from server.keys import new_key
+from server.observe.metrics import Metrics
+from server.process.connections import Connection, House
+from server.settings import Settings
+from tests.conftest import Sample, until
+from tests.server.held import serve_held
+from tests.server.test_load import figures
+
+ORIGIN = "https://clinic.example"
+PATHS = {
+    **{path: path for path in ("/segment", "/segment/json", "/segment/batch")},
+    **INFER_PATHS,
+}
+IN_FLIGHT = "slsnet_requests_in_flight"
+
+
+@dataclass
+class Full:
+    """A server whose queue is full, and stays so."""
+
+    server: ServerProcess
+    key: str
+    slow: socket.socket
+    """On which a byte of a photo is missing."""
+
+    def post(self, path: str, body: bytes = b"-", **headers: str) -> httpx.Response:
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        with_key = {"X-API-Key": self.key, **named}
+        return httpx.post(f"{self.server.url}{path}", content=body, headers=with_key)
+
+    def answers(self, route: str, status: int) -> float:
+        return answers(self.server, route, status)
+
+
+def answers(server: ServerProcess, route: str, status: int) -> float:
+    """How many the server says that it has given."""
+    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    start, end = f'slsnet_requests_total{{path="{route}",', f'status="{status}"}}'
+    named = (line.rpartition(" ") for line in lines if line.startswith(start))
+    return sum(float(count) for name, _, count in named if name.endswith(end))
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory, photos: list[Sample]) -> Iterator[Full]:
+    folder = tmp_path_factory.mktemp("full")
+    key, line = new_key("clinic")
+    (folder / "keys").write_text(f"{line}\n", encoding="utf-8")
+    keyed = ("--api-keys-file", str(folder / "keys"), "--root-path", "/slsnet")
+    patient = ("--stall-timeout-s", "600", "--request-timeout-ms", "600000")
+    flags = ("--max-queue", "2", "--cors-origins", ORIGIN, *keyed, *patient)
+    with (
+        serve_held(folder, *flags) as (server, hold),
+        ThreadPoolExecutor(2) as waiting,
+        hold(),
+        socket.create_connection(("127.0.0.1", server.port), timeout=60) as slow,
+    ):
+        slow.sendall(
+            f"POST /segment HTTP/1.1\r\nHost: x\r\nX-API-Key: {key}\r\nOrigin: {ORIGIN}\r\n"
+            "Content-Length: 2\r\n\r\n-".encode()
+        )
+        held = Full(server, key, slow)
+        until(lambda: figures(server)[IN_FLIGHT] == 1)
+        # So long it keeps its place.
+        time.sleep(1.1)
+        for _ in range(2):
+            waiting.submit(held.post, "/segment", photos[0].data)
+        until(lambda: figures(server)[IN_FLIGHT] == 3)
+        yield held
+        # Or those that wait would do so for ever.
+        server.process.kill()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("prefix", ["", "/slsnet"])
+def test_a_full_server_refuses_on_every_path_that_takes_a_place(
+    full: Full, prefix: str, path: str
+) -> None:
+    before = full.answers(PATHS[path], 429)
+    answer = full.post(prefix + path, X_Request_ID="mine-1", Origin=ORIGIN)
+    assert answer.status_code == 429
+    assert int(answer.headers["Retry-After"]) >= 1
+    assert answer.headers["X-Request-ID"] == "mine-1"
+    assert answer.headers["Access-Control-Allow-Origin"] == ORIGIN
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert answer.headers["Server-Timing"].startswith("total;dur=")
+    said = answer.json()
+    if path.startswith("/v2/"):
+        assert set(said) == {"error"}
+        assert answer.headers["Content-Type"] == "application/json"
+    else:
+        assert said["status"] == 429
+        assert said["instance"] == path
+        assert said["request_id"] == "mine-1"
+        assert answer.headers["Content-Type"] == "application/problem+json"
+    assert full.answers(PATHS[path], 429) == before + 1
+    lines = (line for line in full.server.log().splitlines() if " mine-1 clinic POST " in line)
+    assert all(" 429 total;dur=" in line for line in lines)
+
+
+def test_a_refusal_is_the_frameworks_in_all_but_its_cost(full: Full) -> None:
+    early = full.post("/segment", Origin=ORIGIN)
+    # This one has lost its place, which the framework finds out when all of it is there.
+    full.slow.sendall(b"-")
+    framework = HTTPResponse(full.slow)
+    framework.begin()
+    whole = json.loads(framework.read())
+    assert framework.status == early.status_code == 429
+    headers = {name.lower(): value for name, value in framework.getheaders()}
+    assert list(early.headers) == list(headers)
+    for name in set(headers) - {"date", "x-request-id", "server-timing", "content-length"}:
+        assert early.headers[name] == headers[name]
+    assert {**early.json(), "request_id": ""} == {**whole, "request_id": ""}
+    assert list(early.json()) == list(whole)
+
+
+def test_who_has_no_key_is_told_so_first(full: Full) -> None:
+    before = full.answers("/segment", 429)
+    answer = full.post("/segment", X_API_Key="nobody's")
+    assert answer.status_code == 401
+    assert "WWW-Authenticate" in answer.headers
+    assert full.answers("/segment", 429) == before
+
+
+@pytest.mark.parametrize("timeout", ["soon", "-1", "nan"])
+def test_what_is_wrong_with_a_deadline_is_said_all_the_same(full: Full, timeout: str) -> None:
+    assert full.post("/segment", X_Request_Timeout_Ms=timeout).status_code == 422
+
+
+def test_a_full_server_says_that_it_lives(full: Full) -> None:
+    with ThreadPoolExecutor(8) as clients:
+        refused = [clients.submit(full.post, "/segment", bytes(100_000)) for _ in range(100)]
+        for path in ("/health/live", "/health/ready", "/v2/health/ready", "/metrics"):
+            assert httpx.get(f"{full.server.url}{path}").status_code == 200
+        assert {future.result().status_code for future in refused} == {429}
+
+
+def test_a_connection_is_kept_for_a_small_body_and_closed_for_a_large_one(full: Full) -> None:
+    headers = {"X-API-Key": full.key}
+    with httpx.Client(base_url=full.server.url, headers=headers) as client:
+        for _ in range(3):
+            small = client.post("/segment", content=bytes(100_000))
+            assert small.status_code == 429
+            assert "Connection" not in small.headers
+    for length in (b"Content-Length: 33554432", b"Transfer-Encoding: chunked"):
+        with socket.create_connection(("127.0.0.1", full.server.port), timeout=60) as connection:
+            connection.sendall(
+                b"POST /segment HTTP/1.1\r\nHost: x\r\nX-API-Key: %b\r\n%b\r\n\r\n10000\r\n"
+                % (full.key.encode(), length)
+            )
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(bytes(65536))
+            answer = connection.makefile("rb").read()
+        assert answer.startswith(b"HTTP/1.1 429 ")
+        assert b"\r\nconnection: close\r\n" in answer
+        assert answer.endswith(b"}")
+
+
+def test_pipelined_requests_are_refused_in_turn(full: Full) -> None:
+    head = b"POST /segment HTTP/1.1\r\nHost: x\r\nX-API-Key: %b\r\nContent-Length: 3\r\n%b\r\n"
+    request = head + b"abc"
+    live = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+    key = full.key.encode()
+    with socket.create_connection(("127.0.0.1", full.server.port), timeout=60) as connection:
+        connection.sendall(
+            live + request % (key, b"") + live + request % (key, b"Connection: close\r\n") + live
+        )
+        said = connection.makefile("rb").read()
+    assert re.findall(rb"HTTP/1.1 (\d+) ", said) == [b"200", b"429", b"200", b"429"]
+
+
+def test_bulk_is_refused_where_others_are_not(tmp_path: Path, photos: list[Sample]) -> None:
+    bulk = {"Priority": "bulk"}
+    with (
+        serve_held(tmp_path, "--max-queue", "2") as (server, hold),
+        ThreadPoolExecutor(2) as clients,
+    ):
+        url = f"{server.url}/segment"
+        with hold():
+            first = clients.submit(httpx.post, url, content=photos[0].data, headers=bulk)
+            until(lambda: figures(server)[IN_FLIGHT] == 1)
+            refused = httpx.post(url, content=photos[0].data, headers=bulk)
+            second = clients.submit(httpx.post, url, content=photos[0].data)
+            until(lambda: figures(server)[IN_FLIGHT] == 2)
+            assert httpx.post(url, content=photos[0].data).status_code == 429
+        assert refused.status_code == 429
+        assert first.result().status_code == second.result().status_code == 200
+        # There is room again.
+        assert httpx.post(url, content=photos[0].data, headers=bulk).status_code == 200
+
+
+def test_each_that_was_sent_is_served_or_refused(tmp_path: Path, photos: list[Sample]) -> None:
+    with serve_held(tmp_path, "--max-queue", "3") as (server, _), ThreadPoolExecutor(16) as clients:
+        url = f"{server.url}/segment"
+        with httpx.Client(limits=httpx.Limits(max_connections=16)) as client:
+            sent = [
+                clients.submit(client.post, url, content=photo.data)
+                for _ in range(10)
+                for photo in photos
+            ]
+            statuses = [future.result().status_code for future in sent]
+        assert set(statuses) == {200, 429}
+        assert answers(server, "/segment", 200) == statuses.count(200)
+        assert answers(server, "/segment", 429) == statuses.count(429)
+
+
+def test_no_task_is_made_for_who_is_refused() -> None:
+    async def scenario() -> None:
+        tasks: list[Any] = []
+
+        async def refuses(_scope: Any, _receive: Any, send: Callable[[Any], Any]) -> None:
+            with contextlib.suppress(RuntimeError):
+                tasks.append(asyncio.current_task())
+            start = {"type": "http.response.start", "status": 429, "headers": []}
+            await send(start)
+            await send({"type": "http.response.body", "body": b"later"})
+
+        config = uvicorn.Config(refuses, http=Connection, ws="none", log_config=None)
+        config.load()
+        house = House(Settings(), Metrics(), lambda scope: scope["path"] == "/full")
+        server = await asyncio.get_running_loop().create_server(
+            lambda: Connection(house, config, ServerState(), {}), "127.0.0.1"
+        )
+        async with server:
+            port = server.sockets[0].getsockname()[1]
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            for path in (b"/full", b"/other"):
+                writer.write(b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % path)
+                assert (await reader.readuntil(b"later")).startswith(b"HTTP/1.1 429 ")
+            writer.close()
+        refused, other = tasks
+        assert refused is None
+        assert other is not None
+
+    asyncio.run(scenario())

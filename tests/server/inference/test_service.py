@@ -1,0 +1,312 @@
+"""The service's life: another backend takes over while requests are under way."""
+
+import asyncio
+import contextlib
+import gc
+import math
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from photos.image import CorruptImageError, Photo, read_photo
+from server.backends import BackendInfo
+from server.http import app as app_module
+from server.http.answers import png_answer
+from server.http.app import create_app
+from server.http.parameters import deadline
+from server.inference import service as service_module
+from server.inference.errors import DeadlineExceeded, Unavailable, Unprocessable, UnsupportedType
+from server.inference.service import Segmentation, Service
+from server.observe.metrics import Metrics
+from server.observe.stages import Stages
+from server.settings import Settings
+from tests.lesions import encode_photo, lesion_photo
+
+
+class Constant:
+    """A backend that says one probability, slowly, and fails once it is closed."""
+
+    def __init__(self, probability: float) -> None:
+        self.probability = probability
+        self.closed = False
+        self.warm = False
+
+    def describe(self) -> BackendInfo:
+        version = str(self.probability)
+        return BackendInfo("constant", version, "cpu", "fp32", 4, model={"version": version})
+
+    def warm_up(self) -> None:
+        self.warm = True
+
+    def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        time.sleep(0.01)
+        assert self.warm
+        assert not self.closed
+        return np.full((len(batch), 128, 128), self.probability, np.float32)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_another_backend_takes_over_without_a_failed_request() -> None:
+    body = encode_photo(lesion_photo(1, 300, 200).pixels)
+
+    async def segment(service: Service) -> Segmentation:
+        return await service.segment(
+            lambda: body,
+            stages=Stages(),
+            deadline=time.perf_counter() + 60,
+            is_gone=lambda: False,
+        )
+
+    async def scenario() -> None:
+        service = Service(Settings(max_wait_ms=5), Metrics())
+        with pytest.raises(Unavailable), service.admission(deadline=math.inf):
+            pass
+        backends = [Constant(value / 8) for value in range(1, 8)]
+        await service.use(backends[0])
+        tasks = []
+        for backend in backends[1:]:
+            tasks += [asyncio.create_task(segment(service)) for _ in range(15)]
+            await asyncio.sleep(0.01)
+            await service.use(backend)
+        results = await asyncio.gather(*tasks)
+        await service.close()
+        # Each answer is of one backend, the one that it names.
+        for result in results:
+            assert (result.probability == float(result.backend.version)).all()
+        assert len({result.backend.version for result in results}) > 3
+        assert all(backend.closed for backend in backends)
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+class Body(bytes):
+    """Counts those that there are."""
+
+    alive = 0
+
+    def __init__(self, _content: bytes) -> None:
+        Body.alive += 1
+
+    def __del__(self) -> None:
+        Body.alive -= 1
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """What goes has to go by itself."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def test_bodies_that_wait_for_a_thread_go_at_their_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun, go_on = threading.Semaphore(0), threading.Event()
+
+    def slow(_data: bytes, **_options: object) -> None:
+        begun.release()
+        go_on.wait(30)
+        raise CorruptImageError("It is.")
+
+    monkeypatch.setattr(service_module, "read_photo", slow)
+
+    async def request(service: Service) -> None:
+        body: list[bytes] = [Body(b"photo")]
+        async with deadline(0.3):
+            with contextlib.ExitStack() as held:
+                held.callback(body.clear)
+                await service.segment(
+                    body.pop, stages=Stages(), deadline=math.inf, is_gone=lambda: False
+                )
+
+    async def scenario() -> None:
+        service = Service(Settings(decode_threads=1), Metrics())
+        try:
+            requests = [asyncio.create_task(request(service)) for _ in range(5)]
+            await asyncio.to_thread(begun.acquire, timeout=30)
+            assert Body.alive == 5
+            # With their exceptions, which have the frames that the bodies came through.
+            for outcome in await asyncio.gather(*requests, return_exceptions=True):
+                assert isinstance(outcome, DeadlineExceeded)
+            # The one that a thread is at work on.
+            assert Body.alive == 1
+            go_on.set()
+            assert await service.in_thread(lambda: "next") == "next"
+            assert Body.alive == 0
+            assert not begun.acquire(blocking=False)
+        finally:
+            go_on.set()
+            await service.close()
+
+    with no_collection():
+        asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_arguments_that_wait_for_a_thread_go_when_cancelled() -> None:
+    go_on = threading.Event()
+
+    async def scenario() -> None:
+        service = Service(Settings(decode_threads=1), Metrics())
+        try:
+            for alone in (False, True):
+                go_on.clear()
+                first = asyncio.create_task(service.in_thread(go_on.wait, 30, alone=alone))
+                second = asyncio.create_task(service.in_thread(len, Body(b"four"), alone=alone))
+                await asyncio.sleep(0.1)
+                assert Body.alive == 1
+                second.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await second
+                del second
+                assert Body.alive == 0
+                # One that has begun keeps its thread.
+                first.cancel()
+                third = asyncio.create_task(service.in_thread(len, b"four", alone=alone))
+                await asyncio.sleep(0.1)
+                assert not third.done()
+                go_on.set()
+                assert await third == 4
+        finally:
+            go_on.set()
+            await service.close()
+
+    with no_collection():
+        asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_what_is_wrong_with_a_photo_does_not_keep_it() -> None:
+    async def scenario() -> None:
+        service = Service(Settings(decode_threads=1), Metrics())
+        body: list[bytes] = [Body(b"no photo")]
+        work = service.segment(
+            body.pop,
+            stages=Stages(),
+            deadline=math.inf,
+            is_gone=lambda: False,
+        )
+        try:
+            await service.unless_closing(work)
+        except UnsupportedType:
+            assert Body.alive == 1
+        del work
+        # The loop's own references go with its next turn.
+        await asyncio.sleep(0)
+        assert Body.alive == 0
+        await service.close()
+
+    with no_collection():
+        asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+LONE = encode_photo(lesion_photo(4, 600, 450).pixels)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "requests", "bulk", "on_the_loop"),
+    [
+        ("alone", LONE, 1, False, True),
+        ("not alone", LONE, 2, False, False),
+        ("bulk", LONE, 1, True, False),
+        ("many pixels", encode_photo(lesion_photo(4, 1024, 768).pixels), 1, False, False),
+        ("many bytes", LONE + bytes(2**17), 1, False, False),
+        ("progressive", encode_photo(lesion_photo(4).pixels, progressive=True), 1, False, False),
+        ("not a JPEG", encode_photo(lesion_photo(4, 64, 64).pixels, "PNG"), 1, False, False),
+    ],
+)
+def test_only_a_lone_small_photo_is_decoded_on_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    data: bytes,
+    requests: int,
+    bulk: bool,
+    on_the_loop: bool,
+) -> None:
+    decoded: list[tuple[threading.Thread, NDArray[np.uint8]]] = []
+
+    def reads(data: bytes, **limits: Any) -> Photo:
+        photo = read_photo(data, **limits)
+        decoded.append((threading.current_thread(), photo.pixels))
+        return photo
+
+    async def scenario() -> None:
+        service = Service(Settings(), Metrics())
+        await service.use(Constant(0.5))
+        monkeypatch.setattr(service_module, "read_photo", reads)
+        with contextlib.ExitStack() as others:
+            for _ in range(requests):
+                others.enter_context(service.admission(deadline=math.inf, bulk=bulk))
+            body = [data]
+            found = await service.segment(
+                body.pop,
+                bare=body,
+                stages=Stages(),
+                deadline=time.perf_counter() + 60,
+                is_gone=lambda: False,
+                bulk=bulk,
+            )
+        await service.close()
+        assert found.width, name
+
+    asyncio.run(scenario())
+    ((thread, pixels),) = decoded
+    assert (thread is threading.main_thread()) is on_the_loop
+    assert np.array_equal(pixels, read_photo(data).pixels)
+
+
+def test_what_is_wrong_with_a_lone_photo_is_told_as_ever() -> None:
+    async def scenario() -> None:
+        service = Service(Settings(), Metrics())
+        await service.use(Constant(0.5))
+        body = [LONE[: len(LONE) // 2]]
+        with service.admission(deadline=math.inf), pytest.raises(Unprocessable):
+            await service.segment(
+                lambda: body[0],
+                bare=body,
+                stages=Stages(),
+                deadline=time.perf_counter() + 60,
+                is_gone=lambda: False,
+            )
+        await service.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_small_mask_does_not_wait_behind_photos_to_be_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads: list[str] = []
+
+    def makes(*arguments: Any, **options: Any) -> bytes:
+        threads.append(threading.current_thread().name.partition("_")[0])
+        return png_answer(*arguments, **options)
+
+    monkeypatch.setattr(app_module, "png_answer", makes)
+    large = encode_photo(lesion_photo(4, 1024, 768).pixels)
+
+    async def scenario() -> None:
+        app, service = create_app(Settings())
+        await service.use(Constant(0.75))
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            for photo, query in ((LONE, ""), (large, ""), (LONE, "?clean=true")):
+                answer = await client.post(f"/segment{query}", content=photo)
+                assert answer.status_code == 200
+            bulk = await client.post("/segment", content=LONE, headers={"Priority": "bulk"})
+            assert bulk.status_code == 200
+        await service.close()
+
+    asyncio.run(scenario())
+    assert threads[0] not in ("work", "bulk")
+    assert threads[1:] == ["work", "work", "bulk"]
