@@ -1,12 +1,20 @@
-"""ONNX Runtime's CUDA provider: serves on a GPU at once, while or where TensorRT does not."""
+"""ONNX Runtime's CUDA provider: serves on a GPU at once, while or where TensorRT does not.
+
+The provider keeps its recorded graphs by thread, and records in CUDA's global mode: meanwhile no
+other thread may allocate on the GPU, or copy and wait (onnxruntime's `cuda_execution_provider.cc`
+and `cuda_graph.cc`). So one thread of the process loads, records and runs all there is.
+"""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from threading import Lock
-from typing import Any
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, TypeVar
 
 import numpy as np
 import onnxruntime
@@ -22,10 +30,15 @@ __all__ = ["OnnxRuntimeCudaBackend"]
 
 log = logging.getLogger("slsnet.onnxruntime")
 
+T = TypeVar("T")
+
 _PROVIDER = "CUDAExecutionProvider"
 
 # The exported attention holds two float32 matrices of 67 MB an image: 2.1 GB at 16.
 _BUCKETS = (1, 2, 4, 8, 16)
+
+# A batch of 16 takes milliseconds: a thread that is busy for so long is in the driver for ever.
+_STUCK_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -39,10 +52,13 @@ class _Lane:
 
 
 class OnnxRuntimeCudaBackend:
-    """The exported graph on an NVIDIA GPU in float32, as a CUDA graph where it can be captured.
+    """The exported graph on an NVIDIA GPU in float32, as CUDA graphs where it can be captured.
+
+    Loading runs every bucket, so the first request is as fast as any.
 
     Raises:
-        BackendError: no CUDA provider, no driver, no GPU, or a provider that does not load.
+        BackendError: no CUDA provider, no driver, no GPU, a provider that does not load, or a GPU
+            that has not come back to the network from before.
     """
 
     def __init__(self, model: Path) -> None:
@@ -55,12 +71,11 @@ class OnnxRuntimeCudaBackend:
         # Finds CUDA and cuDNN where they were installed as wheels.
         onnxruntime.preload_dlls()
         self._file = read_model(model)
-        self._lock = Lock()
         try:
-            self._open(graphs=True)
-        except BackendError as error:
-            log.warning("no CUDA graphs in ONNX Runtime: %s", error)
-            self._open(graphs=False)
+            _gpu_thread()(lambda: None, _STUCK_S)
+        except TimeoutError as error:
+            raise BackendError(f"{self._gpu.name} has not come back for {_STUCK_S:g} s") from error
+        _gpu_thread()(self._load)
 
     def describe(self) -> BackendInfo:
         return BackendInfo(
@@ -75,8 +90,7 @@ class OnnxRuntimeCudaBackend:
         )
 
     def warm_up(self) -> None:
-        for bucket in _BUCKETS:
-            self.infer(np.zeros((bucket, MODEL_SIZE, MODEL_SIZE, 3), np.uint8))
+        """Nothing to do: loading ran every bucket."""
 
     def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
         if len(batch) > _BUCKETS[-1]:
@@ -88,17 +102,29 @@ class OnnxRuntimeCudaBackend:
         if len(batch) < bucket:
             padded = np.zeros((bucket, *batch.shape[1:]), np.uint8)
             padded[: len(batch)] = batch
-        # A session that replays graphs runs one batch at a time.
-        with self._lock, _as_backend_error(f"a batch of {len(batch)} failed"):
-            lane = self._lane(bucket)
-            lane.image.update_inplace(np.ascontiguousarray(padded))
-            self._session.run_with_iobinding(lane.binding, lane.options)
-            probability: NDArray[np.float32] = lane.probability.numpy()
-        return probability[: len(batch)]
+        with _as_backend_error(f"a batch of {len(batch)} failed"):
+            return _gpu_thread()(lambda: self._run(padded))[: len(batch)]
 
     def close(self) -> None:
+        _gpu_thread()(self._close)
+
+    def _run(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        lane = self._lane(len(batch))
+        lane.image.update_inplace(np.ascontiguousarray(batch))
+        self._session.run_with_iobinding(lane.binding, lane.options)
+        probability: NDArray[np.float32] = lane.probability.numpy()
+        return probability
+
+    def _close(self) -> None:
         self._lanes.clear()
         del self._session
+
+    def _load(self) -> None:
+        try:
+            self._open(graphs=True)
+        except BackendError as error:
+            log.warning("no CUDA graphs in ONNX Runtime: %s", error)
+            self._open(graphs=False)
 
     def _open(self, *, graphs: bool) -> None:
         options = onnxruntime.SessionOptions()
@@ -115,9 +141,12 @@ class OnnxRuntimeCudaBackend:
         check_contract(self._session, self._file.path)
         self._lanes: dict[int, _Lane] = {}
         self._graphs = graphs
-        # The first run captures, the second replays: a graph that does not hold fails here.
-        for _ in range(2):
-            self.infer(np.zeros((1, MODEL_SIZE, MODEL_SIZE, 3), np.uint8))
+        with _as_backend_error("the first runs failed"):
+            for bucket in _BUCKETS:
+                image = np.zeros((bucket, MODEL_SIZE, MODEL_SIZE, 3), np.uint8)
+                # The second run replays what the first captured: what does not hold fails here.
+                for _ in range(2):
+                    self._run(image)
 
     def _lane(self, bucket: int) -> _Lane:
         if bucket not in self._lanes:
@@ -132,6 +161,34 @@ class OnnxRuntimeCudaBackend:
                 options.add_run_config_entry("gpu_graph_id", str(bucket))
             self._lanes[bucket] = _Lane(image, probability, binding, options)
         return self._lanes[bucket]
+
+
+class _Thread:
+    """Runs what it is given, in order; the end of the process does not wait for it."""
+
+    def __init__(self) -> None:
+        self._work: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
+        Thread(target=self._run, name="onnxruntime_cuda", daemon=True).start()
+
+    def __call__(self, work: Callable[[], T], timeout: float | None = None) -> T:
+        future: Future[T] = Future()
+        self._work.put((future, work))
+        return future.result(timeout)
+
+    def _run(self) -> None:
+        while True:
+            future, work = self._work.get()
+            try:
+                future.set_result(work())
+            except Exception as error:  # noqa: BLE001  # it goes to who waits
+                future.set_exception(error)
+            # Or the last batch would be held until the next one.
+            del future, work
+
+
+@cache
+def _gpu_thread() -> _Thread:
+    return _Thread()
 
 
 @contextmanager
