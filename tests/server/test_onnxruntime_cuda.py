@@ -6,6 +6,7 @@ CUDA's global mode at the second run (``cuda_graph.cc``, ``cuda_execution_provid
 
 import asyncio
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +17,8 @@ from numpy.typing import NDArray
 
 from server.backends import BackendError, onnxruntime_cuda
 from server.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
-from server.batching import Batcher
-from server.metrics import Metrics
+from server.inference.batching import Batcher
+from server.observe.metrics import Metrics
 from tests.conftest import MODEL
 from tests.trt_build.fake_cuda import FakeCuda, FakeStream, Status
 from trt_build.device import Gpu
@@ -92,7 +93,7 @@ class FakeOnnxRuntime:
     def __init__(self) -> None:
         self.cuda = FakeCuda()
         self.captures: list[tuple[str, str]] = []
-        self.while_capturing = lambda: None
+        self.while_capturing: Callable[[], None] = lambda: None
         self.sessions: list[FakeSession] = []
         self.SessionOptions = SimpleNamespace
         self.OrtValue = SimpleNamespace(
