@@ -23,7 +23,7 @@ from trt_build.parity import GENERATED, gate_engine
 from trt_build.plan import BUCKETS, PRECISIONS, PlanError, parse_buckets
 from trt_build.runtime import EngineError
 from trt_build.samples import REFERENCE, load_samples
-from trt_build.tensorrt_api import TensorRTError
+from trt_build.tensorrt_api import TensorRTError, find_tensorrt
 
 GATE_FAILED = 3
 """Exit code where the engine was built, but its masks differ too much to be served."""
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if args.parity:
             # It needs one, which is to be told before the minutes that a build takes.
-            current_gpu()
+            find_tensorrt().check_runs_on(current_gpu())
         ranges = read_ranges(args.onnx, args.calibration) if args.precision == "int8" else None
         build(args.onnx, args.output, options, ranges=ranges, progress=progress)
         if args.parity:

@@ -17,6 +17,16 @@ class Gpu:
     compute_capability: str
     """``9.0``"""
     memory_bytes: int
+    multiprocessors: int
+    """Of a MIG slice, its own."""
+
+    @property
+    def model(self) -> str:
+        """Which cards are as this one: an engine's kernels are chosen by how long they take on it.
+
+        Compute capability does not tell an L4 from an RTX 4090, nor a MIG slice from its H100.
+        """
+        return f"{self.name}, {self.multiprocessors} multiprocessors"
 
 
 def current_gpu() -> Gpu:
@@ -48,4 +58,5 @@ def current_gpu() -> Gpu:
         name=name.decode() if isinstance(name, bytes) else str(name),
         compute_capability=f"{properties.major}.{properties.minor}",
         memory_bytes=int(properties.totalGlobalMem),
+        multiprocessors=int(properties.multiProcessorCount),
     )

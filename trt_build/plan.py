@@ -33,6 +33,9 @@ class PlanKey:
     """``tensorrt`` or ``tensorrt_rtx``, with its version: ``tensorrt 11.4.0.106``."""
     compute_capability: str
     """``9.0``; ``any`` for an engine that TensorRT for RTX compiles further where it runs."""
+    device: str
+    """``trt_build.device.Gpu.model``; ``any`` where compute capability alone counts: engines built
+    hardware-compatible, and those of TensorRT for RTX."""
     precision: Precision
     buckets: tuple[int, ...]
 
@@ -40,6 +43,11 @@ class PlanKey:
         """Return a name for the engine's file: the same key gives the same on every machine."""
         text = json.dumps(dataclasses.asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+    def timing_cache(self) -> str:
+        """Return a name for the file of what TensorRT measured on this device."""
+        text = f"{self.library} {self.compute_capability} {self.device}"
+        return f"timing-{hashlib.sha256(text.encode()).hexdigest()[:24]}.cache"
 
     def differences(self, other: PlanKey) -> list[str]:
         """Say, field by field, how ``other`` (what is wanted) differs from this key."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from common.files import write_atomically
 from trt_build.device import Gpu, current_gpu
 from trt_build.plan import PlanError, PlanInfo, read_engine, read_plan_info
-from trt_build.tensorrt_api import TensorRT, TensorRTError, find_tensorrt
+from trt_build.tensorrt_api import RTX_PORTABLE, TensorRT, TensorRTError, find_tensorrt
 
 SLOTS = 2
 
@@ -33,16 +33,29 @@ class EngineError(RuntimeError):
 
 
 def check_fits(info: PlanInfo, trt: TensorRT, gpu: Gpu) -> None:
-    """Raise PlanError where the engine is of another TensorRT version or GPU than these."""
+    """Raise PlanError where the engine is of another TensorRT version or GPU than these.
+
+    TensorRTError where this TensorRT runs no engine on that GPU.
+    """
     if not _same_library(info, trt):
         raise PlanError(
             f"the engine was built by {info.key.library}, this is {trt.library}: build it again"
         )
+    trt.check_runs_on(gpu)
     built_for = info.key.compute_capability
     here = gpu.compute_capability
+    if built_for == "any" and here not in RTX_PORTABLE:
+        raise PlanError(
+            f"the engine was built for compute capabilities {', '.join(RTX_PORTABLE)},"
+            f" {gpu.name} has {here}: build it with --compute-capability {here}"
+        )
     portable = built_for == "any" or (
         built_for.endswith("+") and _version(here) >= _version(built_for[:-1])
     )
+    if not portable and built_for == here and info.key.device not in ("any", gpu.model):
+        raise PlanError(
+            f"the engine was built for {info.key.device}, this is {gpu.model}: build it here"
+        )
     if not portable and built_for != here:
         raise PlanError(
             f"the engine was built for compute capability {built_for}, {gpu.name} has {here}:"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from trt_build.device import current_gpu
+from trt_build.device import Gpu, current_gpu
 from trt_build.plan import PlanKey, Precision
 
 MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
@@ -26,6 +26,11 @@ _NEEDED_RTX = {
     "IExecutionContext": ("is_stream_capturable",),
 }
 """What CUDA graphs of TensorRT for RTX need (its release notes of 1.2)."""
+
+
+RTX_PORTABLE = ("8.6", "8.9", "12.0")
+"""Compute capabilities that an engine of TensorRT for RTX runs on unless it is built for one alone
+(NVIDIA's support matrix of TensorRT for RTX, the same from 1.0 to 1.5)."""
 
 
 class TensorRTError(RuntimeError):
@@ -95,6 +100,20 @@ class TensorRT:
         """Whether the work of ``context`` may go into a CUDA graph: RTX alone has to be asked."""
         return not self.is_rtx or bool(context.is_stream_capturable(stream))
 
+    def check_runs_on(self, gpu: Gpu) -> None:
+        """Raise TensorRTError where no engine runs on ``gpu``: RTX leaves out what is not RTX."""
+        if self.is_rtx and gpu.compute_capability not in self._targets():
+            raise TensorRTError(
+                f"{self.library} does not run on {gpu.name}, whose compute capability is"
+                f" {gpu.compute_capability}, only on {', '.join(self._targets())}:"
+                " install tensorrt-cu13 instead"
+            )
+
+    def _targets(self) -> list[str]:
+        found = (re.fullmatch(r"SM(\d+)(\d)", name) for name in dir(self.module.ComputeCapability))
+        versions = [(int(match[1]), int(match[2])) for match in found if match]
+        return [f"{major}.{minor}" for major, minor in sorted(versions)]
+
     def target(self, config: Any, compute_capability: str) -> None:
         """Build for one GPU alone, this machine's (``current``) or another: RTX alone can.
 
@@ -145,6 +164,7 @@ def plan_key(
 
     Raises NoGpuError where TensorRT needs a GPU to build for and there is none.
     """
+    device = "any"
     if compute_capability is not None and compute_capability != "current":
         capability = compute_capability
     elif trt.is_rtx and compute_capability is None:
@@ -152,5 +172,8 @@ def plan_key(
     elif hardware_compatible:
         capability = "8.0+"
     else:
-        capability = current_gpu().compute_capability
-    return PlanKey(onnx_sha256, trt.library, capability, precision, buckets)
+        gpu = current_gpu()
+        trt.check_runs_on(gpu)
+        capability = gpu.compute_capability
+        device = device if trt.is_rtx else gpu.model
+    return PlanKey(onnx_sha256, trt.library, capability, device, precision, buckets)

@@ -33,7 +33,7 @@ from trt_build.plan import (
     read_engine,
     read_plan_info,
 )
-from trt_build.tensorrt_api import TensorRTError, find_tensorrt, plan_key
+from trt_build.tensorrt_api import RTX_PORTABLE, TensorRTError, find_tensorrt, plan_key
 
 __all__ = ["ENGINE_EVENTS", "EngineCache", "EngineEvent", "open_engine_cache"]
 
@@ -274,7 +274,10 @@ def open_engine_cache(
     try:
         gpu = current_gpu()
         trt = find_tensorrt()
-        key = plan_key(file_sha256(model), precision, BUCKETS, trt)
+        trt.check_runs_on(gpu)
+        portable = not trt.is_rtx or gpu.compute_capability in RTX_PORTABLE
+        target = None if portable else gpu.compute_capability
+        key = plan_key(file_sha256(model), precision, BUCKETS, trt, compute_capability=target)
     except (NoGpuError, TensorRTError) as error:
         raise BackendError(f"TensorRT cannot be used: {error}") from error
     except OSError as error:
@@ -286,7 +289,8 @@ def open_engine_cache(
             *("nice", "-n", "10", sys.executable, "-m", "trt_build"),
             *("--onnx", str(model.resolve()), "--output", str(engine), "--parity"),
             *("--precision", key.precision, "--buckets", ",".join(map(str, key.buckets))),
-            *("--timing-cache", str(engine.with_name("timing.cache"))),
+            *("--timing-cache", str(engine.with_name(key.timing_cache()))),
+            *(("--compute-capability", target) if target is not None else ()),
         ]
 
     return EngineCache(

@@ -17,7 +17,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 from common.files import replacing, write_atomically
 from trt_build.plan import Layer, PlanInfo, PlanKey
 
-KEY = PlanKey("0" * 64, "tensorrt 11.4.0", "9.0", "fp16", (1, 2, 4))
+KEY = PlanKey(
+    "0" * 64,
+    "tensorrt 11.4.0",
+    "9.0",
+    "NVIDIA H100 80GB HBM3, 132 multiprocessors",
+    "fp16",
+    (1, 2, 4),
+)
 CONTENT = b"an engine " * 10_000
 
 

@@ -1,6 +1,7 @@
 """The engine cache with real processes, and builders that are slow, killed and broken."""
 
 import dataclasses
+import itertools
 import logging
 import os
 import signal
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,7 @@ def test_a_miss_is_built_and_the_next_start_finds_it(
         ("onnx_sha256", "1" * 64),
         ("library", "tensorrt 10.16.1"),
         ("compute_capability", "8.9"),
+        ("device", "NVIDIA H200, 132 multiprocessors"),
         ("precision", "bf16"),
         ("buckets", (1, 2)),
     ],
@@ -280,10 +282,11 @@ def test_an_engine_whose_masks_differ_is_not_served_nor_built_again(
 
 
 def test_a_build_that_hangs_is_ended(harness: Harness, stop: threading.Event) -> None:
-    behaviours = iter(["hangs", "good"])
-    cache = harness.cache(lambda: next(behaviours), build_timeout_s=0.5)
+    # A good one may take that long too, on a busy machine, and is begun again.
+    behaviours = itertools.chain(["hangs"], itertools.repeat("good"))
+    cache = harness.cache(lambda: next(behaviours), build_timeout_s=2)
     assert cache.obtain(stop) is not None
-    assert harness.events.count("build_failed") == 1
+    assert harness.events[:2] == ["build_started", "build_failed"]
 
 
 def test_a_server_that_stops_takes_its_builder_along(
@@ -344,7 +347,7 @@ def test_the_real_builder_as_the_server_starts_it_asks_for_the_gpu_before_it_bui
     pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT for RTX is not installed")
     if has_gpu():
         pytest.skip("there is a GPU: test_gpu.py goes on to the end")
-    gpu = Gpu("a GPU that will be gone", "8.9", 24 << 30)
+    gpu = Gpu("a GPU that will be gone", "8.9", 24 << 30, 58)
     monkeypatch.setattr(engine_cache, "current_gpu", lambda: gpu)
     events: list[EngineEvent] = []
 
@@ -373,10 +376,40 @@ def test_a_cache_without_gpu_or_tensorrt_says_what_is_missing(
     with pytest.raises(BackendError, match="TensorRT cannot be used: no NVIDIA GPU is visible"):
         open_engine_cache(tmp_path, MODEL, "fp16", lambda _: None)
 
-    monkeypatch.setattr(engine_cache, "current_gpu", lambda: Gpu("a GPU", "9.0", 1 << 30))
+    monkeypatch.setattr(engine_cache, "current_gpu", lambda: Gpu("a GPU", "9.0", 1 << 30, 132))
     monkeypatch.setattr(tensorrt_api, "MODULES", ("no_such_tensorrt",))
     with pytest.raises(BackendError, match="no usable TensorRT: install one of those in req"):
         open_engine_cache(tmp_path, MODEL, "fp16", lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("capability", "target"), [("8.9", []), ("8.0", ["--compute-capability", "8.0"]), ("9.0", None)]
+)
+def test_rtx_builds_for_the_card_alone_where_portable_engines_do_not_run_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: str, target: list[str] | None
+) -> None:
+    pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT for RTX is not installed")
+    gpu = Gpu("a GPU", capability, 24 << 30, 58)
+    monkeypatch.setattr(engine_cache, "current_gpu", lambda: gpu)
+    monkeypatch.setattr(tensorrt_api, "MODULES", ("tensorrt_rtx_bindings",))
+    if target is None:
+        with pytest.raises(BackendError, match=r"does not run on a GPU.*only on 7\.5, 8\.0, 8\.6"):
+            open_engine_cache(tmp_path, MODEL, "fp16", lambda _: None)
+        return
+    commands: list[Sequence[str]] = []
+
+    def remember(command: Sequence[str], **_: object) -> None:
+        commands.append(command)
+        raise OSError(0, "not now")
+
+    monkeypatch.setattr("subprocess.Popen", remember)
+    stop = threading.Event()
+    cache = open_engine_cache(
+        tmp_path, MODEL, "fp16", lambda event: stop.set() if event == "build_failed" else None
+    )
+    assert cache.obtain(stop) is None
+    (command,) = commands
+    assert list(command[-2:]) == target or (not target and "--compute-capability" not in command)
 
 
 def _until(condition: Callable[[], bool], timeout_s: float = 60) -> None:

@@ -123,7 +123,7 @@ class FakeOnnxRuntime:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeOnnxRuntime:
     fake = FakeOnnxRuntime()
     monkeypatch.setattr(onnxruntime_cuda, "onnxruntime", fake)
-    monkeypatch.setattr(onnxruntime_cuda, "current_gpu", lambda: Gpu("a GPU", "9.0", 80 << 30))
+    monkeypatch.setattr(onnxruntime_cuda, "current_gpu", lambda: Gpu("a GPU", "9.0", 80 << 30, 132))
     return fake
 
 

@@ -27,7 +27,7 @@ from trt_build.plan import PlanError
 from trt_build.runtime import SLOTS, EngineError, EngineRunner
 from trt_build.tensorrt_api import TensorRT
 
-GPU = Gpu("NVIDIA H100 80GB HBM3", "9.0", 80 << 30)
+GPU = Gpu("NVIDIA H100 80GB HBM3", "9.0", 80 << 30, 132)
 
 
 class Machine:
@@ -50,7 +50,7 @@ class Machine:
         """A card with TensorRT for RTX, and a portable engine."""
         self.is_rtx = True
         self.version = "1.7.1.116"
-        self.gpu = Gpu("NVIDIA GeForce RTX 4090", "8.9", 24 << 30)
+        self.gpu = Gpu("NVIDIA GeForce RTX 4090", "8.9", 24 << 30, 128)
         key = dataclasses.replace(
             KEY, library=f"tensorrt_rtx {self.version}", compute_capability="any"
         )
@@ -231,6 +231,8 @@ def test_a_failed_inference_is_an_error_and_the_slot_goes_on(machine: Machine) -
         ("no sidecar", "is missing: build the engine"),
         ("other version", "was built by tensorrt 11.4.0, this is tensorrt 10.16.1"),
         ("other gpu", "built for compute capability 9.0, NVIDIA L4 has 8.9"),
+        ("other model", "built for NVIDIA H100 .* this is NVIDIA H200, 132 multiprocessors"),
+        ("slice", "this is NVIDIA H100 80GB HBM3 MIG 1g.10gb, 16 multiprocessors: build it here"),
         ("refused", "cannot load"),
     ],
 )
@@ -246,7 +248,11 @@ def test_an_engine_that_does_not_fit_says_why(machine: Machine, change: str, mes
     elif change == "other version":
         machine.version = "10.16.1"
     elif change == "other gpu":
-        machine.gpu = Gpu("NVIDIA L4", "8.9", 24 << 30)
+        machine.gpu = Gpu("NVIDIA L4", "8.9", 24 << 30, 58)
+    elif change == "other model":
+        machine.gpu = Gpu("NVIDIA H200", "9.0", 141 << 30, 132)
+    elif change == "slice":
+        machine.gpu = Gpu("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "9.0", 10 << 30, 16)
     else:
         machine.accepts = False
     with pytest.raises(PlanError, match=message):
@@ -277,16 +283,35 @@ def test_a_version_compatible_engine_runs_under_later_minor_versions(
             runtime_module.check_fits(info, machine.tensorrt(), GPU)
 
 
-@pytest.mark.parametrize(
-    ("built_for", "fits"), [("any", True), ("8.0+", True), ("9.0", True), ("8.9", False)]
-)
+@pytest.mark.parametrize(("built_for", "fits"), [("8.0+", True), ("9.0", True), ("8.9", False)])
 def test_portable_engines_run_on_other_gpus(machine: Machine, built_for: str, fits: bool) -> None:
-    info = plan_info(dataclasses.replace(KEY, compute_capability=built_for))
+    info = plan_info(dataclasses.replace(KEY, compute_capability=built_for, device="any"))
     if fits:
         runtime_module.check_fits(info, machine.tensorrt(), GPU)
     else:
         with pytest.raises(PlanError, match="build it here"):
             runtime_module.check_fits(info, machine.tensorrt(), GPU)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "message"),
+    [
+        (Gpu("NVIDIA RTX A4000", "8.6", 16 << 30, 48), ""),
+        (Gpu("NVIDIA GeForce RTX 5090", "12.0", 32 << 30, 170), ""),
+        (Gpu("NVIDIA A30", "8.0", 24 << 30, 56), "build it with --compute-capability 8.0"),
+        (Gpu("NVIDIA T4", "7.5", 16 << 30, 40), "build it with --compute-capability 7.5"),
+        (GPU, "does not run on NVIDIA H100 .*only on 7.5, 8.0, 8.6, 8.9, 12.0, 12.1: install"),
+    ],
+)
+def test_rtx_runs_on_the_cards_that_it_lists(machine: Machine, gpu: Gpu, message: str) -> None:
+    machine.be_rtx()
+    machine.gpu = gpu
+    if not message:
+        EngineRunner(machine.engine).close()
+    else:
+        with pytest.raises(BackendError, match=message):
+            TensorRtBackend(machine.engine)
+        assert not machine.loaded.contexts, "refused before anything is loaded"
 
 
 def test_no_gpu_is_said_in_one_sentence(machine: Machine) -> None:

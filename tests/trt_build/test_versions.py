@@ -16,7 +16,7 @@ from trt_build.device import Gpu
 from trt_build.layers import expected_types
 from trt_build.tensorrt_api import TensorRT, TensorRTError, plan_key
 
-GPU = Gpu("NVIDIA H100 80GB HBM3", "9.0", 80 << 30)
+GPU = Gpu("NVIDIA H100 80GB HBM3", "9.0", 80 << 30, 132)
 
 
 class Recorded:
@@ -196,6 +196,7 @@ def test_the_timing_cache_is_kept_reused_and_replaced(fake: FakeTensorRT, tmp_pa
 def test_a_key_names_this_gpu_and_version(fake: FakeTensorRT) -> None:
     key = plan_key("0" * 64, "fp16", (1, 2), TensorRT(fake.module))
     assert key.compute_capability == "9.0"
+    assert key.device == GPU.model == "NVIDIA H100 80GB HBM3, 132 multiprocessors"
     assert key.library == f"tensorrt {fake.module.__version__}"
 
 
@@ -205,6 +206,21 @@ def test_a_version_without_attention_is_refused_by_name() -> None:
         TensorRTError, match=r"tensorrt 10\.13.* has no IAttention\.decomposable.*10\.14 or newer"
     ):
         TensorRT(old.module)
+
+
+def test_cards_of_one_compute_capability_share_neither_engine_nor_timings(
+    fake: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trt = TensorRT(fake.module)
+    keys = []
+    for name, multiprocessors in [("NVIDIA L4", 58), ("NVIDIA L40S", 142), ("NVIDIA L40S", 36)]:
+        gpu = Gpu(name, "8.9", 24 << 30, multiprocessors)
+        monkeypatch.setattr("trt_build.tensorrt_api.current_gpu", lambda gpu=gpu: gpu)
+        keys.append(plan_key("0" * 64, "fp16", (1, 2), trt))
+        portable = plan_key("0" * 64, "fp16", (1, 2), trt, hardware_compatible=True)
+        assert portable.device == "any"
+    assert len({key.digest() for key in keys}) == 3
+    assert len({key.timing_cache() for key in keys}) == 3
 
 
 @pytest.mark.parametrize(
