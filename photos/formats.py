@@ -155,6 +155,7 @@ def foreign(data: bytes) -> str | None:
         (b"8BPS", "Photoshop (PSD)"),
         (b"%PDF", "PDF"),
         (b"II\xbc\x01", "JPEG XR"),
+        (b"MM\0+", "BigTIFF in big-endian order"),
         (b"\0\0\x01\0", "ICO"),
         (b"v/1\x01", "OpenEXR"),
         (b"<svg", "SVG"),
@@ -309,7 +310,7 @@ def rare(name: str, data: bytes, error: Exception) -> str | None:
             )
     if name == "TIFF" and "truncated" not in str(error).lower():
         try:
-            prefix = data[:16] if data[2:3] == b"+" or data[3:4] == b"+" else data[:8]
+            prefix = data[:16] if data[2:3] == b"+" else data[:8]
             tags, file = ImageFileDirectory_v2(prefix), BytesIO(data)
             file.seek(tags.next)
             tags.load(file)

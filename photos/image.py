@@ -81,7 +81,6 @@ _MAGIC = (
     (b"II*\x00", "TIFF"),
     (b"MM\x00*", "TIFF"),
     (b"II+\x00", "TIFF"),
-    (b"MM\x00+", "TIFF"),
     (b"BM", "BMP"),
 )
 

@@ -240,12 +240,11 @@ def _check_exif(exif: bytes) -> None:
         start += len(_EXIF_PREFIX)
         if start > 4 * len(_EXIF_PREFIX):
             raise _OddError("repeated EXIF headers")
-    _check_directories(exif[start:])
+    _check_first_directory(exif[start:])
 
 
 def _check_tiff(data: bytes) -> None:
-    for directory in _check_directories(data):
-        directory.check_strips()
+    _check_first_directory(data).check_strips()
 
 
 class _Directory:
@@ -322,24 +321,14 @@ class _Directory:
                 raise _OddError(f"{scans} JPEG scans, too many for its size")
 
 
-def _check_directories(data: bytes) -> list[_Directory]:
-    """The first directory; Pillow and libtiff may see different ones as such."""
+def _check_first_directory(data: bytes) -> _Directory:
     order = "<" if data.startswith(b"II") else ">"
-    main = []
-    if data[2:4] in (b"+\0", b"\0+"):
-        main.append((struct.unpack_from(order + "Q", data, 8)[0], True))
-    if data[2:4] != b"+\0":
-        main.append((struct.unpack_from(order + "I", data, 4)[0], False))
-    directories = []
-    for at, big in main:
-        try:
-            directory = _Directory(data, at, order=order, big=big)
-        except struct.error:
-            continue
-        directories.append(directory)
-        for tag in _SUB_DIRECTORIES:
-            _check_sub_directory(data, directory, tag, order=order, big=big)
-    return directories
+    big = data[2:4] == b"+\0"
+    (at,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
+    directory = _Directory(data, at, order=order, big=big)
+    for tag in _SUB_DIRECTORIES:
+        _check_sub_directory(data, directory, tag, order=order, big=big)
+    return directory
 
 
 def _check_sub_directory(

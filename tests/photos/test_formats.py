@@ -403,6 +403,7 @@ def test_a_jpeg_ls_is_named() -> None:
         (b"\xff\x4f\xff\x51", "JPEG 2000"),
         (b"8BPS\0\1", "PSD"),
         (b"%PDF-1.7", "PDF"),
+        (b"MM\0+\0\x08\0\0", "BigTIFF in big-endian order"),
     ],
 )
 def test_other_formats_are_named(data: bytes, name: str) -> None:
