@@ -4,8 +4,8 @@
 # make docs                                 the documentation as a site, in build/docs
 # make bare                                 make serve and make test in a bare Debian, as root; before a release
 # make audit                                known vulnerabilities of what is shipped, where they can be asked for
-# make bench [IMAGES=dir] [RESULTS=dir]     a short load test with its report (README, Load)
-# make peers [RESULTS=dir]                  this server beside others, 35 minutes (README)
+# make bench [IMAGES=dir] [RESULTS=dir]     a short load test with its report (docs/benchmarks.md)
+# make peers [RESULTS=dir]                  this server beside others, 35 minutes (docs/benchmarks.md)
 # Everything lives in .venv; PYTHON=/path/to/python3.x picks the interpreter it is made with.
 
 # Not from the environment: some shells export a HOST of their own, which is the machine's name.

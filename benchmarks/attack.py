@@ -25,6 +25,7 @@ import psutil
 from PIL import Image
 
 from benchmarks.launch import ServerProcess, serve
+from common.program import Help
 from tests.attacks import attacks
 from tests.lesions import encode_photo, lesion_photo
 
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.attack",
         description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument(
         "--attackers", type=int, default=1, help="at the same time (default: %(default)s)"

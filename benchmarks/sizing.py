@@ -3,10 +3,10 @@
     python -m benchmarks.latency --cores 1 > latency.md
     python -m benchmarks.sizing latency.md --photos-per-s 50 --core-price 0.045
 
-Reads the table of `benchmarks.latency` in a Markdown file (default: README.md) and prints those of
-docs/operations.md. The whole of a lone request on one core is what a photo costs that core; less
-the network, what it costs one beside a GPU. The client shared that core, so both are a little too
-high.
+Reads the table of `benchmarks.latency` in a Markdown file (default: docs/benchmarks.md) and prints
+those of docs/operations.md. The whole of a lone request on one core is what a photo costs that
+core; less the network, what it costs one beside a GPU. The client shared that core, so both are a
+little too high.
 """
 
 import argparse
@@ -111,7 +111,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=Help,
     )
-    parser.add_argument("file", nargs="?", type=Path, default=Path("README.md"))
+    parser.add_argument("file", nargs="?", type=Path, default=Path("docs/benchmarks.md"))
     parser.add_argument("--photos-per-s", type=float, default=50, help="at the peak")
     parser.add_argument("--core-price", type=float, default=0.045, help="$ an hour for a CPU core")
     parser.add_argument("--gpu-price", type=float, default=0.98, help="$ an hour, its cores too")

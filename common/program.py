@@ -16,7 +16,9 @@ class Help(argparse.RawDescriptionHelpFormatter):
     def add_argument(self, action: argparse.Action) -> None:
         """Show an option; one without words of its own gets those of its default."""
         says = action.help or ""
-        shown = action.default not in (None, False, argparse.SUPPRESS, []) and action.nargs != 0
+        # Not `in`: 0 is a default to be shown, and equals False.
+        hidden = action.default is None or action.default is False or action.default == []
+        shown = not hidden and action.default is not argparse.SUPPRESS and action.nargs != 0
         if shown and action.help is not argparse.SUPPRESS and "default" not in says:
             action.help = f"{says} (default: %(default)s)".strip()
         super().add_argument(action)

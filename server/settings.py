@@ -1,7 +1,7 @@
 """What can be set, from where, and how it is shown: flags win over `SLSNET_…` over defaults.
 
-`Settings` is the one source: environment names, flags, `--help` and the README's table come from
-its fields.
+`Settings` is the one source: environment names, flags, `--help` and the documentation's table come
+from its fields.
 """
 
 import argparse

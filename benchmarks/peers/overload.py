@@ -27,6 +27,7 @@ from benchmarks.peers.entrants import ENTRANTS, OURS, Entrant
 from benchmarks.peers.figures import Overload, overload_of
 from benchmarks.peers.measure import layout
 from benchmarks.peers.processes import Unavailable, end_on_signals, prepare, python_of, running
+from common.program import Help
 
 __all__ = ["Round", "table"]
 
@@ -126,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.peers.overload",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Help,
     )
     names = [entrant.name for entrant in ENTRANTS if entrant.stubs]
     parser.add_argument("--servers", nargs="+", choices=names, default=[OURS, "mosec", "litserve"])

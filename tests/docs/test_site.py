@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from server.settings import settings_table
+
 ROOT = Path(__file__).parent.parent.parent
 
 # What a page loads; links that a reader may follow are not of them.
@@ -33,7 +35,9 @@ def test_every_page_is_there(site: Path) -> None:
     written = {p for p in written if p.parts[0] not in ("generated", "training")}
     built = {p.relative_to(site).with_suffix("") for p in site.rglob("*.html")}
     assert written <= built | {Path("training")}
-    assert "--max-queue" in (site / "reference/settings.html").read_text()
+    settings = (site / "reference/settings.html").read_text()
+    for flag, variable, _, _ in settings_table():
+        assert flag in settings and variable in settings
     assert "slsnet_requests_total" in (site / "reference/metrics.html").read_text()
     assert "/segment/batch" in (site / "_static/openapi.json").read_text()
 

@@ -63,12 +63,6 @@ def test_help_lists_every_setting_with_its_variable() -> None:
         assert default in shown
 
 
-def test_readme_has_every_setting() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for flag, variable, default, description in settings_table():
-        assert f"| `{flag}` | `{variable}` | {default} | {description} |" in readme
-
-
 def test_flags_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLSNET_PORT", "9001")
     monkeypatch.setenv("SLSNET_MAX_QUEUE", "7")
