@@ -12,6 +12,7 @@ roofline" is images/s × 5.94 GFLOP (2.97 GMAC an image) over the GPU's dense pe
 import argparse
 import json
 import platform
+import re
 import statistics
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from common.files import write_atomically
 from common.program import Help
 from photos.image import MODEL_SIZE
 from server.backends import Backend, BackendError
@@ -39,7 +41,8 @@ MODEL = Path(__file__).parent.parent / "model/weights/slsnet.onnx"
 FLOP_PER_IMAGE = 2 * 2.97e9
 
 PEAK_TFLOPS: dict[str, dict[str, float]] = {
-    # Dense tensor-core peaks from NVIDIA's data sheets; float32 outside the tensor cores.
+    # Dense tensor-core peaks from NVIDIA's data sheets (of H100 and H200: SXM); float32 outside the
+    # tensor cores.
     "H100": {"fp32": 67, "tf32": 495, "fp16": 989, "bf16": 989, "int8": 1979},
     "H200": {"fp32": 67, "tf32": 495, "fp16": 989, "bf16": 989, "int8": 1979},
     "A100": {"fp32": 19.5, "tf32": 156, "fp16": 312, "bf16": 312, "int8": 624},
@@ -139,7 +142,7 @@ def _tensorrt(model: Path, work: Path, buckets: tuple[int, ...], precision: Prec
             if find_tensorrt().is_rtx:
                 # A portable engine does not run on every data-centre GPU; one built for it may.
                 options = replace(options, compute_capability="current")
-            build(model, engine, options, ranges=ranges)
+            build(model, engine, options, ranges=ranges, gated=True)
         except (BuildError, TensorRTError) as error:
             raise BackendError(str(error)) from error
         return TensorRtBackend(engine)
@@ -156,9 +159,15 @@ def _closing(backend: Backend) -> Iterator[Backend]:
 
 
 def measure(
-    result: Result, opened: Open, buckets: Sequence[int], seconds: float, gpu: Gpu, model: Path
+    result: Result,
+    opened: Open,
+    buckets: Sequence[int],
+    seconds: float,
+    gpu: Gpu,
+    model: Path,
+    note: Callable[[], None],
 ) -> None:
-    """Fill `result` in, or say why it is skipped."""
+    """Fill `result` in, or say why it is skipped; `note` is told of each figure."""
     started = time.perf_counter()
     try:
         with _closing(opened()) as backend:
@@ -179,8 +188,10 @@ def measure(
             slots = backend.describe().slots
             for bucket in buckets:
                 result.figures.append(_figure(backend, bucket, slots, seconds, gpu, result))
-    except BackendError as error:
-        result.skipped = " ".join(str(error).split())
+                note()
+    except Exception as error:  # noqa: BLE001  # the others are still to be measured
+        result.skipped = " ".join(str(error).split()) or type(error).__name__
+    note()
 
 
 def _pixels(batch: int) -> NDArray[np.uint8]:
@@ -200,10 +211,7 @@ def _figure(
     images_per_s = batch / statistics.fmean(latencies)
     if slots > 1:
         images_per_s = max(images_per_s, _together(backend, pixels, slots, seconds))
-    peak = next(
-        (p.get(result.precision) for name, p in PEAK_TFLOPS.items() if name in gpu.name.split()),
-        None,
-    )
+    peak = _peak(gpu).get(result.precision)
     ordered = sorted(latencies)
     return Figure(
         batch=batch,
@@ -212,6 +220,14 @@ def _figure(
         p99_ms=1e3 * ordered[int(0.99 * len(ordered))],
         roofline_share=images_per_s * FLOP_PER_IMAGE / (peak * 1e12) if peak else None,
     )
+
+
+def _peak(gpu: Gpu) -> dict[str, float]:
+    """Dense TFLOPS by precision; empty for a card, or a part of one, that the table has not."""
+    words = re.split(r"[\s-]+", gpu.name)  # such as NVIDIA A100-SXM4-80GB
+    if {"MIG", "NVL", "PCIe"}.intersection(words):
+        return {}
+    return next((peak for name, peak in PEAK_TFLOPS.items() if name in words), {})
 
 
 def _together(backend: Backend, pixels: NDArray[np.uint8], slots: int, seconds: float) -> float:
@@ -277,22 +293,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "Python": platform.python_version(),
         "Date": time.strftime("%Y-%m-%d"),
     }
-    results = []
+    results: list[Result] = []
+
+    def save() -> None:
+        # After each figure: what is cut off has what it measured.
+        if args.output:
+            payload = {"environment": environment, "results": [asdict(r) for r in results]}
+            text = json.dumps(payload, indent=1)
+            write_atomically(args.output.with_suffix(".json"), text.encode())
+            markdown = report(results, environment) + "\n"
+            write_atomically(args.output.with_suffix(".md"), markdown.encode())
+
     with tempfile.TemporaryDirectory() as work:
         for result, opened in candidates(args.onnx, Path(work), args.buckets):
             if args.only and not any(word in result.name for word in args.only):
                 continue
-            measure(result, opened, args.buckets, args.seconds, gpu, args.onnx)
             results.append(result)
+            measure(result, opened, args.buckets, args.seconds, gpu, args.onnx, save)
             last = result.figures[-1] if result.figures else None
             speed = f"{last.images_per_s:,.0f} images/s at {last.batch}" if last else result.skipped
             print(f"{result.name} {result.precision}: {speed}", file=sys.stderr, flush=True)
-    markdown = report(results, environment)
-    print(markdown)
-    if args.output:
-        payload = {"environment": environment, "results": [asdict(r) for r in results]}
-        args.output.with_suffix(".json").write_text(json.dumps(payload, indent=1))
-        args.output.with_suffix(".md").write_text(markdown + "\n")
+    print(report(results, environment))
     return 0
 
 

@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # It needs one, which is to be told before the minutes that a build takes.
             find_tensorrt().check_runs_on(current_gpu())
         ranges = read_ranges(args.onnx, args.calibration) if args.precision == "int8" else None
-        build(args.onnx, args.output, options, ranges=ranges, progress=progress)
+        build(args.onnx, args.output, options, ranges=ranges, progress=progress, gated=args.parity)
         if args.parity:
             result = gate_engine(args.onnx, args.output, load_samples(REFERENCE), GENERATED)
             progress(f"parity on {result.photos} {GENERATED}: {result.failures() or 'passed'}")

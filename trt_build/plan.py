@@ -92,6 +92,8 @@ class PlanInfo:
     layers_from: str
     """``inspector``, or ``build log``: its text as the builder logs it, where no GPU can load the
     engine."""
+    disagreements: tuple[str, ...] = ()
+    """Nodes that the engine computes in another type than asked; the parity gate judges them."""
     model: Mapping[str, str] = field(default_factory=dict)
     """The ONNX file's metadata: name, version, weights' sha256, training data, …"""
     parity: Mapping[str, Any] | None = None
@@ -123,6 +125,7 @@ def read_plan_info(engine: Path) -> PlanInfo:
         key = payload.pop("key")
         layers = payload.pop("layers")
         scratch = payload.pop("scratch_bytes")
+        disagreements = payload.pop("disagreements")
         return PlanInfo(
             key=PlanKey(**{**key, "buckets": tuple(key["buckets"])}),
             layers=tuple(
@@ -136,6 +139,7 @@ def read_plan_info(engine: Path) -> PlanInfo:
                 for layer in layers
             ),
             scratch_bytes={int(bucket): size for bucket, size in scratch.items()},
+            disagreements=tuple(disagreements),
             **payload,
         )
     except FileNotFoundError as error:

@@ -14,6 +14,7 @@ from trt_build.build import BuildOptions, build
 from trt_build.convert import convert
 from trt_build.device import Gpu
 from trt_build.layers import expected_types
+from trt_build.plan import read_plan_info
 from trt_build.tensorrt_api import TensorRT, TensorRTError, plan_key
 
 GPU = Gpu("NVIDIA H100 80GB HBM3", "9.0", 80 << 30, 132)
@@ -173,6 +174,30 @@ def test_a_node_in_another_precision_fails_the_build(fake: FakeTensorRT, tmp_pat
     fake.layers = _inspector_json("tensorrt-11.4", wrong=victim)
     with pytest.raises(build_module.BuildError, match=f"{victim} reads fp32, asked for fp16"):
         build(MODEL, tmp_path / "x.engine", BuildOptions(buckets=(1, 2)), trt=TensorRT(fake.module))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_absorbed_cast_is_left_to_the_parity_gate(fake: FakeTensorRT, tmp_path: Path) -> None:
+    victim = next(iter(expected_types(convert(onnx.load(MODEL), "fp16"))))
+    fake.layers = _inspector_json("tensorrt-11.4", wrong=victim)
+    said: list[str] = []
+    output = tmp_path / "x.engine"
+    options = BuildOptions(buckets=(1, 2))
+    trt = TensorRT(fake.module)
+    build(MODEL, output, options, trt=trt, progress=said.append, gated=True)
+    (problem,) = read_plan_info(output).disagreements
+    assert problem == f"{victim} reads fp32, asked for fp16"
+    assert any(line.startswith("warning: ") and problem in line for line in said)
+
+
+def test_an_engine_of_another_precision_is_no_matter_of_masks(
+    fake: FakeTensorRT, tmp_path: Path
+) -> None:
+    """Float32 passes any gate, and is not what was asked."""
+    fake.layers = _inspector_json("tensorrt-11.4").replace("Half", "Float")
+    options, trt = BuildOptions(buckets=(1, 2)), TensorRT(fake.module)
+    with pytest.raises(build_module.BuildError, match="asked for fp16, but the engine differs"):
+        build(MODEL, tmp_path / "x.engine", options, trt=trt, gated=True)
     assert not list(tmp_path.iterdir())
 
 
