@@ -28,6 +28,7 @@ __all__ = [
     "is_bulk",
     "is_original",
     "only_known",
+    "parameter_names",
     "with_fields",
 ]
 
@@ -172,10 +173,15 @@ def with_fields(request: Request, given: dict[str, Any], fields: Fields) -> dict
     return asked
 
 
+def parameter_names(request: Request) -> list[str]:
+    """Of the request's path, as in its query or its form."""
+    return [field.alias for field in request.scope["route"].dependant.query_params]
+
+
 def _check_names(
     request: Request, names: Sequence[str], unknown: str = "There is no parameter {}: there"
 ) -> None:
-    known = [field.alias for field in request.scope["route"].dependant.query_params]
+    known = parameter_names(request)
     seen: set[str] = set()
     for name in names:
         if name not in known:

@@ -39,6 +39,7 @@ from server.http.parameters import (
     deadline,
     is_original,
     only_known,
+    parameter_names,
     with_fields,
 )
 from server.http.problems import PROBLEM_JSON, document
@@ -154,6 +155,7 @@ class _Answers(Response):
                     max_bytes=min(settings.bulk_max_bytes, settings.bulk_bytes),
                     max_parts=settings.bulk_max_photos,
                     max_part_bytes=settings.max_body_bytes,
+                    parameters=parameter_names(request),
                     take=place.take,
                 )
             stages.end("read")

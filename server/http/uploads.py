@@ -7,7 +7,7 @@ photo must never touch the disk.
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,16 +158,19 @@ async def read_parts(
     max_bytes: int,
     max_parts: int,
     max_part_bytes: int,
+    parameters: Collection[str],
     take: Callable[[int], None],
 ) -> tuple[list[Part], Fields]:
     """All photos of a form, whatever their fields are called, and its parameters.
 
-    A parameter is a field without a file name whose value is too short for a photo.
+    A parameter is a field whose value is too short for a photo. It has no file name, or is called
+    as a parameter is: some clients give every field a file name.
 
     Args:
         receive, headers, max_bytes, take: as for `read_body`.
         max_parts: most photos in the form.
         max_part_bytes: largest photo; of a larger one nothing is kept.
+        parameters: that there are.
 
     Raises:
         BadRequest: the form is malformed, or empty.
@@ -204,7 +207,7 @@ async def read_parts(
     parts: list[Part] = []
     fields: list[tuple[str, str]] = []
     for (name, chunks), size, file_name in zip(photos, sizes, file_names, strict=True):
-        if file_name is None and size <= _MAX_VALUE:
+        if size <= _MAX_VALUE and (file_name is None or name in parameters):
             fields.append((name, _field_value(name, b"".join(chunks))))
             continue
         photo: list[bytes] | Problem = [b"".join(chunks)]

@@ -61,6 +61,17 @@ def test_fields_hold_for_many_photos_too(
     assert what_matters(by_form) == what_matters(by_query)
 
 
+@pytest.mark.parametrize("path", ["/segment?format=json", "/segment/batch", "/segment/batch/json"])
+def test_a_parameter_may_have_a_file_name(
+    server: ServerProcess, photos: list[Sample], path: str
+) -> None:
+    files = {"file": ("a.jpg", photos[0].data), "threshold": ("threshold", b"0.9")}
+    answer = httpx.post(server.url + path, files=files, timeout=60).json()
+    if path == "/segment/batch/json":
+        (answer,) = answer
+    assert answer.get("result", answer)["threshold"] == 0.9
+
+
 @pytest.mark.parametrize("path", ["/segment", "/segment/batch"])
 @pytest.mark.parametrize(
     ("query", "fields", "words"),
