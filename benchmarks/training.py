@@ -5,7 +5,7 @@ model.train takes them, and of the same network and losses written down plainly:
 NCHW, the attentions' H·W × H·W matrices in memory, nothing asleep. The cases take turns, so that
 whatever else the machine does falls on all of them. The recipe's rate is that of its whole
 schedule: `pam_wake` of it with the half-resolution attention asleep, the rest with it awake. A
-case of its own has the keys and values at half resolution averaged over 4×4 positions and every
+case of its own has the keys and values at half resolution averaged over 8×8 positions and every
 attention awake.
 """
 
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     config = dataclasses.replace(PRESETS["best"], batch_size=args.batch_size, size=args.size)
     pooled = dataclasses.replace(
-        config, generator=dataclasses.replace(config.generator, pam_pool=(4, 1))
+        config, generator=dataclasses.replace(config.generator, pam_pool=(8, 1))
     )
     rng = np.random.default_rng(0)
     pixels = PixelSet(
