@@ -25,6 +25,9 @@ from trt_build.plan import (
 )
 from trt_build.tensorrt_api import TensorRT, TensorRTError, find_tensorrt, plan_key
 
+_NO_KERNEL = "not supported by a dedicated kernel"
+"""What TensorRT says of an attention that it cannot fuse."""
+
 DEFAULT_WORKSPACE_BYTES = 4 << 30
 
 
@@ -86,16 +89,27 @@ def build(
         compute_capability=options.compute_capability,
         hardware_compatible=options.hardware_compatible,
     )
-    attention = options.attention or default_attention(options.precision)
-    progress(f"{trt.library}: {options.precision}, {attention} attention")
     try:
         exported = onnx.load(onnx_path)
     except DecodeError as error:
         raise ConversionError(f"{onnx_path} is not an ONNX file") from error
-    model = convert(exported, options.precision, attention=attention, ranges=ranges)
-    messages: list[tuple[str, str]] = []
-    logger = trt.logger(lambda severity, message: messages.append((severity, message)))
-    serialised = _serialise(trt, logger, messages, model, options, progress)
+    attention = options.attention or default_attention(options.precision)
+    while True:
+        progress(f"{trt.library}: {options.precision}, {attention} attention")
+        model = convert(exported, options.precision, attention=attention, ranges=ranges)
+        messages: list[tuple[str, str]] = []
+        logger = _logger(trt, messages)
+        try:
+            serialised = _serialise(trt, logger, messages, model, options, progress)
+            break
+        except BuildError as error:
+            # Which shapes and types have a fused kernel is the card's and the version's affair.
+            # The ONNX parser gives no hold of IAttention, whose `decomposable` would say so.
+            asked_for = options.attention is not None
+            if asked_for or attention != "fused" or _NO_KERNEL not in str(error):
+                raise
+            progress(f"no fused attention: {error}")
+            attention = "chunked"
     log = [message for _, message in messages]
 
     layers, layers_from, scratch = _read_back(trt, logger, serialised, log)
@@ -129,6 +143,10 @@ def build(
         f" {', '.join(f'{n} {name}' for name, n in info.precisions().items())} ({layers_from})"
     )
     return info
+
+
+def _logger(trt: TensorRT, messages: list[tuple[str, str]]) -> Any:
+    return trt.logger(lambda severity, message: messages.append((severity, message)))
 
 
 def _serialise(

@@ -8,7 +8,9 @@ Kept in float32 whatever is asked:
 - everything before the first convolution (normalisation and the area averages of three channels);
 - the channel attention's Gram matrix and softmax: its energies sum over up to 16,384 positions,
   which passes float16's 65,504 and leaves bfloat16 with two or three digits;
-- the position attention's logits and softmax. The fused kernel does that inside itself;
+- the position attention's logits and softmax. The fused kernel sums in float16 unless its queries,
+  keys and values are cast to float32 before it (TensorRT's release notes of 11.3); it takes those
+  casts in and reads 16 bits as before;
 - the last sigmoid.
 """
 
@@ -30,6 +32,9 @@ AttentionForm = Literal["fused", "chunked", "plain"]
 
 OPSET = 23
 """First opset with ``Attention``; convolution and pooling take bfloat16 since 22."""
+
+MMA_DEPTH = 16
+"""Terms that a tensor core sums in one instruction on 16-bit types (PTX: mma.m16n8k16)."""
 
 CHUNK_ELEMENTS = 1 << 19
 """Logits of one image that the chunked form holds at a time: 128 MiB in float32 at batch 64."""
@@ -70,6 +75,7 @@ def convert(
     attention: AttentionForm | None = None,
     ranges: Mapping[str, float] | None = None,
     simulate: bool = False,
+    half_sums: bool = False,
 ) -> onnx.ModelProto:
     """Return a copy of the exported float32 ``model`` with ``precision`` and attention form in it.
 
@@ -81,6 +87,9 @@ def convert(
     and shows what the types do to the masks; it says nothing of TensorRT's own kernels, and its
     attention is the plain form. Run it without graph optimisation, which may remove the rounding.
 
+    ``half_sums``: simulate position attention as a kernel computes it that sums in 16 bits: logits,
+    softmax and both products are rounded after every ``MMA_DEPTH`` terms. No engine is built so.
+
     Raises ConversionError.
     """
     if precision == "int8" and ranges is None:
@@ -90,10 +99,14 @@ def convert(
     graph.cast_input_first()
     pams = graph.position_attentions()
     fragile = graph.fragile_nodes()
+    if half_sums:
+        graph.sum_in_steps(pams)
+        fragile -= {name for pam in pams for name in (pam.energy, pam.softmax)}
     if simulate:
         form = "plain"
     elif form == "fused":
         graph.fuse(pams)
+        fragile |= graph.attentions()
     elif form == "chunked":
         graph.chunk(pams)
         fragile = graph.fragile_nodes()
@@ -301,6 +314,47 @@ class _Graph:
             for node in new:
                 node.name = node.output[0]
             self._replace(pam, new)
+
+    def attentions(self) -> frozenset[str]:
+        """First outputs of the fused attentions."""
+        return frozenset(n.output[0] for n in self.nodes if n.op_type == "Attention")
+
+    def sum_in_steps(self, pams: Iterable[_PositionAttention]) -> None:
+        """Break the two products into sums of at most ``MMA_DEPTH`` terms, each a node."""
+        for pam in pams:
+            logits = self._stepwise(pam.queries, pam.keys, f"{pam.output}_qk")
+            weights = helper.make_node("Softmax", [pam.energy], [pam.softmax], axis=-1)
+            outputs = self._stepwise(pam.softmax, pam.values, f"{pam.output}_pv")
+            logits[-1].output[0], outputs[-1].output[0] = pam.energy, pam.output
+            self._replace(pam, [*logits, weights, *outputs])
+
+    def _stepwise(self, left: str, right: str, name: str) -> list[onnx.NodeProto]:
+        """``left`` [n, a, k] @ ``right`` [n, k, b], summed over ``k`` in steps."""
+        terms = self.shapes.get(right, [None, None])[1]
+        if not terms:
+            raise ConversionError(f"{right}: the number of terms is not in the graph")
+        steps = -(-terms // MMA_DEPTH)
+        sizes = f"{name}_steps"
+        self._constant(
+            sizes,
+            np.array([MMA_DEPTH] * (steps - 1) + [terms - MMA_DEPTH * (steps - 1)], np.int64),
+        )
+        parts = [[f"{name}_{side}{i}" for i in range(steps)] for side in "lr"]
+        nodes = [
+            helper.make_node("Split", [left, sizes], parts[0], axis=2),
+            helper.make_node("Split", [right, sizes], parts[1], axis=1),
+        ]
+        total = ""
+        for i, (one, other) in enumerate(zip(*parts, strict=True)):
+            nodes.append(helper.make_node("MatMul", [one, other], [f"{name}_product{i}"]))
+            if total:
+                nodes.append(
+                    helper.make_node("Add", [total, f"{name}_product{i}"], [f"{name}_sum{i}"])
+                )
+            total = nodes[-1].output[0]
+        for node in nodes:
+            node.name = node.output[0]
+        return nodes
 
     def chunk(self, pams: Iterable[_PositionAttention]) -> None:
         """Take the queries in equal chunks, so that only part of [HW, HW] exists at a time."""

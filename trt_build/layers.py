@@ -105,7 +105,8 @@ def expected_types(model: onnx.ModelProto) -> dict[str, frozenset[str]]:
     """By name, the types in which every convolution, product and attention of ``model`` may read.
 
     A convolution behind a dequantisation is expected in int8: TensorRT takes the pair in. A
-    deconvolution between casts may have taken those in and read the type before them.
+    deconvolution or an attention between casts may have taken those in and read the type before
+    them.
     """
     inferred = onnx.shape_inference.infer_shapes(model).graph
     types = {v.name: v.type.tensor_type.elem_type for v in [*inferred.value_info, *inferred.input]}
@@ -117,7 +118,8 @@ def expected_types(model: onnx.ModelProto) -> dict[str, frozenset[str]]:
             continue
         names = {node.input[0]}
         before = producers.get(node.input[0])
-        if before is not None and before.op_type == "Cast" and node.op_type == "ConvTranspose":
+        takes_casts_in = node.op_type in ("Attention", "ConvTranspose")
+        if before is not None and before.op_type == "Cast" and takes_casts_in:
             names.add(before.input[0])
         allowed = {_ELEMENT_TYPES.get(types.get(name, 0), "?") for name in names}
         if before is not None and before.op_type == "DequantizeLinear":

@@ -4,7 +4,8 @@
     python -m trt_build.parity --onnx model/weights/slsnet.onnx --simulate fp16 bf16 int8
 
 ``--simulate`` runs on CPU without TensorRT: float32 arithmetic with every value rounded as the
-engine would store it. Exits with 1 where the gate is not passed, with 2 where
+engine would store it; ``fp16-sums`` also rounds every step of position attention's sums, as a
+kernel does that sums in float16. Exits with 1 where the gate is not passed, with 2 where
 nothing could be compared.
 """
 
@@ -16,6 +17,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import onnxruntime
@@ -162,15 +164,20 @@ def onnx_runner(
     return infer
 
 
-def simulated_runner(onnx_path: Path, precision: Precision) -> Infer:
-    """Return what runs ``precision`` on CPU: float32 arithmetic, values rounded as stored."""
+def simulated_runner(onnx_path: Path, precision: Precision, *, half_sums: bool = False) -> Infer:
+    """Return what runs ``precision`` on CPU: float32 arithmetic, values rounded as stored.
+
+    ``half_sums``: of position attention as well (``trt_build.convert.convert``).
+    """
     import onnx
 
     from trt_build.calibrate import read_ranges
     from trt_build.convert import convert
 
     ranges = read_ranges(onnx_path) if precision == "int8" else None
-    model = convert(onnx.load(onnx_path), precision, ranges=ranges, simulate=True)
+    model = convert(
+        onnx.load(onnx_path), precision, ranges=ranges, simulate=True, half_sums=half_sums
+    )
     return onnx_runner(model.SerializeToString(), exact=True)
 
 
@@ -236,7 +243,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="another float32 ONNX file of the same weights, such as its pooled form",
     )
     parser.add_argument(
-        "--simulate", nargs="+", choices=["fp16", "bf16", "int8"], default=[], help="on CPU"
+        "--simulate",
+        nargs="+",
+        choices=["fp16", "fp16-sums", "bf16", "int8"],
+        default=[],
+        help="on CPU",
     )
     parser.add_argument("--cuda", action="store_true", help="ONNX Runtime's CUDA provider")
     parser.add_argument(
@@ -263,6 +274,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(any(result.failures() for result in results))
 
 
+def _simulated(onnx_path: Path, name: str) -> tuple[str, Precision, Infer]:
+    precision = cast("Precision", name.removesuffix("-sums"))
+    runner = simulated_runner(onnx_path, precision, half_sums=name.endswith("-sums"))
+    return f"{name}, simulated on CPU", precision, runner
+
+
 def _results(args: argparse.Namespace) -> list[Parity]:
     if args.cuda and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         raise RuntimeError("--cuda: this ONNX Runtime has no CUDA (requirements-gpu.txt)")
@@ -271,8 +288,7 @@ def _results(args: argparse.Namespace) -> list[Parity]:
     # First: that there is no GPU for it is told before the minutes that the rest may take.
     engines = [gate_engine(args.onnx, args.engine, samples, source)] if args.engine else []
     candidates: list[tuple[str, Precision, Infer]] = [
-        (f"{precision}, simulated on CPU", precision, simulated_runner(args.onnx, precision))
-        for precision in args.simulate
+        _simulated(args.onnx, name) for name in args.simulate
     ]
     if args.candidate:
         candidates.append((args.candidate.name, "fp32", onnx_runner(args.candidate)))

@@ -70,7 +70,14 @@ def test_what_is_fragile_stays_in_float32(
             assert types[energy.input[0]] == TensorProto.FLOAT, "and so does the Gram matrix"
         elif node.op_type == "Sigmoid":
             assert kind == "FLOAT"
-        elif node.op_type in ("Conv", "Attention", "Relu", "BatchNormalization"):
+        elif node.op_type == "Attention":
+            # Or its kernel sums in float16; it takes the casts in and reads 16 bits.
+            assert kind == "FLOAT"
+            casts = [producers[name] for name in node.input]
+            assert {cast.op_type for cast in casts} == {"Cast"}
+            stored = {TensorProto.DataType.Name(types[cast.input[0]]) for cast in casts}
+            assert stored == {low}
+        elif node.op_type in ("Conv", "Relu", "BatchNormalization"):
             assert kind == low
             assert len({types[name] for name in node.input}) == 1, "bias and weights alike"
     assert types["image"] == TensorProto.UINT8
@@ -124,6 +131,23 @@ def test_simulation_rounds_what_the_engine_would_store(exported: onnx.ModelProto
         found = onnx_runner(model.SerializeToString(), exact=True)(batch)
         errors[precision] = float(np.abs(found - expected).mean())
     assert 0 < errors["fp16"] < errors["bf16"] < 0.05
+
+
+def test_sums_in_steps_are_the_same_sums_and_round_after_each(exported: onnx.ModelProto) -> None:
+    batch = next(batches(load_samples(REFERENCE, limit=1)))
+    expected = onnx_runner(MODEL)(batch)
+    steps = convert(exported, "fp32", attention="plain", half_sums=True)
+    found = onnx_runner(steps.SerializeToString())(batch)
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+
+    whole = convert(exported, "fp16", simulate=True)
+    steps = convert(exported, "fp16", simulate=True, half_sums=True)
+    sums = [n for n in steps.graph.node if n.op_type == "Add" and "_sum" in n.name]
+    assert len(sums) >= 2 * 6
+    assert all(n.output[0].endswith("_exact") for n in sums), "each is rounded"
+    answers = [onnx_runner(m.SerializeToString(), exact=True)(batch) for m in (whole, steps)]
+    assert not np.array_equal(answers[0], answers[1])
+    np.testing.assert_allclose(answers[1], expected, atol=0.05)
 
 
 def test_a_weight_that_float16_cannot_hold_is_refused(exported: onnx.ModelProto) -> None:

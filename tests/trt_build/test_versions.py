@@ -61,11 +61,17 @@ class FakeTensorRT:
         self.log: Any = None
         self.module = surfaces.module(surface)
         self.module.Builder = self._builder
-        self.module.OnnxParser = lambda *_: self._object("OnnxParser")
+        self.has_fused_attention = True
+        self.parsed = b""
+        self.module.OnnxParser = lambda *_: self._object("OnnxParser", parse=self._parse)
         self.module.Runtime = self._runtime
 
     def _object(self, name: str, /, **behaviour: Any) -> Recorded:
         return Recorded(self.classes[name], behaviour, self.calls)
+
+    def _parse(self, model: bytes) -> bool:
+        self.parsed = model
+        return True
 
     def _builder(self, logger: Any) -> Recorded:
         image = self._object("ITensor", name="image", shape=(-1, 128, 128, 3))
@@ -77,7 +83,12 @@ class FakeTensorRT:
             set_timing_cache=lambda cache, **_: cache.serialize() != b"mismatch",
         )
 
-        def serialise(_network: Any, _config: Any) -> bytes:
+        def serialise(_network: Any, _config: Any) -> bytes | None:
+            nodes = onnx.load_from_string(self.parsed).graph.node
+            if not self.has_fused_attention and any(n.op_type == "Attention" for n in nodes):
+                words = "Attention operation was not supported by a dedicated kernel."
+                logger.log(self.module.ILogger.ERROR, words)
+                return None
             self.timing_cache += b"timed"
             return b"an engine"
 
@@ -112,12 +123,14 @@ class FakeTensorRT:
         return self._object("Runtime", deserialize_cuda_engine=lambda _: engine)
 
 
-def _inspector_json(surface: str, wrong: str | None = None) -> str:
+def _inspector_json(
+    surface: str, expected: dict[str, frozenset[str]] | None = None, wrong: str | None = None
+) -> str:
     """What the inspector says of a faithful fp16 engine, in that version's words."""
     names = {"fp16": "Half", "fp32": "Float"}
     layers = []
-    for node, types in expected_types(convert(onnx.load(MODEL), "fp16")).items():
-        (kind,) = types
+    for node, types in (expected or expected_types(convert(onnx.load(MODEL), "fp16"))).items():
+        kind = min(types)  # fp16 of an attention that took its casts in
         kind = "fp32" if node == wrong else kind
         tensor: dict[str, Any] = {"Name": node, "Dimensions": [1, 16, 64, 64]}
         if surface.startswith("tensorrt-10"):
@@ -175,6 +188,23 @@ def test_a_node_in_another_precision_fails_the_build(fake: FakeTensorRT, tmp_pat
     with pytest.raises(build_module.BuildError, match=f"{victim} reads fp32, asked for fp16"):
         build(MODEL, tmp_path / "x.engine", BuildOptions(buckets=(1, 2)), trt=TensorRT(fake.module))
     assert not list(tmp_path.iterdir())
+
+
+def test_attention_that_cannot_be_fused_is_taken_in_chunks(
+    fake: FakeTensorRT, tmp_path: Path
+) -> None:
+    fake.has_fused_attention = False
+    chunked = expected_types(convert(onnx.load(MODEL), "fp16", attention="chunked"))
+    fake.layers = _inspector_json("tensorrt-11.4", chunked)
+    trt, said = TensorRT(fake.module), list[str]()
+    output = tmp_path / "x.engine"
+    build(MODEL, output, BuildOptions(buckets=(1, 2)), trt=trt, progress=said.append)
+    assert read_plan_info(output).attention == "chunked"
+    assert any("no fused attention" in line and "dedicated kernel" in line for line in said)
+
+    asked = BuildOptions(buckets=(1, 2), attention="fused")
+    with pytest.raises(build_module.BuildError, match="not supported by a dedicated kernel"):
+        build(MODEL, tmp_path / "y.engine", asked, trt=trt)
 
 
 def test_an_absorbed_cast_is_left_to_the_parity_gate(fake: FakeTensorRT, tmp_path: Path) -> None:
