@@ -122,7 +122,7 @@ class Segmenter:
         Raises:
             Unavailable: the network fails on everything.
         """
-        self._service.check_works()
+        self._service.networks.check_works()
 
     async def __del__(self) -> None:
         """Serve has let what was accepted be finished, and sends nothing more."""

@@ -90,12 +90,12 @@ class Segmenter:
         """
         service = self._service
         try:
-            photo, decode_s = await service.in_thread(self._read, self._root / task.path)
-            (inference,), backend = await service.infer(
+            photo, decode_s = await service.threads.run(self._read, self._root / task.path)
+            (inference,), backend = await service.networks.infer(
                 [photo.pixels], deadline=math.inf, is_gone=lambda: False, bulk=False
             )
             infer_s = (inference.ended - inference.started) / inference.batch_size
-            return await service.in_thread(
+            return await service.threads.run(
                 self._finish, task, photo, inference.probability, backend, decode_s + infer_s
             )
         except ImageError as error:

@@ -360,7 +360,7 @@ def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
                 if kind == JSON:
                     size_bytes = probability_bytes(segmentation, original, mask)
                     held.enter_context(service.gate.answer_bytes(size_bytes, bulk=bulk))
-                    content = await service.in_thread(
+                    content = await service.threads.run(
                         lambda: json_answer(
                             segmentation,
                             threshold,
@@ -376,7 +376,7 @@ def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
                 elif segmentation.is_small and not clean and not bulk:
                     content = png_answer(segmentation, threshold, original, clean=clean)
                 else:
-                    content = await service.in_thread(
+                    content = await service.threads.run(
                         lambda: png_answer(segmentation, threshold, original, clean=clean),
                         bulk=bulk,
                     )

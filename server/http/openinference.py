@@ -426,7 +426,7 @@ def _model_router(service: Service, prefix: str, known: list[params.Depends]) ->
                 _check_untold(body[0], request.headers)
                 length = _json_length(len(body[0]), request.headers.get(_HEADER_LENGTH))
                 try:
-                    asked, images = await service.in_thread(
+                    asked, images = await service.threads.run(
                         _parse,
                         body,
                         length,
@@ -451,7 +451,7 @@ def _model_router(service: Service, prefix: str, known: list[params.Depends]) ->
                 ):
                     place.check(len(images))
                     place.begin(len(images))
-                    results, _ = await service.infer(
+                    results, _ = await service.networks.infer(
                         images,
                         deadline=place.deadline,
                         is_gone=lambda: has_hung_up(gone),
@@ -460,7 +460,7 @@ def _model_router(service: Service, prefix: str, known: list[params.Depends]) ->
                 stages.end("queue", min(result.started for result in results))
                 stages.end("infer", max(result.ended for result in results))
                 stages.notes["batch"] = str(max(result.batch_size for result in results))
-                content, header_length = await service.in_thread(
+                content, header_length = await service.threads.run(
                     _answer, asked, [result.probability for result in results]
                 )
                 stages.end("encode")
@@ -499,7 +499,7 @@ async def _read(request: Request, service: Service, take: Callable[[int], None])
         piece = body[start : start + _DEFLATED_BYTES]
         while piece and not inflater.eof:
             try:
-                part = await service.in_thread(inflater.decompress, piece, _INFLATED_BYTES)
+                part = await service.threads.run(inflater.decompress, piece, _INFLATED_BYTES)
             except zlib.error as error:
                 raise BadRequest(f"The body is not {encoding}: {error}.") from error
             piece = inflater.unconsumed_tail

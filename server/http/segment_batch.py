@@ -146,7 +146,7 @@ class _Answers(Response):
         until = stages.started + self._timeout_s
         with (
             self._service.admission(deadline=until, bulk=True) as place,
-            self._service.pinned() as network,
+            self._service.networks.pinned() as network,
         ):
             async with deadline(self._timeout_s):
                 photos, fields = await read_parts(
@@ -320,7 +320,7 @@ class _Answers(Response):
                 network=network,
             )
             if options.media_type == MIXED:
-                content = await self._service.in_thread(
+                content = await self._service.threads.run(
                     lambda: png_answer(
                         segmentation, options.threshold, options.original, clean=options.clean
                     ),
@@ -329,7 +329,7 @@ class _Answers(Response):
             else:
                 size_bytes = probability_bytes(segmentation, options.original, options.mask)
                 held.enter_context(self._service.gate.answer_bytes(size_bytes, bulk=True))
-                content = await self._service.in_thread(
+                content = await self._service.threads.run(
                     lambda: json_answer(
                         segmentation,
                         options.threshold,

@@ -54,7 +54,7 @@ class Door:
         """
         service = self._service
         path = scope["path"].removeprefix(service.settings.root_path)
-        if path not in _ROUTES or scope["method"] != "POST" or not service.works:
+        if path not in _ROUTES or scope["method"] != "POST" or not service.networks.works:
             return False
         headers = Headers(raw=list(scope["headers"]))
         bulk = path == _BATCH or is_bulk(headers.get("priority", ""))

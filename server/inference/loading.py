@@ -63,10 +63,10 @@ class Loader:
     async def _load(self) -> BackendInfo:
         service = self._service
         settings = service.settings
-        engines = await service.in_thread(lambda: _engines(settings, self._count))
-        engine = await service.in_thread(engines.load) if engines is not None else None
+        engines = await service.threads.run(lambda: _engines(settings, self._count))
+        engine = await service.threads.run(engines.load) if engines is not None else None
         if engine is None or not await self._take_over(engine):
-            first = await service.in_thread(lambda: _first(settings))
+            first = await service.threads.run(lambda: _first(settings))
             await service.use(first, self._failing)
             if engines is not None and engine is None:
                 # What may still be built is for the network from before.
@@ -110,8 +110,8 @@ class Loader:
         while True:
             try:
                 async with self._one_at_a_time:
-                    if service.is_failing:
-                        backend = await service.in_thread(open_anew, service.settings)
+                    if service.networks.is_failing:
+                        backend = await service.threads.run(open_anew, service.settings)
                         await service.use(backend, self._failing)
                 return
             except BackendError as error:

@@ -8,33 +8,30 @@ dropped if nobody waits for it any more.
 import asyncio
 import contextlib
 import logging
-import math
-import time
-from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar, TypeVarTuple
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.stamp import ANSWERS, StampError, difference_from
-from photos.image import MODEL_SIZE, Photo, is_baseline_jpeg, read_photo
 from photos.image import ImageError as PhotoError
-from server.backends import Backend, BackendError, BackendInfo
+from photos.image import Photo, is_baseline_jpeg, read_photo
+from server.backends import Backend, BackendInfo
 from server.inference.admission import Gate, Place
-from server.inference.batching import FAILING, Batcher, Inference
+from server.inference.batching import Batcher
 from server.inference.budgets import PixelBudget
 from server.inference.errors import ClientGone, Unavailable, of_photo_error
+from server.inference.networks import Networks
+from server.inference.proving import proved
+from server.inference.threads import Threads
 from server.observe.metrics import Metrics
 from server.observe.stages import Stages
 from server.settings import Settings
 
 __all__ = ["Segmentation", "Service"]
 
-Arguments = TypeVarTuple("Arguments")
 Result = TypeVar("Result")
 
 log = logging.getLogger("slsnet.service")
@@ -63,7 +60,7 @@ class Segmentation:
 
 
 class Service:
-    """Owns the threads, the limits and the backend in use."""
+    """Owns the limits, the threads and the networks in use."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings = settings
@@ -74,41 +71,30 @@ class Service:
         self.gate = Gate(settings)
         self.pixels = PixelBudget(settings.max_pixels_decoding)
         """Of photos being decoded, and of probabilities being brought to a photo's size."""
-        metrics.observe(metrics.pixels_decoding, lambda: self.pixels.used)
-        metrics.observe(metrics.bytes_in_flight, lambda: self.gate.body_bytes.used)
-        metrics.observe(metrics.ready, lambda: self.is_ready)
-        metrics.observe(metrics.circuit_open, lambda: self.is_failing)
-        metrics.observe(metrics.admitted, lambda: self.gate.admitted)
-        for priority, bulk in (("interactive", False), ("bulk", True)):
-            metrics.observe(metrics.queue_depth.labels(priority), partial(self._waiting, bulk))
-            metrics.observe(
-                metrics.expected_wait_seconds.labels(priority),
-                partial(self.gate.wait_s, bulk=bulk),
-            )
-        metrics.observe(
-            metrics.queue_age_seconds,
-            lambda: self._batcher.longest_wait_s() if self._batcher else 0,
-        )
-        threads = settings.decode_threads or settings.cores
-        self.workers = ThreadPoolExecutor(threads, thread_name_prefix="work")
-        # Of their own, so that no photo that somebody waits for queues up behind bulk's.
-        self._bulk_workers = ThreadPoolExecutor(max(1, threads // 2), thread_name_prefix="bulk")
-        self._lone_worker = ThreadPoolExecutor(1, thread_name_prefix="lone")
+        self.threads = Threads(settings.decode_threads or settings.cores)
+        self.networks = Networks()
         self.bulk_photos = asyncio.Semaphore(settings.max_queue)
         """Photos of requests with several that are worked on, whosever they are."""
-        self._batcher: Batcher | None = None
-        self._networks: dict[str, Batcher] = {}
-        """The last batcher of each network that serves, by what `_network` says it is."""
-        self._pins: Counter[str] = Counter()
-        self._retiring: set[asyncio.Task[None]] = set()
+        self._observe(metrics)
 
-    def _waiting(self, bulk: bool) -> int:
-        return self._batcher.waiting(bulk=bulk) if self._batcher else 0
+    def _observe(self, metrics: Metrics) -> None:
+        networks, gate = self.networks, self.gate
+        metrics.observe(metrics.pixels_decoding, lambda: self.pixels.used)
+        metrics.observe(metrics.bytes_in_flight, lambda: gate.body_bytes.used)
+        metrics.observe(metrics.ready, lambda: self.is_ready)
+        metrics.observe(metrics.circuit_open, lambda: networks.is_failing)
+        metrics.observe(metrics.admitted, lambda: gate.admitted)
+        for priority, bulk in (("interactive", False), ("bulk", True)):
+            depth = metrics.queue_depth.labels(priority)
+            metrics.observe(depth, partial(networks.waiting, bulk=bulk))
+            expected = metrics.expected_wait_seconds.labels(priority)
+            metrics.observe(expected, partial(gate.wait_s, bulk=bulk))
+        metrics.observe(metrics.queue_age_seconds, networks.longest_wait_s)
 
     @property
     def is_ready(self) -> bool:
         """Warmed up, working, and not on the way out."""
-        return self.works and not self.draining
+        return self.networks.works and not self.draining
 
     @property
     def backend(self) -> BackendInfo:
@@ -117,20 +103,18 @@ class Service:
         Raises:
             Unavailable: nothing does yet.
         """
-        if self._batcher is None:
-            raise Unavailable(_STARTING)
-        return self._batcher.info
+        return self.networks.current.info
 
-    @property
-    def is_failing(self) -> bool:
-        """Whether the backend fails so often in a row, or hangs, that nothing is given to it."""
-        return self._batcher is not None and self._batcher.is_failing
+    def check_ready(self) -> None:
+        """Raises:
+        Unavailable: requests are not served, or are better sent elsewhere.
+        """
+        self.networks.check_works()
+        if self.draining:
+            raise Unavailable(_GOING_DOWN)
 
     async def use(self, backend: Backend, on_failing: Callable[[], None] = lambda: None) -> None:
-        """Warm `backend` up and let it serve from now on, in place of the one before.
-
-        Whatever the one before has accepted it still answers; then it is closed. While requests
-        have it `pinned` this does not wait for them.
+        """Prove `backend` and let it serve from now on, in place of the one before.
 
         Args:
             backend: loaded.
@@ -139,63 +123,24 @@ class Service:
         Raises:
             BackendError: it does not work; the one before goes on.
         """
-        proving = asyncio.get_running_loop().run_in_executor(self.workers, _prove, backend)
-        try:
-            seconds_an_image = await asyncio.shield(proving)
-        except asyncio.CancelledError:
-
-            def close(proved: asyncio.Future[float]) -> None:
-                if not proved.cancelled():
-                    proved.exception()
-                backend.close()
-
-            # A thread is still in it.
-            proving.add_done_callback(close)
-            raise
-        except BaseException:
-            backend.close()
-            raise
-        former = self._batcher
-        self._batcher = Batcher(
+        seconds_an_image = await proved(backend, self.threads.interactive)
+        batcher = Batcher(
             backend,
             self.metrics,
             max_batch=self.settings.max_batch,
             max_wait_ms=self.settings.max_wait_ms,
             on_failing=on_failing,
         )
-        info = self._batcher.info
-        self.gate.expect(seconds_an_image, self._batcher.max_batch)
+        info = batcher.info
+        self.gate.expect(seconds_an_image, batcher.max_batch)
         self.metrics.serves(info)
         log.info("ready: %s %s on %s, %s", info.name, info.version, info.device, info.precision)
-        retired = [self._networks.pop(_network(self._batcher), None)]
-        self._networks[_network(self._batcher)] = self._batcher
-        if former is not None and former not in retired and not self._pins[_network(former)]:
-            retired.append(self._networks.pop(_network(former)))
-        for batcher in retired:
-            if batcher is not None:
-                await batcher.close()
-
-    @contextlib.contextmanager
-    def pinned(self) -> Iterator[str]:
-        """The network in use: it stays available, whatever takes over meanwhile; see `infer`."""
-        assert self._batcher is not None
-        network = _network(self._batcher)
-        self._pins[network] += 1
-        try:
-            yield network
-        finally:
-            self._pins[network] -= 1
-            if not self._pins[network] and self._networks[network] is not self._batcher:
-                retiring = asyncio.create_task(self._networks.pop(network).close())
-                self._retiring.add(retiring)
-                retiring.add_done_callback(self._retiring.discard)
+        await self.networks.swap(batcher)
 
     async def close(self) -> None:
         """Finish what was accepted, then give threads and backend back."""
-        await asyncio.gather(*self._retiring, *(one.close() for one in self._networks.values()))
-        self.workers.shutdown()
-        self._bulk_workers.shutdown()
-        self._lone_worker.shutdown()
+        await self.networks.close()
+        self.threads.close()
 
     async def unless_closing(self, work: Coroutine[Any, Any, Result]) -> Result:
         """What `work` gives, if the drain's time suffices.
@@ -216,28 +161,6 @@ class Service:
             # Its exception's traceback has this frame: they would keep each other, and a photo.
             del doing
 
-    @property
-    def works(self) -> bool:
-        """Whether there is a network, and it does not fail all the time."""
-        return self._batcher is not None and not self._batcher.is_failing
-
-    def check_works(self) -> None:
-        """Raises:
-        Unavailable: no backend is ready, or it fails all the time.
-        """
-        if self._batcher is None:
-            raise Unavailable(_STARTING)
-        if self._batcher.is_failing:
-            raise Unavailable(FAILING)
-
-    def check_ready(self) -> None:
-        """Raises:
-        Unavailable: requests are not served, or are better sent elsewhere.
-        """
-        self.check_works()
-        if self.draining:
-            raise Unavailable(_GOING_DOWN)
-
     @contextlib.contextmanager
     def admission(self, *, deadline: float, bulk: bool = False) -> Iterator[Place]:
         """A place among the requests being worked on; see `Gate.enter`.
@@ -246,7 +169,7 @@ class Service:
             Unavailable: no backend is ready.
             Overloaded: there is no room, or not in time.
         """
-        self.check_works()
+        self.networks.check_works()
         with self.gate.enter(deadline=deadline, bulk=bulk) as place:
             yield place
 
@@ -282,14 +205,14 @@ class Service:
         try:
             photo = None if bulk or not bare else self._decode_here(bare[0])
             if photo is None:
-                photo = await self.in_thread(self._decode, read, is_gone, bulk=bulk)
+                photo = await self.threads.run(self._decode, read, is_gone, bulk=bulk)
             if is_gone():
                 raise ClientGone
         except ClientGone:
             self.metrics.dropped.labels("client_gone").inc()
             raise
         stages.end("decode")
-        (inference,), backend = await self.infer(
+        (inference,), backend = await self.networks.infer(
             [photo.pixels], deadline=deadline, is_gone=is_gone, bulk=bulk, network=network
         )
         stages.end("queue", inference.started)
@@ -304,70 +227,6 @@ class Service:
             inference.batch_size,
             backend,
         )
-
-    async def infer(
-        self,
-        images: Sequence[NDArray[np.uint8]],
-        *,
-        deadline: float,
-        is_gone: Callable[[], bool],
-        bulk: bool,
-        network: str | None = None,
-    ) -> tuple[list[Inference], BackendInfo]:
-        """Images of one request through the network, and what ran all of them.
-
-        Args:
-            images: each uint8 [128, 128, 3].
-            deadline, is_gone, bulk: as for `Batcher.submit`.
-            network: that `pinned` gave; else the one in use.
-
-        Raises:
-            DeadlineExceeded, ClientGone, InferenceFailed, Unavailable: of whichever image it was
-                first.
-        """
-        # Looked up only now: while a photo was decoded another backend may have come into use.
-        batcher = self._networks[network] if network is not None else self._batcher
-        assert batcher is not None
-        results = batcher.submit(images, deadline=deadline, is_gone=is_gone, bulk=bulk)
-        try:
-            return await asyncio.gather(*results), batcher.info
-        finally:
-            # None is kept: an exception's traceback has this frame, and so would keep itself.
-            while results:
-                results.pop().cancel()
-
-    async def in_thread(
-        self,
-        work: Callable[[*Arguments], Result],
-        *arguments: *Arguments,
-        bulk: bool = False,
-        alone: bool = False,
-    ) -> Result:
-        """Run `work` in a pool, where it does not hold up the event loop.
-
-        If this is cancelled, work that waits for a thread is let go, and its arguments with it;
-        work that has begun goes on to its end.
-
-        Args:
-            work, arguments: what to call, and with what.
-            bulk: others go first.
-            alone: no two of those that are so at the same time, not even if one was cancelled.
-        """
-        # The pool's queue keeps what was cancelled until a thread comes to it, and a traceback may
-        # keep this frame.
-        held = [(work, arguments)]
-        del work, arguments
-
-        def run() -> Result:
-            # Finds nothing if cancelled at this very moment: nobody sees that error any more.
-            work, arguments = held.pop()
-            return work(*arguments)
-
-        pool = self._lone_worker if alone else self._bulk_workers if bulk else self.workers
-        try:
-            return await asyncio.get_running_loop().run_in_executor(pool, run)
-        finally:
-            held.clear()
 
     @property
     def has_one(self) -> bool:
@@ -404,60 +263,4 @@ _SMALL_PIXELS = 2**19
 _SMALL_BYTES = 2**17
 
 
-def _network(batcher: Batcher) -> str:
-    """What tells it from others: the bytes that it was loaded from, or else this one load.
-
-    Not its metadata: that is only what a file says of itself.
-    """
-    return batcher.info.file_sha256 or f"load {id(batcher)}"
-
-
-# From the answers that a network had when it was exported, in probability: bfloat16 and float16
-# stay within a tenth of it, and eight bits are held to masks when their engine is built.
-_MOST_DIFFERENCE = 0.05
-_MOST_DIFFERENCE_INT8 = 0.25
-
-
-def _prove(backend: Backend) -> float:
-    """Seconds that an image takes where as many come as run at the same time.
-
-    BackendError unless the answers are probabilities, and those that the file says they were.
-    """
-    backend.warm_up()
-    image = np.zeros((1, MODEL_SIZE, MODEL_SIZE, 3), np.uint8)
-    slots = backend.describe().slots
-    taken_s = math.inf
-    with ThreadPoolExecutor(slots) as threads:
-        # The quickest of three: on a busy machine one alone may take many times as long.
-        for _ in range(3):
-            started = time.perf_counter()
-            *_, probability = threads.map(backend.infer, [image] * slots)
-            taken_s = min(taken_s, time.perf_counter() - started)
-    if (
-        probability.shape != (1, MODEL_SIZE, MODEL_SIZE)
-        or not ((probability >= 0) & (probability <= 1)).all()
-    ):
-        raise BackendError("The network's answers are not probabilities.")
-    _prove_answers(backend)
-    return taken_s / slots
-
-
-def _prove_answers(backend: Backend) -> None:
-    info = backend.describe()
-    answers = info.model.get(ANSWERS)
-    if answers is None:
-        return
-    most = _MOST_DIFFERENCE_INT8 if info.precision == "int8" else _MOST_DIFFERENCE
-    try:
-        difference = difference_from(answers, backend.infer)
-    except StampError as error:
-        raise BackendError(f"The network cannot be held to its stored answers: {error}.") from error
-    if not difference <= most:
-        raise BackendError(
-            f"On the trial images the network's answers differ by {difference:.2f} in probability"
-            " from those stored when it was exported: it is not the network that it was."
-        )
-
-
 _GOING_DOWN = "The server is going down: send requests to another one."
-_STARTING = "The network is still being loaded. Try again when GET /health/ready answers 200."

@@ -138,10 +138,10 @@ def test_a_request_keeps_its_network_where_none_has_a_name() -> None:
     async def scenario() -> None:
         service = Service(Settings(), Metrics())
         await service.use(_Stub(0.25))
-        with service.pinned() as network:
+        with service.networks.pinned() as network:
             for later in (0.5, 0.75):
                 await service.use(_Stub(later))
-                (inference,), _ = await service.infer(
+                (inference,), _ = await service.networks.infer(
                     list(trial_images()[:1]),
                     deadline=time.perf_counter() + 60,
                     is_gone=lambda: False,

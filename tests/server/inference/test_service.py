@@ -143,7 +143,7 @@ def test_bodies_that_wait_for_a_thread_go_at_their_deadline(
             # The one that a thread is at work on.
             assert Body.alive == 1
             go_on.set()
-            assert await service.in_thread(lambda: "next") == "next"
+            assert await service.threads.run(lambda: "next") == "next"
             assert Body.alive == 0
             assert not begun.acquire(blocking=False)
         finally:
@@ -162,8 +162,8 @@ def test_arguments_that_wait_for_a_thread_go_when_cancelled() -> None:
         try:
             for alone in (False, True):
                 go_on.clear()
-                first = asyncio.create_task(service.in_thread(go_on.wait, 30, alone=alone))
-                second = asyncio.create_task(service.in_thread(len, Body(b"four"), alone=alone))
+                first = asyncio.create_task(service.threads.run(go_on.wait, 30, alone=alone))
+                second = asyncio.create_task(service.threads.run(len, Body(b"four"), alone=alone))
                 await asyncio.sleep(0.1)
                 assert Body.alive == 1
                 second.cancel()
@@ -173,7 +173,7 @@ def test_arguments_that_wait_for_a_thread_go_when_cancelled() -> None:
                 assert Body.alive == 0
                 # One that has begun keeps its thread.
                 first.cancel()
-                third = asyncio.create_task(service.in_thread(len, b"four", alone=alone))
+                third = asyncio.create_task(service.threads.run(len, b"four", alone=alone))
                 await asyncio.sleep(0.1)
                 assert not third.done()
                 go_on.set()

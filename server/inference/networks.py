@@ -1,0 +1,136 @@
+"""The network in use, and those from before that requests under way still need."""
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from server.backends import BackendInfo
+from server.inference.batching import FAILING, Batcher, Inference
+from server.inference.errors import Unavailable
+
+__all__ = ["Networks"]
+
+
+class Networks:
+    """Swaps networks while requests are served: each request is answered by one of them."""
+
+    def __init__(self) -> None:
+        self._current: Batcher | None = None
+        self._serving: dict[str, Batcher] = {}
+        """The last batcher of each network that serves, by what `_name` says it is."""
+        self._pins: Counter[str] = Counter()
+        self._retiring: set[asyncio.Task[None]] = set()
+
+    @property
+    def is_failing(self) -> bool:
+        """Whether the backend fails so often in a row, or hangs, that nothing is given to it."""
+        return self._current is not None and self._current.is_failing
+
+    @property
+    def works(self) -> bool:
+        """Whether there is a network, and it does not fail all the time."""
+        return self._current is not None and not self._current.is_failing
+
+    def check_works(self) -> None:
+        """Raises:
+        Unavailable: no backend is ready, or it fails all the time.
+        """
+        if self.current.is_failing:
+            raise Unavailable(FAILING)
+
+    @property
+    def current(self) -> Batcher:
+        """What photos that come now run on.
+
+        Raises:
+            Unavailable: nothing has been loaded yet.
+        """
+        if self._current is None:
+            raise Unavailable(_STARTING)
+        return self._current
+
+    def waiting(self, *, bulk: bool) -> int:
+        """Images in the queue."""
+        return self._current.waiting(bulk=bulk) if self._current else 0
+
+    def longest_wait_s(self) -> float:
+        """Of the images in the queue, up to now."""
+        return self._current.longest_wait_s() if self._current else 0.0
+
+    async def swap(self, batcher: Batcher) -> None:
+        """Let `batcher` serve from now on, in place of the one before.
+
+        Whatever the one before has accepted it still answers; then it is closed. While requests
+        have it `pinned` this does not wait for them.
+        """
+        former, self._current = self._current, batcher
+        retired = [self._serving.pop(_name(batcher), None)]
+        self._serving[_name(batcher)] = batcher
+        if former is not None and former not in retired and not self._pins[_name(former)]:
+            retired.append(self._serving.pop(_name(former)))
+        for one in retired:
+            if one is not None:
+                await one.close()
+
+    @contextlib.contextmanager
+    def pinned(self) -> Iterator[str]:
+        """The network in use: it stays available, whatever takes over meanwhile; see `infer`."""
+        network = _name(self.current)
+        self._pins[network] += 1
+        try:
+            yield network
+        finally:
+            self._pins[network] -= 1
+            if not self._pins[network] and self._serving[network] is not self._current:
+                retiring = asyncio.create_task(self._serving.pop(network).close())
+                self._retiring.add(retiring)
+                retiring.add_done_callback(self._retiring.discard)
+
+    async def infer(
+        self,
+        images: Sequence[NDArray[np.uint8]],
+        *,
+        deadline: float,
+        is_gone: Callable[[], bool],
+        bulk: bool,
+        network: str | None = None,
+    ) -> tuple[list[Inference], BackendInfo]:
+        """Images of one request through the network, and what ran all of them.
+
+        Args:
+            images: each uint8 [128, 128, 3].
+            deadline, is_gone, bulk: as for `Batcher.submit`.
+            network: that `pinned` gave; else the one in use.
+
+        Raises:
+            DeadlineExceeded, ClientGone, InferenceFailed, Unavailable: of whichever image it was
+                first.
+        """
+        # Looked up only now: while a photo was decoded another backend may have come into use.
+        batcher = self._serving[network] if network is not None else self.current
+        results = batcher.submit(images, deadline=deadline, is_gone=is_gone, bulk=bulk)
+        try:
+            return await asyncio.gather(*results), batcher.info
+        finally:
+            # None is kept: an exception's traceback has this frame, and so would keep itself.
+            while results:
+                results.pop().cancel()
+
+    async def close(self) -> None:
+        """Finish what was accepted."""
+        await asyncio.gather(*self._retiring, *(one.close() for one in self._serving.values()))
+
+
+def _name(batcher: Batcher) -> str:
+    """What tells a network from others: the bytes that it was loaded from, or else this one load.
+
+    Not its metadata: that is only what a file says of itself.
+    """
+    return batcher.info.file_sha256 or f"load {id(batcher)}"
+
+
+_STARTING = "The network is still being loaded. Try again when GET /health/ready answers 200."

@@ -1,0 +1,83 @@
+"""A backend is proved before it serves: it runs, it answers what it should, and how fast."""
+
+import asyncio
+import math
+import time
+from concurrent.futures import Executor, ThreadPoolExecutor
+
+import numpy as np
+
+from common.stamp import ANSWERS, StampError, difference_from
+from photos.image import MODEL_SIZE
+from server.backends import Backend, BackendError
+
+__all__ = ["proved"]
+
+# From the answers that a network had when it was exported, in probability: bfloat16 and float16
+# stay within a tenth of it, and eight bits are held to masks when their engine is built.
+_MOST_DIFFERENCE = 0.05
+_MOST_DIFFERENCE_INT8 = 0.25
+
+
+async def proved(backend: Backend, pool: Executor) -> float:
+    """Warm `backend` up and try it, in a thread of `pool`; it is closed where that fails.
+
+    Returns:
+        Seconds that an image takes where as many come as run at the same time.
+
+    Raises:
+        BackendError: its answers are no probabilities, or not those that its file says they were.
+    """
+    proving = asyncio.get_running_loop().run_in_executor(pool, _prove, backend)
+    try:
+        return await asyncio.shield(proving)
+    except asyncio.CancelledError:
+
+        def close(proved: asyncio.Future[float]) -> None:
+            if not proved.cancelled():
+                proved.exception()
+            backend.close()
+
+        # A thread is still in it.
+        proving.add_done_callback(close)
+        raise
+    except BaseException:
+        backend.close()
+        raise
+
+
+def _prove(backend: Backend) -> float:
+    backend.warm_up()
+    image = np.zeros((1, MODEL_SIZE, MODEL_SIZE, 3), np.uint8)
+    slots = backend.describe().slots
+    taken_s = math.inf
+    with ThreadPoolExecutor(slots) as threads:
+        # The quickest of three: on a busy machine one alone may take many times as long.
+        for _ in range(3):
+            started = time.perf_counter()
+            *_, probability = threads.map(backend.infer, [image] * slots)
+            taken_s = min(taken_s, time.perf_counter() - started)
+    if (
+        probability.shape != (1, MODEL_SIZE, MODEL_SIZE)
+        or not ((probability >= 0) & (probability <= 1)).all()
+    ):
+        raise BackendError("The network's answers are not probabilities.")
+    _prove_answers(backend)
+    return taken_s / slots
+
+
+def _prove_answers(backend: Backend) -> None:
+    info = backend.describe()
+    answers = info.model.get(ANSWERS)
+    if answers is None:
+        return
+    most = _MOST_DIFFERENCE_INT8 if info.precision == "int8" else _MOST_DIFFERENCE
+    try:
+        difference = difference_from(answers, backend.infer)
+    except StampError as error:
+        raise BackendError(f"The network cannot be held to its stored answers: {error}.") from error
+    if not difference <= most:
+        raise BackendError(
+            f"On the trial images the network's answers differ by {difference:.2f} in probability"
+            " from those stored when it was exported: it is not the network that it was."
+        )
