@@ -4,13 +4,16 @@ Training, evaluation, calibration and parity all ask here, so that a folder mean
 """
 
 from collections.abc import Iterable
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFile
 
 from model.metrics import LESION_ABOVE
+from photos import formats
 from photos.image import FORMATS
 
 __all__ = ["IMAGE_SUFFIXES", "DataError", "find_masks", "find_photos", "read_truth"]
@@ -77,17 +80,24 @@ def read_truth(path: Path) -> NDArray[np.bool_]:
     Read a mask: bool [height, width], lesion above 128 as the official scorer has it.
 
     Raises:
-        DataError: it does not decode, is transparent somewhere, or is no black and white picture
-            with lesion in white.
+        DataError: it does not decode or would be read wrongly, is transparent somewhere, or is no
+            black and white picture with lesion in white.
     """
     try:
-        with Image.open(path, formats=FORMATS) as file:
+        data = path.read_bytes()
+        with Image.open(BytesIO(data), formats=FORMATS) as file:
             transparent = _is_transparent(file)
+            rare = _is_rare(file, data)
             if file.mode == "1" and not transparent:
                 return np.asarray(file)
-            grey = np.asarray(file.convert("L"))
+            grey = _levels(file)
     except Exception as error:  # Pillow's errors on damaged files are an open list
         raise DataError(f"{path} does not decode as a mask ({error}): replace it") from error
+    if rare:
+        raise DataError(
+            f"{path} is stored in a way that few programs read rightly: save it as a PNG of 8 bits,"
+            " lesion as 255 and the rest as 0"
+        )
     if transparent:
         raise DataError(
             f"{path} is transparent in places, which may stand for lesion or for skin: save it"
@@ -105,6 +115,20 @@ def read_truth(path: Path) -> NDArray[np.bool_]:
             " lesion 255 and the rest 0"
         )
     return grey > LESION_ABOVE
+
+
+def _is_rare(file: ImageFile.ImageFile, data: bytes) -> bool:
+    """Whether Pillow reads it wrongly, or 0 is white on a scale that has no black."""
+    deep = file.mode in ("I", "F") or file.mode.startswith("I;16")
+    return formats.refusal(file, data) is not None or (deep and formats.Grey.of(file).inverted)
+
+
+def _levels(file: Image.Image) -> NDArray[Any]:
+    """0 to 255; what is brighter is 255."""
+    if file.mode in ("I", "F"):
+        values: NDArray[Any] = np.nan_to_num(formats.Grey.of(file).values(file))
+        return values.clip(0, 255)
+    return np.asarray(file.convert("L"))
 
 
 def _is_transparent(file: Image.Image) -> bool:

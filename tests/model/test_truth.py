@@ -1,10 +1,13 @@
 """Which file is a photo's mask, and what of it is lesion: the same for all that read masks."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from model.data import find_pairs, find_samples
@@ -102,6 +105,39 @@ def test_an_opaque_alpha_channel_says_nothing(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.fromarray(MASK).convert("RGBA").save(path)
     assert np.array_equal(read_truth(path), MASK > 0)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "u2", "i2", "u4", "i4", "f4"])
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("compression", [None, "lzw"])
+@pytest.mark.parametrize("kind", ["minisblack", "miniswhite", "planar"])
+def test_a_tiff_is_read_rightly_or_refused(
+    tmp_path: Path, dtype: str, order: Any, compression: str | None, kind: str
+) -> None:
+    path, white = tmp_path / "a.tif", 65535 if dtype == "u2" else 255
+    mask = (MASK > 0) * np.dtype(dtype).type(white)
+    options: dict[str, Any] = {"photometric": kind}
+    if kind == "miniswhite":
+        mask = white - mask
+    elif kind == "planar":
+        mask = np.stack([mask] * 3)
+        options = {"photometric": "rgb", "planarconfig": "separate"}
+    tifffile.imwrite(path, mask, byteorder=order, compression=compression, metadata=None, **options)
+    read = None
+    with contextlib.suppress(DataError):
+        read = read_truth(path)
+    if dtype == "u1" or (kind == "minisblack" and dtype == "i2" and compression is not None):
+        assert read is not None
+    assert read is None or np.array_equal(read, MASK > 0)
+
+
+@pytest.mark.parametrize("compression", [None, "lzw"])
+def test_a_refused_tiff_is_told_why(tmp_path: Path, compression: str | None) -> None:
+    path = tmp_path / "a.tif"
+    inverted = 65535 - MASK.astype(np.uint16)
+    tifffile.imwrite(path, inverted, photometric="miniswhite", compression=compression)
+    with pytest.raises(DataError, match=r"a\.tif is stored in a way .* PNG of 8 bits"):
+        read_truth(path)
 
 
 def test_one_threshold(tmp_path: Path) -> None:
