@@ -44,6 +44,16 @@ def free_memory() -> int:
     return int(free) if status == runtime.cudaError_t.cudaSuccess else 0
 
 
+def wait_by_spinning(spin: bool) -> None:
+    """Say how threads of this process wait for the GPU from now on: by spinning, or asleep.
+
+    CUDA's own choice counts the machine's processors, not those that a container may use, and so
+    spins (``cudaDeviceScheduleAuto``).
+    """
+    how = runtime.cudaDeviceScheduleSpin if spin else runtime.cudaDeviceScheduleBlockingSync
+    _call(runtime.cudaSetDeviceFlags, how)
+
+
 class Stream:
     """A stream of its own, independent of the default one (which cannot be captured)."""
 

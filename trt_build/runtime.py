@@ -1,5 +1,9 @@
 """Runs a built engine: pinned buffers, one context and one captured CUDA graph for each bucket.
 
+    python -m trt_build.runtime slsnet.engine
+
+loads one and runs it once, in a process that it may end.
+
 Two slots, each with its own stream, buffers and contexts, so that one batch's copies hide behind
 the other's compute. The contexts of a slot never run at the same time and share its scratch memory.
 """
@@ -8,7 +12,8 @@ from __future__ import annotations
 
 import logging
 import queue
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.files import write_atomically
-from trt_build.device import Gpu, current_gpu
+from photos.image import MODEL_SIZE
+from trt_build.device import Gpu, NoGpuError, current_gpu
 from trt_build.plan import PlanError, PlanInfo, read_engine, read_plan_info
 from trt_build.tensorrt_api import RTX_PORTABLE, TensorRT, TensorRTError, find_tensorrt
 
@@ -85,9 +91,11 @@ class EngineRunner:
 
     Raises PlanError (file missing, truncated, of another version or GPU), NoGpuError,
     TensorRTError, EngineError (out of memory).
+
+    ``spin``: wait for the GPU by asking it all the time, which takes a core for each slot.
     """
 
-    def __init__(self, engine: Path) -> None:
+    def __init__(self, engine: Path, *, spin: bool = False) -> None:
         self.info = read_plan_info(engine)
         self.gpu = current_gpu()
         trt = find_tensorrt()
@@ -97,6 +105,7 @@ class EngineRunner:
         from trt_build import cuda
 
         self._cuda = cuda
+        free = cuda.free_memory()
         self._errors: list[str] = []
         self._logger = trt.logger(self._log)
         self._runtime = trt.module.Runtime(self._logger)
@@ -109,6 +118,7 @@ class EngineRunner:
         self._opened: list[_Slot] = []
         configure = _RtxRuntime(trt, engine) if trt.is_rtx else None
         try:
+            cuda.wait_by_spinning(spin)
             for _ in range(SLOTS):
                 slot = _Slot(trt, self._engine, self.info.key.buckets, configure)
                 self._opened.append(slot)
@@ -118,7 +128,7 @@ class EngineRunner:
             self.close()
             raise EngineError(
                 f"out of GPU memory: {SLOTS} contexts need {need / 1e9:.2f} GB of scratch memory,"
-                f" {cuda.free_memory() / 1e9:.2f} GB are free on {self.gpu.name} ({error})"
+                f" {free / 1e9:.2f} GB were free on {self.gpu.name} before the engine ({error})"
             ) from error
         except (cuda.CudaError, TensorRTError) as error:
             self.close()
@@ -361,3 +371,20 @@ class _RtxRuntime:
             write_atomically(self._path, bytes(memoryview(self._cache.serialize())))
         except OSError as error:  # the kernels still run; only the next start compiles again
             log.warning("%s could not be written: %s", self._path, error.strerror)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line: the engine. Returns 1, with one line on stderr, where it does not run."""
+    (engine,) = sys.argv[1:] if arguments is None else arguments
+    try:
+        runner = EngineRunner(Path(engine))
+        runner.infer(np.zeros((1, MODEL_SIZE, MODEL_SIZE, 3), np.uint8))
+        runner.close()
+    except (EngineError, NoGpuError, PlanError, TensorRTError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -33,6 +33,7 @@ from trt_build.plan import (
     read_engine,
     read_plan_info,
 )
+from trt_build.runtime import SLOTS
 from trt_build.tensorrt_api import RTX_PORTABLE, TensorRTError, find_tensorrt, plan_key
 
 __all__ = ["ENGINE_EVENTS", "EngineCache", "EngineEvent", "open_engine_cache"]
@@ -58,6 +59,11 @@ ENGINE_EVENTS: tuple[EngineEvent, ...] = get_args(EngineEvent)
 
 _POLL_S = 0.2
 _TERMINATION_S = 5
+_TRIAL_S = 300
+
+# Threads that wait for the GPU spin, one for each slot, where they leave three quarters of the
+# cores: it answers sooner. With less they would take the time that decoding needs.
+_CORES_TO_SPIN = 4 * SLOTS
 
 
 class EngineCache:
@@ -68,6 +74,7 @@ class EngineCache:
         key: what the engine must have been built for.
         command: command line of the builder, given the engine's path.
         load: opens the engine; raises BackendError.
+        trial: command line that loads an engine and runs it once, given its path.
         on_event: told of each step; counts it.
         first_pause_s: before a failed build is tried again.
         longest_pause_s: what the doubling stops at.
@@ -81,6 +88,7 @@ class EngineCache:
         *,
         command: Callable[[Path], Sequence[str]],
         load: Callable[[Path], Backend],
+        trial: Callable[[Path], Sequence[str]],
         on_event: Callable[[EngineEvent], None] = lambda _: None,
         first_pause_s: float = 30,
         longest_pause_s: float = 3600,
@@ -90,13 +98,21 @@ class EngineCache:
         self._key = key
         self._command = command
         self._load = load
+        self._trial = trial
         self._on_event = on_event
         self._first_pause_s = first_pause_s
         self._longest_pause_s = longest_pause_s
         self._build_timeout_s = build_timeout_s
 
     def load(self) -> Backend | None:
-        """The engine, if one is there that fits, is whole, has passed the gate and loads."""
+        """The engine, if one is there that fits, is whole, has passed the gate and loads.
+
+        First in a process of its own: what ends a process in the driver, or leaves it without its
+        GPU, would do so to the server at every start. Such an engine is removed.
+        """
+        return self._open(tried=False)
+
+    def _open(self, *, tried: bool) -> Backend | None:
         try:
             info = self._checked()
         except FileNotFoundError:
@@ -112,7 +128,13 @@ class EngineCache:
             )
             return None
         try:
+            if not tried:
+                self._try()
             backend = self._load(self.engine)
+        except PlanError as error:
+            self.engine.unlink(missing_ok=True)
+            self._say("damaged", str(error))
+            return None
         except BackendError as error:
             self._say("load_failed", str(error))
             return None
@@ -129,7 +151,8 @@ class EngineCache:
         pause_s = self._first_pause_s
         while not stop.is_set():
             if self._build(stop):
-                backend = self.load()
+                # The builder had it through the gate, in its own process.
+                backend = self._open(tried=True)
                 if backend is not None:
                     self._say("serving", f"{self.engine} takes over")
                     return backend
@@ -152,6 +175,26 @@ class EngineCache:
             raise PlanError(f"{self.engine} has not been through the parity gate")
         read_engine(self.engine, info)
         return info
+
+    def _try(self) -> None:
+        """PlanError where the trial's process was killed; BackendError where it said why not."""
+        try:
+            trial = subprocess.run(
+                self._trial(self.engine),
+                cwd=Path(trt_build.__file__).parent.parent,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=_TRIAL_S,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise BackendError(f"{self.engine} could not be tried: {error}") from error
+        if trial.returncode < 0:
+            raise PlanError(f"{self.engine} kills who loads it, by signal {-trial.returncode}")
+        if trial.returncode:
+            last_lines = trial.stdout.decode(errors="replace").strip().splitlines()[-1:]
+            raise BackendError("; ".join(last_lines) or f"exit {trial.returncode}")
 
     def _failed_gate(self) -> bool:
         try:
@@ -264,9 +307,21 @@ class EngineCache:
 
 
 def open_engine_cache(
-    folder: Path, model: Path, precision: Precision, on_event: Callable[[EngineEvent], None]
+    folder: Path,
+    model: Path,
+    precision: Precision,
+    on_event: Callable[[EngineEvent], None],
+    *,
+    cores: int = 1,
 ) -> EngineCache:
     """The cache of engines of `model` (an ONNX file) for this process's GPU.
+
+    Args:
+        folder: of the engine files.
+        model: the ONNX file.
+        precision: of the engine.
+        on_event: told of each step.
+        cores: this process's share of the machine.
 
     Raises:
         BackendError: no TensorRT, no driver, no GPU, or no such file.
@@ -294,7 +349,12 @@ def open_engine_cache(
         ]
 
     return EngineCache(
-        folder.resolve(), key, command=command, load=TensorRtBackend, on_event=on_event
+        folder.resolve(),
+        key,
+        command=command,
+        load=lambda engine: TensorRtBackend(engine, spin=cores >= _CORES_TO_SPIN),
+        trial=lambda engine: [sys.executable, "-m", "trt_build.runtime", str(engine)],
+        on_event=on_event,
     )
 
 

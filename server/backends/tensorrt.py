@@ -20,14 +20,18 @@ class TensorRtBackend:
 
     Loading runs and records every bucket, so the first request is as fast as any.
 
+    Args:
+        engine: the file.
+        spin: wait for the GPU by asking it all the time, which takes a core for each slot.
+
     Raises:
         BackendError: no driver, no GPU, no TensorRT, not enough GPU memory, or an engine file that
             is truncated, corrupt, or of another TensorRT version or GPU. Its cause says which.
     """
 
-    def __init__(self, engine: Path) -> None:
+    def __init__(self, engine: Path, *, spin: bool = False) -> None:
         try:
-            self._runner = EngineRunner(engine)
+            self._runner = EngineRunner(engine, spin=spin)
         except (EngineError, NoGpuError, PlanError, TensorRTError) as error:
             raise BackendError(f"TensorRT cannot serve {engine}: {error}") from error
 

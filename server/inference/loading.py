@@ -142,7 +142,13 @@ def _engines(settings: Settings, count: Callable[[EngineEvent], None]) -> Engine
     if settings.backend not in ("auto", "tensorrt"):
         return None
     try:
-        return open_engine_cache(_engine_dir(settings), settings.model, settings.precision, count)
+        return open_engine_cache(
+            _engine_dir(settings),
+            settings.model,
+            settings.precision,
+            count,
+            cores=settings.cores,
+        )
     except BackendError as error:
         if settings.backend == "tensorrt":
             raise

@@ -58,6 +58,7 @@ class Harness:
         self,
         behaviour: str | Callable[[], str] = "good",
         load: Callable[[Path], Backend] = EngineStub,
+        trial: str = "",
         **options: float,
     ) -> EngineCache:
         def command(engine: Path) -> list[str]:
@@ -69,6 +70,7 @@ class Harness:
             KEY,
             command=command,
             load=load,
+            trial=lambda _: [sys.executable, "-c", trial],
             on_event=self.events.append,
             **{"first_pause_s": 0.05, **options},
         )
@@ -124,7 +126,13 @@ def test_every_field_of_the_key_asks_for_an_engine_of_its_own(
 ) -> None:
     other = dataclasses.replace(KEY, **{field: value})  # type: ignore[arg-type]
     mine = harness.cache()
-    theirs = EngineCache(harness.folder / "engines", other, command=lambda _: [], load=EngineStub)
+    theirs = EngineCache(
+        harness.folder / "engines",
+        other,
+        command=lambda _: [],
+        load=EngineStub,
+        trial=lambda _: ["true"],
+    )
     assert mine.engine != theirs.engine
 
     # And where a file lies under a name that is not its own, it is not taken for what it is not.
@@ -279,6 +287,51 @@ def test_an_engine_whose_masks_differ_is_not_served_nor_built_again(
     assert again.obtain(stop) is None
     assert harness.builds() == 1
     assert set(harness.events) == {"gate_failed"}
+
+
+def test_an_engine_that_kills_who_loads_it_is_built_anew(
+    harness: Harness, stop: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert harness.cache().obtain(stop) is not None
+    harness.events.clear()
+    dies = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
+    cache = harness.cache(trial=dies)
+    assert cache.load() is None
+    assert harness.events == ["damaged"]
+    assert "kills who loads it, by signal 11" in caplog.text
+    assert cache.obtain(stop) is not None
+    assert harness.builds() == 2
+
+
+def test_an_engine_that_fails_its_trial_is_not_loaded_by_the_server(
+    harness: Harness, stop: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert harness.cache().obtain(stop) is not None
+    harness.events.clear()
+    cache = harness.cache(load=lambda _: pytest.fail("loaded"), trial="exit('out of GPU memory')")
+    assert cache.load() is None
+    assert harness.events == ["load_failed"]
+    assert "out of GPU memory" in caplog.text
+    assert cache.engine.exists()
+
+
+@pytest.mark.parametrize(("cores", "spin"), [(2, False), (16, True)])
+def test_waiting_for_the_gpu_spins_where_cores_are_plenty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int, spin: bool
+) -> None:
+    pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT for RTX is not installed")
+    monkeypatch.setattr(engine_cache, "current_gpu", lambda: Gpu("a GPU", "8.9", 24 << 30, 58))
+    monkeypatch.setattr(tensorrt_api, "MODULES", ("tensorrt_rtx_bindings",))
+    opened: list[bool] = []
+
+    def backend(engine: Path, *, spin: bool) -> Backend:
+        opened.append(spin)
+        return EngineStub(engine)
+
+    monkeypatch.setattr(engine_cache, "TensorRtBackend", backend)
+    cache = open_engine_cache(tmp_path, MODEL, "fp16", lambda _: None, cores=cores)
+    cache._load(cache.engine)
+    assert opened == [spin]
 
 
 def test_a_build_that_hangs_is_ended(harness: Harness, stop: threading.Event) -> None:

@@ -11,6 +11,7 @@ sticky error is every later call's answer, as an illegal address is.
 # ruff: noqa: N802, N815 - CUDA's own names
 
 import ctypes
+import inspect
 import threading
 from collections.abc import Callable
 from enum import Enum
@@ -62,6 +63,8 @@ class FakeCuda:
 
     cudaError_t = Status
     cudaStreamNonBlocking = 1
+    cudaDeviceScheduleSpin = 1
+    cudaDeviceScheduleBlockingSync = 4
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyDefault=4)
     cudaStreamCaptureMode = SimpleNamespace(
         cudaStreamCaptureModeGlobal=0, cudaStreamCaptureModeThreadLocal=1
@@ -74,12 +77,13 @@ class FakeCuda:
         self.streams: dict[int, FakeStream] = {}
         self.graphs = 0
         self.copies = 0
+        self.flags = 0
         self.sticky: Status | None = None
         """An error that outlives the call that met it."""
 
     def __getattribute__(self, name: str) -> Any:
         found = super().__getattribute__(name)
-        if not name.startswith("cuda") or not callable(found) or self.sticky is None:
+        if not name.startswith("cuda") or not inspect.ismethod(found) or self.sticky is None:
             return found
         if name == "cudaGetErrorString":
             return found
@@ -128,6 +132,10 @@ class FakeCuda:
 
     cudaMalloc = cudaMallocHost = _allocate
     cudaFree = cudaFreeHost = _free
+
+    def cudaSetDeviceFlags(self, flags: int) -> tuple[Status]:
+        self.flags = flags
+        return (OK,)
 
     def cudaMemGetInfo(self) -> tuple[Status, int, int]:
         return OK, self.capacity - self.used(), self.capacity

@@ -207,6 +207,31 @@ def test_too_little_memory_is_said_and_nothing_is_kept(machine: Machine, capacit
     assert machine.cuda.held() == 0
 
 
+def test_too_little_memory_is_counted_before_anything_was_taken_or_freed(machine: Machine) -> None:
+    machine.plug_in(FakeCuda(3_000_000_000), scratch=40_000_000)
+    machine.cuda._allocate(2_950_000_000)
+    with pytest.raises(EngineError, match=r"need 0\.08 GB .*, 0\.05 GB were free"):
+        EngineRunner(machine.engine)
+
+
+@pytest.mark.parametrize("spin", [False, True])
+def test_threads_wait_for_the_gpu_as_told(machine: Machine, spin: bool) -> None:
+    TensorRtBackend(machine.engine, spin=spin).close()
+    spinning, asleep = FakeCuda.cudaDeviceScheduleSpin, FakeCuda.cudaDeviceScheduleBlockingSync
+    assert machine.cuda.flags == (spinning if spin else asleep)
+
+
+def test_an_error_that_lasts_is_every_answer_and_closing_still_ends(machine: Machine) -> None:
+    runner = EngineRunner(machine.engine)
+    machine.cuda.sticky = Status.cudaErrorIllegalAddress
+    for _ in range(SLOTS + 1):
+        with pytest.raises(EngineError, match="cudaErrorIllegalAddress"):
+            runner.infer(_images(2))
+    with pytest.raises(BackendError, match="cudaErrorIllegalAddress"):
+        TensorRtBackend(machine.engine)
+    runner.close()
+
+
 def test_a_failed_inference_is_an_error_and_the_slot_goes_on(machine: Machine) -> None:
     runner = EngineRunner(machine.engine)
     launch = machine.cuda.cudaGraphLaunch
