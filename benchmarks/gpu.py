@@ -125,7 +125,9 @@ def _onnxruntime(model: Path) -> Backend:
 
 def _tensorrt(model: Path, work: Path, buckets: tuple[int, ...], precision: Precision) -> Open:
     def opened() -> Backend:
+        from server.backends.engine_cache import CORES_TO_SPIN
         from server.backends.tensorrt import TensorRtBackend
+        from server.cores import available_cores
         from trt_build.build import BuildError, BuildOptions, build
         from trt_build.calibrate import CalibrationError, measure_ranges, read_ranges
         from trt_build.tensorrt_api import TensorRTError, find_tensorrt
@@ -145,7 +147,7 @@ def _tensorrt(model: Path, work: Path, buckets: tuple[int, ...], precision: Prec
             build(model, engine, options, ranges=ranges, gated=True)
         except (BuildError, TensorRTError) as error:
             raise BackendError(str(error)) from error
-        return TensorRtBackend(engine)
+        return TensorRtBackend(engine, spin=available_cores() >= CORES_TO_SPIN)
 
     return opened
 

@@ -36,7 +36,7 @@ from trt_build.plan import (
 from trt_build.runtime import SLOTS
 from trt_build.tensorrt_api import RTX_PORTABLE, TensorRTError, find_tensorrt, plan_key
 
-__all__ = ["ENGINE_EVENTS", "EngineCache", "EngineEvent", "open_engine_cache"]
+__all__ = ["CORES_TO_SPIN", "ENGINE_EVENTS", "EngineCache", "EngineEvent", "open_engine_cache"]
 
 log = logging.getLogger("slsnet.engine")
 
@@ -63,7 +63,7 @@ _TRIAL_S = 300
 
 # Threads that wait for the GPU spin, one for each slot, where they leave three quarters of the
 # cores: it answers sooner. With less they would take the time that decoding needs.
-_CORES_TO_SPIN = 4 * SLOTS
+CORES_TO_SPIN = 4 * SLOTS
 
 
 class EngineCache:
@@ -352,7 +352,7 @@ def open_engine_cache(
         folder.resolve(),
         key,
         command=command,
-        load=lambda engine: TensorRtBackend(engine, spin=cores >= _CORES_TO_SPIN),
+        load=lambda engine: TensorRtBackend(engine, spin=cores >= CORES_TO_SPIN),
         trial=lambda engine: [sys.executable, "-m", "trt_build.runtime", str(engine)],
         on_event=on_event,
     )

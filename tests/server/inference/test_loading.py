@@ -28,7 +28,12 @@ PHOTO = encode_photo(lesion_photo(0, 200, 150).pixels)
 
 def _use(monkeypatch: pytest.MonkeyPatch, cache: EngineCache) -> None:
     def opened(
-        folder: Path, model: Path, precision: Precision, on_event: Callable[[EngineEvent], None]
+        folder: Path,
+        model: Path,
+        precision: Precision,
+        on_event: Callable[[EngineEvent], None],
+        *,
+        cores: int,
     ) -> EngineCache:
         cache._on_event = on_event
         return cache
@@ -128,7 +133,7 @@ def test_the_server_stops_while_an_engine_is_built(
 def test_tensorrt_that_cannot_be_used_fails_only_where_it_was_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def refuse(*_: object) -> EngineCache:
+    def refuse(*_: object, **__: object) -> EngineCache:
         raise BackendError("TensorRT cannot be used: no NVIDIA driver")
 
     monkeypatch.setattr(loading, "open_engine_cache", refuse)
