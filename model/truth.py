@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 
 from model.metrics import LESION_ABOVE
 from photos import formats
@@ -77,7 +77,8 @@ def find_masks(photos: Iterable[Path], masks: Path) -> dict[Path, Path]:
 
 def read_truth(path: Path) -> NDArray[np.bool_]:
     """
-    Read a mask: bool [height, width], lesion above 128 as the official scorer has it.
+    Read a mask: bool [height, width], lesion above 128 as the official scorer has it. It is turned
+    by its EXIF orientation, as photos are.
 
     Raises:
         DataError: it does not decode or would be read wrongly, is transparent somewhere, or is no
@@ -88,9 +89,11 @@ def read_truth(path: Path) -> NDArray[np.bool_]:
         with Image.open(BytesIO(data), formats=FORMATS) as file:
             transparent = _is_transparent(file)
             rare = _is_rare(file, data)
-            if file.mode == "1" and not transparent:
-                return np.asarray(file)
-            grey = _levels(file)
+            deep = formats.Grey.of(file)
+            upright = ImageOps.exif_transpose(file)
+            if upright.mode == "1" and not transparent:
+                return np.asarray(upright)
+            grey = _levels(upright, deep)
     except Exception as error:  # Pillow's errors on damaged files are an open list
         raise DataError(f"{path} does not decode as a mask ({error}): replace it") from error
     if rare:
@@ -123,12 +126,12 @@ def _is_rare(file: ImageFile.ImageFile, data: bytes) -> bool:
     return formats.refusal(file, data) is not None or (deep and formats.Grey.of(file).inverted)
 
 
-def _levels(file: Image.Image) -> NDArray[Any]:
+def _levels(picture: Image.Image, grey: formats.Grey) -> NDArray[Any]:
     """0 to 255; what is brighter is 255."""
-    if file.mode in ("I", "F"):
-        values: NDArray[Any] = np.nan_to_num(formats.Grey.of(file).values(file))
+    if picture.mode in ("I", "F"):
+        values: NDArray[Any] = np.nan_to_num(grey.values(picture))
         return values.clip(0, 255)
-    return np.asarray(file.convert("L"))
+    return np.asarray(picture.convert("L"))
 
 
 def _is_transparent(file: Image.Image) -> bool:

@@ -13,6 +13,7 @@ from PIL import Image
 from model.data import find_pairs, find_samples
 from model.evaluate import main as evaluate_main
 from model.truth import DataError, read_truth
+from photos.image import read_photo
 from tests.lesions import encode_photo, lesion_photo
 from trt_build.samples import load_samples
 
@@ -138,6 +139,27 @@ def test_a_refused_tiff_is_told_why(tmp_path: Path, compression: str | None) -> 
     tifffile.imwrite(path, inverted, photometric="miniswhite", compression=compression)
     with pytest.raises(DataError, match=r"a\.tif is stored in a way .* PNG of 8 bits"):
         read_truth(path)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
+@pytest.mark.parametrize("mode", ["L", "1"])
+def test_a_mask_is_turned_as_a_photo_is(
+    tmp_path: Path, orientation: int, suffix: str, mode: str
+) -> None:
+    if mode == "1" and suffix == "webp":
+        pytest.skip("WebP has no such mode")
+    path, exif = tmp_path / f"a.{suffix}", Image.Exif()
+    exif[0x0112] = orientation
+    options: dict[str, Any] = {"lossless": True} if suffix == "webp" else {}
+    corner = np.zeros((30, 40), np.uint8)
+    corner[2:16, 4:20] = 255
+    Image.fromarray(corner).convert(mode).save(path, exif=exif, **options)
+    turned = read_truth(path)
+    photo = read_photo(path.read_bytes(), size=20)
+    assert turned.shape == (photo.height, photo.width)
+    small = Image.fromarray(turned.astype(np.uint8) * 255).resize((20, 20), Image.Resampling.BOX)
+    assert np.abs(np.asarray(small, int) - photo.pixels[..., 0]).mean() < 10
 
 
 def test_one_threshold(tmp_path: Path) -> None:
