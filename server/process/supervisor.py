@@ -59,6 +59,14 @@ class _Place:
         return pause_s
 
 
+def _its_gpu(place: int) -> dict[str, str]:
+    """One of the GPUs named in CUDA_VISIBLE_DEVICES, in turn: indices, or UUIDs of cards and MIG
+    slices. A process uses the first that it sees, and of MIG slices CUDA shows it one at most.
+    """
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return {"CUDA_VISIBLE_DEVICES": named[place % len(named)]} if named else {}
+
+
 class _Supervisor:
     def __init__(
         self,
@@ -122,6 +130,7 @@ class _Supervisor:
                 ],
                 env={
                     **os.environ,
+                    **_its_gpu(place.number),
                     SHARED_FOLDER: str(self._folder.path),
                     PLACE: str(place.number),
                 },

@@ -77,6 +77,14 @@ def test_metrics_are_of_all_workers_and_survive_one(
     until(lambda: in_flight() == 0)
 
 
+def test_workers_take_turns_at_the_gpus_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8932f937,MIG-c6d4f1ef")
+    with serve("--workers", "3") as server:
+        until(lambda: len(workers(server)) == 3)
+        named = [worker.environ()["CUDA_VISIBLE_DEVICES"] for worker in workers(server)]
+        assert sorted(named) == ["GPU-8932f937", "GPU-8932f937", "MIG-c6d4f1ef"]
+
+
 def test_sigterm_drains_all_workers_and_loses_nothing(
     pair: ServerProcess, photos: list[Sample]
 ) -> None:
