@@ -44,11 +44,6 @@ class PlanKey:
         text = json.dumps(dataclasses.asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
-    def timing_cache(self) -> str:
-        """Return a name for the file of what TensorRT measured on this device."""
-        text = f"{self.library} {self.compute_capability} {self.device}"
-        return f"timing-{hashlib.sha256(text.encode()).hexdigest()[:24]}.cache"
-
     def differences(self, other: PlanKey) -> list[str]:
         """Say, field by field, how ``other`` (what is wanted) differs from this key."""
         return [

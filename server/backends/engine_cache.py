@@ -340,11 +340,11 @@ def open_engine_cache(
     log.info("%s on %s, compute capability %s", trt.library, gpu.name, gpu.compute_capability)
 
     def command(engine: Path) -> list[str]:
+        # Without a timing cache: times taken on a GPU that serves are not for later builds.
         return [
             *("nice", "-n", "10", sys.executable, "-m", "trt_build"),
             *("--onnx", str(model.resolve()), "--output", str(engine), "--parity"),
             *("--precision", key.precision, "--buckets", ",".join(map(str, key.buckets))),
-            *("--timing-cache", str(engine.with_name(key.timing_cache()))),
             *(("--compute-capability", target) if target is not None else ()),
         ]
 

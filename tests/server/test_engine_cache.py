@@ -462,6 +462,7 @@ def test_rtx_builds_for_the_card_alone_where_portable_engines_do_not_run_on_it(
     )
     assert cache.obtain(stop) is None
     (command,) = commands
+    assert "--timing-cache" not in command, "a GPU that serves gives timings of no use to others"
     assert list(command[-2:]) == target or (not target and "--compute-capability" not in command)
 
 
