@@ -23,7 +23,7 @@ from PIL import Image
 
 from benchmarks.latency import SIZES, largest, machine, photos_at_all_sizes
 from common.program import Help
-from photos.image import MODEL_SIZE, encode_png, lesion_mask, read_photo
+from photos.image import MODEL_SIZE, THRESHOLD, encode_png, lesion_mask, read_photo
 from server.settings import SHIPPED_MODEL
 from trt_build.parity import Infer, onnx_runner
 
@@ -31,8 +31,6 @@ __all__ = ["STEPS", "Comparison", "compare"]
 
 STEPS = ("decode", "mask", "encode")
 """Bytes → pixels for the network; its probability → mask of the photo's size; mask → PNG."""
-
-THRESHOLD = 0.5
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ from model.config import PRESETS, TrainConfig
 from model.data import PixelSet
 from model.generator import Generator
 from model.layers import PositionAttention
-from model.train import STORED_SIZE, Trainer
+from model.splits import STORED_SIZE
+from model.trainer import Trainer
 
 Step = Callable[[], float]
 

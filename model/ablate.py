@@ -36,8 +36,11 @@ from model.config import (
 )
 from model.data import Sample, add_data_arguments, find_samples, select
 from model.evaluate import evaluate, load_network
-from model.train import TrainingError, split_samples, train
+from model.loop import train
+from model.splits import split_samples
+from model.trainer import TrainingError
 from model.truth import DataError
+from photos.image import THRESHOLD
 
 GROUPS = {
     "table4": ("base", "base+pam", "base+cam", "no-multiscale", "paper"),
@@ -227,7 +230,7 @@ def ablate(
         f"Budget: {_range([c.epochs for c in configs.values()])} epochs over {len(training)} "
         f"images, {len(seeds)} seed{'s' if len(seeds) > 1 else ''} a preset; changes to the "
         f"presets: {changes}. Scored: the best epoch's weights by validation Jaccard, on "
-        f"{len(scored)} {split} images ({origins}), at the masks' own sizes, threshold 0.5."
+        f"{len(scored)} {split} images ({origins}), at the masks' own sizes, threshold {THRESHOLD}."
     )
     out.mkdir(parents=True, exist_ok=True)
     rows = {preset: Row(preset) for preset in presets}

@@ -22,10 +22,12 @@ from torch import Tensor
 
 from common.files import replacing
 from common.program import Help
+from model.checkpoint import load_run, weights_metadata
 from model.config import ConfigError
 from model.data import add_data_arguments
 from model.generator import Generator, save_generator
-from model.train import load_run, prepare, score_selections, weights_metadata
+from model.scoring import score_selections
+from model.splits import prepare
 from model.truth import DataError
 
 

@@ -32,12 +32,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from common.program import Help
+from model.checkpoint import load_run
 from model.config import ConfigError
 from model.data import Sample, add_data_arguments, find_samples
 from model.evaluate import evaluate, torch_network
 from model.generator import Generator
 from model.metrics import jaccard
-from model.train import load_run, split_samples
+from model.splits import split_samples
 from model.truth import DataError
 
 Scores = dict[str, list[float]]

@@ -26,10 +26,12 @@ from torch import Tensor, nn
 
 from common.files import replacing
 from common.program import Help
+from model.checkpoint import load_run
 from model.config import ConfigError
 from model.data import add_data_arguments, find_samples, load_pixels, select
-from model.metrics import LESION_ABOVE, count, jaccard
-from model.train import STORED_SIZE, load_run, split_samples
+from model.metrics import jaccard
+from model.scoring import confusion
+from model.splits import STORED_SIZE, split_samples
 from model.truth import DataError
 from photos.image import MODEL_SIZE
 
@@ -103,16 +105,14 @@ def distil(data: Path, runs: list[Path], out: Path, cache: Path) -> None:
             images = torch.from_numpy(pixels.images[chunk]).to(device)
             found = predict(network, images, config.size, STORED_SIZE).cpu().numpy()
             total[chunk] += found
-            truth = pixels.masks[chunk][:, 0] > LESION_ABOVE
-            scores += jaccard(count(found > 0.5, truth)).tolist()
+            scores += jaccard(confusion(found, pixels.masks[chunk, 0])).tolist()
         votes[rows] += 1
         print(f"{run}: {len(rows)} held-out images, Jaccard {np.mean(scores):.4f}", file=sys.stderr)
     chosen = [i for name, i in row.items() if name in used]
     if missing := [pixels.ids[i] for i in chosen if not votes[i]]:
         raise ConfigError(f"{missing[0]} was held out by no run: train every fold")
     mean = total[chosen] / votes[chosen, None, None]
-    truth = pixels.masks[chosen, 0] > LESION_ABOVE
-    score = jaccard(count(mean > 0.5, truth)).mean()
+    score = jaccard(confusion(mean, pixels.masks[chosen, 0])).mean()
     print(f"ensemble, held out: Jaccard {score:.4f}", file=sys.stderr)
     factor = STORED_SIZE // MODEL_SIZE
     small = mean.reshape(len(mean), MODEL_SIZE, factor, MODEL_SIZE, factor).mean((2, 4))

@@ -41,7 +41,7 @@ from model.metrics import (
     stack,
 )
 from model.truth import DataError, read_truth
-from photos.image import MODEL_SIZE, ImageError, Photo, lesion_mask, read_photo
+from photos.image import MODEL_SIZE, THRESHOLD, ImageError, Photo, lesion_mask, read_photo
 from photos.regions import largest_part, largest_region
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def load_network(path: Path, size: int | None = None) -> Network:
 def evaluate(
     samples: Sequence[Sample],
     network: Network,
-    threshold: float = 0.5,
+    threshold: float = THRESHOLD,
     *,
     clean: bool = False,
     progress: bool = False,
@@ -357,7 +357,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help=".onnx or .safetensors (default: the shipped network)",
     )
-    parser.add_argument("--threshold", type=float, default=0.5, help="0 to 1 (default: 0.5)")
+    parser.add_argument(
+        "--threshold", type=float, default=THRESHOLD, help=f"0 to 1 (default: {THRESHOLD})"
+    )
     parser.add_argument(
         "--clean",
         action="store_true",

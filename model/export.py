@@ -112,19 +112,65 @@ def export(
         ValueError: the weights are unreadable, have no such attention, or the exported graph
             computes something else.
     """
-    generator = load_generator(weights)
-    set_attention(generator, attention)
+    contract = _contract(weights, attention)
     size = input_size(weights, size)
     digest = sha256(weights.read_bytes()).hexdigest()
+    images = _photos(size)
+    model = _graph(contract, images)
+    model.graph.name = "slsnet"
+    _forget_origin(model)
+    onnx.helper.set_model_props(
+        model,
+        {
+            "name": name or _name(weights),
+            "version": version or digest[:12],
+            "licence": licence,
+            "attention": attention,
+            "parameters": str(sum(p.numel() for p in contract.parameters())),
+            "weights_sha256": digest,
+            **_told(weights),
+        },
+    )
+    onnx.checker.check_model(model, full_check=True)
+
+    with replacing(output) as path:
+        path.write_bytes(model.SerializeToString())
+        difference = _difference(path, contract, images)
+        if not difference <= MAX_DIFFERENCE:
+            raise ValueError(
+                f"the exported graph differs from PyTorch by {difference:.2e} in probability, "
+                f"more than {MAX_DIFFERENCE:.0e}: {output} was not written"
+            )
+        stamp(path)
+    return difference
+
+
+def _contract(weights: Path, attention: AttentionForm) -> Contract:
+    generator = load_generator(weights)
+    set_attention(generator, attention)
     for module in generator.modules():
         if isinstance(module, PositionAttention):
             module.mode = "plain"
-    contract = Contract(generator).eval()
+    return Contract(generator).eval()
+
+
+def _told(weights: Path) -> dict[str, str]:
+    """What the graph takes over of that which the weights say of themselves."""
+    metadata = load_metadata(weights)
+    return {key: metadata[key] for key in METADATA if key in metadata}
+
+
+def _photos(size: int) -> NDArray[np.uint8]:
+    """Three images that stand for photos, uint8 [3, size, size, 3]."""
     rng = np.random.default_rng(0)
     # Smooth images: on white noise every activation is small and an error could hide.
     coarse = rng.integers(0, 256, (3, 8, 8, 3)).astype(np.float32)
     smooth = np.kron(coarse, np.ones((1, size // 8, size // 8, 1)))
-    images = np.clip(smooth + rng.normal(0, 12, smooth.shape), 0, 255).astype(np.uint8)
+    return np.clip(smooth + rng.normal(0, 12, smooth.shape), 0, 255).astype(np.uint8)
+
+
+def _graph(contract: Contract, images: NDArray[np.uint8]) -> onnx.ModelProto:
+    """The contract as an ONNX graph, for any number of images of this size."""
     program = torch.onnx.export(
         contract,
         (torch.from_numpy(images),),
@@ -136,39 +182,18 @@ def export(
         verbose=False,
     )
     assert program is not None
-    model = program.model_proto
-    model.graph.name = "slsnet"
-    _forget_origin(model)
-    metadata = load_metadata(weights)
-    onnx.helper.set_model_props(
-        model,
-        {
-            "name": name or _name(weights),
-            "version": version or digest[:12],
-            "licence": licence,
-            "attention": attention,
-            "parameters": str(sum(p.numel() for p in generator.parameters())),
-            "weights_sha256": digest,
-            **{key: metadata[key] for key in METADATA if key in metadata},
-        },
-    )
-    onnx.checker.check_model(model, full_check=True)
+    return program.model_proto
 
-    with replacing(output) as path:
-        path.write_bytes(model.SerializeToString())
-        session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-        with torch.inference_mode():
-            expected = contract(torch.from_numpy(images)).numpy()
-        difference = 0.0
-        for n in (1, len(images)):
-            (found,) = session.run(["probability"], {"image": images[:n]})
-            difference = max(difference, float(np.abs(found - expected[:n]).max()))
-        if not difference <= MAX_DIFFERENCE:
-            raise ValueError(
-                f"the exported graph differs from PyTorch by {difference:.2e} in probability, "
-                f"more than {MAX_DIFFERENCE:.0e}: {output} was not written"
-            )
-        stamp(path)
+
+def _difference(path: Path, contract: Contract, images: NDArray[np.uint8]) -> float:
+    """The largest one in probability between PyTorch and ONNX Runtime, for one image and all."""
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    with torch.inference_mode():
+        expected = contract(torch.from_numpy(images)).numpy()
+    difference = 0.0
+    for n in (1, len(images)):
+        (found,) = session.run(["probability"], {"image": images[:n]})
+        difference = max(difference, float(np.abs(found - expected[:n]).max()))
     return difference
 
 

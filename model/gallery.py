@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from model.evaluate import Case, Evaluation
-from model.metrics import LESION_ABOVE, METRICS, jaccard
-from model.truth import read_truth
+from model.metrics import METRICS, jaccard
+from model.truth import is_lesion, read_truth
 from photos.image import lesion_mask, read_photo, unpack_mask
 
 CASES_EACH = 6
@@ -93,7 +93,7 @@ def overlay(case: Case, threshold: float) -> Image.Image:
     photo = read_photo(case.sample.image.read_bytes(), size=max(width, height))
     pixels = np.array(Image.fromarray(photo.pixels).resize((width, height)))
     truth = Image.fromarray(read_truth(case.sample.mask)).convert("L")
-    truth_mask = np.asarray(truth.resize((width, height), Image.Resampling.BOX)) > LESION_ABOVE
+    truth_mask = is_lesion(np.asarray(truth.resize((width, height), Image.Resampling.BOX)))
     predicted = unpack_mask(lesion_mask(case.probability, width, height, threshold), width)
     pixels[_outline(truth_mask)] = _TRUTH
     pixels[_outline(predicted)] = _PREDICTION

@@ -6,7 +6,7 @@ Figures are per image, then averaged over images (macro), as the ISIC challenges
 to divide by it is 1: nothing was there to be missed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
-    "LESION_ABOVE",
     "METRICS",
     "THRESHOLD_JACCARD",
     "Calibration",
@@ -33,9 +32,6 @@ __all__ = [
 
 Counts = NDArray[np.int64]
 Figures = NDArray[np.float64]
-
-LESION_ABOVE = 128
-"""Of 255: a mask's grey value above it is lesion, as the official scorer has it."""
 
 THRESHOLD_JACCARD = 0.65
 """A Jaccard below this counts as 0 in `threshold_jaccard` (ISIC 2018: about what two experts'
@@ -94,12 +90,16 @@ def count_packed(prediction: NDArray[np.uint8], truth: NDArray[np.uint8], pixels
 
 
 def stack(images: Sequence[Confusion]) -> Confusion:
-    """Join the counts of single images along a new first axis."""
+    """Join the counts of images, or of several each, along the first axis."""
+
+    def joined(counts: Iterable[Counts]) -> Counts:
+        return np.concatenate([np.atleast_1d(np.asarray(n, np.int64)) for n in counts])
+
     return Confusion(
-        np.array([c.tp for c in images], np.int64),
-        np.array([c.fp for c in images], np.int64),
-        np.array([c.fn for c in images], np.int64),
-        np.array([c.tn for c in images], np.int64),
+        joined(c.tp for c in images),
+        joined(c.fp for c in images),
+        joined(c.fn for c in images),
+        joined(c.tn for c in images),
     )
 
 

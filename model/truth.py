@@ -12,11 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps
 
-from model.metrics import LESION_ABOVE
 from photos import formats
 from photos.image import FORMATS
 
-__all__ = ["IMAGE_SUFFIXES", "DataError", "find_masks", "find_photos", "read_truth"]
+__all__ = ["IMAGE_SUFFIXES", "DataError", "find_masks", "find_photos", "is_lesion", "read_truth"]
+
+LESION_ABOVE = 128
+"""Of 255: a mask's grey value above it is lesion, as the official scorer has it."""
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 """Of photos and masks, in any case."""
@@ -117,6 +119,11 @@ def read_truth(path: Path) -> NDArray[np.bool_]:
             f"{path} is not black and white, over 10 % of it is grey: a mask is expected,"
             " lesion 255 and the rest 0"
         )
+    return is_lesion(grey)
+
+
+def is_lesion(grey: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """What of a mask is lesion: uint8 → bool, of the same shape."""
     return grey > LESION_ABOVE
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "DEFAULT_MAX_PIXELS",
     "FORMATS",
     "MODEL_SIZE",
+    "THRESHOLD",
     "CorruptImageError",
     "ImageError",
     "ImageTooLargeError",
@@ -50,6 +51,9 @@ __all__ = [
 
 MODEL_SIZE = 128
 """Side of the network's square input, pixels."""
+
+THRESHOLD = 0.5
+"""Probability above which a pixel is lesion, where nobody asks for another."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
 """Formats that are read, by Pillow's names. Others that Pillow knows are never tried."""
@@ -166,43 +170,7 @@ def read_photo(
     # What hostile bytes can raise inside an image library is an open list (OSError, SyntaxError,
     # struct.error, zlib.error, KeyError, RuntimeError, …): all of it means the same to the sender.
     try:
-        with ExitStack() as held:
-            if name == "WEBP":
-                # libwebp allocates its canvases on opening, so this size is checked beforehand.
-                webp_size = _webp_size(data)
-                _check_pixels(*webp_size, max_pixels)
-                held.enter_context(room(math.prod(webp_size)))
-            odd = structure.check(name, data, _jpeg_scans(data) if name == "JPEG" else 0)
-            if odd:
-                raise CorruptImageError(
-                    f"The {name} image has {odd}, which no photo needs: save it anew as a baseline"
-                    " JPEG or a PNG, without its metadata."
-                )
-            if name == "PNG":
-                data = formats.without_text(data)
-            file = structure.metered(data)
-            with Image.open(file, formats=(name,)) as image:
-                structure.header_is_read(file)
-                width, height = image.size
-                _check_pixels(width, height, max_pixels)
-                if name != "WEBP":
-                    held.enter_context(room(width * height))
-                if (refusal := formats.refusal(image, data)) is not None:
-                    raise CorruptImageError(refusal)
-                if name != "JPEG" or not formats.is_lossless_jpeg(data):
-                    image.draft("RGB", (_JPEG_MARGIN * size, _JPEG_MARGIN * size))
-                grey = formats.Grey.of(image)
-                # TIFF is turned upright while it is loaded.
-                applied = _orientation(image) if name == "TIFF" else 1
-                image.load()
-                # After loading: a PNG may store it behind the pixels.
-                orientation = _orientation(image)
-                # Before averaging, as Pillow's BOX is not symmetric: so the pixels are exactly
-                # those of the same photo stored upright. A JPEG is small by now.
-                upright = (
-                    image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
-                )
-                square = _squash(upright, size, grey)
+        return _decode(name, data, size, max_pixels, room)
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -223,6 +191,51 @@ def read_photo(
         ) from error
     except Exception as error:
         raise CorruptImageError(_why_corrupt(name, data, error)) from error
+
+
+def _decode(
+    name: str,
+    data: bytes,
+    size: int,
+    max_pixels: int,
+    room: Callable[[int], AbstractContextManager[None]],
+) -> Photo:
+    """`read_photo` of the format `name`; raises whatever the libraries below raise too."""
+    with ExitStack() as held:
+        if name == "WEBP":
+            # libwebp allocates its canvases on opening, so this size is checked beforehand.
+            webp_size = _webp_size(data)
+            _check_pixels(*webp_size, max_pixels)
+            held.enter_context(room(math.prod(webp_size)))
+        odd = structure.check(name, data, _jpeg_scans(data) if name == "JPEG" else 0)
+        if odd:
+            raise CorruptImageError(
+                f"The {name} image has {odd}, which no photo needs: save it anew as a baseline"
+                " JPEG or a PNG, without its metadata."
+            )
+        if name == "PNG":
+            data = formats.without_text(data)
+        file = structure.metered(data)
+        with Image.open(file, formats=(name,)) as image:
+            structure.header_is_read(file)
+            width, height = image.size
+            _check_pixels(width, height, max_pixels)
+            if name != "WEBP":
+                held.enter_context(room(width * height))
+            if (refusal := formats.refusal(image, data)) is not None:
+                raise CorruptImageError(refusal)
+            if name != "JPEG" or not formats.is_lossless_jpeg(data):
+                image.draft("RGB", (_JPEG_MARGIN * size, _JPEG_MARGIN * size))
+            grey = formats.Grey.of(image)
+            # TIFF is turned upright while it is loaded.
+            applied = _orientation(image) if name == "TIFF" else 1
+            image.load()
+            # After loading: a PNG may store it behind the pixels.
+            orientation = _orientation(image)
+            # Before averaging, as Pillow's BOX is not symmetric: so the pixels are exactly
+            # those of the same photo stored upright. A JPEG is small by now.
+            upright = image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+            square = _squash(upright, size, grey)
     if 5 <= orientation <= 8:
         width, height = height, width
     return Photo(square, width, height, applied if name == "TIFF" else orientation)
@@ -234,7 +247,7 @@ def is_baseline_jpeg(data: bytes) -> bool:
 
 
 def lesion_mask(
-    probability: NDArray[np.float32], width: int, height: int, threshold: float = 0.5
+    probability: NDArray[np.float32], width: int, height: int, threshold: float = THRESHOLD
 ) -> NDArray[np.uint8]:
     """
     The mask at the photo's size: `probability` up-sampled, then `> threshold`.

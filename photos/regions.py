@@ -10,10 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from photos.image import THRESHOLD
+
 __all__ = ["largest_part", "largest_region"]
 
 
-def largest_region(probability: NDArray[np.float32], threshold: float = 0.5) -> NDArray[np.float32]:
+def largest_region(
+    probability: NDArray[np.float32], threshold: float = THRESHOLD
+) -> NDArray[np.float32]:
     """
     Leave only the largest region above `threshold`, and fill its holes.
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from common.files import write_atomically
 from common.program import Help
 from model.metrics import count, jaccard
-from photos.image import lesion_mask, unpack_mask
+from photos.image import THRESHOLD, lesion_mask, unpack_mask
 from trt_build.plan import Precision
 from trt_build.samples import REFERENCE, Sample, batches, load_samples
 
@@ -96,7 +96,7 @@ def compare(
     name: str,
     precision: Precision,
     source: str,
-    threshold: float = 0.5,
+    threshold: float = THRESHOLD,
 ) -> Parity:
     """Run both on ``samples`` and compare probabilities and masks."""
     differences: list[float] = []

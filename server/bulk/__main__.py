@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from common.program import Help, program
+from photos.image import THRESHOLD
 from server.backends import BackendError, BackendInfo
 from server.bulk.ledger import MASKS, STATE, TABLE, Ledger, Row
 from server.bulk.local import Place, this_machine
@@ -60,9 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--threshold",
         type=float,
-        default=0.5,
+        default=THRESHOLD,
         metavar="VALUE",
-        help="probability above which a pixel is lesion (default 0.5)",
+        help="probability above which a pixel is lesion (default %(default)s)",
     )
     parser.add_argument(
         "--clean",

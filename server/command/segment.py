@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 
 from common.files import write_atomically
 from common.program import Help, program
-from photos.image import ImageError, encode_png, lesion_mask, read_photo
+from photos.image import THRESHOLD, ImageError, encode_png, lesion_mask, read_photo
 from photos.masks import Rings, measure, polygons
 from photos.regions import largest_part, largest_region
 from server.backends import Backend, BackendError, open_backend
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--overwrite", action="store_true", help="replace masks that are there (default: refuse)"
     )
     parser.add_argument(
-        "--threshold", type=_threshold, default=0.5, help="0 to 1 (default: %(default)s)"
+        "--threshold", type=_threshold, default=THRESHOLD, help="0 to 1 (default: %(default)s)"
     )
     parser.add_argument(
         "--clean", action="store_true", help="leave the largest region only, without its holes"

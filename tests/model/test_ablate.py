@@ -9,7 +9,8 @@ from PIL import Image
 from model import ablate
 from model.ablate import GROUPS, MEASURES, PAPER, Row, chosen, main, markdown
 from model.config import PRESETS, ConfigError, TrainConfig
-from model.train import Progress, TrainingError, train
+from model.loop import train
+from model.trainer import Progress, TrainingError
 from tests.model.tiny import GENERATOR, tiny_flags, write_isic2017
 
 

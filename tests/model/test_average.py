@@ -7,9 +7,9 @@ import torch
 
 from model import average, train
 from model.average import mean_network
+from model.checkpoint import load_run
 from model.config import GeneratorConfig
 from model.generator import Generator, load_generator, load_metadata
-from model.train import load_run
 from tests.model.tiny import GENERATOR, tiny_config, tiny_flags, write_isic2017
 
 CPU = torch.device("cpu")

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from model import distill, train
+from model.checkpoint import load_run
 from model.config import ConfigError, DataConfig, LossConfig
 from model.data import find_samples, load_pixels, select
 from model.distill import distil, predict
 from model.generator import Generator
-from model.train import STORED_SIZE, load_run, split_samples
+from model.splits import STORED_SIZE, prepare, split_samples
+from model.trainer import Trainer
 from tests.model.tiny import tiny_config, tiny_flags, write_isic2017
 
 
@@ -84,8 +86,8 @@ def test_the_target_is_a_mixture_of_mask_and_teacher(
         data=DataConfig(teacher=str(file)),
         batch_size=9,
     )
-    pixels, selections, _ = train.prepare(config, folder / "data", folder / "cache")
-    trainer = train.Trainer(config, folder, pixels, selections)
+    pixels, selections, _ = prepare(config, folder / "data", folder / "cache")
+    trainer = Trainer(config, folder, pixels, selections)
     seen: dict[str, torch.Tensor] = {}
 
     def update(

@@ -9,7 +9,7 @@ from PIL import Image
 
 from model.config import DataConfig, TrainConfig
 from model.data import Sample, find_samples
-from model.train import split_samples
+from model.splits import split_samples
 from model.truth import DataError
 from tests.lesions import lesion_photo
 from tests.model.tiny import tiny_config, write_isic2017, write_pair

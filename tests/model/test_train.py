@@ -26,11 +26,13 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 )
 from torch import Tensor
 
-import model.train
+from model import checkpoint, loop
 from model.config import PRESETS, ConfigError, LossConfig, TrainConfig, parse_config
 from model.generator import Generator, load_generator, load_metadata, save_generator
+from model.splits import prepare
 from model.teacher import Teacher
-from model.train import Trainer, TrainingError, main
+from model.train import main
+from model.trainer import Trainer, TrainingError
 from tests.model.tiny import GENERATOR, pixel_set, tiny_config, tiny_flags, write_isic2017
 
 ROOT = Path(__file__).parents[2]
@@ -151,7 +153,7 @@ def test_a_run_from_the_command_line(
 
 def test_tensorboard_has_scalars_and_pictures(tmp_path: Path) -> None:
     run = trainer(tmp_path, tiny_config(epochs=2))
-    run.run()
+    loop.run(run)
     found = events(tmp_path)
     tags = found.Tags()["scalars"]
     assert {
@@ -283,25 +285,25 @@ def test_bad_flags_name_the_fix(
 
 def test_checkpoints_of_something_else_are_refused(tmp_path: Path) -> None:
     config = tiny_config(epochs=1)
-    trainer(tmp_path, config).save()
+    checkpoint.save(trainer(tmp_path, config))
 
     other = dataclasses.replace(config.generator, multiscale=False)
     with pytest.raises(ConfigError, match=r"made with generator\.multiscale=True, not False: res"):
-        trainer(tmp_path, dataclasses.replace(config, generator=other)).load()
+        checkpoint.load(trainer(tmp_path, dataclasses.replace(config, generator=other)))
     with pytest.raises(ConfigError, match="made from another training set: pass the same --data"):
-        trainer(tmp_path, config, images=9).load()
+        checkpoint.load(trainer(tmp_path, config, images=9))
     # a file whose weights are not those of the architecture that it names
     saved = state(tmp_path)
     saved["network"]["head.weight"] = torch.zeros(9, 1, 3, 3)
     torch.save(saved, tmp_path / "last.pt")
     with pytest.raises(ConfigError, match=r"last\.pt holds another architecture"):
-        trainer(tmp_path, config).load()
+        checkpoint.load(trainer(tmp_path, config))
     (tmp_path / "last.pt").write_bytes(b"torn")
     with pytest.raises(TrainingError, match=r"last\.pt is not a readable checkpoint"):
-        trainer(tmp_path, config).load()
+        checkpoint.load(trainer(tmp_path, config))
     (tmp_path / "last.pt").unlink()
     with pytest.raises(TrainingError, match=r"nothing to resume: .*last\.pt does not exist"):
-        trainer(tmp_path, config).load()
+        checkpoint.load(trainer(tmp_path, config))
 
 
 # Resuming and sharing out
@@ -424,16 +426,16 @@ def test_early_stop_and_nothing_after_it(tmp_path: Path, monkeypatch: pytest.Mon
     config = tiny_config(epochs=9, early_stop=2)
     scores = iter([0.5, 0.6, 0.55, 0.6, 0.9])
     run = trainer(tmp_path, config)
-    monkeypatch.setattr(run, "validate", lambda: {"selection": next(scores)})
-    progress = run.run()
+    monkeypatch.setattr(loop, "validate", lambda _: {"selection": next(scores)})
+    progress = loop.run(run)
     assert (progress.epoch, progress.best_epoch, progress.best) == (4, 2, 0.6)
     again = trainer(tmp_path, config)
-    again.load()
-    assert again.run().epoch == 4
+    checkpoint.load(again)
+    assert loop.run(again).epoch == 4
 
 
 def test_validation_can_be_rarer(tmp_path: Path) -> None:
-    trainer(tmp_path, tiny_config(epochs=5, validate_every=2)).run()
+    loop.run(trainer(tmp_path, tiny_config(epochs=5, validate_every=2)))
     assert [row["epoch"] for row in history(tmp_path) if "selection" in row] == [2, 4, 5]
 
 
@@ -488,7 +490,7 @@ def test_same_seed_same_run_and_another_another(tmp_path: Path) -> None:
         config = tiny_config(deterministic=True, seed=seed, epochs=1, augment="strong")
         run = trainer(tmp_path / name, config)
         assert torch.are_deterministic_algorithms_enabled()
-        run.run()
+        loop.run(run)
         return dict(run.network.state_dict())
 
     a, b, c = weights("a", 1), weights("b", 1), weights("c", 2)
@@ -514,13 +516,13 @@ def test_half_resolution_attention_wakes_up_and_learns(tmp_path: Path) -> None:
 def test_rate_warms_up_and_ends_at_a_hundredth(tmp_path: Path) -> None:
     config = tiny_config(epochs=50, warmup=0.1, learning_rate=1.0)
     run = trainer(tmp_path, config)  # 100 steps
-    rates = [run._rate(step) for step in range(101)]
+    rates = [run.rate(step) for step in range(101)]
     assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
     assert rates[55] == pytest.approx(0.01 + 0.99 / 2)
     assert rates[100] == pytest.approx(0.01)
     assert rates[10:] == sorted(rates[10:], reverse=True)
     constant = trainer(tmp_path, dataclasses.replace(config, schedule="constant"))
-    assert {constant._rate(step) for step in range(100)} == {1.0}
+    assert {constant.rate(step) for step in range(100)} == {1.0}
 
 
 def test_bf16_stays_near_fp32(tmp_path: Path) -> None:
@@ -586,8 +588,8 @@ def test_teachers_train_too(tmp_path: Path) -> None:
 
 def test_validation_is_the_mean_over_images(tmp_path: Path) -> None:
     run = trainer(tmp_path, tiny_config(epochs=4), validation=3, holdout=5)
-    run.run()
-    row, scores = run.validate(), {}
+    loop.run(run)
+    row, scores = loop.validate(run), {}
     for name, pixels in run.selections.items():
         with torch.inference_mode():
             found = run.average(torch.from_numpy(pixels.images).float() / 255) > 0
@@ -625,8 +627,8 @@ def test_fine_tuning_starts_from_the_given_weights(tmp_path: Path) -> None:
 
 def test_sides_that_do_not_divide_256(data: Path, cache: Path, tmp_path: Path) -> None:
     config = tiny_config(size=96)
-    pixels, selections, origin = model.train.prepare(config, data, cache)
+    pixels, selections, origin = prepare(config, data, cache)
     assert pixels.images.shape[1:] == (3, 288, 288) and origin == "10 images of isic2017"
     run = Trainer(config, tmp_path, pixels, selections, origin)
     assert step_through(run, 1)[0]["loss"].isfinite()
-    assert run.validate()["selection"] >= 0
+    assert loop.validate(run)["selection"] >= 0

@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from model import data, train
+from model import data, loop, precision, progress, train
 from model.config import ConfigError, DataConfig, TrainConfig
-from model.train import Trainer, chosen_precision
+from model.precision import chosen_precision
+from model.splits import prepare
+from model.trainer import Trainer
 from tests.model.tiny import pixel_set, tiny_config, write_isic2017
 
 
@@ -23,8 +25,8 @@ def trainer(out: Path, config: TrainConfig) -> Trainer:
 def test_steps_are_told_before_the_first_epoch_ends(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "TELL_EVERY_S", 0.0)
-    trainer(tmp_path, tiny_config(epochs=1)).run()
+    monkeypatch.setattr(progress, "TELL_EVERY_S", 0.0)
+    loop.run(trainer(tmp_path, tiny_config(epochs=1)))
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("8 photos, 2 steps an epoch, on c")
     assert [line.split(" left ")[0] for line in lines[1:3]] == [
@@ -55,12 +57,12 @@ def test_decoding_is_told_from_the_first_photo_and_once(
 ) -> None:
     monkeypatch.setattr(data, "TELL_EVERY_S", 0.0)
     root = write_isic2017(tmp_path / "data", training=4, validation=2)
-    train.prepare(tiny_config(), root, tmp_path / "cache")
+    prepare(tiny_config(), root, tmp_path / "cache")
     told = [line.split(" left ")[0] for line in capsys.readouterr().err.splitlines()]
     assert told == [f"decoding photo {i}/{n}" for n in (4, 2) for i in range(1, n + 1)]
     # neither another fold nor another look decodes them again
     folds = DataConfig(folds=2, fold=1)
-    train.prepare(tiny_config(data=folds), root, tmp_path / "cache")
+    prepare(tiny_config(data=folds), root, tmp_path / "cache")
     assert "decoding" not in capsys.readouterr().err
 
 
@@ -72,16 +74,17 @@ def test_precision_is_what_the_processor_can(
     native: bool,
     chosen: str,
 ) -> None:
-    monkeypatch.setattr(train, "has_bf16", lambda _: native)
+    for module in (precision, progress):
+        monkeypatch.setattr(module, "has_bf16", lambda _: native)
     assert TrainConfig().precision == "auto"
     device = torch.device("cpu")
     assert chosen_precision(tiny_config(precision="auto"), device) == chosen
     assert chosen_precision(tiny_config(precision="bf16"), device) == "bf16"
     assert chosen_precision(tiny_config(precision="fp32"), device) == "fp32"
     run = trainer(tmp_path, tiny_config(precision="auto", epochs=1))
-    with train._autocast(run.config, device):
+    with precision.autocast(run.config, device):
         assert torch.is_autocast_enabled("cpu") is native
-    run.run()
+    loop.run(run)
     assert np.isfinite(run.progress.best)
     assert f" in {chosen}" in capsys.readouterr().err.splitlines()[0]
 

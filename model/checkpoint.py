@@ -1,0 +1,119 @@
+"""A run's folder: what is written into it, what is read from it, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import nn
+
+from common.files import replacing
+from model.config import ConfigError, TrainConfig, config_dict, parse_config
+from model.generator import Generator, save_generator
+from model.trainer import Progress, Trainer, TrainingError, new_network
+from photos.image import THRESHOLD
+
+_STATES = ("network", "average", "discriminator", "optimizer", "discriminator_optimizer")
+
+
+def save(trainer: Trainer) -> None:
+    """Write `last.pt` and `history.csv`, each atomically."""
+    progress = trainer.progress
+    state = {
+        "config": config_dict(trainer.config),
+        "ids": trainer.ids,
+        "progress": vars(progress),
+        **{name: getattr(trainer, name).state_dict() for name in _STATES},
+    }
+    with replacing(trainer.out / "last.pt") as path:
+        torch.save(state, path)
+    if not progress.history:
+        return
+    columns = list(dict.fromkeys(k for row in progress.history for k in row))
+    with replacing(trainer.out / "history.csv") as path, path.open("w", newline="") as file:
+        table = csv.DictWriter(file, columns)
+        table.writeheader()
+        table.writerows(progress.history)
+
+
+def load(trainer: Trainer) -> None:
+    """Continue from `last.pt`.
+
+    Raises:
+        TrainingError: there is none, or it is unreadable.
+        ConfigError: it belongs to another configuration, architecture or training set.
+    """
+    path = trainer.out / "last.pt"
+    try:
+        state = torch.load(path, map_location=trainer.device, weights_only=True)
+    except FileNotFoundError as error:
+        raise TrainingError(
+            f"nothing to resume: {path} does not exist; start the run without --resume"
+        ) from error
+    except Exception as error:  # torch.load raises whatever its unpickler and zip reader do
+        raise TrainingError(f"{path} is not a readable checkpoint: {error}") from error
+    theirs, ours = _flat(state["config"]), _flat(config_dict(trainer.config))
+    if changed := [k for k in ours if theirs.get(k) != ours[k]]:
+        raise ConfigError(
+            f"{path} was made with {changed[0]}={theirs.get(changed[0])}, "
+            f"not {ours[changed[0]]}: "
+            "resume with the run's own configuration, or start another run"
+        )
+    if tuple(state["ids"]) != trainer.ids:
+        raise ConfigError(f"{path} was made from another training set: pass the same --data")
+    try:
+        for name in _STATES:
+            getattr(trainer, name).load_state_dict(state[name])
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"{path} holds another architecture: {error}") from error
+    trainer.progress = Progress(**state["progress"])
+
+
+def save_best(trainer: Trainer, row: Mapping[str, float]) -> None:
+    """Write the averaged weights as `best.safetensors`, with the scores of `row`."""
+    average = trainer.average
+    figures = weights_metadata(row, trainer.origin, trainer.config.size)
+    with replacing(trainer.out / "best.safetensors") as path:
+        if isinstance(average, Generator):
+            save_generator(average, path, figures)
+        else:
+            save_file({k: v.contiguous() for k, v in average.state_dict().items()}, path)
+
+
+def weights_metadata(scores: Mapping[str, float], origin: str, size: int) -> dict[str, str]:
+    """What a file of weights says of itself: scores (`score_selections`), origin, input's side."""
+    figures = {k: f"{v:.4f}" for k, v in scores.items() if k.endswith("jaccard")}
+    return {**figures, "threshold": str(THRESHOLD), "training_data": origin, "size": str(size)}
+
+
+def load_run(run: Path, device: torch.device) -> tuple[TrainConfig, nn.Module]:
+    """A finished run's configuration and averaged network at its end, in evaluation mode.
+
+    Raises:
+        ConfigError: the folder holds no finished run.
+    """
+    try:
+        config = parse_config(yaml.safe_load((run / "config.yaml").read_text()))
+        state = torch.load(run / "last.pt", map_location=device, weights_only=True)
+    except OSError as error:
+        raise ConfigError(f"{run} holds no run of model.train: {error}") from error
+    progress = state["progress"]
+    if progress["epoch"] < config.epochs and not progress.get("stopped"):
+        raise ConfigError(f"{run} is not finished: resume it first")
+    network = new_network(config)
+    network.load_state_dict(state["average"])
+    return config, network.to(device).eval()
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat

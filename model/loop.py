@@ -1,0 +1,155 @@
+"""A run from its start, or from where it was left, to its end: epochs, validation, selection."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import yaml
+from torch import Tensor
+
+from common.files import replacing
+from model import checkpoint
+from model.config import ConfigError, TrainConfig, config_dict
+from model.progress import RunLog
+from model.scoring import score_selections
+from model.splits import prepare
+from model.trainer import Progress, Trainer, TrainingError
+
+SAVE_EVERY_S = 15.0  # a checkpoint at every epoch's end, but not more often than this
+
+
+def train(
+    config: TrainConfig, data: Path, out: Path, cache: Path, *, resume: bool = False
+) -> Progress:
+    """Train in the folder `out`, from the start or from where it was left.
+
+    Args:
+        config: what to do; a run that is resumed must have been started with the same.
+        data: folder of data sets.
+        out: the run's folder.
+        cache: folder of decoded pixels.
+        resume: whether to go on with the run in `out`.
+
+    Raises:
+        ConfigError: the configuration does not fit, or `out` holds a run that is not resumed.
+        DataError: naming the file or id that cannot be used.
+        TrainingError: there is nothing to resume, or a loss is not a number any more.
+    """
+    if not resume and (out / "last.pt").exists():
+        raise ConfigError(f"{out} holds a run: pass --resume, or another --out")
+    pixels, selections, origin = prepare(config, data, cache)
+    out.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(config, out, pixels, selections, origin)
+    if resume:
+        checkpoint.load(trainer)
+    else:
+        if trainer.world > 1:
+            dist.barrier()  # every process has seen that no run was there
+        if trainer.rank == 0:
+            with replacing(out / "config.yaml") as path:
+                path.write_text(yaml.safe_dump(config_dict(config), sort_keys=False))
+            checkpoint.save(trainer)  # so that a kill in the first epoch can be resumed too
+    return run(trainer)
+
+
+def run(trainer: Trainer) -> Progress:
+    """Train to the end of the schedule, or to an early stop.
+
+    Raises:
+        TrainingError: a loss is not a number any more.
+    """
+    config, progress = trainer.config, trainer.progress
+    if progress.is_over(config.epochs):
+        return progress
+    trainer.network.train()
+    log = RunLog(trainer) if trainer.rank == 0 else None
+    saved = -math.inf
+    while not progress.is_over(config.epochs):
+        row = _epoch(trainer, log)
+        if progress.epoch % config.validate_every == 0 or progress.epoch == config.epochs:
+            row |= _select(trainer)
+        progress.history.append(row)
+        if log is not None:
+            log.epoch(row)
+            if progress.is_over(config.epochs) or time.monotonic() - saved > SAVE_EVERY_S:
+                log.flush()
+                checkpoint.save(trainer)
+                saved = time.monotonic()
+    if log is not None:
+        log.close()
+    return progress
+
+
+def validate(trainer: Trainer) -> dict[str, float]:
+    """Scores of the averaged weights on every selection set (`score_selections`)."""
+    trainer.wake_or_sleep()
+    return score_selections(trainer.average, trainer.selections, trainer.config, trainer.device)
+
+
+def _epoch(trainer: Trainer, log: RunLog | None) -> dict[str, float]:
+    """Take an epoch's steps; returns its row of the history, without scores."""
+    config, progress, device = trainer.config, trainer.progress, trainer.device
+    begun = time.monotonic()
+    order = torch.from_numpy(
+        np.random.default_rng((config.seed, progress.epoch)).permutation(len(trainer.ids))
+    ).to(device)
+    sums: dict[str, Tensor] = {}
+    bad = torch.full((), -1, device=device)
+    for i in range(trainer.steps_per_epoch):
+        terms = trainer.step(order[i * config.batch_size : (i + 1) * config.batch_size])
+        loss = terms["loss"] + terms.get("discriminator", 0)
+        # on the device, so that no step waits for the one before it
+        bad = torch.where((bad < 0) & ~loss.isfinite(), progress.step, bad)
+        for name, value in terms.items():
+            sums[name] = sums.get(name, 0) + value
+        progress.step += 1
+        if log is not None:
+            log.step(i + 1)
+    _refuse_nan(trainer, bad)
+    seconds = time.monotonic() - begun
+    progress.epoch += 1
+    row: dict[str, float] = {
+        "epoch": progress.epoch,
+        "learning_rate": trainer.rate(progress.step - 1),
+        "images_per_s": trainer.steps_per_epoch * config.batch_size / seconds,
+    }
+    for name, value in sums.items():
+        row[name] = float(trainer.mean(value)) / trainer.steps_per_epoch
+    return row
+
+
+def _refuse_nan(trainer: Trainer, bad: Tensor) -> None:
+    """Raise where a loss of this epoch was no number: `bad` is the first such step, or -1."""
+    # the last step's loss was a number before it; are the weights after it?
+    finite = trainer.weights_are_finite()
+    bad = torch.where((bad < 0) & ~finite, trainer.progress.step - 1, bad)
+    if trainer.world > 1:
+        dist.all_reduce(bad, dist.ReduceOp.MAX)
+    if bad >= 0:
+        raise TrainingError(
+            f"the loss is not a number at step {int(bad)} (epoch {trainer.progress.epoch + 1}); "
+            f"the last good state is {trainer.out / 'last.pt'}, the configuration "
+            f"{trainer.out / 'config.yaml'}. Try a lower learning_rate than "
+            f"{trainer.config.learning_rate}, clip_norm > 0, or precision=fp32"
+        )
+
+
+def _select(trainer: Trainer) -> dict[str, float]:
+    """Score the averaged weights, keep them if they are the best so far, or stop early."""
+    progress = trainer.progress
+    scores = validate(trainer)
+    if trainer.world > 1:  # one verdict for all, or they would not stop together
+        verdict = torch.tensor(scores["selection"], device=trainer.device)
+        dist.broadcast(verdict, 0)
+        scores["selection"] = float(verdict)
+    if scores["selection"] > progress.best:
+        progress.best, progress.best_epoch = scores["selection"], progress.epoch
+        if trainer.rank == 0:
+            checkpoint.save_best(trainer, scores)
+    progress.stopped = 0 < trainer.config.early_stop <= progress.epoch - progress.best_epoch
+    return scores

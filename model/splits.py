@@ -1,0 +1,133 @@
+"""What a run learns from and what it is chosen by: samples by split and fold, and their pixels."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from pathlib import Path
+
+from common.progress import say
+from model import duplicates
+from model.config import TrainConfig
+from model.data import (
+    PixelSet,
+    Sample,
+    Split,
+    find_samples,
+    hold_out,
+    load_pixels,
+    read_groups,
+    refuse_leakage,
+    select,
+)
+from model.truth import DataError
+
+STORED_SIZE = 256  # side at which the set is kept, pixels; augmentation warps it, then pools
+
+
+def prepare(
+    config: TrainConfig, data: Path, cache: Path
+) -> tuple[PixelSet, dict[str, PixelSet], str]:
+    """Find, split, check and decode a run's images: training pixels, named selection sets, origin.
+
+    Raises:
+        DataError: naming the file or id that cannot be used.
+    """
+    samples = find_samples(data)
+    training, selections = split_samples(config, samples, cache)
+    decoded = _decode(config, samples, "training", cache)
+    counts = Counter(sample.origin for sample in training)
+    origin = ", ".join(f"{count} images of {name}" for name, count in sorted(counts.items()))
+    pixels = {
+        name: _decode(config, samples, "validation", cache)
+        if name == "validation"
+        else decoded.of(chosen)
+        for name, chosen in selections.items()
+    }
+    return decoded.of(training), pixels, origin
+
+
+def split_samples(
+    config: TrainConfig, samples: list[Sample], cache: Path
+) -> tuple[list[Sample], dict[str, list[Sample]]]:
+    """Training samples, and the named sets to select by.
+
+    Copies of a photo are in one fold, as are photos of one group of `config.data.groups`. Training
+    photos that belong together with one of a validation or test set are left out. Both are told.
+
+    Raises:
+        DataError: there is nothing to select by, an id is in two splits, or a file cannot be used.
+    """
+    # between data sets ids repeat and are sorted out by `select`; within one they are a mistake
+    for origin in {sample.origin for sample in samples}:
+        splits: dict[str, list[Sample]] = {}
+        for sample in samples:
+            if sample.origin == origin:
+                splits.setdefault(f"{origin}'s {sample.split} set", []).append(sample)
+        refuse_leakage(splits)
+    validation = select(samples, "validation")
+    if not validation and not config.data.folds:
+        raise DataError(
+            "there is no validation set beside the training images: "
+            "hold out a tenth with --set data.folds=10"
+        )
+    training = _grouped(config, samples, cache)
+    selections = {"validation": validation} if validation else {}
+    if config.data.folds:
+        training, held = hold_out(training, config.data.fold, config.data.folds)
+        selections["holdout"] = held
+    refuse_leakage({"the training set": training, **selections})
+    return training, selections
+
+
+def _decode(config: TrainConfig, samples: list[Sample], split: Split, cache: Path) -> PixelSet:
+    """All of a split, whatever is trained on of it: so every fold finds it in the cache."""
+    side = math.ceil(STORED_SIZE / config.size) * config.size
+    # Nothing is learnt from a mask of the test set.
+    uniform = config.data.allow_uniform_masks or split == "test"
+    return load_pixels(select(samples, split), side, cache, uniform)
+
+
+def _grouped(config: TrainConfig, samples: list[Sample], cache: Path) -> list[Sample]:
+    """The training samples with their groups, without those that are held out in another file."""
+    order: tuple[Split, ...] = ("training", "validation", "test")
+    every = [sample for split in order for sample in select(samples, split)]
+    images = (image for split in order for image in _decode(config, samples, split, cache).images)
+    labels: dict[str, str] = {}
+    if config.data.groups is not None:
+        labels = read_groups(Path(config.data.groups), config.data.group_column)
+        alone = sum(sample.id not in labels for sample in every)
+        if alone == len(every):
+            raise DataError(f"data.groups: {config.data.groups} holds none of the ids of the data")
+        say(f"{alone} of {len(every)} photos have no {config.data.group_column}")
+    first = duplicates.groups(images, [labels.get(sample.id) for sample in every])
+    training = [
+        dataclasses.replace(sample, group=every[index].id)
+        for sample, index in zip(every, first, strict=True)
+        if sample.split == "training"
+    ]
+    outside = {
+        every[index].id: sample.id
+        for sample, index in zip(every, first, strict=True)
+        if sample.split != "training"
+    }
+    kept = [sample for sample in training if sample.group not in outside]
+    why = f"or of one {config.data.group_column} " if labels else ""
+    _tell_pairs(
+        f"left out of training, copies {why}of validation or test photos",
+        [(sample.id, outside[sample.group]) for sample in training if sample.group in outside],
+    )
+    _tell_pairs(
+        f"in one fold, copies {why}of other training photos",
+        [(sample.id, sample.group) for sample in kept if sample.group != sample.id],
+    )
+    return kept
+
+
+def _tell_pairs(what: str, pairs: list[tuple[str, str]]) -> None:
+    """Say which ids are so for the sake of which others."""
+    if pairs:
+        more = ", …" if len(pairs) > 5 else ""
+        shown = ", ".join(f"{one} = {other}" for one, other in pairs[:5])
+        say(f"{what} ({len(pairs)}): {shown}{more}")

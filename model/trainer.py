@@ -1,0 +1,358 @@
+"""One training step and the state that it changes.
+
+Precision and data-parallel gradients are a few lines of `torch.autocast` and `all_reduce`: the
+whole step is captured as one CUDA graph, which the wrappers of a framework would stand in the way
+of. The weights' average is one fused call over tensors found once, and its decay warms up:
+`torch.optim.swa_utils.AveragedModel` walks all modules at every step.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from model import losses
+from model.augment import Augmenter
+from model.config import ConfigError, TrainConfig
+from model.data import PixelSet
+from model.discriminator import Discriminator
+from model.generator import Generator
+from model.precision import autocast
+from model.teacher import Teacher
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says at which step and why."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands; all of it is in the checkpoint."""
+
+    epoch: int = 0
+    step: int = 0
+    best: float = -1.0
+    best_epoch: int = 0
+    stopped: bool = False  # early
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def is_over(self, epochs: int) -> bool:
+        """Whether nothing is left to do of a schedule of so many epochs."""
+        return self.stopped or self.epoch >= epochs
+
+
+class Trainer:
+    """One step of a run and all that it changes: networks, their average, optimisers, progress.
+
+    Args:
+        config: what to do.
+        out: the run's folder.
+        training: what to learn from.
+        selections: named sets to choose by, the official validation set first if there is one.
+        origin: what the training images are, in words, for the weights' metadata.
+
+    Raises:
+        ConfigError: the configuration does not fit the data or the number of processes.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        out: Path,
+        training: PixelSet,
+        selections: dict[str, PixelSet],
+        origin: str = "",
+    ) -> None:
+        self.config, self.out = config, out
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        _check_batches(config, self.world, len(training.ids))
+        self.device = _prepare_device(config)
+        self.steps_per_epoch = len(training.ids) // config.batch_size
+        self.total_steps = self.steps_per_epoch * config.epochs
+
+        torch.manual_seed(config.seed)
+        self.network = new_network(config)
+        if config.init is not None:
+            _initialise(self.network, Path(config.init))
+        self.network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.discriminator = Discriminator(config.discriminator).to(self.device)
+        self.average = copy.deepcopy(self.network).requires_grad_(False).eval()
+        self.forward: Callable[[Tensor], Tensor] = (
+            torch.compile(self.network) if config.compile else self.network
+        )
+        self.optimizer = _optimizer(self.network, config)
+        self.discriminator_optimizer = _optimizer(self.discriminator, config)
+        # found once: walking hundreds of modules takes longer than averaging them
+        self._averaged, self._averages = _floats(self.average), _floats(self.network)
+        self.progress = Progress()
+        captured = self.device.type == "cuda" and self.world == 1 and not config.compile
+        self.graph = _StepGraph(self) if captured else None
+
+        self.ids, self.origin, self.selections = training.ids, origin, selections
+        self.images = torch.from_numpy(training.images).to(self.device)
+        stored = training.images.shape[-1]
+        self.augmenter = Augmenter(config.augment, config.size, stored, self.device)
+        targets = [training.masks]
+        if config.loss.teacher:
+            path = Path(cast(str, config.data.teacher))
+            targets.append(_read_teacher(path, training.ids, stored))
+        self.targets = torch.from_numpy(np.concatenate(targets, 1)).to(self.device)
+
+    def step(self, batch: Tensor) -> dict[str, Tensor]:
+        """One update of the discriminator, if there is one, and one of the generator.
+
+        Args:
+            batch: indices of the global batch's images, int64 [batch_size].
+
+        Returns:
+            The loss and its terms, detached scalars.
+        """
+        config, step, weights = self.config, self.progress.step, self.config.loss
+        share = config.batch_size // self.world
+        part = slice(self.rank * share, (self.rank + 1) * share)
+        mine = batch[part]
+        seed = config.seed * 1_000_003 + step
+        x, y = self.augmenter(self.images[mine], self.targets[mine], seed, part, config.batch_size)
+        truth, target = y[:, :1], y[:, :1]
+        if weights.teacher:
+            target = torch.lerp(truth, y[:, 1:], weights.teacher)
+        torch.manual_seed(seed * self.world + self.rank)  # dropout: the paper's z
+
+        for optimizer in (self.optimizer, self.discriminator_optimizer):
+            for group in optimizer.param_groups:
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(self.rate(step))
+                else:
+                    group["lr"] = self.rate(step)
+        x = x.contiguous(memory_format=torch.channels_last)
+        asleep = self.wake_or_sleep()
+        if self.graph is not None:
+            terms = self.graph(x, truth, target, asleep)
+        else:
+            terms = self.update(x, truth, target)
+        self._average()
+        return terms
+
+    def update(self, x: Tensor, truth: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """The update itself: nothing in it waits for the device, so that it can be captured."""
+        weights = self.config.loss
+        with autocast(self.config, self.device):
+            logits = self.forward(x)
+        logits = logits.float()
+        probability = logits.sigmoid()
+        terms: dict[str, Tensor] = {}
+        if weights.adversarial:
+            with autocast(self.config, self.device):
+                real = self.discriminator(x, truth)
+                fake = self.discriminator(x, probability.detach())
+            terms["discriminator"] = losses.discriminator_loss(real.float(), fake.float())
+            self._update(self.discriminator, self.discriminator_optimizer, terms["discriminator"])
+            self.discriminator.requires_grad_(False)
+            with autocast(self.config, self.device):
+                fake = self.discriminator(x, probability)
+            terms["adversarial"] = losses.adversarial_loss(fake.float())
+            self.discriminator.requires_grad_(True)
+        if weights.l1:
+            terms["l1"] = losses.l1_loss(probability, target)
+        if weights.jaccard:
+            terms["jaccard_loss"] = losses.jaccard_loss(probability, target)
+        if weights.bce:
+            terms["bce"] = losses.bce_loss(logits, target)
+        scale = {
+            "adversarial": weights.adversarial,
+            "l1": weights.l1,
+            "jaccard_loss": weights.jaccard,
+            "bce": weights.bce,
+        }
+        loss = torch.stack([scale[k] * v for k, v in terms.items() if k in scale]).sum()
+        self._update(self.network, self.optimizer, loss)
+        return {k: v.detach() for k, v in {"loss": loss, **terms}.items()}
+
+    def _update(self, network: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        gradients = [p.grad for p in network.parameters() if p.grad is not None]
+        if self.world > 1:
+            flat = torch.cat([g.flatten() for g in gradients])
+            dist.all_reduce(flat)
+            flat /= self.world
+            parts = torch.split(flat, [g.numel() for g in gradients])
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+        if self.config.clip_norm:
+            nn.utils.clip_grad_norm_(network.parameters(), self.config.clip_norm)
+        optimizer.step()
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Average weights and running statistics, the decay warmed up as timm does it."""
+        step = self.progress.step
+        decay = min(self.config.ema_decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self._averaged, self._averages, 1 - decay)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        config = self.config
+        if config.schedule == "constant":
+            return config.learning_rate
+        warmup = max(1.0, config.warmup * self.total_steps)
+        if step < warmup:
+            return config.learning_rate * (step + 1) / warmup
+        done = (step - warmup) / max(1.0, self.total_steps - warmup)
+        return config.learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
+
+    def wake_or_sleep(self) -> bool:
+        """Half-resolution PAMs cost two thirds of a step; at η = 0 they are the identity."""
+        if not isinstance(self.network, Generator):
+            return False
+        asleep = self.progress.step < self.config.pam_wake * self.total_steps
+        for network in (self.network, self.average):
+            for attention in cast(Generator, network).half_resolution_attention():
+                attention.mode = "asleep" if asleep else "fused"
+        return asleep
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over all processes."""
+        if self.world > 1:
+            dist.all_reduce(value)
+            value = value / self.world
+        return value
+
+    def weights_are_finite(self) -> Tensor:
+        """Whether all weights and running statistics are numbers: a bool on the device."""
+        return torch.stack([t.isfinite().all() for t in self._averages]).all()
+
+
+class _StepGraph:
+    """One update as a CUDA graph: launching so light a network's kernels takes longer than
+    running them, several times over.
+    """
+
+    WARM_UP_STEPS = 3  # real ones, run as they are, in which libraries allocate and choose kernels
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.asleep: bool | None = None
+
+    def __call__(self, x: Tensor, truth: Tensor, target: Tensor, asleep: bool) -> dict[str, Tensor]:
+        if asleep != self.asleep:  # the PAMs woke up: another graph
+            self.asleep, self.warm, self.graph = asleep, 0, None
+        if self.warm < self.WARM_UP_STEPS:
+            self.warm += 1
+            return self.trainer.update(x, truth, target)
+        if self.graph is None:
+            self.inputs = [x.clone(), truth.clone(), target.clone()]
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+                self.terms = self.trainer.update(*self.inputs)
+        for mine, given in zip(self.inputs, (x, truth, target), strict=True):
+            mine.copy_(given)
+        self.graph.replay()
+        return {name: value.clone() for name, value in self.terms.items()}
+
+
+def new_network(config: TrainConfig) -> nn.Module:
+    """The network that `config` names, with fresh weights."""
+    return Teacher() if config.network == "teacher" else Generator(config.generator)
+
+
+def _check_batches(config: TrainConfig, world: int, images: int) -> None:
+    if config.batch_size % world:
+        raise ConfigError(f"batch_size {config.batch_size} does not divide by {world} processes")
+    if images < config.batch_size:
+        raise ConfigError(
+            f"batch_size {config.batch_size} is larger than the training set of {images} images"
+        )
+
+
+def _prepare_device(config: TrainConfig) -> torch.device:
+    """The device of this process, set up for the steps of a run."""
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    # a graph can only be captured on a stream of its own, after warming up on the same one
+    torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+    torch.backends.cudnn.benchmark = not config.deterministic
+    return device
+
+
+def _initialise(network: nn.Module, path: Path) -> None:
+    try:
+        given = load_file(path)
+    except Exception as error:  # safetensors raises its own untyped errors
+        raise ConfigError(f"init: {path} holds no readable weights: {error}") from error
+    wanted = network.state_dict()
+    both = given.keys() & wanted.keys()
+    differences = {
+        "missing": sorted(wanted.keys() - both),
+        "unknown": sorted(given.keys() - both),
+        "of another shape": sorted(n for n in both if given[n].shape != wanted[n].shape),
+    }
+    if told := [
+        f"{len(names)} {what} (the first: {names[0]})"
+        for what, names in differences.items()
+        if names
+    ]:
+        raise ConfigError(
+            f"init: {path} does not fit this network: of its {len(wanted)} tensors "
+            f"{', '.join(told)}; start from weights of the same `network` and `generator`"
+        )
+    network.load_state_dict(given)
+
+
+def _floats(network: nn.Module) -> list[Tensor]:
+    return [t for t in network.state_dict(keep_vars=True).values() if t.is_floating_point()]
+
+
+def _optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    # neither biases, norms nor the attentions' η and γ are pulled to zero
+    matrices = [p for p in network.parameters() if p.ndim > 1]
+    others = [p for p in network.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    cuda = matrices[0].is_cuda
+    rate = (
+        torch.tensor(config.learning_rate, device=matrices[0].device)
+        if cuda
+        else config.learning_rate
+    )
+    return kind(groups, lr=rate, betas=config.betas, fused=True, capturable=cuda)
+
+
+def _read_teacher(path: Path, ids: tuple[str, ...], side: int) -> np.ndarray:
+    try:
+        with np.load(path) as stored:
+            rows = {name: i for i, name in enumerate(stored["ids"].tolist())}
+            probabilities = stored["probability"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"data.teacher: {path} was not written by model.distill: {error}"
+        ) from error
+    if missing := [name for name in ids if name not in rows]:
+        raise ConfigError(
+            f"data.teacher: {path} lacks {missing[0]}; run model.distill on this data"
+        )
+    chosen = torch.from_numpy(probabilities[[rows[name] for name in ids]])[:, None]
+    parts = [
+        F.interpolate(part.float(), size=(side, side), mode="bilinear", align_corners=False)
+        for part in torch.split(chosen, 64)
+    ]
+    return torch.cat([part.round().byte() for part in parts]).numpy()
