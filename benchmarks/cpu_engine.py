@@ -94,10 +94,12 @@ class Contender:
     """An engine in a process of its own."""
 
     def __init__(self, backend: str | None, model: Path, threads: int) -> None:
-        """Args:
-        backend: its name; None for stock.
-        model: the ONNX file.
-        threads: of the engine.
+        """Start the process and wait until the engine is loaded.
+
+        Args:
+            backend: its name; None for stock.
+            model: the ONNX file.
+            threads: of the engine.
 
         Raises:
             BackendError: it does not run here.

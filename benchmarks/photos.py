@@ -55,9 +55,11 @@ class Expected:
     """The mask of one photo, predicted without a server."""
 
     def __init__(self, probability: NDArray[np.float32], width: int, height: int) -> None:
-        """Args:
-        probability: float32 [128, 128].
-        width, height: the photo's, pixels.
+        """Make the mask and its PNG from the network's answer.
+
+        Args:
+            probability: float32 [128, 128].
+            width, height: the photo's, pixels.
         """
         self.png = encode_png(lesion_mask(probability, width, height), width, height)
         self._probability = probability

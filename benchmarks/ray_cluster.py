@@ -80,8 +80,10 @@ class RayService:
 
 
 def wait_for(condition: Callable[[], object], timeout_s: float = 120) -> None:
-    """Raises:
-    TimeoutError: it does not come true.
+    """Ask again and again until the condition is true.
+
+    Raises:
+        TimeoutError: it does not come true.
     """
     give_up = time.monotonic() + timeout_s
     while not condition():

@@ -123,8 +123,10 @@ class Ledger:
     """The state of one `DST`, which nobody else can open meanwhile."""
 
     def __init__(self, folder: Path) -> None:
-        """Args:
-        folder: `DST`; made where it is missing.
+        """Open the folder and lock it.
+
+        Args:
+            folder: `DST`; made where it is missing.
 
         Raises:
             BulkError: it holds other things, or another process works on it.

@@ -19,11 +19,13 @@ class Progress:
     """Lines such as `1200 of 2000 photos (60%), 3 without a mask, 24.1 photos/s, 0:33 left`."""
 
     def __init__(self, total: int, done: int, unsuccessful: int, out: TextIO | None = None) -> None:
-        """Args:
-        total: photos in all.
-        done: of them, before this run.
-        unsuccessful: of those done, without a mask.
-        out: stderr by default.
+        """Begin to count; nothing is written yet.
+
+        Args:
+            total: photos in all.
+            done: of them, before this run.
+            unsuccessful: of those done, without a mask.
+            out: stderr by default.
         """
         self._out = out or sys.stderr
         self._total = total

@@ -42,10 +42,12 @@ class Source:
     """A folder or a manifest, gone through without holding all of it."""
 
     def __init__(self, root: Path, manifest: Path | None, results: Path) -> None:
-        """Args:
-        root: absolute; what relative paths are below.
-        manifest: its file, or None for all that lies in `root`.
-        results: absolute; where no photo may lie.
+        """Remember where the photos are; nothing is read yet.
+
+        Args:
+            root: absolute; what relative paths are below.
+            manifest: its file, or None for all that lies in `root`.
+            results: absolute; where no photo may lie.
         """
         self.root = root
         self.manifest = manifest

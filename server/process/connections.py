@@ -150,9 +150,11 @@ class House:
         metrics: Metrics,
         is_refused: Callable[[HTTPScope], bool] = lambda _scope: False,
     ) -> None:
-        """Args:
-        is_refused: whether the application will refuse a request at once, without its body and
-            without waiting for anything.
+        """Begin with no connection.
+
+        Args:
+            is_refused: whether the application will refuse a request at once, without its body and
+                without waiting for anything.
         """
         self.settings = settings
         self.metrics = metrics
