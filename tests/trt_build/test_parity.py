@@ -161,16 +161,19 @@ def test_the_shipped_model_passes_the_gate_in_every_precision(
     assert fp16["mean_difference"] < bf16["mean_difference"]
 
 
+@pytest.mark.parametrize("name", ["fp16", "fp16-sums"])
 def test_a_candidate_that_fails_makes_the_command_fail(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     from trt_build import parity as module
 
     exact = onnx_runner(MODEL)
-    monkeypatch.setattr(module, "simulated_runner", lambda *_: lambda batch: 1 - exact(batch))
-    code = parity(["--onnx", str(MODEL), "--simulate", "fp16", "--limit", "2"])
+    monkeypatch.setattr(module, "simulated_runner", lambda *_, **__: lambda batch: 1 - exact(batch))
+    code = parity(["--onnx", str(MODEL), "--simulate", name, "--limit", "2"])
     assert code == 1
-    assert "mean mask IoU" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert f"| {name}, simulated on CPU |" in table
+    assert "mean mask IoU" in table
 
 
 @pytest.mark.parametrize(
@@ -199,7 +202,7 @@ def test_without_a_gpu_nothing_is_simulated_before_it_is_told(
         raise NoGpuError("no driver")
 
     monkeypatch.setattr(module, "gate_engine", absent)
-    monkeypatch.setattr(module, "simulated_runner", lambda *_: pytest.fail("begun"))
+    monkeypatch.setattr(module, "simulated_runner", lambda *_, **__: pytest.fail("begun"))
     arguments = ["--onnx", str(MODEL), "--engine", str(tmp_path / "e"), "--simulate", "fp16"]
     assert parity(arguments) == 2
     assert capsys.readouterr().err == "error: no driver\n"
