@@ -15,7 +15,7 @@ from photos.image import encode_png, lesion_mask, upsampled
 from photos.masks import coco_rle, measure, polygons
 from photos.regions import largest_part, largest_region
 from server.backends import BackendInfo
-from server.inference.service import Segmentation
+from server.inference.submission import Segmentation
 
 __all__ = [
     "BackendAnswer",

@@ -89,16 +89,7 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                # Not by `MutableHeaders`, which goes through all of them for each.
-                given = list(message.get("headers", ()))
-                names = {name for name, _ in given}
-                message["headers"] = [
-                    *given,
-                    (b"x-request-id", request_id.encode()),
-                    (b"server-timing", stages.header().encode()),
-                    *(header for header in self._security if header[0] not in names),
-                    *([(b"connection", b"close")] if self._is_draining() else []),
-                ]
+                message["headers"] = self._headers(message, request_id, stages)
             await send(message)
 
         try:
@@ -109,12 +100,7 @@ class RequestContext:
         # Only paths that exist become label values: a scanner must not grow the metrics.
         path = getattr(scope.get("route"), "path", "other")
         reason = state.get("reason", "") if status >= 400 else ""
-        self._metrics.requests.labels(path, str(status), reason).inc()
-        for stage, seconds in stages.seconds.items():
-            self._metrics.stage_seconds.labels(stage).observe(seconds)
-        if "infer" in stages.seconds or status == 504:
-            # No refusals: they are quick, and say nothing of how long one waits for a mask.
-            self._metrics.request_seconds.labels(path).observe(time.perf_counter() - stages.started)
+        self._count(stages, path, status, reason)
         if self._record is not None:
             attributes: dict[str, str | int] = {
                 "http.request.method": method,
@@ -123,28 +109,54 @@ class RequestContext:
                 "slsnet.request_id": request_id,
             }
             self._record(stages, Headers(scope=scope), f"{method} {path}", attributes)
-        if not log.isEnabledFor(logging.INFO):
-            return
-        client = state.get("client", "-")
-        log.info(
-            "%s %s %s %s %d %s",
-            request_id,
-            client,
-            method,
-            path,
-            status,
-            stages.header(),
-            extra={
-                "fields": {
-                    "request_id": request_id,
-                    "client": client,
-                    "method": method,
-                    "path": path,
-                    "status": status,
-                    "reason": reason,
-                    "stages_ms": stages.milliseconds(),
-                    "total_ms": round((time.perf_counter() - stages.started) * 1000, 3),
-                    **stages.notes,
-                }
-            },
-        )
+        if log.isEnabledFor(logging.INFO):
+            _log(stages, request_id, state.get("client", "-"), method, path, status, reason)
+
+    def _headers(
+        self, message: Message, request_id: str, stages: Stages
+    ) -> list[tuple[bytes, bytes]]:
+        # Not by `MutableHeaders`, which goes through all of them for each.
+        given = list(message.get("headers", ()))
+        names = {name for name, _ in given}
+        return [
+            *given,
+            (b"x-request-id", request_id.encode()),
+            (b"server-timing", stages.header().encode()),
+            *(header for header in self._security if header[0] not in names),
+            *([(b"connection", b"close")] if self._is_draining() else []),
+        ]
+
+    def _count(self, stages: Stages, path: str, status: int, reason: str) -> None:
+        self._metrics.requests.labels(path, str(status), reason).inc()
+        for stage, seconds in stages.seconds.items():
+            self._metrics.stage_seconds.labels(stage).observe(seconds)
+        if "infer" in stages.seconds or status == 504:
+            # No refusals: they are quick, and say nothing of how long one waits for a mask.
+            self._metrics.request_seconds.labels(path).observe(time.perf_counter() - stages.started)
+
+
+def _log(
+    stages: Stages, request_id: str, client: str, method: str, path: str, status: int, reason: str
+) -> None:
+    log.info(
+        "%s %s %s %s %d %s",
+        request_id,
+        client,
+        method,
+        path,
+        status,
+        stages.header(),
+        extra={
+            "fields": {
+                "request_id": request_id,
+                "client": client,
+                "method": method,
+                "path": path,
+                "status": status,
+                "reason": reason,
+                "stages_ms": stages.milliseconds(),
+                "total_ms": round((time.perf_counter() - stages.started) * 1000, 3),
+                **stages.notes,
+            }
+        },
+    )

@@ -15,6 +15,7 @@ import re
 import zlib
 from collections.abc import Callable, Sequence
 from enum import Enum
+from functools import partial
 from itertools import chain
 from typing import Annotated, Any, Literal
 
@@ -28,11 +29,12 @@ from starlette.responses import Response
 
 from photos.image import MODEL_SIZE
 from server.backends import BackendInfo
-from server.http.parameters import Priority, TimeoutMs, deadline, is_bulk
+from server.http.parameters import Priority, TimeoutMs, is_bulk
 from server.http.reference import HEADERS, error_content, error_headers, inlined
-from server.http.uploads import hang_up, has_hung_up, read_body
+from server.http.uploads import read_body
 from server.inference.errors import BadRequest, NotFound, Problem, TooLarge, UnsupportedType
 from server.inference.service import Service
+from server.inference.submission import Body, submitted
 from server.observe.stages import Stages
 
 __all__ = ["INFER_PATHS", "openinference_router"]
@@ -415,65 +417,49 @@ def _model_router(service: Service, prefix: str, known: list[params.Depends]) ->
     async def infer(
         request: Request, x_request_timeout_ms: TimeoutMs = None, priority: Priority = ""
     ) -> Response:
-        stages: Stages = request.state.stages
-        timeout_s = settings.timeout_s(x_request_timeout_ms)
-        async with deadline(timeout_s) as shorten:
-            with service.admission(
-                deadline=stages.started + timeout_s, bulk=is_bulk(priority)
-            ) as place:
-                body = [await _read(request, service, place.take)]
-                stages.end("read")
-                _check_untold(body[0], request.headers)
-                length = _json_length(len(body[0]), request.headers.get(_HEADER_LENGTH))
-                try:
-                    asked, images = await service.threads.run(
-                        _parse,
-                        body,
-                        length,
-                        settings.bulk_queue,
-                        # Parsed, images take many times the bytes that they count for. What is
-                        # shorter than this has none in its JSON, and need not wait for others.
-                        alone=length > _IMAGE_BYTES,
-                    )
-                finally:
-                    body.clear()
-                stages.end("decode")
-                asked_us = asked.parameters.timeout
-                # Compared as it comes: no float holds every integer that JSON can.
-                if asked_us is not None and asked_us < timeout_s * 1e6:
-                    timeout_s = asked_us / 1e6
-                    shorten(timeout_s)
-                place.deadline = stages.started + timeout_s
-                place.bulk |= asked.parameters.priority > 1
-                with (
-                    service.gate.places(len(images) - 1, bulk=place.bulk),
-                    hang_up(request.receive) as gone,
-                ):
-                    place.check(len(images))
-                    place.begin(len(images))
-                    results, _ = await service.networks.infer(
-                        images,
-                        deadline=place.deadline,
-                        is_gone=lambda: has_hung_up(gone),
-                        bulk=place.bulk,
-                    )
-                stages.end("queue", min(result.started for result in results))
-                stages.end("infer", max(result.ended for result in results))
-                stages.notes["batch"] = str(max(result.batch_size for result in results))
-                content, header_length = await service.threads.run(
-                    _answer, asked, [result.probability for result in results]
-                )
-                stages.end("encode")
-                place.end(len(images), served=True)
-        if header_length is None:
-            return Response(content, media_type="application/json")
-        return Response(
-            content,
-            media_type="application/octet-stream",
-            headers={_HEADER_LENGTH: str(header_length)},
-        )
+        return await _infer(service, request, x_request_timeout_ms, priority)
 
     return router
+
+
+async def _infer(
+    service: Service, request: Request, timeout_ms: float | None, priority: str
+) -> Response:
+    settings = service.settings
+    stages: Stages = request.state.stages
+    with submitted(
+        service,
+        request.receive,
+        stages,
+        settings.timeout_s(timeout_ms),
+        bulk=is_bulk(priority),
+    ) as submission:
+        body = Body(await submission.receive(partial(_read, request, service)))
+        length = _json_length(body.data, request.headers)
+        asked, images = await submission.parse(
+            body,
+            _parse,
+            length,
+            settings.bulk_queue,
+            # Parsed, images take many times the bytes that they count for. What is shorter
+            # than this has none in its JSON, and need not wait for others.
+            alone=length > _IMAGE_BYTES,
+        )
+        wishes = asked.parameters
+        submission.change(timeout_us=wishes.timeout, bulk=wishes.priority > 1)
+        async with submission.work(len(images), places=len(images)) as work:
+            results, _ = await work.infer(images)
+            stages.notes["batch"] = str(max(result.batch_size for result in results))
+            content, header_length = await work.encode(
+                lambda: _answer(asked, [result.probability for result in results])
+            )
+    if header_length is None:
+        return Response(content, media_type="application/json")
+    return Response(
+        content,
+        media_type="application/octet-stream",
+        headers={_HEADER_LENGTH: str(header_length)},
+    )
 
 
 def _platform(backend: BackendInfo) -> str:
@@ -488,7 +474,7 @@ async def _read(request: Request, service: Service, take: Callable[[int], None])
         raise UnsupportedType(
             f"Content-Encoding {encoding[:40]!r} is not served: send gzip, deflate or none."
         )
-    body = await read_body(request.receive, request.headers, max_bytes=most, take=take)
+    body = await read_body(request.receive, request.headers, take, max_bytes=most)
     if encoding == "identity":
         return body
     # "deflate" is zlib's format (RFC 9110, 8.4.1.2).
@@ -513,10 +499,8 @@ async def _read(request: Request, service: Service, take: Callable[[int], None])
     return b"".join(parts)
 
 
-def _check_untold(body: bytes, headers: Headers) -> None:
+def _check_untold(body: bytes) -> None:
     """Refuse binary tensors whose sender forgot to say where they begin."""
-    if _HEADER_LENGTH in headers:
-        return
     start = body[:_LONGEST_HEADER]
     goes_on = body[-16:].rstrip()[-1:] != b"}"
     if start.lstrip()[:1] == b"{" and (b"\0" in start or (_BINARY_SIZE in start and goes_on)):
@@ -526,10 +510,13 @@ def _check_untold(body: bytes, headers: Headers) -> None:
         )
 
 
-def _json_length(size: int, header_length: str | None) -> int:
-    """How much of a body of so many bytes is JSON."""
-    length = size
-    if header_length is not None:
+def _json_length(body: bytes, headers: Headers) -> int:
+    """How many bytes of a body are JSON."""
+    length = size = len(body)
+    header_length = headers.get(_HEADER_LENGTH)
+    if header_length is None:
+        _check_untold(body)
+    else:
         if not (header_length.isascii() and header_length.isdigit()) or len(header_length) > 18:
             raise BadRequest(f"{_HEADER_LENGTH} is not a number of bytes.")
         length = int(header_length)
@@ -543,18 +530,16 @@ def _json_length(size: int, header_length: str | None) -> int:
     return length
 
 
-def _parse(
-    body: list[bytes], length: int, most: int
-) -> tuple[InferRequest, list[NDArray[np.uint8]]]:
+def _parse(body: Body, length: int, most: int) -> tuple[InferRequest, list[NDArray[np.uint8]]]:
     """A body → the request without its inputs, and its images, each uint8 [128, 128, 3].
 
     Args:
-        body: is taken out, see `Service.segment`.
+        body: is taken.
         length: of the JSON at its start.
         most: images.
     """
     try:
-        return _parsed(body.pop(), length, most)
+        return _parsed(body.take(), length, most)
     except Problem as problem:
         # Its traceback, and whatever it comes from, would hold all that was parsed.
         problem.__context__ = None

@@ -1,8 +1,7 @@
 """What a request may ask for beside its photo: query and headers that several paths share."""
 
-import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import Header, Query, Request
@@ -13,7 +12,7 @@ from starlette.datastructures import Headers
 
 from server.http.answers import MaskFormat
 from server.http.uploads import Fields
-from server.inference.errors import DeadlineExceeded, NotAcceptable, Unprocessable
+from server.inference.errors import NotAcceptable, Unprocessable
 
 __all__ = [
     "Clean",
@@ -24,7 +23,6 @@ __all__ = [
     "Threshold",
     "TimeoutMs",
     "answer_type",
-    "deadline",
     "is_bulk",
     "is_original",
     "only_known",
@@ -94,37 +92,6 @@ Priority = Annotated[
 def is_bulk(priority: str) -> bool:
     """Whether a `Priority` header says `bulk`, alone or in a list (RFC 9218, 4)."""
     return any(entry.partition(";")[0].strip().lower() == "bulk" for entry in priority.split(","))
-
-
-@contextlib.asynccontextmanager
-async def deadline(
-    timeout_s: float, *, spent_s: float = 0
-) -> AsyncIterator[Callable[[float], None]]:
-    """What is inside has this long; gives what sets it to fewer seconds, counted from the start.
-
-    Args:
-        timeout_s: that the request has.
-        spent_s: of these already.
-
-    Raises:
-        DeadlineExceeded: it took longer.
-    """
-    now = asyncio.get_running_loop().time
-    started = now() - spent_s
-    try:
-        async with asyncio.timeout(timeout_s - spent_s) as limit:
-
-            def shorten(seconds: float) -> None:
-                nonlocal timeout_s
-                timeout_s = seconds
-                limit.reschedule(started + seconds)
-
-            yield shorten
-    except TimeoutError:
-        raise DeadlineExceeded(
-            f"The deadline of {timeout_s * 1000:g} ms passed before the answer was ready. Send it"
-            " again when the server is less busy, or allow more time with X-Request-Timeout-Ms."
-        ) from None
 
 
 async def only_known(request: Request) -> None:

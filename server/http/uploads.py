@@ -4,7 +4,6 @@ The framework's own form parser writes parts to temporary files, so it is not us
 photo must never touch the disk.
 """
 
-import asyncio
 import contextlib
 import re
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 
 import multipart
 from starlette.datastructures import Headers
-from starlette.types import Message, Receive
+from starlette.types import Receive
 
 from server.inference.errors import (
     BadRequest,
@@ -23,6 +22,7 @@ from server.inference.errors import (
     Unprocessable,
     UnsupportedType,
 )
+from server.inference.submission import Body
 
 __all__ = [
     "FIELD",
@@ -31,8 +31,6 @@ __all__ = [
     "Fields",
     "Part",
     "check_type",
-    "hang_up",
-    "has_hung_up",
     "image_in_body",
     "is_form",
     "read_body",
@@ -118,16 +116,16 @@ def _check_encoding(headers: Headers) -> None:
 
 
 async def read_body(
-    receive: Receive, headers: Headers, *, max_bytes: int, take: Callable[[int], None]
+    receive: Receive, headers: Headers, take: Callable[[int], None], *, max_bytes: int
 ) -> bytes:
     """The whole body, refused as soon as it is known to be too large.
 
     Args:
         receive: the ASGI channel.
         headers: the request's.
-        max_bytes: largest body that is read.
         take: accounts for bytes that have come, not for what is announced: who sends slowly must
             not take what others could use. See `ByteBudget.account`.
+        max_bytes: largest body that is read.
 
     Raises:
         TooLarge: the length announced, or the bytes that came, exceed `max_bytes`.
@@ -147,19 +145,19 @@ class Part:
     """That its sender gave the photo."""
     size: int
     """Bytes that it took from the budget."""
-    photo: list[bytes] | Problem
-    """Its bytes, for one to take out (see `Service.segment`), or what is wrong with them."""
+    photo: Body | Problem
+    """Its bytes, or what is wrong with them."""
 
 
 async def read_parts(
     receive: Receive,
     headers: Headers,
+    take: Callable[[int], None],
     *,
     max_bytes: int,
     max_parts: int,
     max_part_bytes: int,
     parameters: Collection[str],
-    take: Callable[[int], None],
 ) -> tuple[list[Part], Fields]:
     """All photos of a form, whatever their fields are called, and its parameters.
 
@@ -167,7 +165,7 @@ async def read_parts(
     as a parameter is: some clients give every field a file name.
 
     Args:
-        receive, headers, max_bytes, take: as for `read_body`.
+        receive, headers, take, max_bytes: as for `read_body`.
         max_parts: most photos in the form.
         max_part_bytes: largest photo; of a larger one nothing is kept.
         parameters: that there are.
@@ -184,47 +182,61 @@ async def read_parts(
         raise UnsupportedType(
             f"Several photos are sent as a {MULTIPART} form, each in a field of its own."
         )
-    photos: list[tuple[str, list[bytes]]] = []
-    sizes: list[int] = []
-    file_names: list[str | None] = []
     too_many = TooLarge(f"The form has more than the {max_parts} photos that one request may have.")
+    entries: list[_Entry] = []
     with _form_parser(content_type, max_parts=max_parts + _MAX_PARTS + 1) as parse:
         async for chunk in _chunks(receive, headers, max_bytes=max_bytes, take=take):
             for event in parse(chunk):
                 if isinstance(event, multipart.MultipartSegment):
-                    photos.append((_field_name(event.name), []))
-                    sizes.append(0)
-                    named = event.filename is not None
-                    file_names.append(_field_name(event.filename) if named else None)
-                    if len(photos) > max_parts + _MAX_PARTS:
+                    entries.append(_Entry(event))
+                    if len(entries) > max_parts + _MAX_PARTS:
                         raise too_many
                 elif event is not None:
-                    sizes[-1] += len(event)
-                    if sizes[-1] <= max_part_bytes:
-                        photos[-1][1].append(bytes(event))
-                    else:
-                        photos[-1][1].clear()
+                    entries[-1].add(event, max_part_bytes)
     parts: list[Part] = []
     fields: list[tuple[str, str]] = []
-    for (name, chunks), size, file_name in zip(photos, sizes, file_names, strict=True):
-        if size <= _MAX_VALUE and (file_name is None or name in parameters):
-            fields.append((name, _field_value(name, b"".join(chunks))))
-            continue
-        photo: list[bytes] | Problem = [b"".join(chunks)]
-        chunks.clear()
-        if size > max_part_bytes:
-            photo = TooLarge(
-                f"The photo has {size} bytes, {max_part_bytes} are allowed. Send a smaller one, or"
-                " one that is compressed more."
-            )
-        elif not size:
-            photo = BadRequest("The field is empty: put the photo's bytes there.")
-        parts.append(Part(name, file_name, size, photo))
+    for entry in entries:
+        is_named = entry.file_name is None or entry.name in parameters
+        if entry.size <= _MAX_VALUE and is_named:
+            fields.append((entry.name, _field_value(entry.name, b"".join(entry.chunks))))
+        else:
+            parts.append(entry.part(max_part_bytes))
     if not parts:
         raise BadRequest("The form is empty, or has no photo: put each into a field of its own.")
     if len(parts) > max_parts:
         raise too_many
     return parts, fields
+
+
+class _Entry:
+    """What comes of a form's field, piece by piece."""
+
+    def __init__(self, field: multipart.MultipartSegment) -> None:
+        self.name = _field_name(field.name)
+        self.file_name = None if field.filename is None else _field_name(field.filename)
+        self.size = 0
+        self.chunks: list[bytes] = []
+
+    def add(self, chunk: bytes | bytearray, most: int) -> None:
+        """A piece of it; of what gets larger than `most` bytes nothing is kept."""
+        self.size += len(chunk)
+        if self.size <= most:
+            self.chunks.append(bytes(chunk))
+        else:
+            self.chunks.clear()
+
+    def part(self, most: int) -> Part:
+        """The photo, which is given away; it may have `most` bytes."""
+        photo: Body | Problem = Body(b"".join(self.chunks))
+        self.chunks.clear()
+        if self.size > most:
+            photo = TooLarge(
+                f"The photo has {self.size} bytes, {most} are allowed. Send a smaller one, or"
+                " one that is compressed more."
+            )
+        elif not self.size:
+            photo = BadRequest("The field is empty: put the photo's bytes there.")
+        return Part(self.name, self.file_name, self.size, photo)
 
 
 def _field_name(name: str | None) -> str:
@@ -256,21 +268,6 @@ async def _chunks(
             raise too_large
         take(len(chunk))
         yield chunk
-
-
-@contextlib.contextmanager
-def hang_up(receive: Receive) -> Iterator[asyncio.Future[Message]]:
-    """What is done when the client hangs up; to be used once the whole body has come."""
-    gone = asyncio.ensure_future(receive())
-    try:
-        yield gone
-    finally:
-        gone.cancel()
-
-
-def has_hung_up(gone: asyncio.Future[Message]) -> bool:
-    """Whether the client did, and not just nobody looks any more: `gone` is from `hang_up`."""
-    return gone.done() and not gone.cancelled()
 
 
 def is_form(content_type: str) -> bool:

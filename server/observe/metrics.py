@@ -43,6 +43,14 @@ class Metrics:
         self._serving: Gauge | None = None
         self._observed: list[tuple[Gauge, Callable[[], float]]] = []
         self._observe_process()
+        self._lines_counted = 0
+        self._count_requests()
+        self._count_work()
+        self._show_what_runs()
+        self._show_what_waits()
+
+    def _count_requests(self) -> None:
+        """Answers, their times, and connections."""
         self.requests = Counter(
             "slsnet_requests",
             "Answers by path, status and, where it is an error, its reason",
@@ -69,6 +77,20 @@ class Metrics:
             buckets=_BATCH_SIZES,
             registry=self.registry,
         )
+        self.connections_refused = Counter(
+            "slsnet_connections_refused",
+            "Connections that were refused or cut, by reason",
+            ["reason"],
+            registry=self.registry,
+        )
+        self.log_lines_lost = Counter(
+            "slsnet_log_lines_lost",
+            "Lines of the log that nobody took in time, or the disk had no room for",
+            registry=self.registry,
+        )
+
+    def _count_work(self) -> None:
+        """Batches, and what became of photos and networks."""
         self.dropped = Counter(
             "slsnet_dropped",
             "Requests dropped before inference, by reason",
@@ -101,6 +123,8 @@ class Metrics:
         # There from the start, or the first failure would not be seen as a rise.
         for result in ("succeeded", "failed"):
             self.reloads.labels(result)
+
+    def _show_what_runs(self) -> None:
         self.circuit_open = Gauge(
             "slsnet_circuit_open",
             "1 while the backend fails all the time and nothing is given to it",
@@ -123,18 +147,8 @@ class Metrics:
             multiprocess_mode="livemax",
             registry=self.registry,
         )
-        self.connections_refused = Counter(
-            "slsnet_connections_refused",
-            "Connections that were refused or cut, by reason",
-            ["reason"],
-            registry=self.registry,
-        )
-        self._lines_counted = 0
-        self.log_lines_lost = Counter(
-            "slsnet_log_lines_lost",
-            "Lines of the log that nobody took in time, or the disk had no room for",
-            registry=self.registry,
-        )
+
+    def _show_what_waits(self) -> None:
         self.admitted = Gauge(
             "slsnet_requests_in_flight",
             "Segmentation requests being worked on or waiting",

@@ -10,8 +10,12 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from server.observe.stages import STAGES, Stages
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
 
 __all__ = ["Record", "open_tracing"]
 
@@ -41,7 +45,6 @@ def open_tracing() -> tuple[Record, Callable[[], None]] | None:
             f" OTEL_EXPORTER_OTLP_PROTOCOL http/protobuf, and not {exporter or protocol}."
         )
     try:
-        from opentelemetry import propagate, trace
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
@@ -57,6 +60,13 @@ def open_tracing() -> tuple[Record, Callable[[], None]] | None:
         shutdown_on_exit=False,
     )
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    log.info("traces are sent")
+    return _recorder(provider), provider.shutdown
+
+
+def _recorder(provider: "TracerProvider") -> Record:
+    from opentelemetry import propagate, trace
+
     tracer = provider.get_tracer("slsnet.server")
 
     def record(
@@ -85,5 +95,4 @@ def open_tracing() -> tuple[Record, Callable[[], None]] | None:
             span.set_status(trace.StatusCode.ERROR)
         span.end(now_ns)
 
-    log.info("traces are sent")
-    return record, provider.shutdown
+    return record

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import gc
-import math
 import threading
 import time
 from collections.abc import Iterator
@@ -16,13 +15,13 @@ from numpy.typing import NDArray
 
 from photos.image import CorruptImageError, Photo, read_photo
 from server.backends import BackendInfo
-from server.http import app as app_module
 from server.http.answers import png_answer
 from server.http.app import create_app
-from server.http.parameters import deadline
-from server.inference import service as service_module
+from server.http.segment import masks
+from server.inference import submission as submission_module
 from server.inference.errors import DeadlineExceeded, Unavailable, Unprocessable, UnsupportedType
-from server.inference.service import Segmentation, Service
+from server.inference.service import Service
+from server.inference.submission import Body, Segmentation, Submission, submitted
 from server.observe.metrics import Metrics
 from server.observe.stages import Stages
 from server.settings import Settings
@@ -54,20 +53,24 @@ class Constant:
         self.closed = True
 
 
+def submit(
+    service: Service, timeout_s: float = 60, *, bulk: bool = False
+) -> contextlib.AbstractContextManager[Submission]:
+    """From a client that never hangs up."""
+    return submitted(service, asyncio.Event().wait, Stages(), timeout_s, bulk=bulk)
+
+
 def test_another_backend_takes_over_without_a_failed_request() -> None:
     body = encode_photo(lesion_photo(1, 300, 200).pixels)
 
     async def segment(service: Service) -> Segmentation:
-        return await service.segment(
-            lambda: body,
-            stages=Stages(),
-            deadline=time.perf_counter() + 60,
-            is_gone=lambda: False,
-        )
+        with submit(service) as submission:
+            async with submission.work() as work:
+                return await work.segment(Body(body))
 
     async def scenario() -> None:
         service = Service(Settings(max_wait_ms=5), Metrics())
-        with pytest.raises(Unavailable), service.admission(deadline=math.inf):
+        with pytest.raises(Unavailable), submit(service):
             pass
         backends = [Constant(value / 8) for value in range(1, 8)]
         await service.use(backends[0])
@@ -87,16 +90,16 @@ def test_another_backend_takes_over_without_a_failed_request() -> None:
     asyncio.run(asyncio.wait_for(scenario(), 60))
 
 
-class Body(bytes):
+class Counted(bytes):
     """Counts those that there are."""
 
     alive = 0
 
     def __init__(self, _content: bytes) -> None:
-        Body.alive += 1
+        Counted.alive += 1
 
     def __del__(self) -> None:
-        Body.alive -= 1
+        Counted.alive -= 1
 
 
 @contextlib.contextmanager
@@ -120,31 +123,29 @@ def test_bodies_that_wait_for_a_thread_go_at_their_deadline(
         go_on.wait(30)
         raise CorruptImageError("It is.")
 
-    monkeypatch.setattr(service_module, "read_photo", slow)
+    monkeypatch.setattr(submission_module, "read_photo", slow)
 
     async def request(service: Service) -> None:
-        body: list[bytes] = [Body(b"photo")]
-        async with deadline(0.3):
-            with contextlib.ExitStack() as held:
-                held.callback(body.clear)
-                await service.segment(
-                    body.pop, stages=Stages(), deadline=math.inf, is_gone=lambda: False
-                )
+        with submit(service, 2) as submission:
+            body = Body(Counted(b"photo"))
+            async with submission.work() as work:
+                await work.segment(body)
 
     async def scenario() -> None:
         service = Service(Settings(decode_threads=1), Metrics())
+        await service.use(Constant(0.5))
         try:
             requests = [asyncio.create_task(request(service)) for _ in range(5)]
             await asyncio.to_thread(begun.acquire, timeout=30)
-            assert Body.alive == 5
+            assert Counted.alive == 5
             # With their exceptions, which have the frames that the bodies came through.
             for outcome in await asyncio.gather(*requests, return_exceptions=True):
                 assert isinstance(outcome, DeadlineExceeded)
             # The one that a thread is at work on.
-            assert Body.alive == 1
+            assert Counted.alive == 1
             go_on.set()
             assert await service.threads.run(lambda: "next") == "next"
-            assert Body.alive == 0
+            assert Counted.alive == 0
             assert not begun.acquire(blocking=False)
         finally:
             go_on.set()
@@ -163,14 +164,16 @@ def test_arguments_that_wait_for_a_thread_go_when_cancelled() -> None:
             for alone in (False, True):
                 go_on.clear()
                 first = asyncio.create_task(service.threads.run(go_on.wait, 30, alone=alone))
-                second = asyncio.create_task(service.threads.run(len, Body(b"four"), alone=alone))
+                second = asyncio.create_task(
+                    service.threads.run(len, Counted(b"four"), alone=alone)
+                )
                 await asyncio.sleep(0.1)
-                assert Body.alive == 1
+                assert Counted.alive == 1
                 second.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await second
                 del second
-                assert Body.alive == 0
+                assert Counted.alive == 0
                 # One that has begun keeps its thread.
                 first.cancel()
                 third = asyncio.create_task(service.threads.run(len, b"four", alone=alone))
@@ -189,21 +192,21 @@ def test_arguments_that_wait_for_a_thread_go_when_cancelled() -> None:
 def test_what_is_wrong_with_a_photo_does_not_keep_it() -> None:
     async def scenario() -> None:
         service = Service(Settings(decode_threads=1), Metrics())
-        body: list[bytes] = [Body(b"no photo")]
-        work = service.segment(
-            body.pop,
-            stages=Stages(),
-            deadline=math.inf,
-            is_gone=lambda: False,
-        )
+        await service.use(Constant(0.5))
+        body = Body(Counted(b"no photo"))
+
+        async def segment() -> None:
+            with submit(service) as submission:
+                async with submission.work() as work:
+                    await work.segment(body)
+
         try:
-            await service.unless_closing(work)
+            await service.unless_closing(segment())
         except UnsupportedType:
-            assert Body.alive == 1
-        del work
+            assert Counted.alive == 1
         # The loop's own references go with its next turn.
         await asyncio.sleep(0)
-        assert Body.alive == 0
+        assert Counted.alive == 0
         await service.close()
 
     with no_collection():
@@ -243,19 +246,13 @@ def test_only_a_lone_small_photo_is_decoded_on_the_event_loop(
     async def scenario() -> None:
         service = Service(Settings(), Metrics())
         await service.use(Constant(0.5))
-        monkeypatch.setattr(service_module, "read_photo", reads)
+        monkeypatch.setattr(submission_module, "read_photo", reads)
         with contextlib.ExitStack() as others:
-            for _ in range(requests):
-                others.enter_context(service.admission(deadline=math.inf, bulk=bulk))
-            body = [data]
-            found = await service.segment(
-                body.pop,
-                bare=body,
-                stages=Stages(),
-                deadline=time.perf_counter() + 60,
-                is_gone=lambda: False,
-                bulk=bulk,
-            )
+            for _ in range(requests - 1):
+                others.enter_context(submit(service, bulk=bulk))
+            with submit(service, bulk=bulk) as submission:
+                async with submission.work() as work:
+                    found = await work.segment(Body(data), bare=True)
         await service.close()
         assert found.width, name
 
@@ -269,15 +266,10 @@ def test_what_is_wrong_with_a_lone_photo_is_told_as_ever() -> None:
     async def scenario() -> None:
         service = Service(Settings(), Metrics())
         await service.use(Constant(0.5))
-        body = [LONE[: len(LONE) // 2]]
-        with service.admission(deadline=math.inf), pytest.raises(Unprocessable):
-            await service.segment(
-                lambda: body[0],
-                bare=body,
-                stages=Stages(),
-                deadline=time.perf_counter() + 60,
-                is_gone=lambda: False,
-            )
+        with submit(service) as submission:
+            async with submission.work() as work:
+                with pytest.raises(Unprocessable):
+                    await work.segment(Body(LONE[: len(LONE) // 2]), bare=True)
         await service.close()
 
     asyncio.run(scenario())
@@ -292,7 +284,7 @@ def test_a_small_mask_does_not_wait_behind_photos_to_be_decoded(
         threads.append(threading.current_thread().name.partition("_")[0])
         return png_answer(*arguments, **options)
 
-    monkeypatch.setattr(app_module, "png_answer", makes)
+    monkeypatch.setattr(masks, "png_answer", makes)
     large = encode_photo(lesion_photo(4, 1024, 768).pixels)
 
     async def scenario() -> None:

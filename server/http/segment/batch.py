@@ -9,25 +9,18 @@ import asyncio
 import contextlib
 import json
 import logging
-import time
 import uuid
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
-from server.http.answers import (
-    BatchItemAnswer,
-    MaskFormat,
-    json_answer,
-    png_answer,
-    probability_bytes,
-)
+from server.http.answers import BatchItemAnswer, MaskFormat
 from server.http.parameters import (
     Clean,
     FileNames,
@@ -36,7 +29,6 @@ from server.http.parameters import (
     Threshold,
     TimeoutMs,
     answer_type,
-    deadline,
     is_original,
     only_known,
     parameter_names,
@@ -44,10 +36,11 @@ from server.http.parameters import (
 )
 from server.http.problems import PROBLEM_JSON, document
 from server.http.reference import BINARY, HEADERS, problem_responses
-from server.http.uploads import MULTIPART, Fields, Part, hang_up, has_hung_up, read_parts
-from server.inference.admission import Place
+from server.http.segment.masks import JSON, Asked, encoded
+from server.http.uploads import MULTIPART, Fields, Part, read_parts
 from server.inference.errors import ClientGone, InferenceFailed, Problem
 from server.inference.service import Service
+from server.inference.submission import Submission, submitted
 from server.observe.stages import Stages
 
 __all__ = ["bulk_router"]
@@ -56,7 +49,6 @@ log = logging.getLogger("slsnet.server")
 
 NDJSON = "application/x-ndjson"
 MIXED = "multipart/mixed"
-JSON = "application/json"
 
 # The last is lines as well, for clients that take bytes under this name alone.
 _FORMS = (NDJSON, MIXED, "application/octet-stream")
@@ -66,17 +58,6 @@ _MAX_AT_WORK = 32
 
 # Who has not read the answers so long after the deadline is not waited for.
 _FAREWELL_S = 30
-
-
-@dataclass(frozen=True)
-class _Options:
-    threshold: float
-    original: bool
-    clean: bool
-    mask: MaskFormat
-    file_names: bool
-    media_type: str
-    timeout_s: float
 
 
 def bulk_router(service: Service) -> APIRouter:
@@ -129,39 +110,36 @@ class _Answers(Response):
     """Reads the photos, and sends what comes of each."""
 
     def __init__(
-        self, service: Service, forms: Sequence[str], asked: dict[str, Any], timeout_s: float
+        self, service: Service, forms: Sequence[str], given: dict[str, Any], timeout_s: float
     ) -> None:
         super().__init__()
         self._service = service
         self._forms = forms
-        self._asked = asked
+        self._given = given
         self._timeout_s = timeout_s
-        self._options: _Options
         self._boundary = uuid.uuid4().hex
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
+        service, settings = self._service, self._service.settings
         stages: Stages = request.state.stages
-        settings = self._service.settings
-        until = stages.started + self._timeout_s
+        read = partial(
+            read_parts,
+            receive,
+            request.headers,
+            max_bytes=min(settings.bulk_max_bytes, settings.bulk_bytes),
+            max_parts=settings.bulk_max_photos,
+            max_part_bytes=settings.max_body_bytes,
+            parameters=parameter_names(request),
+        )
         with (
-            self._service.admission(deadline=until, bulk=True) as place,
-            self._service.networks.pinned() as network,
+            submitted(service, receive, stages, self._timeout_s, bulk=True) as submission,
+            service.networks.pinned() as network,
         ):
-            async with deadline(self._timeout_s):
-                photos, fields = await read_parts(
-                    receive,
-                    request.headers,
-                    max_bytes=min(settings.bulk_max_bytes, settings.bulk_bytes),
-                    max_parts=settings.bulk_max_photos,
-                    max_part_bytes=settings.max_body_bytes,
-                    parameters=parameter_names(request),
-                    take=place.take,
-                )
-            stages.end("read")
-            self._options = self._read_options(request, fields)
-            place.check(len(photos))
-            media_type = self._options.media_type
+            photos, fields = await submission.receive(read)
+            self._read_options(request, fields)
+            submission.check(len(photos))
+            media_type = self._media_type
             if media_type == MIXED:
                 media_type += f"; boundary={self._boundary}"
             headers = {"Content-Type": media_type, "Vary": "Accept", "X-Accel-Buffering": "no"}
@@ -172,27 +150,26 @@ class _Answers(Response):
                     "headers": [(k.lower().encode(), v.encode()) for k, v in headers.items()],
                 }
             )
-            with hang_up(receive) as gone:
-                await self._send_all(request, photos, gone, place, network, send)
+            await self._send_all(request, photos, submission, network, send)
 
-    def _read_options(self, request: Request, fields: Fields) -> _Options:
-        asked = with_fields(request, self._asked, fields)
-        return _Options(
-            asked["threshold"],
-            is_original(asked["size"], asked["mask"]),
-            asked["clean"],
-            asked["mask"],
-            asked["file_names"],
-            answer_type(request.headers, self._forms, asked["mask"]),
-            self._timeout_s,
+    def _read_options(self, request: Request, fields: Fields) -> None:
+        given = with_fields(request, self._given, fields)
+        self._file_names: bool = given["file_names"]
+        self._media_type = answer_type(request.headers, self._forms, given["mask"])
+        self._asked = Asked(
+            given["threshold"],
+            is_original(given["size"], given["mask"]),
+            given["clean"],
+            given["mask"],
+            self._media_type != MIXED,
+            request.state.request_id,
         )
 
     async def _send_all(
         self,
         request: Request,
         photos: list[Part],
-        gone: asyncio.Future[Message],
-        place: Place,
+        submission: Submission,
         network: str,
         send: Send,
     ) -> None:
@@ -200,20 +177,18 @@ class _Answers(Response):
         photos.clear()
         sending = asyncio.Lock()
         opening, between, ending = b"", b"", b""
-        if self._options.media_type == MIXED:
+        if self._media_type == MIXED:
             ending = f"--{self._boundary}--\r\n".encode()
-        elif self._options.media_type == JSON:
+        elif self._media_type == JSON:
             opening, between, ending = b"[", b",", b"]\n"
 
         async def work() -> None:
             nonlocal opening
             while waiting:
                 index, part = waiting.popleft()
-                place.begin()
                 with contextlib.ExitStack() as held:
-                    status, answer = await self._answer(request, index, part, gone, network, held)
-                    place.end(served=status == 200)
-                    place.take(-part.size)
+                    answer = await self._answer(request, index, part, submission, network, held)
+                    submission.give_back(part.size)
                     del part
                     async with sending:
                         body, opening = opening + answer, between
@@ -221,15 +196,15 @@ class _Answers(Response):
 
         info = self._service.backend
         at_work = min(len(waiting), 2 * info.max_batch * info.slots, _MAX_AT_WORK)
-        if self._options.original and self._options.mask is MaskFormat.PROBABILITIES:
+        if self._asked.original and self._asked.mask is MaskFormat.PROBABILITIES:
             # As large as photos, and larger: one is held at a time.
             at_work = min(at_work, 1)
         workers = asyncio.gather(*(work() for _ in range(at_work)))
-        stages: Stages = request.state.stages
-        timeout_s = stages.started + self._options.timeout_s - time.perf_counter() + _FAREWELL_S
         try:
             await asyncio.wait(
-                (workers, gone), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+                (workers, submission.gone),
+                timeout=submission.deadline.left_s + _FAREWELL_S,
+                return_when=asyncio.FIRST_COMPLETED,
             )
             if workers.done():
                 with contextlib.suppress(ClientGone):
@@ -243,16 +218,16 @@ class _Answers(Response):
         request: Request,
         index: int,
         part: Part,
-        gone: asyncio.Future[Message],
+        submission: Submission,
         network: str,
         held: contextlib.ExitStack,
-    ) -> tuple[int, bytes]:
-        """A photo's status, and its line, or part, of the answer."""
+    ) -> bytes:
+        """A photo's line, or part, of the answer."""
         status, content = 200, b""
-        media_type = "image/png" if self._options.media_type == MIXED else "application/json"
+        media_type = "image/png" if self._media_type == MIXED else "application/json"
         try:
             content = await self._service.unless_closing(
-                self._segment(request, part, gone, network, held)
+                self._segment(part, submission, network, held)
             )
         except ClientGone:
             raise
@@ -270,17 +245,25 @@ class _Answers(Response):
             # Its traceback has this frame: they would keep each other, and the photo.
             del problem
         self._service.metrics.bulk_photos.labels(str(int(status))).inc()
-        if self._options.media_type != MIXED:
-            head: dict[str, Any] = {"index": index, "name": part.name, "status": int(status)}
-            if self._options.file_names:
-                head["file_name"] = part.file_name
-            member = "result" if status == 200 else "error"
-            # The photo's own answer is JSON already. Both are ASCII: some readers of lines take
-            # U+2028 and U+0085 for an end of line.
-            start = json.dumps(head).removesuffix("}")
-            return status, f'{start}, "{member}": '.encode() + content + b"}\n"
+        if self._media_type == MIXED:
+            return self._mixed_part(index, part, int(status), media_type, content)
+        return self._line(index, part, int(status), content)
+
+    def _line(self, index: int, part: Part, status: int, content: bytes) -> bytes:
+        head: dict[str, Any] = {"index": index, "name": part.name, "status": status}
+        if self._file_names:
+            head["file_name"] = part.file_name
+        member = "result" if status == 200 else "error"
+        # The photo's own answer is JSON already. Both are ASCII: some readers of lines take
+        # U+2028 and U+0085 for an end of line.
+        start = json.dumps(head).removesuffix("}")
+        return f'{start}, "{member}": '.encode() + content + b"}\n"
+
+    def _mixed_part(
+        self, index: int, part: Part, status: int, media_type: str, content: bytes
+    ) -> bytes:
         file_name: tuple[str, ...] = ()
-        if self._options.file_names and part.file_name is not None:
+        if self._file_names and part.file_name is not None:
             file_name = (f"Item-File-Name: {quote(part.file_name, safe='')}",)
         lines = (
             f"--{self._boundary}",
@@ -288,61 +271,21 @@ class _Answers(Response):
             f"Content-Length: {len(content)}",
             f"Item-Index: {index}",
             f"Item-Name: {quote(part.name, safe='')}",
-            f"Item-Status: {int(status)}",
+            f"Item-Status: {status}",
             *file_name,
             "\r\n",
         )
-        return status, "\r\n".join(lines).encode() + content + b"\r\n"
+        return "\r\n".join(lines).encode() + content + b"\r\n"
 
     async def _segment(
-        self,
-        request: Request,
-        part: Part,
-        gone: asyncio.Future[Message],
-        network: str,
-        held: contextlib.ExitStack,
+        self, part: Part, submission: Submission, network: str, held: contextlib.ExitStack
     ) -> bytes:
         if isinstance(part.photo, Problem):
             raise part.photo
-        options = self._options
-        started: float = request.state.stages.started
         stages = Stages()
-        spent_s = time.perf_counter() - started
-        async with deadline(options.timeout_s, spent_s=spent_s), self._service.bulk_photos:
-            # Also where no thread has taken it.
-            held.callback(part.photo.clear)
-            segmentation = await self._service.segment(
-                part.photo.pop,
-                stages=stages,
-                deadline=started + options.timeout_s,
-                is_gone=lambda: has_hung_up(gone),
-                bulk=True,
-                network=network,
-            )
-            if options.media_type == MIXED:
-                content = await self._service.threads.run(
-                    lambda: png_answer(
-                        segmentation, options.threshold, options.original, clean=options.clean
-                    ),
-                    bulk=True,
-                )
-            else:
-                size_bytes = probability_bytes(segmentation, options.original, options.mask)
-                held.enter_context(self._service.gate.answer_bytes(size_bytes, bulk=True))
-                content = await self._service.threads.run(
-                    lambda: json_answer(
-                        segmentation,
-                        options.threshold,
-                        options.original,
-                        options.mask,
-                        clean=options.clean,
-                        request_id=request.state.request_id,
-                        timings_ms=stages.milliseconds(),
-                        room=self._service.pixels.room,
-                    ),
-                    bulk=True,
-                )
-        stages.end("encode")
+        async with submission.work(stages=stages) as work, self._service.bulk_photos:
+            segmentation = await work.segment(part.photo, network=network)
+            content = await encoded(work, segmentation, self._asked, held)
         for stage, seconds in stages.seconds.items():
             self._service.metrics.stage_seconds.labels(stage).observe(seconds)
         return content

@@ -1,0 +1,1 @@
+"""Photos in, masks out: one in a request, or many."""

@@ -1,0 +1,55 @@
+"""When an answer is of no use any more."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+
+from server.inference.errors import DeadlineExceeded
+
+__all__ = ["Deadline"]
+
+
+class Deadline:
+    """So many seconds after `started`, on the one clock that all of a request is held to."""
+
+    def __init__(self, started: float, seconds: float) -> None:
+        """Args:
+        started: second of `time.perf_counter`.
+        seconds: that the request may take.
+        """
+        self._started = started
+        self._seconds = seconds
+
+    @property
+    def at(self) -> float:
+        """Second of `time.perf_counter`."""
+        return self._started + self._seconds
+
+    @property
+    def left_s(self) -> float:
+        """From now on; negative once it has passed."""
+        return self.at - time.perf_counter()
+
+    def shorten(self, microseconds: int) -> None:
+        """Allow no more than so many since the start."""
+        # Compared as it comes: no float holds every integer that JSON can.
+        if microseconds < self._seconds * 1e6:
+            self._seconds = microseconds / 1e6
+
+    @contextlib.asynccontextmanager
+    async def kept(self) -> AsyncIterator[None]:
+        """What is inside is cancelled when the deadline passes.
+
+        Raises:
+            DeadlineExceeded: it did.
+        """
+        try:
+            async with asyncio.timeout(self.left_s):
+                yield
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"The deadline of {self._seconds * 1000:g} ms passed before the answer was ready."
+                " Send it again when the server is less busy, or allow more time with"
+                " X-Request-Timeout-Ms."
+            ) from None

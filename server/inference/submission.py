@@ -1,0 +1,357 @@
+"""A request from its admission to its answer: one object has its body, deadline, place and end.
+
+    with submitted(service, hung_up, stages, timeout_s) as submission:   a place, or a refusal
+        body = Body(await submission.receive(read))                      bytes that count
+        async with submission.work() as work:                            checked once more, begun
+            segmentation = await work.segment(body)                      decode, queue, network
+            content = await work.encode(...)
+                                                                         over, served or not
+
+Only `work` reaches the network, and nobody has it without the steps before. Decoding and masks run
+in a pool of threads, inference in the batcher's; beside small masks, and a small photo that is
+alone, the event loop only passes things on. Between any two stages work is dropped if nobody waits
+for it any more.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar, TypeVarTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from photos.image import ImageError as PhotoError
+from photos.image import Photo, is_baseline_jpeg, read_photo
+from server.backends import BackendInfo
+from server.inference.admission import Place
+from server.inference.batching import Inference
+from server.inference.deadline import Deadline
+from server.inference.errors import ClientGone, of_photo_error
+from server.inference.service import Service
+from server.observe.stages import Stages
+
+__all__ = ["Body", "Segmentation", "Submission", "Work", "submitted"]
+
+Arguments = TypeVarTuple("Arguments")
+Result = TypeVar("Result")
+
+# Of a photo that is worked on without a change of threads where nobody else is there.
+_SMALL_PIXELS = 2**19
+_SMALL_BYTES = 2**17
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """A photo's lesion probability, before it becomes a mask."""
+
+    probability: NDArray[np.float32]
+    """float32 [128, 128]"""
+    width: int
+    """Of the photo, pixels."""
+    height: int
+    orientation: int
+    """That was applied to the photo as it is stored, 1 to 8."""
+    batch_size: int
+    """Photos that ran through the network together."""
+    backend: BackendInfo
+    """What ran it."""
+
+    @property
+    def is_small(self) -> bool:
+        """Whether its mask takes no longer than to change threads."""
+        return self.width * self.height <= _SMALL_PIXELS
+
+
+class Body:
+    """The bytes of a body, or of a photo in it, until they are taken or let go.
+
+    Whoever called, the queue of a pool and tracebacks hold this, and not the bytes: those go when
+    they no longer count.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self._data: bytes | None = data
+
+    @property
+    def data(self) -> bytes:
+        """What is there still.
+
+        Raises:
+            ClientGone: it was let go, so nobody waits for what would be made of it.
+        """
+        if self._data is None:
+            raise ClientGone
+        return self._data
+
+    def take(self) -> bytes:
+        """The bytes, which are the caller's alone from now on."""
+        try:
+            return self.data
+        finally:
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Nobody needs them."""
+        self._data = None
+
+
+class Submission:
+    """What a client has sent and waits for. It is made by `submitted`."""
+
+    def __init__(
+        self,
+        service: Service,
+        place: Place,
+        hung_up: Callable[[], Awaitable[object]],
+        stages: Stages,
+        deadline: Deadline,
+    ) -> None:
+        self.service = service
+        self.stages = stages
+        self.deadline = deadline
+        self._place = place
+        self._hung_up = hung_up
+        self._gone: asyncio.Future[object] | None = None
+        self._held = contextlib.ExitStack()
+
+    async def receive(self, read: Callable[[Callable[[int], None]], Awaitable[Result]]) -> Result:
+        """What `read` makes of the body; it is told what its bytes are to be counted with.
+
+        Raises:
+            DeadlineExceeded: it did not come in time.
+        """
+        async with self.deadline.kept():
+            received = await read(self._place.take)
+        self.stages.end("read")
+        return received
+
+    async def parse(
+        self,
+        body: Body,
+        parse: Callable[[Body, *Arguments], Result],
+        *arguments: *Arguments,
+        alone: bool = False,
+    ) -> Result:
+        """What `parse` makes of a body in a thread; `alone` is that of `Threads.run`.
+
+        Raises:
+            DeadlineExceeded: it took too long.
+        """
+        try:
+            async with self.deadline.kept():
+                parsed = await self.service.threads.run(parse, body, *arguments, alone=alone)
+        finally:
+            body.let_go()
+        self.stages.end("decode")
+        return parsed
+
+    def change(self, *, timeout_us: int | None, bulk: bool) -> None:
+        """What the body says of the request, before any work begins.
+
+        Args:
+            timeout_us: microseconds from its start, if there are fewer than were known of.
+            bulk: others go first.
+        """
+        if timeout_us is not None:
+            self.deadline.shorten(timeout_us)
+        self._place.deadline = self.deadline.at
+        self._place.bulk |= bulk
+
+    @property
+    def bulk(self) -> bool:
+        """Whether others go first."""
+        return self._place.bulk
+
+    def check(self, photos: int, *, places: int = 1) -> None:
+        """The body is there, with so many photos; from now on it is noticed if the client goes.
+
+        Args:
+            photos: that are to be worked on.
+            places: that they take.
+
+        Raises:
+            Overloaded: they would be done too late, or there is no room for them.
+        """
+        self._held.enter_context(self.service.gate.places(places - 1, bulk=self.bulk))
+        self._place.check(photos)
+        self._gone = asyncio.ensure_future(self._hung_up())
+
+    @property
+    def gone(self) -> asyncio.Future[object]:
+        """Done when the client hangs up; there once the body is."""
+        assert self._gone is not None
+        return self._gone
+
+    def is_gone(self) -> bool:
+        """Whether the client hung up, and not just nobody looks any more."""
+        return self.gone.done() and not self.gone.cancelled()
+
+    def give_back(self, body_bytes: int) -> None:
+        """So many bytes of the body are needed no more, before all of it is."""
+        self._place.take(-body_bytes)
+
+    @contextlib.asynccontextmanager
+    async def work(
+        self, photos: int = 1, *, places: int = 1, stages: Stages | None = None
+    ) -> AsyncIterator["Work"]:
+        """Work on so many photos, until the deadline passes.
+
+        Args:
+            photos, places: as for `check`, which is done here if it was not.
+            stages: of these photos, if they are not the request's.
+
+        Raises:
+            Overloaded: see `check`.
+            DeadlineExceeded: it took too long.
+        """
+        if self._gone is None:
+            self.check(photos, places=places)
+        self._place.begin(photos)
+        served = False
+        try:
+            async with self.deadline.kept():
+                yield Work(self, stages or self.stages)
+            served = True
+        finally:
+            self._place.end(photos, served=served)
+
+    def close(self) -> None:
+        """Nobody is waited for any more."""
+        if self._gone is not None:
+            self._gone.cancel()
+        self._held.close()
+
+
+@contextlib.contextmanager
+def submitted(
+    service: Service,
+    hung_up: Callable[[], Awaitable[object]],
+    stages: Stages,
+    timeout_s: float,
+    *,
+    bulk: bool = False,
+) -> Iterator[Submission]:
+    """A request that has a place among those being worked on.
+
+    Args:
+        service: that works on it.
+        hung_up: waits until the client does; called once the body is there.
+        stages: began with the request.
+        timeout_s: that it may take.
+        bulk: others go first.
+
+    Raises:
+        Unavailable: no backend is ready.
+        Overloaded: there is no room, or not in time; see `Gate.enter`.
+    """
+    service.networks.check_works()
+    deadline = Deadline(stages.started, timeout_s)
+    with service.gate.enter(deadline=deadline.at, bulk=bulk) as place:
+        submission = Submission(service, place, hung_up, stages, deadline)
+        try:
+            yield submission
+        finally:
+            submission.close()
+
+
+class Work:
+    """Some photos of a submission, being worked on. It is made by `Submission.work`."""
+
+    def __init__(self, submission: Submission, stages: Stages) -> None:
+        self.stages = stages
+        self.service = submission.service
+        self.bulk = submission.bulk
+        self._submission = submission
+
+    async def segment(
+        self,
+        body: Body,
+        unpack: Callable[[bytes], bytes] = lambda data: data,
+        *,
+        bare: bool = False,
+        network: str | None = None,
+    ) -> Segmentation:
+        """A photo → the lesion probability of its pixels.
+
+        Args:
+            body: has the photo; it is let go once that is decoded.
+            unpack: gives the photo's bytes, or raises what is wrong with them; called in a thread.
+            bare: the body is the photo as it came; a small one that is alone is decoded without
+                changing threads.
+            network: that `Networks.pinned` gave; else the one in use.
+
+        Raises:
+            Problem: whatever is wrong with the request or its photo.
+            ClientGone: the client hung up between two stages.
+        """
+        is_gone = self._submission.is_gone
+        try:
+            photo = self._decode_here(body.data) if bare and not self.bulk else None
+            if photo is None:
+                photo = await self.service.threads.run(self._decode, body, unpack, bulk=self.bulk)
+            if is_gone():
+                raise ClientGone
+        except ClientGone:
+            self.service.metrics.dropped.labels("client_gone").inc()
+            raise
+        finally:
+            body.let_go()
+        self.stages.end("decode")
+        (inference,), backend = await self.infer([photo.pixels], network=network)
+        if is_gone():
+            raise ClientGone
+        return Segmentation(
+            inference.probability,
+            photo.width,
+            photo.height,
+            photo.orientation,
+            inference.batch_size,
+            backend,
+        )
+
+    async def infer(
+        self, images: Sequence[NDArray[np.uint8]], *, network: str | None = None
+    ) -> tuple[list[Inference], BackendInfo]:
+        """Images through the network, and what ran them; see `Networks.infer`."""
+        results, backend = await self.service.networks.infer(
+            images,
+            deadline=self._submission.deadline.at,
+            is_gone=self._submission.is_gone,
+            bulk=self.bulk,
+            network=network,
+        )
+        self.stages.end("queue", min(result.started for result in results))
+        self.stages.end("infer", max(result.ended for result in results))
+        return results, backend
+
+    async def encode(self, make: Callable[[], Result], *, here: bool = False) -> Result:
+        """The answer, which `make` gives: in a thread, or `here` if that takes no longer."""
+        content = make() if here else await self.service.threads.run(make, bulk=self.bulk)
+        self.stages.end("encode")
+        return content
+
+    def _decode_here(self, data: bytes) -> Photo | None:
+        """A lone small photo, on the event loop: to change threads takes a fifth of its time.
+
+        None for what may take longer than a few milliseconds, and for what is wrong.
+        """
+        if self.service.gate.admitted != 1 or len(data) > _SMALL_BYTES:
+            return None
+        try:
+            return read_photo(data, max_pixels=_SMALL_PIXELS) if is_baseline_jpeg(data) else None
+        except PhotoError:
+            return None
+
+    def _decode(self, body: Body, unpack: Callable[[bytes], bytes]) -> Photo:
+        if self._submission.is_gone():
+            raise ClientGone
+        try:
+            return read_photo(
+                unpack(body.take()),
+                max_pixels=self.service.settings.max_pixels,
+                room=self.service.pixels.room,
+            )
+        except PhotoError as error:
+            raise of_photo_error(error) from error

@@ -1,0 +1,26 @@
+"""A function fits on a screen."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import server
+
+_MOST_LINES = 60
+_ROOM = Path(server.__file__).parent
+
+
+def _lengths(path: Path) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            yield node.name, node.end_lineno - node.lineno + 1
+
+
+@pytest.mark.parametrize(
+    "path", sorted(_ROOM.rglob("*.py")), ids=lambda path: str(path.relative_to(_ROOM))
+)
+def test_no_function_is_longer_than_a_screen(path: Path) -> None:
+    assert not [(name, lines) for name, lines in _lengths(path) if lines > _MOST_LINES]
