@@ -19,7 +19,7 @@ from server.http.access import Access
 from server.http.admin import admin_router
 from server.http.context import RequestContext
 from server.http.health import health_router
-from server.http.openinference import openinference_router
+from server.http.openinference.route import openinference_router
 from server.http.pages import page_router
 from server.http.prefix import UnderPrefix
 from server.http.problems import install

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn._types import HTTPScope
 
-from server.http.openinference import INFER_PATHS
+from server.http.openinference.protocol import INFER_PATHS
 from server.http.parameters import is_bulk
 from server.http.problems import answer
 from server.inference.errors import Overloaded

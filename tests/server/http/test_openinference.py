@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from benchmarks.launch import ServerProcess, serve
 from photos.image import lesion_mask, read_photo, unpack_mask
-from server.http import openinference
+from server.http.openinference import codec
+from server.http.openinference.route import openinference_router
 from server.inference.errors import BadRequest, ClientGone, DeadlineExceeded
 from server.inference.service import Service
 from server.inference.submission import Body
@@ -347,7 +348,7 @@ def test_nothing_of_json_is_kept_once_it_is_parsed(
     monkeypatch.setattr(json, "loads", recorded)
     with no_collection():
         body = Body(by_hand.request({"data": BLACK}))
-        asked, images = openinference._parse(body, len(body.data), 1)
+        asked, images = codec.parse(body, len(body.data), 1)
         assert len(images) == 1 and not images[0].any()
         assert is_empty(body) and requests.pop()() is None
         assert asked.outputs == []
@@ -358,7 +359,7 @@ def test_nothing_of_json_is_kept_once_it_is_parsed(
         ):
             body = Body(by_hand.request(image))
             with pytest.raises(BadRequest) as caught:
-                openinference._parse(body, len(body.data), 1)
+                codec.parse(body, len(body.data), 1)
             assert is_empty(body) and requests.pop()() is None, image
             del caught
 
@@ -367,7 +368,7 @@ def test_json_with_images_is_parsed_by_one_thread_alone(
     by_hand: ByHand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at_work = most = 0
-    parsed = openinference._parsed
+    parsed = codec._parsed
 
     def slow(*arguments: Any) -> Any:
         nonlocal at_work, most
@@ -377,13 +378,13 @@ def test_json_with_images_is_parsed_by_one_thread_alone(
         at_work -= 1
         return parsed(*arguments)
 
-    monkeypatch.setattr(openinference, "_parsed", slow)
+    monkeypatch.setattr(codec, "_parsed", slow)
 
     async def scenario() -> None:
         service = Service(Settings(decode_threads=4), Metrics())
         await service.use(Constant(0.5))
         app = FastAPI()
-        app.include_router(openinference.openinference_router(service, "1"))
+        app.include_router(openinference_router(service, "1"))
 
         async def timed(scope: Any, receive: Any, send: Any) -> None:
             scope.setdefault("state", {})["stages"] = Stages()

@@ -19,7 +19,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from benchmarks.launch import ServerProcess
-from server.http.openinference import INFER_PATHS
+from server.http.openinference.protocol import INFER_PATHS
 from server.keys import new_key
 from server.observe.metrics import Metrics
 from server.process.connections import Connection, House
