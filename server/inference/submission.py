@@ -28,7 +28,7 @@ from server.backends import BackendInfo
 from server.inference.admission import Place
 from server.inference.batching import Inference
 from server.inference.deadline import Deadline
-from server.inference.errors import ClientGone, of_photo_error
+from server.inference.errors import ClientGone, TooLarge, of_photo_error
 from server.inference.service import Service
 from server.observe.stages import Stages
 
@@ -40,6 +40,9 @@ Result = TypeVar("Result")
 # Of a photo that is worked on without a change of threads where nobody else is there.
 _SMALL_PIXELS = 2**19
 _SMALL_BYTES = 2**17
+
+# Above it a photo has threads of its own, but for a JPEG of one scan, which is decoded at a scale.
+_SLOW_PIXELS = 2**24
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class Body:
 
     def __init__(self, data: bytes) -> None:
         self._data: bytes | None = data
+        self._is_wanted = True
 
     @property
     def data(self) -> bytes:
@@ -90,11 +94,16 @@ class Body:
         try:
             return self.data
         finally:
-            self.let_go()
+            self._data = None
+
+    def put(self, data: bytes) -> None:
+        """What was taken is not done with, if anybody waits for it still."""
+        if self._is_wanted:
+            self._data = data
 
     def let_go(self) -> None:
         """Nobody needs them."""
-        self._data = None
+        self._data, self._is_wanted = None, False
 
 
 class Submission:
@@ -291,6 +300,10 @@ class Work:
             photo = self._decode_here(body.data) if bare and not self.bulk else None
             if photo is None:
                 photo = await self.service.threads.run(self._decode, body, unpack, bulk=self.bulk)
+            if photo is None:
+                photo = await self.service.threads.run(
+                    self._read, body, self.service.settings.max_pixels, slow=True
+                )
             if is_gone():
                 raise ClientGone
         except ClientGone:
@@ -344,14 +357,22 @@ class Work:
         except PhotoError:
             return None
 
-    def _decode(self, body: Body, unpack: Callable[[bytes], bytes]) -> Photo:
+    def _decode(self, body: Body, unpack: Callable[[bytes], bytes]) -> Photo | None:
+        """The photo; None if it may take seconds, and then `body` has its bytes alone."""
+        data = unpack(body.take())
+        most = self.service.settings.max_pixels
+        if self.bulk or most <= _SLOW_PIXELS or is_baseline_jpeg(data):
+            return self._read(Body(data), most)
+        try:
+            return self._read(Body(data), _SLOW_PIXELS)
+        except TooLarge:
+            body.put(data)
+            return None
+
+    def _read(self, body: Body, max_pixels: int) -> Photo:
         if self._submission.is_gone():
             raise ClientGone
         try:
-            return read_photo(
-                unpack(body.take()),
-                max_pixels=self.service.settings.max_pixels,
-                room=self.service.pixels.room,
-            )
+            return read_photo(body.take(), max_pixels=max_pixels, room=self.service.pixels.room)
         except PhotoError as error:
             raise of_photo_error(error) from error

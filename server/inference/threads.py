@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 class Threads:
-    """Three pools: for photos that somebody waits for, for bulk's, and for one work at a time."""
+    """Pools: for photos that somebody waits for, for slow ones, for bulk's, for one at a time."""
 
     def __init__(self, count: int) -> None:
         """Args:
@@ -21,6 +21,8 @@ class Threads:
         self.interactive = ThreadPoolExecutor(count, thread_name_prefix="work")
         # Of their own, so that no photo that somebody waits for queues up behind bulk's.
         self._bulk = ThreadPoolExecutor(max(1, count // 2), thread_name_prefix="bulk")
+        # So that photos that take seconds never have all threads, and others go on beside them.
+        self._slow = ThreadPoolExecutor(max(1, count - 1), thread_name_prefix="slow")
         self._lone = ThreadPoolExecutor(1, thread_name_prefix="lone")
 
     async def run(
@@ -28,6 +30,7 @@ class Threads:
         work: Callable[[*Arguments], Result],
         *arguments: *Arguments,
         bulk: bool = False,
+        slow: bool = False,
         alone: bool = False,
     ) -> Result:
         """Run `work` in a pool, where it does not hold up the event loop.
@@ -38,6 +41,7 @@ class Threads:
         Args:
             work, arguments: what to call, and with what.
             bulk: others go first.
+            slow: it may take seconds.
             alone: no two of those that are so at the same time, not even if one was cancelled.
         """
         # The pool's queue keeps what was cancelled until a thread comes to it, and a traceback may
@@ -50,7 +54,11 @@ class Threads:
             work, arguments = held.pop()
             return work(*arguments)
 
-        pool = self._lone if alone else self._bulk if bulk else self.interactive
+        pool = self.interactive
+        for chosen, other in ((alone, self._lone), (bulk, self._bulk), (slow, self._slow)):
+            if chosen:
+                pool = other
+                break
         try:
             return await asyncio.get_running_loop().run_in_executor(pool, run)
         finally:
@@ -58,5 +66,5 @@ class Threads:
 
     def close(self) -> None:
         """Wait for what is at work, then end."""
-        for pool in (self.interactive, self._bulk, self._lone):
+        for pool in (self.interactive, self._slow, self._bulk, self._lone):
             pool.shutdown()

@@ -6,12 +6,14 @@ import gc
 import threading
 import time
 from collections.abc import Iterator
+from io import BytesIO
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from photos.image import CorruptImageError, Photo, read_photo
 from server.backends import BackendInfo
@@ -19,7 +21,13 @@ from server.http.answers import png_answer
 from server.http.app import create_app
 from server.http.segment import masks
 from server.inference import submission as submission_module
-from server.inference.errors import DeadlineExceeded, Unavailable, Unprocessable, UnsupportedType
+from server.inference.errors import (
+    DeadlineExceeded,
+    TooLarge,
+    Unavailable,
+    Unprocessable,
+    UnsupportedType,
+)
 from server.inference.service import Service
 from server.inference.submission import Body, Segmentation, Submission, submitted
 from server.observe.metrics import Metrics
@@ -302,3 +310,46 @@ def test_a_small_mask_does_not_wait_behind_photos_to_be_decoded(
     asyncio.run(scenario())
     assert threads[0] not in ("work", "bulk")
     assert threads[1:] == ["work", "work", "bulk"]
+
+
+def test_photos_that_take_seconds_leave_threads_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on = threading.Semaphore(0), threading.Event()
+
+    def reads(data: bytes, **limits: Any) -> Photo:
+        photo = read_photo(data, **limits)
+        if photo.width > 4000:
+            begun.release()
+            assert go_on.wait(60)
+        return photo
+
+    monkeypatch.setattr(submission_module, "read_photo", reads)
+    out = BytesIO()
+    Image.new("L", (4200, 4200)).save(out, "PNG")
+    large, small = out.getvalue(), encode_photo(lesion_photo(4, 64, 64).pixels, "PNG")
+
+    async def segment(service: Service, data: bytes) -> Segmentation:
+        with submit(service) as submission:
+            async with submission.work() as work:
+                return await work.segment(Body(data))
+
+    async def scenario() -> None:
+        service = Service(Settings(decode_threads=2), Metrics())
+        await service.use(Constant(0.5))
+        slow = [asyncio.create_task(segment(service, large)) for _ in range(3)]
+        await asyncio.to_thread(begun.acquire, timeout=60)
+        found = await segment(service, small)
+        assert found.width == 64 and not any(task.done() for task in slow)
+        go_on.set()
+        assert {(await task).width for task in slow} == {4200}
+        # What is too large for anybody is told as ever.
+        with pytest.raises(TooLarge):
+            await segment(service, _png_head(9000, 9000))
+        await service.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 120))
+
+
+def _png_head(width: int, height: int) -> bytes:
+    out = BytesIO()
+    Image.new("1", (width, height)).save(out, "PNG")
+    return out.getvalue()
