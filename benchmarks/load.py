@@ -29,6 +29,7 @@ import numpy as np
 from locust.env import Environment
 from locust.runners import LocalRunner
 
+from benchmarks.deck import Deck, bare_network_ms, generated, given
 from benchmarks.latency import machine
 from benchmarks.launch import serve
 from benchmarks.load_figures import Kind, Machine, Report, Scenario, Step
@@ -43,7 +44,6 @@ from benchmarks.locustfile import (
     OpenLoop,
     prepare,
 )
-from benchmarks.photos import Deck, bare_network_ms, generated, given
 from common.program import Help
 from server.observe.stages import STAGES
 from server.settings import available_cores

@@ -31,7 +31,7 @@ from gevent.pool import Group
 from locust import FastHttpUser, constant, events, task
 from locust.env import Environment
 
-from benchmarks.photos import Card, Deck, Verdict, deal, generated, given
+from benchmarks.deck import Card, Deck, Verdict, deal, generated, given
 
 MODEL = Path(__file__).parent.parent / "model/weights/slsnet.onnx"
 

@@ -25,8 +25,8 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from benchmarks.deck import Card, deal, generated
 from benchmarks.launch import serve
-from benchmarks.photos import Card, deal, generated
 from benchmarks.ray_cluster import GATEWAY, PROXY, SEGMENTER, RayService, ray_service
 from common.program import Help
 from server.settings import Settings, available_cores

@@ -27,8 +27,8 @@ from pathlib import Path
 import httpx
 import psutil
 
+from benchmarks.deck import Card, deal, generated
 from benchmarks.launch import ServerProcess, serve
-from benchmarks.photos import Card, deal, generated
 from common.program import Help
 from server.settings import Settings
 

@@ -9,7 +9,7 @@ from threading import Thread
 import psutil
 import pytest
 
-from benchmarks.photos import Card, Expected
+from benchmarks.deck import Card, Expected
 from photos.image import read_photo
 from tests.conftest import Offline, Sample
 

@@ -21,8 +21,8 @@ import psutil
 import pytest
 import yaml
 
+from benchmarks.deck import Expected
 from benchmarks.launch import free_port
-from benchmarks.photos import Expected
 from photos.image import read_photo
 from tests.conftest import CPU_BACKEND, ROOT, Offline, Sample
 from tests.server.bulk.test_bulk import masks, recorded, table

@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.photos import Expected, deal, given
+from benchmarks.deck import Expected, deal, given
 from tests.conftest import MODEL
 from tests.lesions import encode_photo, lesion_photo
 
