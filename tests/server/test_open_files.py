@@ -39,6 +39,8 @@ def test_silent_clients_do_not_take_all_files(
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(serve(*flags, command=command, trust=trust))
         assert f"not the 1024 of --max-connections: the system allows {files} " in server.log()
+        # It is ready when the first worker is.
+        until(lambda: server.log().count(" ready: ") == int(workers))
         for _ in range(4):
             for _ in range(100):
                 with contextlib.suppress(ConnectionResetError):
