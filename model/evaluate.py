@@ -41,8 +41,8 @@ from model.metrics import (
     stack,
 )
 from model.truth import DataError, read_truth
-from photos.image import MODEL_SIZE, THRESHOLD, ImageError, Photo, lesion_mask, read_photo
-from photos.regions import largest_part, largest_region
+from photos.image import MODEL_SIZE, THRESHOLD, ImageError, Photo, read_photo
+from photos.regions import mask_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -242,13 +242,8 @@ def _score(
     height, width = truth.shape
     packed = np.packbits(truth, axis=1)
     # The first is that of the figures; the others are looked at besides.
-    maps = [largest_region(probability, t) if clean else probability for t in thresholds]
-    masks = [
-        lesion_mask(shown, width, height, t) for shown, t in zip(maps, thresholds, strict=True)
-    ]
-    confusions = [
-        count_packed(largest_part(mask) if clean else mask, packed, truth.size) for mask in masks
-    ]
+    drawn = [mask_of(probability, width, height, t, clean=clean) for t in thresholds]
+    confusions = [count_packed(mask, packed, truth.size) for _, mask in drawn]
     grey = Image.fromarray(truth.astype(np.uint8) * 255)
     height, width = probability.shape
     small = grey.resize((width, height), Image.Resampling.BOX)
@@ -258,7 +253,7 @@ def _score(
         (photo.width, photo.height),
         (truth.shape[1], truth.shape[0]),
         float(truth.mean()),
-        maps[0],
+        drawn[0][0],
     )
     return case, confusions, share
 

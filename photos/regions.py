@@ -10,9 +10,30 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from photos.image import THRESHOLD
+from photos.image import THRESHOLD, lesion_mask
 
-__all__ = ["largest_part", "largest_region"]
+__all__ = ["largest_part", "largest_region", "mask_of"]
+
+
+def mask_of(
+    probability: NDArray[np.float32], width: int, height: int, threshold: float, *, clean: bool
+) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """
+    A mask at a photo's size, and the probability that it is drawn from.
+
+    Args:
+        probability: float32 [rows, columns].
+        width, height: of the mask, pixels.
+        threshold: probability above which a pixel is lesion.
+        clean: whether to leave only the largest region, without its holes, in both.
+
+    Returns:
+        The probability, and packed bits as `photos.image.lesion_mask` returns them.
+    """
+    if not clean:
+        return probability, lesion_mask(probability, width, height, threshold)
+    cleaned = largest_region(probability, threshold)
+    return cleaned, largest_part(lesion_mask(cleaned, width, height, threshold))
 
 
 def largest_region(

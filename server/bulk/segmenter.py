@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.files import write_atomically
-from photos.image import ImageError, Photo, encode_png, lesion_mask, read_photo
+from photos.image import ImageError, Photo, encode_png, read_photo
 from photos.masks import measure
-from photos.regions import largest_part, largest_region
+from photos.regions import mask_of
 from server.backends import BackendInfo
 from server.bulk.ledger import Row, Task
 from server.bulk.sources import BulkError
@@ -144,11 +144,9 @@ class Segmenter:
         started = time.perf_counter()
         width, height = photo.width, photo.height
         threshold = self._options.threshold
-        if self._options.clean:
-            probability = largest_region(probability, threshold)
-        packed = lesion_mask(probability, width, height, threshold)
-        if self._options.clean:
-            packed = largest_part(packed)
+        probability, packed = mask_of(
+            probability, width, height, threshold, clean=self._options.clean
+        )
         lesion = measure(packed, width)
         mask = self._masks / task.mask
         png = encode_png(packed, width, height)

@@ -21,9 +21,9 @@ from PIL import Image, ImageDraw
 
 from common.files import write_atomically
 from common.program import Help, program
-from photos.image import THRESHOLD, ImageError, encode_png, lesion_mask, read_photo
+from photos.image import THRESHOLD, ImageError, encode_png, read_photo
 from photos.masks import Rings, measure, polygons
-from photos.regions import largest_part, largest_region
+from photos.regions import mask_of
 from server.backends import Backend, BackendError, open_backend
 from server.cores import available_cores
 from server.settings import Settings
@@ -79,10 +79,7 @@ def _segment(
     read = read_photo(data)
     probability: NDArray[np.float32] = backend.infer(read.pixels[np.newaxis])[0]
     threshold = options.threshold
-    shown = largest_region(probability, threshold) if options.clean else probability
-    packed = lesion_mask(shown, read.width, read.height, threshold)
-    if options.clean:
-        packed = largest_part(packed)
+    shown, packed = mask_of(probability, read.width, read.height, threshold, clean=options.clean)
     lesion = measure(packed, read.width)
     contents = [encode_png(packed, read.width, read.height)]
     if options.overlay:

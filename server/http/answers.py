@@ -1,7 +1,6 @@
 """The bodies of answers: their schema for `GET /docs`, and how a segmentation becomes one."""
 
 import base64
-import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
@@ -11,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from photos.image import encode_png, lesion_mask, upsampled
+from photos.image import encode_png, upsampled
 from photos.masks import coco_rle, measure, polygons
-from photos.regions import largest_part, largest_region
+from photos.regions import mask_of
 from server.backends import BackendInfo
 from server.inference.submission import Segmentation
 
@@ -244,11 +243,9 @@ def png_answer(
         original: as above.
         clean: whether to leave only the largest region, without its holes.
     """
-    if clean:
-        segmentation = _cleaned(segmentation, threshold)
     width, height = _mask_size(segmentation, original)
-    packed = lesion_mask(segmentation.probability, width, height, threshold)
-    return encode_png(largest_part(packed) if clean else packed, width, height)
+    _, packed = mask_of(segmentation.probability, width, height, threshold, clean=clean)
+    return encode_png(packed, width, height)
 
 
 def json_answer(
@@ -266,12 +263,8 @@ def json_answer(
 
     `room` is entered while probabilities are brought to the photo's size, as in `read_photo`.
     """
-    if clean:
-        segmentation = _cleaned(segmentation, threshold)
     width, height = _mask_size(segmentation, original)
-    packed = lesion_mask(segmentation.probability, width, height, threshold)
-    if clean:
-        packed = largest_part(packed)
+    probability, packed = mask_of(segmentation.probability, width, height, threshold, clean=clean)
     mask = Mask(format=mask_format, width=width, height=height)
     if mask_format is MaskFormat.PNG:
         mask.png = base64.b64encode(encode_png(packed, width, height)).decode("ascii")
@@ -279,11 +272,11 @@ def json_answer(
         mask.rle = CocoRle.model_validate(coco_rle(packed, width))
     elif mask_format is MaskFormat.PROBABILITIES:
         with room(width * height) if original else nullcontext():
-            mask.probabilities = _levels(segmentation.probability, width, height)
+            mask.probabilities = _levels(probability, width, height)
     else:
-        mask.polygons = polygons(segmentation.probability, width, height, threshold, clean=clean)
+        mask.polygons = polygons(probability, width, height, threshold, clean=clean)
     lesion = measure(packed, width)
-    inside = segmentation.probability[segmentation.probability > threshold]
+    inside = probability[probability > threshold]
     answer = SegmentationAnswer(
         request_id=request_id,
         model=_model_id(segmentation.backend),
@@ -328,11 +321,6 @@ def _levels(probability: NDArray[np.float32], width: int, height: int) -> str:
         strip *= 65535
         text.append(base64.b64encode(np.rint(strip).astype("<u2").tobytes()))
     return b"".join(text).decode("ascii")
-
-
-def _cleaned(segmentation: Segmentation, threshold: float) -> Segmentation:
-    probability = largest_region(segmentation.probability, threshold)
-    return dataclasses.replace(segmentation, probability=probability)
 
 
 def _model_id(backend: BackendInfo) -> ModelId:
