@@ -301,9 +301,7 @@ class Work:
             if photo is None:
                 photo = await self.service.threads.run(self._decode, body, unpack, bulk=self.bulk)
             if photo is None:
-                photo = await self.service.threads.run(
-                    self._read, body, self.service.settings.max_pixels, slow=True
-                )
+                photo = await self.service.threads.run(self._decode_slowly, body, slow=True)
             if is_gone():
                 raise ClientGone
         except ClientGone:
@@ -361,18 +359,24 @@ class Work:
         """The photo; None if it may take seconds, and then `body` has its bytes alone."""
         data = unpack(body.take())
         most = self.service.settings.max_pixels
-        if self.bulk or most <= _SLOW_PIXELS or is_baseline_jpeg(data):
-            return self._read(Body(data), most)
         try:
-            return self._read(Body(data), _SLOW_PIXELS)
+            return self._read(data, most if self.bulk else min(most, _SLOW_PIXELS))
         except TooLarge:
-            body.put(data)
-            return None
+            if self.bulk or most <= _SLOW_PIXELS:
+                raise
+        # Only now: it goes through the file, which is read so once more.
+        if is_baseline_jpeg(data):
+            return self._read(data, most)
+        body.put(data)
+        return None
 
-    def _read(self, body: Body, max_pixels: int) -> Photo:
+    def _decode_slowly(self, body: Body) -> Photo:
+        return self._read(body.take(), self.service.settings.max_pixels)
+
+    def _read(self, data: bytes, max_pixels: int) -> Photo:
         if self._submission.is_gone():
             raise ClientGone
         try:
-            return read_photo(body.take(), max_pixels=max_pixels, room=self.service.pixels.room)
+            return read_photo(data, max_pixels=max_pixels, room=self.service.pixels.room)
         except PhotoError as error:
             raise of_photo_error(error) from error

@@ -15,8 +15,10 @@ class Threads:
     """Pools: for photos that somebody waits for, for slow ones, for bulk's, for one at a time."""
 
     def __init__(self, count: int) -> None:
-        """Args:
-        count: threads of the first pool; bulk has half as many.
+        """Make the pools; no thread starts before it is needed.
+
+        Args:
+            count: threads of the first pool; bulk has half as many.
         """
         self.interactive = ThreadPoolExecutor(count, thread_name_prefix="work")
         # Of their own, so that no photo that somebody waits for queues up behind bulk's.
@@ -54,11 +56,12 @@ class Threads:
             work, arguments = held.pop()
             return work(*arguments)
 
-        pool = self.interactive
-        for chosen, other in ((alone, self._lone), (bulk, self._bulk), (slow, self._slow)):
-            if chosen:
-                pool = other
-                break
+        if alone:
+            pool = self._lone
+        elif bulk:
+            pool = self._bulk
+        else:
+            pool = self._slow if slow else self.interactive
         try:
             return await asyncio.get_running_loop().run_in_executor(pool, run)
         finally:
