@@ -2,7 +2,14 @@
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-__all__ = ["UnderPrefix"]
+__all__ = ["UnderPrefix", "without_prefix"]
+
+
+def without_prefix(path: str, prefix: str) -> str:
+    """The path below `prefix` (empty for none); one that is not below it stays as it is."""
+    if not f"{path}/".startswith(f"{prefix}/"):
+        return path
+    return path.removeprefix(prefix) or "/"
 
 
 class UnderPrefix:
@@ -17,6 +24,8 @@ class UnderPrefix:
         self._prefix = prefix
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and f"{scope['path']}/".startswith(f"{self._prefix}/"):
-            scope = {**scope, "path": scope["path"].removeprefix(self._prefix) or "/"}
+        if scope["type"] == "http":
+            path: str = scope["path"]
+            if (below := without_prefix(path, self._prefix)) != path:
+                scope = {**scope, "path": below}
         await self._app(scope, receive, send)

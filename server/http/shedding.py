@@ -19,6 +19,7 @@ from uvicorn._types import HTTPScope
 
 from server.http.openinference.protocol import INFER_PATHS
 from server.http.parameters import is_bulk
+from server.http.prefix import without_prefix
 from server.http.problems import answer
 from server.inference.errors import Overloaded
 from server.inference.service import Service
@@ -53,7 +54,7 @@ class Door:
         If so the scope says it to `Shedding`.
         """
         service = self._service
-        path = scope["path"].removeprefix(service.settings.root_path)
+        path = without_prefix(scope["path"], service.settings.root_path)
         if path not in _ROUTES or scope["method"] != "POST" or not service.networks.works:
             return False
         headers = Headers(raw=list(scope["headers"]))

@@ -47,6 +47,7 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 from uvicorn.server import ServerState
 
+from server.http.prefix import without_prefix
 from server.http.problems import PROBLEM_JSON
 from server.observe.metrics import Metrics
 from server.settings import Settings
@@ -82,11 +83,11 @@ WANTED_ON_TOP = _SOCKETS_ON_TOP + _OTHER_FILES
 
 # What is answered on connections above the limit.
 _ALWAYS_ANSWERED = {
-    b"/health/live",
-    b"/health/ready",
-    b"/v2/health/live",
-    b"/v2/health/ready",
-    b"/metrics",
+    "/health/live",
+    "/health/ready",
+    "/v2/health/live",
+    "/v2/health/ready",
+    "/metrics",
 }
 
 # Requests that a client may send without waiting for the answers to those before.
@@ -381,8 +382,7 @@ class Connection(HttpToolsProtocol):
             )
             raise _Refused
         is_on_top = self in self._house.asked and self._is_full
-        path = self.url.partition(b"?")[0].removeprefix(self._settings.root_path.encode())
-        if is_on_top and path not in _ALWAYS_ANSWERED:
+        if is_on_top and not self._is_always_answered:
             self._refuse_one_too_many()
             raise _Refused
         self._house.asked.pop(self, None)
@@ -539,6 +539,12 @@ class Connection(HttpToolsProtocol):
         if self._head_bytes > self._settings.max_header_bytes:
             self._refuse_head()
             raise _Refused
+
+    @property
+    def _is_always_answered(self) -> bool:
+        """Whether it asks for what is told on connections above the limit, too."""
+        path = self.url.partition(b"?")[0].decode("latin-1")
+        return without_prefix(path, self._settings.root_path) in _ALWAYS_ANSWERED
 
     @property
     def _is_full(self) -> bool:
