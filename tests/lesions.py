@@ -63,6 +63,19 @@ def lesion_photo(
     return LesionPhoto(pixels, np.asarray(smooth) > 0)
 
 
+UNDONE = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+"""What turns an upright picture so that applying an EXIF orientation makes it upright again."""
+
+
 def encode_photo(
     pixels: NDArray[np.uint8],
     image_format: str = "JPEG",
@@ -76,17 +89,8 @@ def encode_photo(
     A reader that applies the orientation sees `pixels` upright again.
     """
     image = Image.fromarray(pixels)
-    undo = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_90,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_270,
-    }
-    if orientation != 1:
-        image = image.transpose(undo[orientation])
+    if (turn := UNDONE[orientation]) is not None:
+        image = image.transpose(turn)
         exif = Image.Exif()
         exif[0x0112] = orientation
         options["exif"] = exif

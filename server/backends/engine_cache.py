@@ -193,8 +193,7 @@ class EngineCache:
         if trial.returncode < 0:
             raise PlanError(f"{self.engine} kills who loads it, by signal {-trial.returncode}")
         if trial.returncode:
-            last_lines = trial.stdout.decode(errors="replace").strip().splitlines()[-1:]
-            raise BackendError("; ".join(last_lines) or f"exit {trial.returncode}")
+            raise BackendError("".join(_last_lines(trial.stdout, 1)) or f"exit {trial.returncode}")
 
     def _failed_gate(self) -> bool:
         try:
@@ -260,7 +259,7 @@ class EngineCache:
             )
             reason = self._wait(builder, stop)
             output.seek(0)
-            last_lines = output.read().decode(errors="replace").strip().splitlines()[-3:]
+            last_lines = _last_lines(output.read(), 3)
         if builder.returncode == 0:
             self._say("build_succeeded", last_lines[-1] if last_lines else str(self.engine))
             return True
@@ -304,6 +303,10 @@ class EngineCache:
         )
         log.log(logging.INFO if fine else logging.WARNING, "engine %s: %s", event, text)
         self._on_event(event)
+
+
+def _last_lines(output: bytes, count: int) -> list[str]:
+    return output.decode(errors="replace").strip().splitlines()[-count:]
 
 
 def open_engine_cache(

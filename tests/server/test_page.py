@@ -24,7 +24,7 @@ from photos.image import lesion_mask
 from photos.masks import measure
 from photos.regions import largest_part, largest_region
 from tests.conftest import Offline
-from tests.lesions import encode_photo, lesion_photo
+from tests.lesions import UNDONE, encode_photo, lesion_photo
 from tests.server.test_clean_masks import faint
 from tests.server.test_segment import read_png
 
@@ -236,19 +236,6 @@ def encoded(image: Image.Image, name: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, name, quality=95, **options)
     return buffer.getvalue()
-
-
-# Of what is applied, what undoes it.
-UNDONE = {
-    1: None,
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_90,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_270,
-}
 
 
 @pytest.mark.parametrize(
