@@ -63,11 +63,13 @@ class Access:
         requests_per_s: float,
         burst: int,
     ) -> None:
-        """Args:
-        keys: who may come in; None for everybody.
-        metrics_keyed: `/metrics` takes a key too.
-        requests_per_s: of each key, in the long run; 0 for no limit.
-        burst: requests that a key may send at once.
+        """Guard `app` by the keys of a file.
+
+        Args:
+            keys: who may come in; None for everybody.
+            metrics_keyed: `/metrics` takes a key too.
+            requests_per_s: of each key, in the long run; 0 for no limit.
+            burst: requests that a key may send at once.
         """
         self._app = app
         self._keys = keys

@@ -50,13 +50,15 @@ class RequestContext:
         shared: bool = False,
         record: Record | None = None,
     ) -> None:
-        """Args:
-        app: all the rest.
-        metrics: told of every answer.
-        is_draining: whether the server is on its way out.
-        encrypted: browsers shall not come back without TLS.
-        shared: pages of other origins may use the API.
-        record: writes traces.
+        """Surround `app`.
+
+        Args:
+            app: all the rest.
+            metrics: told of every answer.
+            is_draining: whether the server is on its way out.
+            encrypted: browsers shall not come back without TLS.
+            shared: pages of other origins may use the API.
+            record: writes traces.
         """
         self._app = app
         security = dict(_SECURITY)

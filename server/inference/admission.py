@@ -55,8 +55,10 @@ class Pace:
     """How soon photos get done, by those that got done last."""
 
     def __init__(self, memory: int) -> None:
-        """Args:
-        memory: photos that it is an average of.
+        """Begin without having seen a photo.
+
+        Args:
+            memory: photos that it is an average of.
         """
         self.photos = 0
         """That are being worked on or wait for it."""
@@ -324,8 +326,10 @@ class Gate:
             raise self._overloaded("the queue is full", "queue_full")
 
     def check(self, photos: int, left_s: float, *, bulk: bool, arriving: int = 0) -> None:
-        """Raises:
-        Overloaded: so many photos that come now are not done in `left_s`; see `wait_s`.
+        """Begin without having seen a photo.
+
+        Raises:
+            Overloaded: so many photos that come now are not done in `left_s`; see `wait_s`.
         """
         wait_s = self.wait_s(photos, bulk=bulk, arriving=arriving)
         if wait_s and wait_s > left_s:

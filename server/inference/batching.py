@@ -86,12 +86,15 @@ class Batcher:
         max_wait_ms: float = 0,
         on_failing: Callable[[], None] = lambda: None,
     ) -> None:
-        """Args:
-        backend: loaded and warmed up.
-        metrics: told of batch sizes, drops and failures.
-        max_batch: 0 for the backend's own.
-        max_wait_ms: how long an idle backend waits for a batch to fill.
-        on_failing: called once, when the backend has failed `FAILURES` times in a row, or hangs.
+        """Start the threads in which `backend` runs.
+
+        Args:
+            backend: loaded and warmed up.
+            metrics: told of batch sizes, drops and failures.
+            max_batch: 0 for the backend's own.
+            max_wait_ms: how long an idle backend waits for a batch to fill.
+            on_failing: called once, when the backend has failed `FAILURES` times in a row, or
+                hangs.
         """
         self.info = info = backend.describe()
         self._backend = backend

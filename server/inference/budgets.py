@@ -16,9 +16,11 @@ class ByteBudget:
     """
 
     def __init__(self, limit: int, whole: "ByteBudget | None" = None) -> None:
-        """Args:
-        limit: most bytes.
-        whole: the budget that this one is a share of.
+        """Begin with nothing taken.
+
+        Args:
+            limit: most bytes.
+            whole: the budget that this one is a share of.
         """
         self.limit = limit
         self.used = 0

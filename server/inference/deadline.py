@@ -14,9 +14,11 @@ class Deadline:
     """So many seconds after `started`, on the one clock that all of a request is held to."""
 
     def __init__(self, started: float, seconds: float) -> None:
-        """Args:
-        started: second of `time.perf_counter`.
-        seconds: that the request may take.
+        """Set the deadline; it may be shortened later.
+
+        Args:
+            started: second of `time.perf_counter`.
+            seconds: that the request may take.
         """
         self._started = started
         self._seconds = seconds

@@ -36,8 +36,10 @@ class Networks:
         return self._current is not None and not self._current.is_failing
 
     def check_works(self) -> None:
-        """Raises:
-        Unavailable: no backend is ready, or it fails all the time.
+        """Refuse where no photo can run.
+
+        Raises:
+            Unavailable: no backend is ready, or it fails all the time.
         """
         if self.current.is_failing:
             raise Unavailable(FAILING)

@@ -71,8 +71,10 @@ class Service:
         return self.networks.current.info
 
     def check_ready(self) -> None:
-        """Raises:
-        Unavailable: requests are not served, or are better sent elsewhere.
+        """Refuse where requests are not served, or are better sent elsewhere.
+
+        Raises:
+            Unavailable: says which.
         """
         self.networks.check_works()
         if self.draining:
