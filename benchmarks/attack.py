@@ -24,10 +24,10 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from benchmarks.launch import ServerProcess, serve
 from common.program import Help
-from tests.attacks import attacks
-from tests.lesions import encode_photo, lesion_photo
+from tests.support.attacks import attacks
+from tests.support.launch import ServerProcess, serve
+from tests.support.lesions import encode_photo, lesion_photo
 
 _COSTLIEST = 3
 _TIMEOUT_S = 120

@@ -131,7 +131,7 @@ class Deck:
 def generated(model: Path) -> Deck:
     """Generated photos in `MIX`'s sizes and formats."""
     # Only where it is asked for: it draws what the tests draw.
-    from tests.lesions import encode_photo, lesion_photo
+    from tests.support.lesions import encode_photo, lesion_photo
 
     photos = []
     for seed, (width, height, image_format, count) in enumerate(MIX):

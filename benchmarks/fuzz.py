@@ -30,8 +30,8 @@ from PIL import Image
 from common.program import Help
 from photos.image import FORMATS, MODEL_SIZE, ImageError, read_photo
 from server.observe.logs import silence_libtiff
-from tests.attacks import attacks
-from tests.lesions import encode_photo, lesion_photo
+from tests.support.attacks import attacks
+from tests.support.lesions import encode_photo, lesion_photo
 
 __all__ = ["Report", "fuzz"]
 

@@ -27,10 +27,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.launch import ServerProcess, serve
 from common.program import Help
 from server.observe.stages import STAGES
 from server.settings import available_cores
+from tests.support.launch import ServerProcess, serve
 
 SIZES = ((600, 450), (1024, 768), (3024, 2016), (6000, 4000))
 JPEG_QUALITY = 92
@@ -82,7 +82,7 @@ def photos_at_all_sizes(image: Path | None) -> dict[tuple[int, int], bytes]:
     source = Image.open(image).convert("RGB") if image else None
     for width, height in SIZES:
         if source is None:
-            from tests.lesions import lesion_photo
+            from tests.support.lesions import lesion_photo
 
             picture = Image.fromarray(lesion_photo(3, width, height).pixels)
         else:

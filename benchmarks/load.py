@@ -31,7 +31,6 @@ from locust.runners import LocalRunner
 
 from benchmarks.deck import Deck, bare_network_ms, generated, given
 from benchmarks.latency import machine
-from benchmarks.launch import serve
 from benchmarks.load_figures import Kind, Machine, Report, Scenario, Step
 from benchmarks.load_report import write_report
 from benchmarks.locustfile import (
@@ -47,6 +46,7 @@ from benchmarks.locustfile import (
 from common.program import Help
 from server.observe.stages import STAGES
 from server.settings import available_cores
+from tests.support.launch import serve
 
 RESULTS = Path(__file__).parent / "results"
 CLIENTS = (1, 2, 4, 8, 16, 32)

@@ -16,7 +16,7 @@ from ray import serve
 from ray.cluster_utils import Cluster
 from ray.serve.schema import ServeDeploySchema
 
-from benchmarks.launch import free_port
+from tests.support.launch import free_port
 
 __all__ = ["GATEWAY", "PROXY", "SEGMENTER", "RayService", "ray_service", "wait_for"]
 

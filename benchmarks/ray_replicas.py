@@ -26,10 +26,10 @@ from urllib.parse import urlsplit
 import psutil
 
 from benchmarks.deck import Card, deal, generated
-from benchmarks.launch import serve
 from benchmarks.ray_cluster import GATEWAY, PROXY, SEGMENTER, RayService, ray_service
 from common.program import Help
 from server.settings import Settings, available_cores
+from tests.support.launch import serve
 
 __all__ = ["Figures", "measure", "report"]
 

@@ -28,9 +28,9 @@ import httpx
 import psutil
 
 from benchmarks.deck import Card, deal, generated
-from benchmarks.launch import ServerProcess, serve
 from common.program import Help
 from server.settings import Settings
+from tests.support.launch import ServerProcess, serve
 
 __all__ = ["Soak", "soak"]
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from benchmarks.launch import serve
-from tests.lesions import encode_photo, lesion_photo
+from tests.support.launch import serve
+from tests.support.lesions import encode_photo, lesion_photo
 
 SEED = 4
 WIDTH, HEIGHT = 600, 450

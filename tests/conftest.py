@@ -2,34 +2,21 @@
 
 import inspect
 import os
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.launch import ServerProcess, serve
-from photos.image import Photo, lesion_mask, read_photo, unpack_mask
-from server.backends import open_backend
-from tests.lesions import encode_photo, lesion_photo
-
-ROOT = Path(__file__).parent.parent
-MODEL = ROOT / "model/weights/slsnet.onnx"
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A photo as a client sends it, with its true mask (bool [height, width])."""
-
-    name: str
-    data: bytes
-    mask: NDArray[np.bool_]
+from tests.support import ROOT
+from tests.support.launch import ServerProcess, serve
+from tests.support.lesions import encode_photo, lesion_photo
+from tests.support.offline import Offline
+from tests.support.samples import Sample
+from tests.support.waiting import until
 
 
 @pytest.fixture(scope="session")
@@ -85,36 +72,6 @@ def _nothing_left(request: pytest.FixtureRequest) -> None:
     if "server" in request.fixturenames:
         process = request.getfixturevalue("server")
         until(lambda: "\nslsnet_requests_in_flight 0.0" in httpx.get(f"{process.url}/metrics").text)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for it, and not for ever."""
-    give_up = time.perf_counter() + 60
-    while not condition():
-        assert time.perf_counter() < give_up
-        time.sleep(0.02)
-
-
-CPU_BACKEND = "onnxruntime"
-"""What `auto` takes on this machine, where there is no GPU."""
-
-
-class Offline:
-    """The network without a server: what each answer must equal, whatever it was batched with."""
-
-    def __init__(self) -> None:
-        self._backend = open_backend(CPU_BACKEND, MODEL, threads=1)
-
-    def probability(self, photo: Photo) -> NDArray[np.float32]:
-        """float32 [128, 128]"""
-        probability: NDArray[np.float32] = self._backend.infer(photo.pixels[None])[0]
-        return probability
-
-    def mask(self, data: bytes, threshold: float = 0.5) -> NDArray[np.bool_]:
-        """bool [height, width]"""
-        photo = read_photo(data)
-        packed = lesion_mask(self.probability(photo), photo.width, photo.height, threshold)
-        return unpack_mask(packed, photo.width)
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,11 @@ import importlib
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.support import ROOT
+
 PARTS = ("server", "model", "trt_build", "benchmarks", "docs")
 COMMANDS = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)

@@ -36,7 +36,7 @@ from common.files import write_atomically
 from common.program import Help
 from photos.image import read_photo
 from server.settings import SHIPPED_MODEL
-from tests.lesions import encode_photo, lesion_photo
+from tests.support.lesions import encode_photo, lesion_photo
 
 RESULTS = ROOT / "benchmarks" / "results" / "peers"
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.cpu_engine import STOCK, OtherWork, disturbance, main, taken
-from tests.conftest import CPU_BACKEND
-from tests.lesions import write_pairs
+from tests.support.lesions import write_pairs
+from tests.support.offline import CPU_BACKEND
 
 
 def test_speed_and_masks_are_told_beside_stock(

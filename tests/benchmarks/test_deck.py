@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.deck import Expected, deal, given
-from tests.conftest import MODEL
-from tests.lesions import encode_photo, lesion_photo
+from tests.support import MODEL
+from tests.support.lesions import encode_photo, lesion_photo
 
 WIDTH, HEIGHT = 800, 600
 

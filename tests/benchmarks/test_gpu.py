@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from benchmarks import gpu
 from server.backends import BackendInfo
-from tests.conftest import MODEL
+from tests.support import MODEL
 from trt_build.device import Gpu
 from trt_build.parity import onnx_runner
 from trt_build.samples import REFERENCE, load_samples

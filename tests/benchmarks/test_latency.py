@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.latency import has_torch, start_table
-from tests.conftest import ROOT, Sample
+from tests.support import ROOT
+from tests.support.samples import Sample
 
 
 @pytest.mark.parametrize("exists", [False, True])

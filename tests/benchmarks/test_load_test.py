@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.launch import ServerProcess
-from tests.conftest import ROOT
-from tests.lesions import encode_photo, lesion_photo
+from tests.support import ROOT
+from tests.support.launch import ServerProcess
+from tests.support.lesions import encode_photo, lesion_photo
 
 NAME = "Jane_Doe_1970"
 

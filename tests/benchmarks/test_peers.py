@@ -46,7 +46,8 @@ from benchmarks.peers.overload import Round, table
 from benchmarks.peers.processes import Running, Unavailable
 from benchmarks.peers.report import write_report
 from photos.image import encode_png
-from tests.conftest import ROOT, until
+from tests.support import ROOT
+from tests.support.waiting import until
 
 OK = b"HTTP/1.1 200 OK\r\n"
 LATER = b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 2\r\nContent-Length: 0\r\n\r\n"

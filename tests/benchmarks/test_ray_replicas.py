@@ -11,7 +11,8 @@ import pytest
 
 from benchmarks.deck import Card, Expected
 from photos.image import read_photo
-from tests.conftest import Offline, Sample
+from tests.support.offline import Offline
+from tests.support.samples import Sample
 
 pytest.importorskip("ray", reason="needs Ray: pip install -r requirements-ray.txt")
 

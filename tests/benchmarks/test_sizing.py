@@ -1,12 +1,11 @@
 """Cores and cost follow from the table of latency."""
 
-from pathlib import Path
-
 import pytest
 
 from benchmarks.sizing import Cost, Prices, read_costs, tables
+from tests.support import ROOT
 
-MEASURED = Path(__file__).parent.parent.parent / "docs/benchmarks.md"
+MEASURED = ROOT / "docs/benchmarks.md"
 
 LATENCY = """
 | photo | JPEG, MB | whole | read | queue | infer | not the network | of the whole |

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from common.files import replacing, write_atomically
-
-ROOT = Path(__file__).parent.parent.parent
+from tests.support import ROOT
 
 KILLED = """
 import os, signal, sys

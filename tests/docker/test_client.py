@@ -10,8 +10,8 @@ from threading import Thread
 
 import pytest
 
-from benchmarks.launch import free_port
 from docker.test.client import load
+from tests.support.launch import free_port
 
 
 @contextmanager

@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 from server.settings import Settings, settings_table
+from tests.support import ROOT
 
-FOLDER = Path(__file__).parent.parent.parent / "docker"
+FOLDER = ROOT / "docker"
 COMPOSE = Path(sys.executable).with_name("podman-compose")
 SETTINGS = {variable for _, variable, _, _ in settings_table()}
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent.parent
+from tests.support import ROOT
+
 FOLDER = ROOT / "docker"
 DOCKERFILES = [FOLDER / name for name in ("Dockerfile", "Dockerfile.gpu", "Dockerfile.load")]
 SCRIPTS = [ROOT / ".ci/run", *sorted(FOLDER.glob("*.sh")), *sorted(FOLDER.glob("test/*.sh"))]

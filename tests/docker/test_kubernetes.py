@@ -14,15 +14,16 @@ import httpx
 import pytest
 import yaml
 
-from benchmarks.launch import ServerProcess
 from server.observe.metrics import Metrics
 from server.settings import Settings, settings_table
+from tests.support import ROOT
+from tests.support.launch import ServerProcess
 
 kubernetes_validate = pytest.importorskip(
     "kubernetes_validate", reason="needs kubernetes-validate (docker/requirements-tools.txt)"
 )
 
-FOLDER = Path(__file__).parent.parent.parent / "docker/kubernetes"
+FOLDER = ROOT / "docker/kubernetes"
 KUBECTL = shutil.which("kubectl", path=Path(sys.executable).parent) or shutil.which("kubectl")
 SETTINGS = {variable for _, variable, _, _ in settings_table()}
 

@@ -1,11 +1,10 @@
 """The images install what the requirement files pin, each file of it known by its hash."""
 
 import re
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent.parent
+from tests.support import ROOT
 
 
 def _locked(name: str) -> dict[str, list[str]]:

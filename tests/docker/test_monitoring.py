@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +13,8 @@ from prometheus_client.metrics import Histogram, MetricWrapperBase
 
 from docker.test.stack import annotations, dashboard_queries, variables
 from server.observe.metrics import Metrics
+from tests.support import ROOT
 
-ROOT = Path(__file__).parent.parent.parent
 PROMETHEUS = ROOT / "docker/prometheus"
 GRAFANA = ROOT / "docker/grafana"
 PROMTOOL = shutil.which("promtool")

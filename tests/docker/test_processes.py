@@ -14,10 +14,10 @@ from threading import Thread
 
 import pytest
 
-from benchmarks.launch import free_port, serve
 from tests.server.http.test_access import Authority
+from tests.support import ROOT
+from tests.support.launch import free_port, serve
 
-ROOT = Path(__file__).parent.parent.parent
 HEALTH = ROOT / "docker/health.py"
 
 # In the image these two lie in the root of the tree, beside `server`.

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from server.settings import settings_table
-
-ROOT = Path(__file__).parent.parent.parent
+from tests.support import ROOT
 
 # What a page loads; links that a reader may follow are not of them.
 _LOADED = re.compile(r'<(?:script|img|iframe)[^>]* src="([^"]+)"|<link[^>]* href="([^"]+)"')

@@ -11,7 +11,7 @@ from model.ablate import GROUPS, MEASURES, PAPER, Row, chosen, main, markdown
 from model.config import PRESETS, ConfigError, TrainConfig
 from model.loop import train
 from model.trainer import Progress, TrainingError
-from tests.model.tiny import GENERATOR, tiny_flags, write_isic2017
+from tests.support.tiny import GENERATOR, tiny_flags, write_isic2017
 
 
 def flags(folder: Path, *presets: str, epochs: int = 1) -> list[str]:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from model.augment import Augmenter, Recipe
-from tests.model.tiny import pixel_set
+from tests.support.tiny import pixel_set
 
 RECIPES: tuple[Recipe, ...] = ("none", "paper", "strong", "settle")
 CPU = torch.device("cpu")

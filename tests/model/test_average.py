@@ -10,7 +10,7 @@ from model.average import mean_network
 from model.checkpoint import load_run
 from model.config import GeneratorConfig
 from model.generator import Generator, load_generator, load_metadata
-from tests.model.tiny import GENERATOR, tiny_config, tiny_flags, write_isic2017
+from tests.support.tiny import GENERATOR, tiny_config, tiny_flags, write_isic2017
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ from model.compare import Recipe, difference, main, markdown, score
 from model.config import ConfigError
 from model.data import find_samples
 from model.train import main as train
-from tests.model.tiny import tiny_flags, write_isic2017
+from tests.support.tiny import tiny_flags, write_isic2017
 
 
 def _run(folder: Path, name: str, fold: int, **changes: object) -> Path:

@@ -22,8 +22,8 @@ from model.data import (
 )
 from model.truth import DataError
 from photos.image import read_photo
-from tests.lesions import encode_photo, lesion_photo
-from tests.model.tiny import write_isic2017, write_pair
+from tests.support.lesions import encode_photo, lesion_photo
+from tests.support.tiny import write_isic2017, write_pair
 
 
 def ids(samples: list[Sample]) -> list[str]:

@@ -14,7 +14,7 @@ from model.distill import distil, predict
 from model.generator import Generator
 from model.splits import STORED_SIZE, prepare, split_samples
 from model.trainer import Trainer
-from tests.model.tiny import tiny_config, tiny_flags, write_isic2017
+from tests.support.tiny import tiny_config, tiny_flags, write_isic2017
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from model.config import DataConfig, TrainConfig
 from model.data import Sample, find_samples
 from model.splits import split_samples
 from model.truth import DataError
-from tests.lesions import lesion_photo
-from tests.model.tiny import tiny_config, write_isic2017, write_pair
+from tests.support.lesions import lesion_photo
+from tests.support.tiny import tiny_config, write_isic2017, write_pair
 
 CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
     "same": lambda picture: picture,

@@ -15,7 +15,7 @@ from model.evaluate import THRESHOLDS, WEIGHTS, Network, evaluate, load_network,
 from model.metrics import METRICS
 from model.truth import DataError, read_truth
 from photos.image import lesion_mask, read_photo, unpack_mask
-from tests.lesions import encode_photo, lesion_photo, write_pairs
+from tests.support.lesions import encode_photo, lesion_photo, write_pairs
 
 KEYS = {"accuracy", "dice", "jaccard", "sensitivity", "specificity", "threshold_jaccard", "count"}
 

@@ -19,8 +19,8 @@ from model.evaluate import WEIGHTS as SHIPPED
 from model.export import export, main, set_attention
 from model.generator import Generator, load_generator, load_metadata, save_generator
 from model.layers import ChannelAttention, PositionAttention
-from tests.lesions import lesion_photo
-from tests.model.tiny import GENERATOR
+from tests.support.lesions import lesion_photo
+from tests.support.tiny import GENERATOR
 from trt_build.parity import compare, onnx_runner
 from trt_build.samples import REFERENCE, load_samples
 

@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 from model.data import find_pairs
 from model.evaluate import Evaluation, Network, evaluate
 from model.gallery import overlay, write_gallery
-from tests.lesions import write_pairs
+from tests.support.lesions import write_pairs
 
 COUNT = 9
 

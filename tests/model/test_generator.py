@@ -14,7 +14,7 @@ from model.config import GeneratorConfig
 from model.generator import Generator, load_generator, load_metadata, save_generator
 from model.layers import ChannelAttention, FactorisedLayer, PositionAttention
 from model.teacher import Teacher
-from tests.model.tiny import GENERATOR
+from tests.support.tiny import GENERATOR
 
 TINY = GeneratorConfig(**GENERATOR)
 

@@ -14,9 +14,10 @@ from model.evaluate import load_network
 from model.export import export, main
 from model.generator import Generator, input_size, save_generator
 from server.backends import BackendError, open_backend
-from tests.model.tiny import GENERATOR
+from tests.support import ROOT
+from tests.support.tiny import GENERATOR
 
-SHIPPED = Path(__file__).parent.parent.parent / "model/weights"
+SHIPPED = ROOT / "model/weights"
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from PIL import Image
 
 from model.evaluate import WEIGHTS, load_network
 from photos.image import lesion_mask, read_photo, unpack_mask
-from tests.lesions import SKIN_TONES, encode_photo, lesion_photo, write_pairs
+from tests.support.lesions import SKIN_TONES, encode_photo, lesion_photo, write_pairs
 
 
 def test_a_seed_is_a_scene() -> None:

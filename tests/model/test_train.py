@@ -33,9 +33,8 @@ from model.splits import prepare
 from model.teacher import Teacher
 from model.train import main
 from model.trainer import Trainer, TrainingError
-from tests.model.tiny import GENERATOR, pixel_set, tiny_config, tiny_flags, write_isic2017
-
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
+from tests.support.tiny import GENERATOR, pixel_set, tiny_config, tiny_flags, write_isic2017
 
 
 @pytest.fixture(scope="session")

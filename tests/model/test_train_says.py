@@ -14,7 +14,7 @@ from model.config import ConfigError, DataConfig, TrainConfig
 from model.precision import chosen_precision
 from model.splits import prepare
 from model.trainer import Trainer
-from tests.model.tiny import pixel_set, tiny_config, write_isic2017
+from tests.support.tiny import pixel_set, tiny_config, write_isic2017
 
 
 def trainer(out: Path, config: TrainConfig) -> Trainer:

@@ -14,7 +14,7 @@ from model.data import find_pairs, find_samples
 from model.evaluate import main as evaluate_main
 from model.truth import DataError, read_truth
 from photos.image import read_photo
-from tests.lesions import encode_photo, lesion_photo
+from tests.support.lesions import encode_photo, lesion_photo
 from trt_build.samples import load_samples
 
 MASK = np.zeros((30, 40), np.uint8)

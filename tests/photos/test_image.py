@@ -24,7 +24,7 @@ from photos.image import (
     read_photo,
     unpack_mask,
 )
-from tests.conftest import Sample
+from tests.support.samples import Sample
 
 WIDTH, HEIGHT = 320, 240
 

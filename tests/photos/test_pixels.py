@@ -14,7 +14,7 @@ from PIL import Image, _imaging
 
 from photos import image, pixels
 from photos.image import MODEL_SIZE, lesion_mask, read_photo
-from tests.conftest import ROOT
+from tests.support import ROOT
 
 runs_here = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64", reason="built for Linux on x86-64"

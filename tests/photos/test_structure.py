@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from photos.image import CorruptImageError, ImageError, read_photo
-from tests.attacks import attacks
+from tests.support.attacks import attacks
 
 ATTACKS = attacks()
 

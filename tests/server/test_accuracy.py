@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.launch import ServerProcess
 from model.data import find_pairs
 from model.evaluate import evaluate, load_network
-from tests.conftest import MODEL
-from tests.lesions import write_pairs
 from tests.server.test_segment import read_png
+from tests.support import MODEL
+from tests.support.launch import ServerProcess
+from tests.support.lesions import write_pairs
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from server import backends
 from server.backends import BackendError, open_backend
-from tests.conftest import MODEL, ROOT, Offline
+from tests.support import MODEL, ROOT
+from tests.support.offline import Offline
 from trt_build.samples import REFERENCE, batches, load_samples
 
 

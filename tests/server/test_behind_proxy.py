@@ -13,8 +13,9 @@ from urllib.parse import urljoin
 import httpx
 import pytest
 
-from benchmarks.launch import ServerProcess, serve
-from tests.conftest import Sample, until
+from tests.support.launch import ServerProcess, serve
+from tests.support.samples import Sample
+from tests.support.waiting import until
 
 _NGINX = """\
 daemon off;

@@ -19,12 +19,14 @@ import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.launch import ServerProcess, serve
 from benchmarks.soak import soak
-from tests.conftest import Offline, Sample, until
-from tests.server.faulty_server import ENDLESS, POISON
 from tests.server.test_drain import masks_of
 from tests.server.test_segment import read_png
+from tests.support.faulty_server import ENDLESS, POISON
+from tests.support.launch import ServerProcess, serve
+from tests.support.offline import Offline
+from tests.support.samples import Sample
+from tests.support.waiting import until
 
 
 @dataclass
@@ -115,7 +117,7 @@ def plain(colour: tuple[int, int, int]) -> bytes:
 
 def test_a_backend_that_never_comes_back_does_not_hold_up_the_end() -> None:
     flags = ("--drain-grace-s", "0", "--drain-timeout-s", "1", "--request-timeout-ms", "2000")
-    with serve(*flags, command=["-m", "tests.server.faulty_server"]) as server:
+    with serve(*flags, command=["-m", "tests.support.faulty_server"]) as server:
         answer = httpx.post(f"{server.url}/segment", content=plain(ENDLESS))
         assert answer.status_code == 504
         server.terminate()
@@ -139,7 +141,7 @@ def test_a_backend_that_raises_now_and_then_costs_no_answer_but_the_bad_photos(
                 assert good.content == mask
         return len(bad), set(bad)
 
-    with serve(command=["-m", "tests.server.faulty_server"]) as server:
+    with serve(command=["-m", "tests.support.faulty_server"]) as server:
         masks = masks_of(server, photos[:5])
         stop = threading.Event()
         with ThreadPoolExecutor(5) as clients, contextlib.ExitStack() as stack:

@@ -3,7 +3,7 @@
 import httpx
 import pytest
 
-from benchmarks.launch import ServerProcess, serve
+from tests.support.launch import ServerProcess, serve
 
 _ORIGIN = "https://clinic.example"
 

@@ -20,16 +20,17 @@ import pytest
 import uvicorn
 import uvloop
 
-from benchmarks.launch import ServerProcess, serve
 from server.http.app import create_app
 from server.process import worker
 from server.process.connections import Connection
 from server.process.worker import _Server
 from server.settings import Settings
-from tests.conftest import Sample, until
-from tests.server.held import serve_held
 from tests.server.http.test_access import Authority
 from tests.server.test_load import figures
+from tests.support.held import serve_held
+from tests.support.launch import ServerProcess, serve
+from tests.support.samples import Sample
+from tests.support.waiting import until
 
 
 @dataclass

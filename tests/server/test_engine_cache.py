@@ -18,15 +18,14 @@ from numpy.typing import NDArray
 
 from server.backends import Backend, BackendError, BackendInfo, engine_cache
 from server.backends.engine_cache import EngineCache, EngineEvent, open_engine_cache
-from tests.conftest import MODEL
-from tests.server.fake_builder import CONTENT, KEY, plan_info
-from tests.trt_build.devices import has_gpu
+from tests.support import MODEL, ROOT
+from tests.support.devices import has_gpu
+from tests.support.fake_builder import CONTENT, KEY, plan_info
 from trt_build import tensorrt_api
 from trt_build.device import Gpu, NoGpuError
 from trt_build.plan import sidecar_path
 
-BUILDER = Path(__file__).parent / "fake_builder.py"
-ROOT = Path(__file__).parent.parent.parent
+BUILDER = ROOT / "tests/support/fake_builder.py"
 
 
 class EngineStub:

@@ -6,9 +6,9 @@ from urllib.parse import quote
 import httpx
 import pytest
 
-from benchmarks.launch import ServerProcess
-from tests.conftest import Sample
 from tests.server.http.test_problems import assert_problem
+from tests.support.launch import ServerProcess
+from tests.support.samples import Sample
 
 Fields = dict[str, Any]
 

@@ -17,9 +17,9 @@ import httpx
 import numpy as np
 import pytest
 
-from benchmarks.launch import ServerProcess
-from tests.conftest import Sample
 from tests.server.test_segment import read_png
+from tests.support.launch import ServerProcess
+from tests.support.samples import Sample
 
 # The forms of JSON's mask, with the sizes that they can have.
 ASKED = [

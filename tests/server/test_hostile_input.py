@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.fuzz import fuzz
-from benchmarks.launch import ServerProcess, serve
 from server.keys import new_key
-from tests.conftest import Sample
+from tests.support.launch import ServerProcess, serve
+from tests.support.samples import Sample
 
 
 def test_damaged_photos_decode_or_are_refused(tmp_path: Path, photos: list[Sample]) -> None:

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.launch import ServerProcess, serve
 from photos.image import read_photo
-from tests.conftest import Offline, Sample
 from tests.server.http.test_problems import assert_problem
+from tests.support.launch import ServerProcess, serve
+from tests.support.offline import Offline
+from tests.support.samples import Sample
 
 WHOLE = {"mask": "probabilities", "size": "original"}
 

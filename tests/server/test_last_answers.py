@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.launch import ServerProcess, serve
-from tests.conftest import Sample
-from tests.server.held import serve_held
 from tests.server.http.test_access import Authority
 from tests.server.process.test_connections import assert_refusal, connect, read_all, refused
 from tests.server.test_load import figures
+from tests.support.held import serve_held
+from tests.support.launch import ServerProcess, serve
+from tests.support.samples import Sample
 
 FLAGS = ("--max-body-bytes", "4000000")
 

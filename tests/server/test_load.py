@@ -8,10 +8,12 @@ import httpx
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.launch import ServerProcess
-from tests.conftest import Offline, Sample, until
-from tests.server.held import serve_held
 from tests.server.test_segment import read_png
+from tests.support.held import serve_held
+from tests.support.launch import ServerProcess
+from tests.support.offline import Offline
+from tests.support.samples import Sample
+from tests.support.waiting import until
 
 CLIENTS = 8
 

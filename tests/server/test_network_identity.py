@@ -21,10 +21,10 @@ from server.backends.onnxruntime import OnnxRuntimeBackend
 from server.inference.service import Service
 from server.observe.metrics import Metrics
 from server.settings import Settings
-from tests.conftest import MODEL
-from tests.lesions import encode_photo, lesion_photo
 from tests.server.http.test_problems import assert_problem
 from tests.server.test_reload import Site, inverted, open_site
+from tests.support import MODEL
+from tests.support.lesions import encode_photo, lesion_photo
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,11 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.launch import ServerProcess, serve
 from server.observe.tracing import open_tracing
-from tests.conftest import CPU_BACKEND, Sample
-from tests.lesions import encode_photo, lesion_photo
+from tests.support.launch import ServerProcess, serve
+from tests.support.lesions import encode_photo, lesion_photo
+from tests.support.offline import CPU_BACKEND
+from tests.support.samples import Sample
 
 
 class Collector(HTTPServer):

@@ -6,8 +6,8 @@ from typing import Any
 import httpx
 import pytest
 
-from benchmarks.launch import ServerProcess
-from tests.conftest import Sample
+from tests.support.launch import ServerProcess
+from tests.support.samples import Sample
 
 _SHAPE = [1, 128, 128, 3]
 

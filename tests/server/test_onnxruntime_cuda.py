@@ -19,8 +19,8 @@ from server.backends import BackendError, onnxruntime_cuda
 from server.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from server.inference.batching import Batcher
 from server.observe.metrics import Metrics
-from tests.conftest import MODEL
-from tests.trt_build.fake_cuda import FakeCuda, FakeStream, Status
+from tests.support import MODEL
+from tests.support.fake_cuda import FakeCuda, FakeStream, Status
 from trt_build.device import Gpu
 
 GLOBAL = 0

@@ -7,10 +7,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from benchmarks.launch import serve
-from tests.conftest import Sample, until
 from tests.server.http.test_access import Authority
 from tests.server.process.test_connections import connect
+from tests.support.launch import serve
+from tests.support.samples import Sample
+from tests.support.waiting import until
 
 FEW_FILES = """
 import resource, runpy, sys

@@ -19,14 +19,14 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
-from benchmarks.launch import ServerProcess
 from photos.image import lesion_mask
 from photos.masks import measure
 from photos.regions import largest_part, largest_region
-from tests.conftest import Offline
-from tests.lesions import UNDONE, encode_photo, lesion_photo
 from tests.server.test_clean_masks import faint
 from tests.server.test_segment import read_png
+from tests.support.launch import ServerProcess
+from tests.support.lesions import UNDONE, encode_photo, lesion_photo
+from tests.support.offline import Offline
 
 CHROMEDRIVER = shutil.which("chromedriver")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

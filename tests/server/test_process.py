@@ -14,9 +14,10 @@ import httpx
 import pytest
 from PIL import ExifTags, Image
 
-from benchmarks.launch import free_port, serve
 from server.settings import Settings, read_settings, settings_table
-from tests.conftest import ROOT, Sample
+from tests.support import ROOT
+from tests.support.launch import free_port, serve
+from tests.support.samples import Sample
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -22,10 +22,12 @@ import pytest
 import yaml
 
 from benchmarks.deck import Expected
-from benchmarks.launch import free_port
 from photos.image import read_photo
-from tests.conftest import CPU_BACKEND, ROOT, Offline, Sample
 from tests.server.bulk.test_bulk import masks, recorded, table
+from tests.support import ROOT
+from tests.support.launch import free_port
+from tests.support.offline import CPU_BACKEND, Offline
+from tests.support.samples import Sample
 
 pytest.importorskip("ray", reason="needs Ray: pip install -r requirements-ray.txt")
 

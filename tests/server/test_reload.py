@@ -15,14 +15,16 @@ import numpy as np
 import onnx
 import pytest
 
-from benchmarks.launch import ServerProcess, serve
 from common.stamp import unstamped
 from server.keys import new_key
-from tests.conftest import MODEL, Sample, until
-from tests.lesions import encode_photo, lesion_photo
 from tests.server.http.test_problems import assert_problem
 from tests.server.test_load import figures
 from tests.server.test_segment import read_png
+from tests.support import MODEL
+from tests.support.launch import ServerProcess, serve
+from tests.support.lesions import encode_photo, lesion_photo
+from tests.support.samples import Sample
+from tests.support.waiting import until
 
 
 @dataclass

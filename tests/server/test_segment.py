@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from benchmarks.launch import ServerProcess
 from photos.image import read_photo
-from tests.conftest import CPU_BACKEND, Offline, Sample
-from tests.lesions import encode_photo, lesion_photo
+from tests.support.launch import ServerProcess
+from tests.support.lesions import encode_photo, lesion_photo
+from tests.support.offline import CPU_BACKEND, Offline
+from tests.support.samples import Sample
 
 Bits = NDArray[np.bool_]
 

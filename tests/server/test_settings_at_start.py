@@ -9,14 +9,14 @@ from pathlib import Path
 import httpx
 import pytest
 
-from benchmarks.launch import free_port, serve
 from server.backends import BackendError
 from server.http.app import create_app
 from server.inference import loading
 from server.keys import KeyFile, KeyFileError, new_key
 from server.settings import Settings
-from tests.conftest import ROOT
 from tests.server.inference.test_loading import _serve
+from tests.support import ROOT
+from tests.support.launch import free_port, serve
 
 
 def refused(*flags: str, code: int = 2, **environment: str) -> str:

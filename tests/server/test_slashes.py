@@ -3,7 +3,7 @@
 import httpx
 import pytest
 
-from benchmarks.launch import ServerProcess
+from tests.support.launch import ServerProcess
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "HEAD"])

@@ -10,9 +10,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from benchmarks.launch import ServerProcess, free_port
-from tests.conftest import until
 from tests.server.test_load import figures
+from tests.support.launch import ServerProcess, free_port
+from tests.support.waiting import until
 
 # Of these, more than fit the pipe and what the server holds back.
 LONG = {"X-Request-ID": 128 * "x"}

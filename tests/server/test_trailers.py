@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.launch import ServerProcess, serve
 from server.keys import new_key
-from tests.conftest import Sample
 from tests.server.process.test_connections import read_all
+from tests.support.launch import ServerProcess, serve
+from tests.support.samples import Sample
 
 KEY, LINE = new_key("clinic")
 TRAILER = b"X-API-Key: %b\r\n" % KEY.encode()

@@ -5,9 +5,9 @@ import json
 import httpx
 import pytest
 
-from benchmarks.launch import ServerProcess
-from tests.conftest import Sample
 from tests.server.http.test_problems import assert_problem
+from tests.support.launch import ServerProcess
+from tests.support.samples import Sample
 
 _INFER = "/v2/models/slsnet/infer"
 

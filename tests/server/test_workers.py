@@ -17,11 +17,13 @@ import httpx
 import psutil
 import pytest
 
-from benchmarks.launch import ServerProcess, free_port, serve
 from server.observe.shared_metrics import Folder
-from tests.conftest import ROOT, Sample, until
 from tests.server.test_drain import Ledger, keep_sending, masks_of
 from tests.server.test_load import figures
+from tests.support import ROOT
+from tests.support.launch import ServerProcess, free_port, serve
+from tests.support.samples import Sample
+from tests.support.waiting import until
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from pathlib import Path
 import onnx
 import pytest
 
-from tests.conftest import MODEL, ROOT
-from tests.trt_build.devices import has_gpu
+from tests.support import MODEL, ROOT
+from tests.support.devices import has_gpu
 from trt_build.__main__ import main
 from trt_build.build import BuildError, BuildOptions, build
 from trt_build.calibrate import CalibrationError, read_ranges

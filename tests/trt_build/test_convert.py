@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from tests.conftest import MODEL
+from tests.support import MODEL
 from trt_build.convert import ConversionError, convert
 from trt_build.parity import onnx_runner
 from trt_build.plan import Precision

@@ -15,8 +15,8 @@ from server.backends import Backend, BackendError
 from server.backends.engine_cache import EngineEvent, open_engine_cache
 from server.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from server.backends.tensorrt import TensorRtBackend
-from tests.conftest import MODEL
-from tests.trt_build.devices import why_no_gpu
+from tests.support import MODEL
+from tests.support.devices import why_no_gpu
 from trt_build.build import BuildOptions, build
 from trt_build.calibrate import measure_ranges
 from trt_build.parity import GENERATED, gate_engine, onnx_runner

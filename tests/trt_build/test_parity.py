@@ -9,8 +9,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from tests.conftest import MODEL
-from tests.lesions import write_pairs
+from tests.support import MODEL
+from tests.support.lesions import write_pairs
 from trt_build.calibrate import calibration_path, read_ranges
 from trt_build.calibrate import main as calibrate
 from trt_build.device import NoGpuError

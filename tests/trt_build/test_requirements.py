@@ -1,11 +1,10 @@
 """The GPU's requirements are the CPU's, with another ONNX Runtime and TensorRT beside it."""
 
 import re
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent.parent
+from tests.support import ROOT
 
 
 def _pins(name: str) -> dict[str, str]:

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from server.backends import BackendError
 from server.backends.tensorrt import TensorRtBackend
-from tests.server.fake_builder import CONTENT, KEY, plan_info
-from tests.trt_build import surface
-from tests.trt_build.devices import has_gpu
-from tests.trt_build.fake_cuda import SIDE, FakeContext, FakeCuda, FakeEngine, Status
+from tests.support import surface
+from tests.support.devices import has_gpu
+from tests.support.fake_builder import CONTENT, KEY, plan_info
+from tests.support.fake_cuda import SIDE, FakeContext, FakeCuda, FakeEngine, Status
 from trt_build import cuda as cuda_module
 from trt_build import runtime as runtime_module
 from trt_build.device import Gpu, NoGpuError, current_gpu

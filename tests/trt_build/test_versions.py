@@ -7,8 +7,8 @@ from typing import Any
 import onnx
 import pytest
 
-from tests.conftest import MODEL
-from tests.trt_build import surface as surfaces
+from tests.support import MODEL
+from tests.support import surface as surfaces
 from trt_build import build as build_module
 from trt_build.build import BuildOptions, build
 from trt_build.convert import convert

@@ -34,8 +34,10 @@ from server.bulk.__main__ import main
 from server.bulk.ledger import Ledger, Listing, Row, Task
 from server.bulk.progress import Progress
 from server.bulk.sources import BulkError, Listed
-from tests.conftest import CPU_BACKEND, MODEL, ROOT, Offline, Sample
-from tests.lesions import encode_photo, lesion_photo
+from tests.support import MODEL, ROOT
+from tests.support.lesions import encode_photo, lesion_photo
+from tests.support.offline import CPU_BACKEND, Offline
+from tests.support.samples import Sample
 
 Table = dict[str, dict[str, str]]
 

@@ -10,7 +10,7 @@ import pytest
 
 from common.tables import csv_line, from_cell, to_cell
 from server.bulk.__main__ import main
-from tests.lesions import encode_photo, lesion_photo
+from tests.support.lesions import encode_photo, lesion_photo
 
 PHOTO = encode_photo(lesion_photo(3, 64, 48).pixels, "PNG")
 

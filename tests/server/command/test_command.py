@@ -10,8 +10,7 @@ import pytest
 
 from server import VERSION
 from server.command import COMMANDS, main
-
-ROOT = Path(__file__).parent.parent.parent.parent
+from tests.support import ROOT
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.launch import ServerProcess
 from server.command.segment import main
-from tests.conftest import Sample
+from tests.support.launch import ServerProcess
+from tests.support.samples import Sample
 
 
 def test_masks_are_those_of_the_server(

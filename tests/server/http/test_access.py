@@ -24,10 +24,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from benchmarks.launch import ServerProcess, free_port, serve
 from server.keys import KeyFile, KeyFileError, new_key
-from tests.conftest import ROOT, Sample, until
 from tests.server.http.test_problems import assert_problem
+from tests.support import ROOT
+from tests.support.launch import ServerProcess, free_port, serve
+from tests.support.samples import Sample
+from tests.support.waiting import until
 
 
 @dataclass

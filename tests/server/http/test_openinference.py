@@ -16,7 +16,6 @@ import pytest
 from fastapi import FastAPI
 from numpy.typing import NDArray
 
-from benchmarks.launch import ServerProcess, serve
 from photos.image import lesion_mask, read_photo, unpack_mask
 from server.http.openinference import codec
 from server.http.openinference.route import openinference_router
@@ -27,8 +26,10 @@ from server.keys import new_key
 from server.observe.metrics import Metrics
 from server.observe.stages import Stages
 from server.settings import Settings
-from tests.conftest import Offline, Sample
 from tests.server.inference.test_service import Constant, no_collection
+from tests.support.launch import ServerProcess, serve
+from tests.support.offline import Offline
+from tests.support.samples import Sample
 
 triton = pytest.importorskip("tritonclient.http", reason="tritonclient[http] is not installed")
 triton_aio = pytest.importorskip("tritonclient.http.aio")

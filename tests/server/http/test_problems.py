@@ -14,16 +14,17 @@ import httpx
 import numpy as np
 import pytest
 
-from benchmarks.launch import ServerProcess
 from photos.image import DEFAULT_MAX_PIXELS
 from server.http.answers import ProblemAnswer
 from server.http.app import create_app
 from server.inference.service import Service
 from server.settings import Settings
-from tests.conftest import Sample, until
-from tests.lesions import encode_photo
-from tests.server.held import serve_held
 from tests.server.test_load import figures
+from tests.support.held import serve_held
+from tests.support.launch import ServerProcess
+from tests.support.lesions import encode_photo
+from tests.support.samples import Sample
+from tests.support.waiting import until
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import httpx
 import jsonschema_rs
 import pytest
 
-from benchmarks.launch import ServerProcess, serve
 from server.http.problems import PROBLEM_JSON
 from server.keys import new_key
 from tests.server.process.test_connections import read_all
+from tests.support.launch import ServerProcess, serve
 
 
 def test_page_needs_nothing_from_elsewhere(server: ServerProcess) -> None:

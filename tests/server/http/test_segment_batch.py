@@ -15,13 +15,15 @@ import httpx
 import numpy as np
 import pytest
 
-from benchmarks.launch import ServerProcess, serve
 from photos.image import encode_png
-from tests.conftest import Offline, Sample, until
-from tests.lesions import encode_photo, lesion_photo
-from tests.server.held import serve_held
 from tests.server.test_load import figures
 from tests.server.test_segment import post, read_png
+from tests.support.held import serve_held
+from tests.support.launch import ServerProcess, serve
+from tests.support.lesions import encode_photo, lesion_photo
+from tests.support.offline import Offline
+from tests.support.samples import Sample
+from tests.support.waiting import until
 
 Form = list[tuple[str, tuple[str, bytes]]]
 

@@ -18,15 +18,16 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from benchmarks.launch import ServerProcess
 from server.http.openinference.protocol import INFER_PATHS
 from server.keys import new_key
 from server.observe.metrics import Metrics
 from server.process.connections import Connection, House
 from server.settings import Settings
-from tests.conftest import Sample, until
-from tests.server.held import serve_held
 from tests.server.test_load import figures
+from tests.support.held import serve_held
+from tests.support.launch import ServerProcess
+from tests.support.samples import Sample
+from tests.support.waiting import until
 
 ORIGIN = "https://clinic.example"
 PATHS = {

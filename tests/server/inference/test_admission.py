@@ -13,13 +13,14 @@ from itertools import cycle, islice
 import httpx
 import pytest
 
-from benchmarks.launch import ServerProcess, serve
 from server.inference import admission
 from server.inference.admission import Gate, Place
 from server.inference.errors import Overloaded
 from server.settings import Settings
-from tests.conftest import Sample, until
 from tests.server.test_load import figures
+from tests.support.launch import ServerProcess, serve
+from tests.support.samples import Sample
+from tests.support.waiting import until
 
 
 class Clock:

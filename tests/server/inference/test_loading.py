@@ -18,9 +18,9 @@ from server.backends.engine_cache import EngineCache, EngineEvent
 from server.http.app import create_app
 from server.inference import loading
 from server.settings import Settings
-from tests.conftest import CPU_BACKEND
-from tests.lesions import encode_photo, lesion_photo
 from tests.server.test_engine_cache import EngineStub, Harness
+from tests.support.lesions import encode_photo, lesion_photo
+from tests.support.offline import CPU_BACKEND
 from trt_build.plan import Precision
 
 PHOTO = encode_photo(lesion_photo(0, 200, 150).pixels)

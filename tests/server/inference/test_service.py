@@ -33,7 +33,7 @@ from server.inference.submission import Body, Segmentation, Submission, submitte
 from server.observe.metrics import Metrics
 from server.observe.stages import Stages
 from server.settings import Settings
-from tests.lesions import encode_photo, lesion_photo
+from tests.support.lesions import encode_photo, lesion_photo
 
 
 class Constant:

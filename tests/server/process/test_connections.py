@@ -15,13 +15,14 @@ import uvicorn
 from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, Scope
 from uvicorn.server import ServerState
 
-from benchmarks.launch import ServerProcess, serve
 from server.inference.budgets import PixelBudget
 from server.observe.metrics import Metrics
 from server.process.connections import Connection, House
 from server.settings import Settings
-from tests.conftest import Sample, until
 from tests.server.test_load import figures
+from tests.support.launch import ServerProcess, serve
+from tests.support.samples import Sample
+from tests.support.waiting import until
 
 LIMITS = {
     "--head-timeout-s": "1",

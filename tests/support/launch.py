@@ -15,9 +15,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support import ROOT
+
 __all__ = ["ServerProcess", "free_port", "serve"]
 
-_ROOT = Path(__file__).parent.parent
 # Of a machine that is busy with other things.
 _START_TIMEOUT_S = 180
 _STOP_TIMEOUT_S = 180
@@ -85,7 +86,7 @@ def serve(
         started = time.perf_counter()
         with subprocess.Popen(
             arguments,
-            cwd=_ROOT,
+            cwd=ROOT,
             env={**os.environ, **(environment or {})},
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -8,7 +8,7 @@ from PIL import Image
 
 from model.config import DiscriminatorConfig, GeneratorConfig, TrainConfig
 from model.data import PixelSet
-from tests.lesions import encode_photo, lesion_photo
+from tests.support.lesions import encode_photo, lesion_photo
 
 GENERATOR: dict[str, Any] = {
     "widths": (4, 6, 8, 10),

@@ -1,6 +1,6 @@
 """A server whose network stands still for as long as a test wants, so that others wait for it.
 
-Run as `python -m tests.server.held LOCK FLAGS…`: each inference waits for the lock on that file.
+Run as `python -m tests.support.held LOCK FLAGS…`: each inference waits for the lock on that file.
 """
 
 import contextlib
@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.launch import ServerProcess, serve
 from server.__main__ import main
 from server.backends import Backend, BackendInfo, open_backend
 from server.inference import loading
+from tests.support.launch import ServerProcess, serve
 
 __all__ = ["serve_held"]
 
@@ -63,7 +63,7 @@ def serve_held(
     """
     lock = folder / "lock"
     lock.touch()
-    with serve(*flags, command=["-m", "tests.server.held", str(lock)]) as server:
+    with serve(*flags, command=["-m", "tests.support.held", str(lock)]) as server:
         yield server, lambda: _locked(lock)
 
 

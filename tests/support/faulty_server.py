@@ -1,4 +1,4 @@
-"""`python -m tests.server.faulty_server FLAGS…`: a server whose network fails now and then."""
+"""`python -m tests.support.faulty_server FLAGS…`: a server whose network fails now and then."""
 
 import itertools
 import sys
