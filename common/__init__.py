@@ -1,1 +1,4 @@
-"""What every command needs and no library has: files replaced whole, CSV cells, help, progress."""
+"""Helpers of every command: atomic files, CSV cells, help, progress, the stamp of a network file.
+
+They are hand-written because each is a few lines, and no library that serving installs has them.
+"""

@@ -1,4 +1,4 @@
-"""Writing files so that a kill at any moment leaves the old one or the new one, never half."""
+"""Atomic files: a kill at any moment leaves the old file or the new one, never half of one."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 
 __all__ = ["replacing", "write_atomically"]
 
-# Of 255 that a name may have: there are a suffix, eight characters and two dots as well.
+# A name may have 255 bytes. A suffix, eight characters and two dots are added to these.
 _NAME_BYTES = 200
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to, which becomes `path` once the block has ended and all is on the disk."""
-    # The end of a long name alone: with all of it, this one would be too long for a file.
+    # Only the end of a long name: the whole of it would make a name too long for a file.
     end = os.fsencode(path.name)[-_NAME_BYTES:].decode(errors="ignore")
     temporary = path.parent / f".{end}.{secrets.token_hex(4)}{path.suffix}"
-    # Whoever the process's umask lets read files may read it: nothing more, nothing less.
+    # Those may read it who may read any new file of this process (umask).
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
     try:
         yield temporary

@@ -1,4 +1,4 @@
-"""What a long command says of itself on stderr; of several processes only the first speaks."""
+"""Progress of a long command on stderr; of several processes only the first writes."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ import sys
 __all__ = ["TELL_EVERY_S", "say", "tell"]
 
 TELL_EVERY_S = 10.0
-"""After its first step, a command tells how far it is so often at most."""
+"""After its first step a command tells its progress at most this often."""
 
 
 def say(what: str) -> None:

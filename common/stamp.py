@@ -1,8 +1,9 @@
-"""What an ONNX file says at its end of itself: answers on trial images, and a digest of its bytes.
+"""The stamp at the end of an ONNX file: answers on trial images, and a digest of the file's bytes.
 
-Both are metadata like any other, appended to the file (protobuf lets one append), so that whoever
-loads it finds out, with no ONNX library, whether it is whole and computes what it did when it was
-exported. `python -m model.export` writes them; a file from elsewhere may have neither.
+With them whoever loads the file can tell whether it is whole, and whether it still computes what it
+did when it was exported. Both are ordinary metadata. `python -m model.export` writes them; a file
+from elsewhere may have neither. The stamp is appended by hand, which protobuf allows, because the
+library `onnx` is not installed where the network is served.
 """
 
 import base64
@@ -28,11 +29,11 @@ Infer = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
 
 class StampError(ValueError):
-    """The bytes are not those that the digest was made of, or the answers cannot be read."""
+    """The digest does not match the bytes, or the answers cannot be read."""
 
 
 def stamped(content: bytes, infer: Infer | None) -> bytes:
-    """An ONNX file's bytes with its answers and digest, in place of any that it had.
+    """An ONNX file's bytes with new answers and a new digest; old ones are replaced.
 
     Args:
         content: the file.
@@ -59,7 +60,7 @@ def check_digest(content: bytes) -> bool:
     """Whether the bytes have a digest.
 
     Raises:
-        StampError: they have one, and it is not theirs.
+        StampError: they have one, and it does not match.
     """
     start = _entry(DIGEST, "0" * 64)[:-64]
     at = content.rfind(start)
@@ -75,10 +76,10 @@ def check_digest(content: bytes) -> bool:
 
 
 def difference_from(answers: str, infer: Infer) -> float:
-    """The largest difference between the stored answers and what `infer` gives, in probability.
+    """The largest difference in probability between the stored answers and those of `infer`.
 
     Raises:
-        StampError: they cannot be read.
+        StampError: the stored answers cannot be read.
     """
     found = np.frombuffer(_brief(infer(trial_images())), np.uint8).astype(np.int16)
     try:
@@ -119,7 +120,7 @@ def _brief(probabilities: NDArray[np.float32]) -> bytes:
 
 
 def _entry(key: str, value: str) -> bytes:
-    """A string pair among ONNX's metadata (onnx.proto: ModelProto.metadata_props is 14)."""
+    """A key and its value among ONNX's metadata (onnx.proto: ModelProto.metadata_props is 14)."""
     return _field(14, _field(1, key.encode()) + _field(2, value.encode()))
 
 

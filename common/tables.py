@@ -1,16 +1,20 @@
-"""Text in CSV tables that people open in spreadsheets."""
+"""Text in CSV tables that people open in spreadsheets.
+
+It is hand-written because the standard library's writer neither guards against formulas nor quotes
+a lone carriage return.
+"""
 
 import re
 
 __all__ = ["csv_line", "from_cell", "to_cell"]
 
-# What spreadsheets take for a formula at the start of a cell, also behind blanks and in full width;
-# and the apostrophe itself, so that every text has a cell of its own.
+# Characters that make a spreadsheet take a cell for a formula, also behind blanks and in full
+# width; and the apostrophe itself, so that different texts make different cells.
 _FORMULA = re.compile(r"['\s]*[=+\-@\uff1d\uff0b\uff0d\uff20]|['\t\r\n]")
 
 
 def to_cell(text: str) -> str:
-    """`text` as a cell that no spreadsheet runs: with an apostrophe before it where it must be."""
+    """`text` as a cell that no spreadsheet runs: an apostrophe is put before it if needed."""
     return f"'{text}" if _FORMULA.match(text) else text
 
 
@@ -20,10 +24,7 @@ def from_cell(cell: str) -> str:
 
 
 def csv_line(cells: list[object]) -> str:
-    """A row, quoted where need be; text as `to_cell`, None as nothing.
-
-    The writer of the standard library leaves a carriage return bare where lines end in a line feed.
-    """
+    """A row, with quotes where they are needed; text goes through `to_cell`, None is empty."""
     return ",".join(map(_quoted, cells)) + "\n"
 
 

@@ -1,5 +1,5 @@
-"""What photos, pixels, regions and masks are, for training and serving alike.
+"""Photos, pixels, regions and masks, for training and serving alike.
 
-From the bytes of a photo to the network's pixels, and from its probabilities to a mask, its
-outline and its figures. Nothing here knows the network, HTTP or where a photo comes from.
+A photo's bytes become the network's pixels, and its probabilities become a mask with outline and
+figures. Nothing here depends on the network, on HTTP or on where a photo comes from.
 """

@@ -1,10 +1,10 @@
 """
-What Pillow opens but would read wrongly, and what it does not open though the file is sound.
+Finds photos that Pillow would read wrongly, and sound photos that it cannot read.
 
-Pillow gives other pixels than stored for some TIFFs, without an error. What is known of it is
-either put right (`Grey`) or refused here (`refusal`), and a file that is not read although nothing
-is wrong with it is called what it is (`foreign`, `rare`). `tests/photos/test_formats.py` holds the
-whole matrix of variants against pixels that other libraries stored.
+Pillow gives wrong pixels for some TIFFs, without an error. `Grey` corrects some of them, `refusal`
+refuses the others. `foreign` and `rare` name a sound file that Pillow cannot read.
+`tests/photos/test_formats.py` compares the whole matrix of variants with pixels that other
+libraries stored. It is hand-written because Pillow does not say which variants it reads wrongly.
 """
 
 import re
@@ -21,7 +21,7 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 __all__ = ["Grey", "foreign", "is_lossless_jpeg", "rare", "refusal", "without_text"]
 
-# TIFF 6.0: tags by their names there.
+# Tags, by their names in TIFF 6.0.
 _WIDTH, _LENGTH, _BITS, _COMPRESSION, _PHOTOMETRIC, _SAMPLES = 256, 257, 258, 259, 262, 277
 _STRIP_SIZES, _TILE_SIZES, _PLANAR, _COLOR_MAP, _SAMPLE_FORMAT = 279, 325, 284, 320, 339
 _SUBSAMPLING = 530
@@ -51,13 +51,13 @@ _COMPRESSIONS = {
 
 _STRIP_PIXELS = 1_000_000
 
-# Segments before a JPEG's frame, of which real files have a few dozen.
+# Segments before a JPEG's frame: real files have a few dozen.
 _MAX_JPEG_SEGMENTS = 10_000
 
-# Of EXIF and XMP in a PNG, when decompressed: Pillow's own limit.
+# Bytes of EXIF and XMP in a PNG, when decompressed: Pillow's own limit.
 _MAX_PNG_TEXT = 1 << 20
 
-# Such texts that are looked at in a PNG: each can take a megabyte's time.
+# Texts of a PNG that are read: each can take the time of a megabyte.
 _MAX_PNG_TEXTS = 8
 
 _ASK = "save it as JPEG, or as PNG or TIFF of 8 bits,"
@@ -65,27 +65,27 @@ _ASK = "save it as JPEG, or as PNG or TIFF of 8 bits,"
 
 @dataclass(frozen=True)
 class Grey:
-    """How the samples of a picture in one of Pillow's grey modes above 8 bits become light."""
+    """How the samples of one of Pillow's grey modes above 8 bits become brightness."""
 
     swapped: bool = False
-    """Its bytes are in the other order than Pillow takes them for."""
+    """Its bytes are in the opposite order to the one that Pillow assumes."""
     unsigned: bool = False
-    """32-bit integers without a sign: Pillow has no mode for them."""
+    """Unsigned 32-bit integers, for which Pillow has no mode."""
     inverted: bool = False
     """0 is white."""
     white: int = 65535
-    """Of 16-bit samples."""
+    """The 16-bit sample that is white."""
     sixteen: bool = False
     """Signed 16-bit samples, which Pillow holds in 32."""
 
     @classmethod
     def of(cls, image: Image.Image) -> "Grey":
-        """What the tags of an opened picture say."""
+        """Read it from the tags of an opened picture."""
         tags = getattr(image, "tag_v2", None)
         if tags is None:
             return cls()
         bits = tuple(tags.get(_BITS, (16,)))
-        # libtiff gives samples in the processor's order, whatever the file's.
+        # libtiff gives samples in the processor's order, whatever the file's order is.
         through_libtiff = tags.get(_COMPRESSION, 1) != 1
         return cls(
             swapped=image.mode in ("I", "F") and through_libtiff and tags.prefix == b"MM",
@@ -136,7 +136,7 @@ def _first(tags: ImageFileDirectory_v2, tag: int, default: int) -> int:
 
 
 def foreign(data: bytes) -> str | None:
-    """The name of a known format that is not read, by its first bytes."""
+    """The name of a known format that the server does not read, by the file's first bytes."""
     brand, brands = data[8:12], data[8:64]
     if data[4:8] == b"ftyp":
         if brand in (b"avif", b"avis") or b"avif" in brands:
@@ -189,16 +189,16 @@ def _jpeg_frame(data: bytes) -> tuple[int, int, int] | None:
 
 
 def is_lossless_jpeg(data: bytes) -> bool:
-    """Whether it is of the lossless process (SOF3): such a one does not decode at reduced scale."""
+    """Whether a JPEG is lossless (SOF3): such a file does not decode at reduced scale."""
     frame = _jpeg_frame(data)
     return frame is not None and frame[0] == 0xC3
 
 
 def without_text(png: bytes) -> bytes:
     """
-    A PNG less its texts and its colour profile, which are not used here but limited by Pillow.
+    A PNG without its texts and colour profile: they are not used, and Pillow limits them.
 
-    EXIF and XMP, which say how the picture is turned, are kept while they are of a sane length.
+    EXIF and XMP of a moderate length are kept, since they give the orientation.
     """
     kept, start, at, texts = [], 0, 8, 0
     while at + 12 <= len(png):
@@ -237,10 +237,9 @@ def _is_short_png_text(kind: bytes, png: bytes, at: int, end: int) -> bool:
 
 
 def refusal(image: ImageFile.ImageFile, data: bytes) -> str | None:
-    """What to tell the sender of an opened picture that would be read wrongly; None if it is not.
+    """What to tell the sender of a picture that Pillow would read wrongly; None if it reads it.
 
-    A transparent grey of a PNG of 2 or 4 bits is put right on the way: Pillow scales the pixels
-    but not it.
+    It also corrects the transparent grey of a PNG of 2 or 4 bits: Pillow scales only the pixels.
     """
     if image.format == "PNG" and "transparency" in image.info:
         depth, colour = data[24], data[25]
@@ -260,13 +259,13 @@ def refusal(image: ImageFile.ImageFile, data: bytes) -> str | None:
     width, height = tags[_WIDTH], tags[_LENGTH]
     wrong = (
         (image.mode == "L" and _first(tags, _SAMPLE_FORMAT, 1) == 2)
-        # Taken for 8 bits.
+        # Pillow takes it for 8 bits.
         or (planes > 1 and raw and max(tags.get(_BITS, (1,))) > 8)
-        # All planes but the first are lost, or the signs of CIELab's.
+        # Pillow loses all planes but the first, or the signs of CIELab's.
         or (planes > 1 and photometric in (0, 1, 3, 8))
-        # Taken for whole.
+        # Pillow takes the reduced picture for the whole.
         or (photometric == 6 and raw and _is_subsampled(tags, width * height))
-        # Divided by 256, as if it had 16 bits.
+        # Pillow divides by 256, as if it had 16 bits.
         or (photometric == 3 and 0 < max(tags.get(_COLOR_MAP, (0,))) < 256)
     )
     return _told(tags) if wrong else None
@@ -279,7 +278,7 @@ def _is_subsampled(tags: ImageFileDirectory_v2, pixels: int) -> bool:
 
 
 def rare(name: str, data: bytes, error: Exception) -> str | None:
-    """What to tell the sender of a sound file that is not read; None where it may be damaged."""
+    """What to tell the sender of a sound file that is not read; None if it may be damaged."""
     if name == "JPEG":
         frame = _jpeg_frame(data)
         if frame is None:
@@ -316,7 +315,7 @@ def rare(name: str, data: bytes, error: Exception) -> str | None:
             tags.load(file)
             return _told(tags) if _is_sound(tags) else None
         except Exception:  # noqa: BLE001
-            return None  # as anything can be in a damaged header
+            return None  # a damaged header can hold anything
     if name == "BMP" and (
         told := re.match(r"Unsupported BMP ([a-z ]+?)(?: \(\d+\))?$", str(error))
     ):
@@ -325,7 +324,7 @@ def rare(name: str, data: bytes, error: Exception) -> str | None:
 
 
 def _is_sound(tags: ImageFileDirectory_v2) -> bool:
-    """Whether all that says what it is has a value of those that there are."""
+    """Whether every tag that describes the picture has a value that TIFF defines."""
     bits = tags.get(_BITS, (1,))
     return (
         tags.get(_WIDTH, 0) > 0

@@ -1,8 +1,8 @@
 """
 Photo bytes → the network's square pixels, and its probability map → a mask at the photo's size.
 
-Training, evaluation and serving all go through these functions, so a mask does not depend on which
-door its photo came through. Needs numpy and Pillow only.
+Training, evaluation and serving use these functions, so all of them give the same mask. Needs numpy
+and Pillow only.
 
     photo = read_photo(data)                                  # bytes → uint8 [128, 128, 3]
     mask = lesion_mask(probability, photo.width, photo.height)  # float32 [128, 128] → packed bits
@@ -11,9 +11,9 @@ door its photo came through. Needs numpy and Pillow only.
 Errors:
 
     ImageError (ValueError)      the message tells the sender what to do
-    ├── UnsupportedImageError    not one of FORMATS
-    ├── ImageTooLargeError       more pixels than allowed, known from the header
-    └── CorruptImageError        does not decode
+    ├── UnsupportedImageError    the format is not one of FORMATS
+    ├── ImageTooLargeError       the header names more pixels than allowed
+    └── CorruptImageError        the photo does not decode
 """
 
 import math
@@ -53,30 +53,30 @@ MODEL_SIZE = 128
 """Side of the network's square input, pixels."""
 
 THRESHOLD = 0.5
-"""Probability above which a pixel is lesion, where nobody asks for another."""
+"""Default probability above which a pixel is lesion."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
-"""Formats that are read, by Pillow's names. Others that Pillow knows are never tried."""
+"""Formats that are read, by Pillow's names. Pillow's other decoders never run."""
 
 DEFAULT_MAX_PIXELS = 64_000_000
-"""Room for 61-megapixel sensors (9504×6336). A decoded photo takes up to 4 bytes a pixel, twice
-that while it is turned, four times in WebP (libwebp's two canvases and their copies). A JPEG is
+"""Enough for 61-megapixel sensors (9504×6336). A decoded photo takes up to 4 bytes a pixel, twice
+that while it is rotated, four times in WebP (libwebp's two canvases and their copies). A JPEG is
 decoded at reduced scale, but a progressive one holds its coefficients, up to 6 bytes a pixel."""
 
-# JPEG's own limit. A picture of one row within the limit of pixels would need a thousand times the
-# memory of a photo to have its mask made.
+# JPEG's own limit. Without it, the mask of a picture of one row could need a thousand times the
+# memory of a photo's.
 _MAX_SIDE = 65_535
 
-# A JPEG is decoded at the smallest scale with this many pixels a side for each of the network's.
-# With less than two, averaging takes some lines of pixels alone and others in pairs: on native
-# dermoscopic photos the network's pixels then lie 2.5 levels (of 255) off those of a whole decode,
-# with two 1.0, for half a millisecond more at 1024×768 and nothing more at 6000×4000.
+# A JPEG is decoded at the smallest scale that gives, along each side, this many pixels for one of
+# the network's. With less than two, averaging takes some lines alone and others in pairs. On native
+# dermoscopic photos the network's pixels are then 2.5 levels (of 255) off those of a whole decode.
+# With two it is 1.0, and takes half a millisecond more at 1024×768 and no more at 6000×4000.
 _JPEG_MARGIN = 2
 
-# Pixels that are converted to RGB at a time where the mode calls for it.
+# So many pixels are converted to RGB at a time.
 _STRIP_PIXELS = 1_000_000
 
-# Bytes of a mask, eight pixels each, that are interpolated at a time: their floats stay in cache.
+# So many bytes of a mask are interpolated at a time: their floats stay in cache.
 _MASK_BYTES = 1 << 13
 
 _MAGIC = (
@@ -88,7 +88,7 @@ _MAGIC = (
     (b"BM", "BMP"),
 )
 
-# EXIF orientation → what turns the stored picture upright (EXIF 2.32, tag 0x0112).
+# EXIF orientation → the operation that turns the stored picture upright (EXIF 2.32, tag 0x0112).
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -100,8 +100,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Pillow warns of damaged metadata and of large pictures. Both are judged here; and a warning whose
-# text holds a number from the file would stay in Python's registry of warnings for ever.
+# Pillow warns of damaged metadata and of large pictures. This module checks both itself. A warning
+# whose text has a number from the file would stay in Python's registry of warnings for ever.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -123,7 +123,7 @@ class CorruptImageError(ImageError):
 
 @dataclass(frozen=True)
 class Photo:
-    """A photo at the network's size, with the size it had."""
+    """A photo at the network's size, and the size that it had."""
 
     pixels: NDArray[np.uint8]
     """uint8 [size, size, 3], RGB: the whole frame squashed to a square."""
@@ -132,7 +132,7 @@ class Photo:
     height: int
     """Pixels, after EXIF orientation."""
     orientation: int
-    """That was applied to the stored picture, 1 to 8 (EXIF 2.32, tag 0x0112)."""
+    """EXIF orientation that was applied to the stored picture, 1 to 8 (EXIF 2.32, tag 0x0112)."""
 
 
 def _always_room(_pixels: int) -> AbstractContextManager[None]:
@@ -149,32 +149,32 @@ def read_photo(
     """
     Decode a photo of any size to `size`×`size` RGB by area average (Pillow's BOX filter).
 
-    The header alone decides on format and pixel count, before anything is decoded. JPEG is decoded
-    at the smallest DCT scale whose sides are both ≥ 2 `size`. EXIF orientation is applied, to the
-    width and height too. Any mode becomes RGB: transparency lies over white, 12- and 16-bit grey is
-    scaled to 8 bits, signed, 32-bit and float grey, which has no defined white, is stretched
-    from its least to its greatest number; embedded colour profiles are not applied. Of several
-    frames or pages the first is taken. Safe to call from several threads.
+    The header gives format and pixel count, before anything is decoded. JPEG is decoded at the
+    smallest DCT scale whose sides are both ≥ 2 `size`. EXIF orientation is applied, to width and
+    height too. Any mode becomes RGB. Transparency lies over white. 12- and 16-bit grey is scaled to
+    8 bits. Signed, 32-bit and float grey, which has no defined white, is stretched from its least
+    to its greatest number. Embedded colour profiles are ignored. The first of several frames or
+    pages is taken. Safe to call from several threads.
 
-    `room` is given the number of pixels, and what it gives is entered before memory is taken for
-    them: where several photos are decoded at once, they can wait for each other there.
+    `room` gets the number of pixels and returns a context manager. It is entered before memory is
+    taken for the pixels, so that photos that are decoded at once can wait for each other there.
 
     Raises:
-        UnsupportedImageError: not one of `FORMATS`.
-        ImageTooLargeError: more than 65,535 pixels a side, or more than `max_pixels` (or than
-            Pillow's own limit, 178,956,970).
-        CorruptImageError: truncated, damaged, or stored in a way that is not read: see
+        UnsupportedImageError: the format is not one of `FORMATS`.
+        ImageTooLargeError: there are more than 65,535 pixels a side, or more than `max_pixels` (or
+            than Pillow's own limit, 178,956,970).
+        CorruptImageError: the photo is truncated, damaged, or stored in a way that is not read: see
             `photos.formats`.
     """
     name = _sniff(data)
-    # What hostile bytes can raise inside an image library is an open list (OSError, SyntaxError,
-    # struct.error, zlib.error, KeyError, RuntimeError, …): all of it means the same to the sender.
+    # Hostile bytes can raise anything in an image library (OSError, SyntaxError, struct.error,
+    # zlib.error, KeyError, RuntimeError, …). To the sender all of it means the same.
     try:
         return _decode(name, data, size, max_pixels, room)
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        # Before its size could be seen here: Pillow tells it in the message alone.
+        # Pillow found it too large before its size could be read here.
         size_told = re.search(r"\d+", str(error))
         most = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
         raise ImageTooLargeError(
@@ -200,10 +200,10 @@ def _decode(
     max_pixels: int,
     room: Callable[[int], AbstractContextManager[None]],
 ) -> Photo:
-    """`read_photo` of the format `name`; raises whatever the libraries below raise too."""
+    """`read_photo` of the format `name`; it also raises whatever the libraries below raise."""
     with ExitStack() as held:
         if name == "WEBP":
-            # libwebp allocates its canvases on opening, so this size is checked beforehand.
+            # libwebp allocates its canvases on opening, so the size is checked before.
             webp_size = _webp_size(data)
             _check_pixels(*webp_size, max_pixels)
             held.enter_context(room(math.prod(webp_size)))
@@ -227,13 +227,13 @@ def _decode(
             if name != "JPEG" or not formats.is_lossless_jpeg(data):
                 image.draft("RGB", (_JPEG_MARGIN * size, _JPEG_MARGIN * size))
             grey = formats.Grey.of(image)
-            # TIFF is turned upright while it is loaded.
+            # Pillow turns a TIFF upright while it loads it.
             applied = _orientation(image) if name == "TIFF" else 1
             image.load()
-            # After loading: a PNG may store it behind the pixels.
+            # Read after loading, since a PNG may store it behind the pixels.
             orientation = _orientation(image)
-            # Before averaging, as Pillow's BOX is not symmetric: so the pixels are exactly
-            # those of the same photo stored upright. A JPEG is small by now.
+            # Pillow's BOX is not symmetric. Turned before averaging, the pixels are exactly those
+            # of the same photo stored upright. A JPEG is small by now.
             upright = image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
             square = _squash(upright, size, grey)
     if 5 <= orientation <= 8:
@@ -242,7 +242,7 @@ def _decode(
 
 
 def is_baseline_jpeg(data: bytes) -> bool:
-    """Whether it is a JPEG of one scan, which decodes in a time that its pixels bound."""
+    """Whether it is a JPEG of one scan: its pixels alone bound the time to decode it."""
     return data.startswith(_MAGIC[0][0]) and _jpeg_scans(data) == 1
 
 
@@ -252,9 +252,9 @@ def lesion_mask(
     """
     The mask at the photo's size: `probability` up-sampled, then `> threshold`.
 
-    Bilinear, with half-pixel centres and clamped edges. The probabilities at the photo's size are
-    never formed: between two source rows a pixel's value lies between those of the two, so only
-    columns in which the rows fall on different sides of the threshold are interpolated.
+    Up-sampling is bilinear, with half-pixel centres and clamped edges. The probabilities at the
+    photo's size are never formed. Between two source rows a pixel's value lies between those of the
+    two, so only columns where the rows are on different sides of the threshold are interpolated.
 
     Args:
         probability: float32 [rows, columns], usually [128, 128].
@@ -278,13 +278,13 @@ def upsampled(
     probability: NDArray[np.float32], width: int, height: int, lines: int
 ) -> Iterator[NDArray[np.float32]]:
     """
-    `probability` at the photo's size, as `lesion_mask` looks at it, so many lines at a time.
+    `probability` at the photo's size, as in `lesion_mask`, so many lines at a time.
 
     Args:
         probability: float32 [rows, columns], usually [128, 128].
         width: the photo's, pixels.
         height: the photo's, pixels.
-        lines: of the photo; the last ones may be fewer.
+        lines: of the photo, for each step; the last step may have fewer.
 
     Yields:
         float32 [lines, width]
@@ -312,9 +312,9 @@ def encode_png(packed: NDArray[np.uint8], width: int, height: int) -> bytes:
     """
     Packed bits as `lesion_mask` returns them → a 1-bit greyscale PNG, lesion white.
 
-    Written here (PNG, W3C Recommendation, third edition) as the packed bits are already PNG's
-    own sample layout: each line differs little from the one above, which the "Up" filter turns
-    into runs of zeros that zlib passes over at its fastest setting.
+    It is hand-written (PNG, W3C Recommendation, third edition) because packed bits already are
+    PNG's own sample layout. Each line differs little from the one above. The "Up" filter makes runs
+    of zeros of that, which zlib passes over at its fastest setting.
     """
     if packed.shape != (height, -(-width // 8)):
         raise ValueError(
@@ -383,7 +383,7 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 def _jpeg_scans(data: bytes) -> int:
     """How many scans the picture has, by its markers up to the end of image (ITU-T T.81, B.1.1).
 
-    Segments are skipped by their length and what follows the picture is not looked at: maker notes,
+    Segments are skipped by their length, and what follows the picture is not read. Maker notes,
     previews and the film that phones append hold marker bytes by chance.
     """
     compiled = pixels.scans(data)
@@ -392,7 +392,7 @@ def _jpeg_scans(data: bytes) -> int:
     values = np.frombuffer(data, np.uint8)
     at = np.flatnonzero(values[:-1] == 0xFF)
     code = values[at + 1]
-    # neither stuffed (00) nor fill bytes (FF), nor a marker without a length, as libjpeg has them
+    # Skip stuffed (00) and fill bytes (FF), and markers without a length, as libjpeg does.
     at = at[(code >= 0xC0) & ((code < 0xD0) | (code > 0xD8)) & ((code < 0xF0) | (code == 0xFE))]
     scans = 0
     position = 2  # after the start of image
@@ -415,7 +415,7 @@ def _orientation(image: ImageFile.ImageFile) -> int:
         tag = 1 if immodest else int(image.getexif().get(_ORIENTATION_TAG, 1))
         orientation = tag if tag in _UPRIGHT else 1
     except Exception:  # noqa: BLE001
-        # Damaged EXIF beside sound pixels: the picture as it is stored.
+        # EXIF is damaged and the pixels are sound: take the picture as it is stored.
         return 1
     if immodest:
         raise CorruptImageError(
@@ -428,8 +428,8 @@ def _squash(image: Image.Image, size: int, grey: formats.Grey) -> NDArray[np.uin
     """
     The whole frame by area average, uint8 [size, size, 3].
 
-    What is not RGB is converted a strip at a time, so that no second picture of the photo's size
-    is held.
+    Other modes than RGB are converted a strip at a time, so that memory never holds a second
+    picture of the photo's size.
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         compiled = pixels.squash(image, size)
@@ -485,7 +485,7 @@ def _why_corrupt(name: str, data: bytes, error: Exception) -> str:
 def _mask(
     probability: NDArray[np.float32], width: int, height: int, threshold: float
 ) -> NDArray[np.uint8]:
-    """`lesion_mask`, but for the padding bits, where it is not compiled."""
+    """`lesion_mask` in numpy, where it is not compiled; its padding bits may be 1."""
     stride = -(-width // 8)
     # Up to a whole byte.
     left, across = _sample_positions(width, probability.shape[1], stride * 8)
@@ -494,16 +494,16 @@ def _mask(
     packed = np.packbits(rows > threshold, axis=1)  # [rows, stride]
     top, down = _sample_positions(height, probability.shape[0], height)
     mask = packed.take(top, axis=0)
-    # Between its two source rows a line may differ from the upper one in these bytes alone.
+    # A line between two source rows may differ from the upper one in these bytes alone.
     row, byte = np.nonzero(packed[:-1] ^ packed[1:])
-    # A source row's lines, but those above the centre of the first: they repeat it.
+    # The lines of a source row; those above the centre of the first row repeat it.
     first = np.searchsorted(top, np.arange(len(rows)))
     first[0] = np.count_nonzero(down[: np.searchsorted(top, 1)] == 0)
     count = np.searchsorted(top, np.arange(len(rows)), side="right") - first
     row, byte = row[count[row] > 0], byte[count[row] > 0]
     if row.size:
         lines = rows.reshape(len(rows), stride, 8)
-        # All bands as long as the longest, whose last line others repeat.
+        # All bands are as long as the longest; shorter ones repeat their last line.
         line = np.minimum(np.arange(count[row].max()), count[:, None] - 1) + first[:, None]
         weight = down.take(line, mode="clip")[..., None]
         step = max(1, _MASK_BYTES // line.shape[1])
@@ -527,7 +527,10 @@ def _between_columns(
 def _sample_positions(
     length: int, source: int, count: int
 ) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
-    """For `count` of `length` output pixels: the source pixel before it, the share of the next."""
+    """For `count` output pixels: the source pixel before each, and the share of the next one.
+
+    `length` of the output pixels span the `source` ones.
+    """
     position = (np.arange(count) + 0.5) * (source / length) - 0.5
     position = position.clip(0, source - 1)
     before = position.astype(np.intp)

@@ -1,4 +1,7 @@
-"""What an answer says of a mask: size, place and outline, in the forms that clients read."""
+"""A mask's area, box, centroid and outlines, in the forms that clients read.
+
+`coco_rle` is hand-written: pycocotools needs a byte for each pixel, in the order of columns.
+"""
 
 import itertools
 from dataclasses import dataclass

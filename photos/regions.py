@@ -1,7 +1,8 @@
 """One lesion a photo: the largest region of a probability map, without its holes.
 
-Networks see a second lesion in hair, ink or a colour patch now and then; dermoscopic photos are
-framed on one.
+A dermoscopic photo is framed on one lesion, but networks sometimes see a second one in hair, ink or
+a colour patch. It is hand-written because scipy, which could label regions, is not installed where
+the network is served.
 """
 
 import itertools
@@ -42,15 +43,15 @@ def largest_region(
     """
     Leave only the largest region above `threshold`, and fill its holes.
 
-    Pixels are joined by edges, not by corners, so that up-sampling does not part the region. Holes
-    are what cannot be reached from the frame.
+    Pixels are joined by edges, not by corners, so that up-sampling does not split the region. A
+    hole is background that is cut off from the frame.
 
     Args:
         probability: float32 [rows, columns].
         threshold: probability above which a pixel is lesion.
 
     Returns:
-        A copy: other regions are 0, holes 1, all the rest as it was.
+        A copy, in which other regions are 0 and holes 1.
     """
     lesion = probability > threshold
     cleaned = probability.copy()
@@ -74,14 +75,14 @@ def largest_part(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """
     Leave only the largest region of a mask, and fill its holes, at the mask's own size.
 
-    A region that is one in the probabilities can be thinner than a pixel somewhere once it is
-    up-sampled, above all at low thresholds, and then has several parts.
+    A region that is connected in the probabilities can, once up-sampled, be thinner than a pixel
+    somewhere, above all at low thresholds. Then it has several parts.
 
     Args:
         packed: bits as `photos.image.lesion_mask` returns them.
 
     Returns:
-        A copy, or `packed` itself where there is nothing to do.
+        A copy, or `packed` itself if there is nothing to do.
     """
     regions = _connected(_packed_runs(packed))
     if not regions:
@@ -113,7 +114,7 @@ def _regions(mask: NDArray[np.bool_]) -> list[list[_Run]]:
 
 
 def _packed_runs(packed: NDArray[np.uint8]) -> list[_Run]:
-    """The runs of packed bits, by rows; only bytes in which one begins or ends are unpacked."""
+    """The runs of packed bits, by rows; only bytes where a run begins or ends are unpacked."""
     here = np.pad(packed, ((0, 0), (0, 1)))
     before = here >> np.uint8(1)
     before[:, 1:] |= here[:, :-1] << np.uint8(7)
@@ -129,7 +130,7 @@ def _bits(packed: NDArray[np.integer[Any]]) -> tuple[list[int], list[int]]:
 
 
 def _around(region: list[_Run]) -> list[_Run]:
-    """What `region` is not, in the box around it that is a pixel larger on each side."""
+    """The background of `region`, in a box that is a pixel larger than it on each side."""
     left, right = min(run[1] for run in region) - 1, max(run[2] for run in region) + 1
     outside = [(region[0][0] - 1, left, right)]
     for row, runs in itertools.groupby(region, key=lambda run: run[0]):
@@ -142,7 +143,7 @@ def _around(region: list[_Run]) -> list[_Run]:
 
 
 def _connected(runs: list[_Run]) -> list[list[_Run]]:
-    """Connected regions as their runs, from the top; `runs` are in reading order.
+    """The runs of each connected region, from the top; `runs` are in reading order.
 
     Runs of adjacent rows that overlap belong together (union-find on runs; Rosenfeld and Pfaltz,
     1966).

@@ -1,13 +1,14 @@
 """
-What a photo's bytes ask a decoder to do, found out before one sees them.
+Bounds the work that a photo's bytes ask of a decoder, before the decoder sees them.
 
-A few bytes can ask for much: scans of a JPEG that each pass over the whole picture, a million
-strips, chunks or segments that hold nothing, run lengths that paint nothing. A thread that decodes
-cannot be stopped, so `check` walks the file's structure first, in a bounded number of steps, and
-refuses what no camera and no program writes. Decoding in processes that can be killed would bound
-any trick, but every photo would pay for it: two copies of its pixels, and memory for each process.
-The walk takes some microseconds, and most of what it does not foresee meets `metered`: there
-decoders ask for the next piece of the file, and get none when they have taken too long.
+A few bytes can ask for much work: scans of a JPEG that each pass over the whole picture, a million
+empty strips, chunks or segments, run lengths that paint nothing. A thread that decodes cannot be
+stopped. So `check` first walks the file's structure, in a bounded number of steps, and refuses what
+no camera and no program writes. The walk takes some microseconds. `metered` stops most of the rest:
+decoders ask it for the next piece of the file, and get none when they have taken too long.
+
+It is hand-written because Pillow has no such limits. Processes that can be killed would bound all
+tricks, but cost every photo two copies of its pixels, and memory for each process.
 """
 
 import struct
@@ -19,26 +20,26 @@ import numpy as np
 
 __all__ = ["TakesTooLongError", "check", "header_is_read", "is_modest_exif", "metered"]
 
-# Segments, chunks, or fill bytes: a file of 64 MB with its pixels in pieces of 4 KB has 16,000.
+# Segments, chunks or fill bytes. A file of 64 MB with its pixels in pieces of 4 KB has 16,000.
 _MAX_PIECES = 30_000
 
-# Between a JPEG's segments, outside of all: Pillow looks at each byte.
+# Bytes of a JPEG outside of all segments: Pillow looks at each.
 _MAX_JUNK_BYTES = 1 << 16
 
 # All tables of a JPEG take 520 bytes. Each of these segments costs Pillow up to 5 ms.
 _MAX_TABLE_SEGMENTS = 64
 
-# Metadata that are parsed, or unpacked: each piece costs up to 5 ms.
+# Pieces of metadata that are parsed or unpacked: each costs up to 5 ms.
 _MAX_PARSED_PIECES = 64
 
 # Tags of one directory (of TIFF, also within EXIF), and numbers in all of its tags.
 _MAX_TAGS = 2_000
 _MAX_NUMBERS = 120_000
 
-# EXIF up to this length, all that one segment of a JPEG holds, costs 20 ms at most.
+# EXIF of up to this length, which is what one segment of a JPEG holds, costs 20 ms at most.
 _ANY_EXIF_BYTES = 1 << 16
 
-# Strips or tiles of a TIFF: those of 64x64 pixels in 64 megapixels, three planes.
+# Strips or tiles of a TIFF: 64 megapixels in three planes have so many of 64x64 pixels.
 _MAX_STRIPS = 50_000
 
 # A pass over a JPEG's coefficients costs about a nanosecond a pixel, with arithmetic coding five.
@@ -46,16 +47,16 @@ _MAX_SCANS = 100
 _MAX_SCANNED_PIXELS = 800_000_000
 _ARITHMETIC = 5
 
-# Pillow paints runs in Python: a microsecond each, and for some pixels each.
+# Pillow paints runs in Python: each takes a microsecond, and some take one for each pixel.
 _MAX_RUN_BYTES = 1_000_000
 _MAX_RUN_PIXELS = 2_000_000
 
-# Seconds of CPU: for the header, of which all takes less than 10 ms, and for the whole photo. The
-# slowest that passes `check`, a PNG of 64 megapixels with transparency, takes 4.
+# Seconds of CPU for the header, which takes any sound photo less than 10 ms, and for the whole
+# photo. The slowest that passes `check`, a PNG of 64 megapixels with transparency, takes 4.
 _MAX_HEADER_S = 1.0
 _MAX_PHOTO_S = 10.0
 
-# Pillow's decoders get so many bytes at a time.
+# Pillow's decoders read so many bytes at a time.
 _SHORT_BYTES = 1 << 16
 
 # Asking the clock takes longer than most reads.
@@ -76,7 +77,7 @@ class TakesTooLongError(Exception):
 
 
 class _MeteredBytes(BytesIO):
-    """A file in memory that gives nothing more to a thread that has spent too long on it."""
+    """A file in memory that refuses a read once the thread has spent too long on it."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(data)
@@ -84,7 +85,7 @@ class _MeteredBytes(BytesIO):
         self._reads = 0
 
     def header_is_read(self) -> None:
-        """From now on it is the pixels' time."""
+        """The header is read; from now on the limit for the whole photo holds."""
         self._until += _MAX_PHOTO_S - _MAX_HEADER_S
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -100,12 +101,12 @@ class _MeteredBytes(BytesIO):
 
 
 def metered(data: bytes) -> BytesIO:
-    """The file for its decoder. Short ones are read in one piece, and cheap to parse."""
+    """The file for its decoder. A short file is read in one piece and is cheap to parse."""
     return BytesIO(data) if len(data) <= _SHORT_BYTES else _MeteredBytes(data)
 
 
 def header_is_read(file: BytesIO) -> None:
-    """Of one that `metered` gave: from now on it is the pixels' time."""
+    """Tell a file that `metered` gave that its header is read: now the photo's limit holds."""
     if isinstance(file, _MeteredBytes):
         file.header_is_read()
 
@@ -116,9 +117,9 @@ class _OddError(Exception):
 
 def check(name: str, data: bytes, jpeg_scans: int = 0) -> str | None:
     """
-    What is too much about the structure, as a noun phrase; None if it is sound.
+    What the file has too much of, as a noun phrase; None if it is sound.
 
-    A file that ends too early or whose lengths make no sense is left to its decoder.
+    A file that ends too early, or whose lengths make no sense, is left to its decoder.
 
     Args:
         name: format, by Pillow's names.
@@ -151,14 +152,14 @@ def is_modest_exif(exif: bytes) -> bool:
     except _OddError:
         return False
     except (struct.error, IndexError):
-        # Damaged: that costs nothing.
+        # Damaged EXIF costs nothing.
         return True
     return True
 
 
 def _check_jpeg(data: bytes, scans: int) -> None:
     if scans <= 1 and len(data) <= _SHORT_BYTES:
-        return  # So few segments cost nothing, and neither does the walk have to.
+        return  # So few segments cost nothing: the walk is not needed.
     at, junk, tables, parsed, pixels, weight = 2, 0, 0, 0, 0, 1
     exif: list[bytes] = []
     for _ in range(_MAX_PIECES):
@@ -236,7 +237,7 @@ def _check_exif(exif: bytes) -> None:
         return
     start = 0
     while exif.startswith(_EXIF_PREFIX, start):
-        # Pillow copies all of the rest for each of them.
+        # For each of them Pillow copies the rest of the file.
         start += len(_EXIF_PREFIX)
         if start > 4 * len(_EXIF_PREFIX):
             raise _OddError("repeated EXIF headers")
@@ -262,7 +263,7 @@ class _Directory:
             tag, kind, count = struct.unpack_from(order + ("HHQ" if big else "HHI"), data, at)
             at += 12 if big else 8
             size = count * _TYPE_BYTES.get(kind, 0)
-            # What is said to be longer than the file is skipped by all readers.
+            # All readers skip a value that claims to be longer than the file.
             if 0 < size <= len(data):
                 where = at
                 if size > inline:
@@ -274,7 +275,7 @@ class _Directory:
             raise _OddError(f"more than {_MAX_NUMBERS} numbers in its tags")
 
     def numbers(self, *tags: int) -> list[int]:
-        """Of the first of these tags that is there."""
+        """The numbers of the first of these tags that is there."""
         for tag in tags:
             if tag in self._tags:
                 kind, count, at = self._tags[tag]
@@ -302,7 +303,7 @@ class _Directory:
         if max(given, needed) > _MAX_STRIPS:
             raise _OddError(f"more than {_MAX_STRIPS} strips or tiles")
         area = across * down
-        # With room for tiles that stand over.
+        # With room for tiles that reach over the edge.
         if needed * area > planes * (4 * width * height + (1 << 22)):
             raise _OddError("tiles so much larger than the picture")
         compression = self.number(259, 1)
