@@ -12,5 +12,7 @@ lock requirements.txt docker/requirements.lock --universal --python-version 3.11
 lock docker/requirements-sbom.in docker/requirements-sbom.lock --universal --python-version 3.11
 lock requirements-bench.txt docker/requirements-load.lock --universal --python-version 3.11
 # CUDA's wheels differ from platform to platform, TensorRT's from Python to Python.
-lock requirements-gpu.txt docker/requirements-gpu.lock \
-    --python-version 3.13 --python-platform x86_64-manylinux_2_28
+for image in gpu lean; do
+    lock requirements-$image.txt docker/requirements-$image.lock \
+        --python-version 3.13 --python-platform x86_64-manylinux_2_28
+done

@@ -61,7 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--timing-cache", type=Path, help="read, and rewritten")
     parser.add_argument("--hardware-compatible", action="store_true", help="any GPU from Ampere on")
-    parser.add_argument("--version-compatible", action="store_true", help="later TensorRTs run it")
+    parser.add_argument(
+        "--version-compatible",
+        action="store_true",
+        help="later TensorRTs run it, and lean runtimes",
+    )
     parser.add_argument(
         "--compute-capability", help="TensorRT for RTX: for one GPU alone, such as 8.9, or current"
     )
@@ -90,7 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if args.parity:
             # It needs one, which is to be told before the minutes that a build takes.
-            find_tensorrt().check_runs_on(current_gpu())
+            trt = find_tensorrt()
+            trt.check_builds()
+            trt.check_runs_on(current_gpu())
         ranges = read_ranges(args.onnx, args.calibration) if args.precision == "int8" else None
         build(args.onnx, args.output, options, ranges=ranges, progress=progress, gated=args.parity)
         if args.parity:

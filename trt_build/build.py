@@ -51,7 +51,8 @@ class BuildOptions:
     hardware_compatible: bool = False
     """Run on any GPU from Ampere on, with some loss of speed (TensorRT alone; RTX always does)."""
     version_compatible: bool = False
-    """Run under later TensorRT versions of the same major number (TensorRT alone)."""
+    """Run under later TensorRT versions of the same major number, and their lean runtimes
+    (TensorRT alone)."""
     compute_capability: str | None = None
     """Build for this GPU alone, such as ``8.9``, or ``current`` for the machine's own (TensorRT for
     RTX; its engines run on any RTX GPU otherwise)."""
@@ -81,6 +82,7 @@ def build(
     """
     started = time.monotonic()
     trt = trt or find_tensorrt()
+    trt.check_builds()
     key = plan_key(
         file_sha256(onnx_path),
         options.precision,
@@ -112,7 +114,9 @@ def build(
             attention = "chunked"
     log = [message for _, message in messages]
 
-    layers, layers_from, scratch = _read_back(trt, logger, serialised, log)
+    layers, layers_from, scratch = _read_back(
+        trt, logger, serialised, log, host_code=options.version_compatible
+    )
     expected = layer_reports.expected_types(model)
     problems = layer_reports.disagreements(expected, layers)
     if problems:
@@ -252,9 +256,12 @@ def _progress_monitor(module: Any, progress: Callable[[str], None]) -> Any:
 
 
 def _read_back(
-    trt: TensorRT, logger: Any, serialised: bytes, log: list[str]
+    trt: TensorRT, logger: Any, serialised: bytes, log: list[str], *, host_code: bool
 ) -> tuple[tuple[Any, ...], str, list[int]]:
-    """Return the engine's layers, where they were read, and its scratch memory by profile."""
+    """Return the engine's layers, where they were read, and its scratch memory by profile.
+
+    ``host_code``: it carries code for the host, as a version-compatible one does.
+    """
     try:
         current_gpu()
     except NoGpuError:
@@ -264,7 +271,10 @@ def _read_back(
             layer_reports.scratch_from_build_log(log),
         )
     module = trt.module
-    engine = module.Runtime(logger).deserialize_cuda_engine(serialised)
+    runtime = module.Runtime(logger)
+    if host_code:
+        runtime.engine_host_code_allowed = True
+    engine = runtime.deserialize_cuda_engine(serialised)
     if engine is None:
         raise TensorRTError(f"{trt.library} cannot load the engine that it has just built")
     text = engine.create_engine_inspector().get_engine_information(

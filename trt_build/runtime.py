@@ -44,8 +44,9 @@ def check_fits(info: PlanInfo, trt: TensorRT, gpu: Gpu) -> None:
     TensorRTError where this TensorRT runs no engine on that GPU.
     """
     if not _same_library(info, trt):
+        how = "with --version-compatible" if trt.is_lean else "again"
         raise PlanError(
-            f"the engine was built by {info.key.library}, this is {trt.library}: build it again"
+            f"the engine was built by {info.key.library}, this is {trt.library}: build it {how}"
         )
     trt.check_runs_on(gpu)
     built_for = info.key.compute_capability
@@ -76,7 +77,7 @@ def _same_library(info: PlanInfo, trt: TensorRT) -> bool:
     name, version = trt.library.split(" ")
     return (
         info.version_compatible
-        and built_name == name
+        and built_name == name.removesuffix("_lean")
         and built_version.split(".")[0] == version.split(".")[0]
         and _version(version) >= _version(built_version)
     )
@@ -100,6 +101,7 @@ class EngineRunner:
         self.gpu = current_gpu()
         trt = find_tensorrt()
         check_fits(self.info, trt, self.gpu)
+        self.library = trt.library
         data = read_engine(engine, self.info)
         # cuda-python is there, or current_gpu() would have said so.
         from trt_build import cuda

@@ -1,4 +1,4 @@
-"""TensorRT 10, TensorRT 11 or TensorRT for RTX, behind the few calls in which they differ."""
+"""TensorRT, its lean runtime or TensorRT for RTX, behind the few calls in which they differ."""
 
 from __future__ import annotations
 
@@ -11,14 +11,22 @@ from typing import Any
 from trt_build.device import Gpu, current_gpu
 from trt_build.plan import PlanKey, Precision
 
-MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
-"""Tried in this order. ``tensorrt_rtx_bindings`` is what the plain RTX wheels install."""
+MODULES = (
+    "tensorrt",
+    "tensorrt_rtx",
+    "tensorrt_rtx_bindings",
+    "tensorrt_lean",
+    "tensorrt_lean_bindings",
+)
+"""Tried in this order. The plain wheels of RTX and of the lean runtime install ``…_bindings``."""
 
 _NEEDED = {
-    "BuilderFlag": ("TF32", "VERSION_COMPATIBLE"),
-    "IAttention": ("decomposable",),  # the ONNX parser knows opset 23's Attention since 10.14
     "ICudaEngine": ("device_memory_size_v2", "get_device_memory_size_for_profile_v2"),
     "IExecutionContext": ("execute_async_v3", "set_optimization_profile_async"),
+}
+_NEEDED_TO_BUILD = {
+    "BuilderFlag": ("TF32", "VERSION_COMPATIBLE"),
+    "IAttention": ("decomposable",),  # the ONNX parser knows opset 23's Attention since 10.14
     "NetworkDefinitionCreationFlag": ("STRONGLY_TYPED",),
 }
 _NEEDED_RTX = {
@@ -39,14 +47,18 @@ class TensorRTError(RuntimeError):
 
 @dataclass(frozen=True)
 class TensorRT:
-    """An imported TensorRT module. Typed ``Any``: none of the three ships types."""
+    """An imported TensorRT module. Typed ``Any``: none of them ships types."""
 
     module: Any
 
     def __post_init__(self) -> None:
         missing = [
             f"{name}.{member}"
-            for needed in (_NEEDED, _NEEDED_RTX if self.is_rtx else {})
+            for needed in (
+                _NEEDED,
+                {} if self.is_lean else _NEEDED_TO_BUILD,
+                _NEEDED_RTX if self.is_rtx else {},
+            )
             for name, members in needed.items()
             for member in members
             if not hasattr(getattr(self.module, name, None), member)
@@ -68,9 +80,15 @@ class TensorRT:
         return "rtx" in str(self.module.__name__)
 
     @property
+    def is_lean(self) -> bool:
+        """Whether it is the lean runtime, which only runs version-compatible engines."""
+        return "lean" in str(self.module.__name__)
+
+    @property
     def library(self) -> str:
         """Name and version, as an engine's key has them."""
-        return f"{'tensorrt_rtx' if self.is_rtx else 'tensorrt'} {self.version}"
+        kind = "_rtx" if self.is_rtx else "_lean" if self.is_lean else ""
+        return f"tensorrt{kind} {self.version}"
 
     def logger(self, write: Callable[[str, str], None]) -> Any:
         """Return an ILogger that hands each message to ``write(severity, message)``."""
@@ -88,6 +106,11 @@ class TensorRT:
                 write(names.get(severity, "INFO"), message)
 
         return Logger()
+
+    def check_builds(self) -> None:
+        """Raise TensorRTError where it runs engines, but builds none."""
+        if self.is_lean:
+            raise TensorRTError(f"{self.library} builds no engines: install tensorrt-cu13 for that")
 
     def create_network(self, builder: Any) -> Any:
         """Return an empty strongly typed network: the only kind that 11 and RTX have, and the one
@@ -133,7 +156,7 @@ class TensorRT:
 
 
 def find_tensorrt() -> TensorRT:
-    """Import TensorRT, whichever of the three is installed. Raises TensorRTError."""
+    """Import TensorRT, whichever is installed. Raises TensorRTError."""
     reasons = []
     for name in MODULES:
         try:
@@ -144,7 +167,7 @@ def find_tensorrt() -> TensorRT:
         except (ImportError, OSError, RuntimeError) as error:
             reasons.append(f"{name}: {error}")
     raise TensorRTError(
-        "no usable TensorRT: install one of those in requirements-gpu.txt"
+        "no usable TensorRT: install one of those in requirements-gpu.txt, or requirements-lean.txt"
         + (f" ({'; '.join(reasons)})" if reasons else "")
     )
 

@@ -22,7 +22,7 @@ from typing import Literal, get_args
 import trt_build
 from server.backends import Backend, BackendError
 from server.backends.tensorrt import TensorRtBackend
-from trt_build.device import NoGpuError, current_gpu
+from trt_build.device import Gpu, NoGpuError, current_gpu
 from trt_build.plan import (
     BUCKETS,
     PlanError,
@@ -33,8 +33,14 @@ from trt_build.plan import (
     read_engine,
     read_plan_info,
 )
-from trt_build.runtime import SLOTS
-from trt_build.tensorrt_api import RTX_PORTABLE, TensorRTError, find_tensorrt, plan_key
+from trt_build.runtime import SLOTS, check_fits
+from trt_build.tensorrt_api import (
+    RTX_PORTABLE,
+    TensorRT,
+    TensorRTError,
+    find_tensorrt,
+    plan_key,
+)
 
 __all__ = ["CORES_TO_SPIN", "ENGINE_EVENTS", "EngineCache", "EngineEvent", "open_engine_cache"]
 
@@ -72,10 +78,12 @@ class EngineCache:
     Args:
         folder: made where it is missing.
         key: what the engine must have been built for.
-        command: command line of the builder, given the engine's path.
+        command: command line of the builder, given the engine's path; None where engines are built
+            elsewhere, and only loaded here.
         load: opens the engine; raises BackendError.
         trial: command line that loads an engine and runs it once, given its path.
         on_event: told of each step; counts it.
+        engine: the file, where its name does not hold the key.
         first_pause_s: before a failed build is tried again.
         longest_pause_s: what the doubling stops at.
         build_timeout_s: a build that takes longer is ended and counts as failed.
@@ -86,15 +94,16 @@ class EngineCache:
         folder: Path,
         key: PlanKey,
         *,
-        command: Callable[[Path], Sequence[str]],
+        command: Callable[[Path], Sequence[str]] | None,
         load: Callable[[Path], Backend],
         trial: Callable[[Path], Sequence[str]],
         on_event: Callable[[EngineEvent], None] = lambda _: None,
+        engine: Path | None = None,
         first_pause_s: float = 30,
         longest_pause_s: float = 3600,
         build_timeout_s: float = 3600,
     ) -> None:
-        self.engine = folder / f"slsnet-{key.precision}-{key.digest()}.engine"
+        self.engine = engine or folder / f"slsnet-{key.precision}-{key.digest()}.engine"
         self._key = key
         self._command = command
         self._load = load
@@ -108,7 +117,8 @@ class EngineCache:
         """The engine, if one is there that fits, is whole, has passed the gate and loads.
 
         First in a process of its own: what ends a process in the driver, or leaves it without its
-        GPU, would do so to the server at every start. Such an engine is removed.
+        GPU, would do so to the server at every start. Such an engine is removed where it can be
+        built again.
         """
         return self._open(tried=False)
 
@@ -132,7 +142,8 @@ class EngineCache:
                 self._try()
             backend = self._load(self.engine)
         except PlanError as error:
-            self.engine.unlink(missing_ok=True)
+            if self._command is not None:
+                self.engine.unlink(missing_ok=True)
             self._say("damaged", str(error))
             return None
         except BackendError as error:
@@ -144,15 +155,18 @@ class EngineCache:
     def obtain(self, stop: threading.Event) -> Backend | None:
         """Build until there is an engine that may be served, and load it. Blocks for minutes.
 
+        Where none is built, load the one that there is, until that works.
+
         Returns:
             None once `stop` is set, or where the engine fails the parity gate: built again, it
             would fail again.
         """
         pause_s = self._first_pause_s
         while not stop.is_set():
-            if self._build(stop):
-                # The builder had it through the gate, in its own process.
-                backend = self._open(tried=True)
+            command = self._command
+            if command is None or self._build(command, stop):
+                # A builder had it through the gate, in its own process.
+                backend = self._open(tried=command is not None)
                 if backend is not None:
                     self._say("serving", f"{self.engine} takes over")
                     return backend
@@ -201,7 +215,7 @@ class EngineCache:
         except (OSError, PlanError):
             return False
 
-    def _build(self, stop: threading.Event) -> bool:
+    def _build(self, command: Callable[[Path], Sequence[str]], stop: threading.Event) -> bool:
         """Whether there is an engine now, built here or by another server meanwhile."""
         try:
             self.engine.parent.mkdir(parents=True, exist_ok=True)
@@ -212,7 +226,7 @@ class EngineCache:
                     self._checked()
                     return True
                 self._remove_leftovers()
-                return self._run_builder(lock, stop)
+                return self._run_builder(command(self.engine), lock, stop)
         except OSError as error:
             self._say("build_failed", f"{self.engine.parent}: {error.strerror}")
             return False
@@ -244,8 +258,7 @@ class EngineCache:
         for path in self.engine.parent.glob(f".{self.engine.name}*"):
             path.unlink(missing_ok=True)
 
-    def _run_builder(self, lock: int, stop: threading.Event) -> bool:
-        command = list(self._command(self.engine))
+    def _run_builder(self, command: Sequence[str], lock: int, stop: threading.Event) -> bool:
         self._say("build_started", f"{self.engine}, in a process of its own")
         with tempfile.TemporaryFile() as output:
             builder = subprocess.Popen(
@@ -319,6 +332,8 @@ def open_engine_cache(
 ) -> EngineCache:
     """The cache of engines of `model` (an ONNX file) for this process's GPU.
 
+    TensorRT's lean runtime builds none: it takes the best of those in the folder.
+
     Args:
         folder: of the engine files.
         model: the ONNX file.
@@ -327,20 +342,43 @@ def open_engine_cache(
         cores: this process's share of the machine.
 
     Raises:
-        BackendError: no TensorRT, no driver, no GPU, or no such file.
+        BackendError: no TensorRT, no driver, no GPU, no such file, or no engine for a lean runtime.
     """
+
+    def load(engine: Path) -> Backend:
+        return TensorRtBackend(engine, spin=cores >= CORES_TO_SPIN)
+
+    def trial(engine: Path) -> list[str]:
+        return [sys.executable, "-m", "trt_build.runtime", str(engine)]
+
     try:
         gpu = current_gpu()
         trt = find_tensorrt()
         trt.check_runs_on(gpu)
+        log.info("%s on %s, compute capability %s", trt.library, gpu.name, gpu.compute_capability)
+        digest = file_sha256(model)
+        if trt.is_lean:
+            engine, info = _built_elsewhere(folder.resolve(), digest, precision, trt, gpu)
+            return EngineCache(
+                engine.parent,
+                info.key,
+                command=None,
+                load=load,
+                trial=trial,
+                on_event=on_event,
+                engine=engine,
+            )
         portable = not trt.is_rtx or gpu.compute_capability in RTX_PORTABLE
         target = None if portable else gpu.compute_capability
-        key = plan_key(file_sha256(model), precision, BUCKETS, trt, compute_capability=target)
+        key = plan_key(digest, precision, BUCKETS, trt, compute_capability=target)
+    except PlanError as error:
+        on_event("miss")
+        log.warning("engine miss: %s", error)
+        raise BackendError(f"TensorRT cannot be used: {error}") from error
     except (NoGpuError, TensorRTError) as error:
         raise BackendError(f"TensorRT cannot be used: {error}") from error
     except OSError as error:
         raise BackendError(f"{model} cannot be read: {error.strerror}") from error
-    log.info("%s on %s, compute capability %s", trt.library, gpu.name, gpu.compute_capability)
 
     def command(engine: Path) -> list[str]:
         # Without a timing cache: times taken on a GPU that serves are not for later builds.
@@ -355,10 +393,42 @@ def open_engine_cache(
         folder.resolve(),
         key,
         command=command,
-        load=lambda engine: TensorRtBackend(engine, spin=cores >= CORES_TO_SPIN),
-        trial=lambda engine: [sys.executable, "-m", "trt_build.runtime", str(engine)],
+        load=load,
+        trial=trial,
         on_event=on_event,
     )
+
+
+def _built_elsewhere(
+    folder: Path, onnx_sha256: str, precision: Precision, trt: TensorRT, gpu: Gpu
+) -> tuple[Path, PlanInfo]:
+    """The engine in `folder` that `trt`, which builds none, runs best on `gpu`.
+
+    One for this very card rather than a portable one.
+
+    Raises:
+        PlanError: there is none; the message says of each file why not.
+    """
+    fitting: list[tuple[Path, PlanInfo]] = []
+    others: list[str] = []
+    for engine in sorted(folder.glob("*.engine")):
+        try:
+            info = read_plan_info(engine)
+            if info.key.onnx_sha256 != onnx_sha256:
+                raise PlanError("it is of another network")
+            if info.key.precision != precision:
+                raise PlanError(f"it is {info.key.precision}, not {precision}")
+            check_fits(info, trt, gpu)
+        except PlanError as error:
+            others.append(f"{engine.name}: {error}")
+        else:
+            fitting.append((engine, info))
+    if not fitting:
+        raise PlanError(
+            f"{folder} has no engine that {trt.library} can run here"
+            + (f" ({'; '.join(others)})" if others else "")
+        )
+    return min(fitting, key=lambda found: found[1].hardware_compatible)
 
 
 def _gate_failures(info: PlanInfo) -> str:

@@ -1,4 +1,4 @@
-"""TensorRT: an engine file built by `trt_build`, for one GPU and one TensorRT version."""
+"""TensorRT: an engine file built by `trt_build`, run by TensorRT or its lean runtime."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ class TensorRtBackend:
         key = self._runner.info.key
         return BackendInfo(
             name="tensorrt",
-            version=key.library,
+            version=self._runner.library,
             device=self._runner.gpu.name,
             precision=key.precision,
             max_batch=key.buckets[-1],

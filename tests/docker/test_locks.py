@@ -25,6 +25,7 @@ def _locked(name: str) -> dict[str, list[str]]:
     [
         ("requirements.txt", "requirements.lock"),
         ("requirements-gpu.txt", "requirements-gpu.lock"),
+        ("requirements-lean.txt", "requirements-lean.lock"),
         ("docker/requirements-sbom.in", "requirements-sbom.lock"),
         ("requirements-bench.txt", "requirements-load.lock"),
     ],
@@ -39,6 +40,19 @@ def test_locks_follow_the_requirements(source: str, lock: str) -> None:
     assert len({package.split("==")[0] for package in locked}) == len(locked)
 
 
+def test_a_lean_image_is_the_cpus_with_tensorrt_beside_it() -> None:
+    cpu, lean = (
+        {package.split("==")[0] for package in _locked(lock)}
+        for lock in ("requirements.lock", "requirements-lean.lock")
+    )
+    assert lean - cpu == {
+        "cuda-bindings",
+        "cuda-pathfinder",
+        "tensorrt-lean-cu13-bindings",
+        "tensorrt-lean-cu13-libs",
+    }
+
+
 def test_no_torch_in_an_image() -> None:
-    for lock in ("requirements.lock", "requirements-gpu.lock"):
+    for lock in ("requirements.lock", "requirements-gpu.lock", "requirements-lean.lock"):
         assert not any(package.startswith("torch") for package in _locked(lock))

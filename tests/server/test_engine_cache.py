@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,12 +20,12 @@ from numpy.typing import NDArray
 
 from server.backends import Backend, BackendError, BackendInfo, engine_cache
 from server.backends.engine_cache import EngineCache, EngineEvent, open_engine_cache
-from tests.support import MODEL, ROOT
+from tests.support import MODEL, ROOT, surface
 from tests.support.devices import has_gpu
 from tests.support.fake_builder import CONTENT, KEY, plan_info
 from trt_build import tensorrt_api
 from trt_build.device import Gpu, NoGpuError
-from trt_build.plan import sidecar_path
+from trt_build.plan import file_sha256, sidecar_path
 
 BUILDER = ROOT / "tests/support/fake_builder.py"
 
@@ -58,7 +60,7 @@ class Harness:
         behaviour: str | Callable[[], str] = "good",
         load: Callable[[Path], Backend] = EngineStub,
         trial: str = "",
-        **options: float,
+        **options: Any,
     ) -> EngineCache:
         def command(engine: Path) -> list[str]:
             how = behaviour if isinstance(behaviour, str) else behaviour()
@@ -463,6 +465,97 @@ def test_rtx_builds_for_the_card_alone_where_portable_engines_do_not_run_on_it(
     (command,) = commands
     assert "--timing-cache" not in command, "a GPU that serves gives timings of no use to others"
     assert list(command[-2:]) == target or (not target and "--compute-capability" not in command)
+
+
+class Lean:
+    """A machine with TensorRT's lean runtime, and a folder of engines that were built elsewhere."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        self.events: list[EngineEvent] = []
+        lean = tensorrt_api.TensorRT(surface.module("tensorrt-lean-11.4"))
+        gpu = Gpu("NVIDIA H100 80GB HBM3", "9.0", 80 << 30, 132)
+        monkeypatch.setattr(engine_cache, "current_gpu", lambda: gpu)
+        monkeypatch.setattr(engine_cache, "find_tensorrt", lambda: lean)
+        monkeypatch.setattr(engine_cache, "TensorRtBackend", lambda engine, **_: EngineStub(engine))
+        monkeypatch.setattr("subprocess.run", self._try)
+        self.trial_says: tuple[int, bytes] = (0, b"")
+
+    def _try(self, command: Sequence[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.CompletedProcess(command, *self.trial_says)
+
+    def add(self, name: str, *, version_compatible: bool = True, **changes: Any) -> Path:
+        key = dataclasses.replace(KEY, **{"onnx_sha256": file_sha256(MODEL), **changes})
+        portable = key.compute_capability.endswith("+")
+        engine = self.folder / name
+        engine.write_bytes(CONTENT)
+        dataclasses.replace(
+            plan_info(key), version_compatible=version_compatible, hardware_compatible=portable
+        ).write(engine)
+        return engine
+
+    def open(self) -> EngineCache:
+        return open_engine_cache(self.folder, MODEL, "fp16", self.events.append)
+
+
+@pytest.fixture
+def lean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lean:
+    return Lean(tmp_path, monkeypatch)
+
+
+def test_a_lean_runtime_serves_what_was_built_elsewhere(lean: Lean) -> None:
+    lean.add("a.engine", compute_capability="8.0+", device="any")
+    mine = lean.add("b.engine")
+    lean.add("c.engine", compute_capability="8.9", device="NVIDIA L4, 58 multiprocessors")
+    lean.add("d.engine", precision="bf16")
+    lean.add("e.engine", version_compatible=False)
+    backend = lean.open().load()
+    assert isinstance(backend, EngineStub)
+    assert backend.engine == mine, "an engine for this very card is faster than a portable one"
+    mine.unlink()
+    backend = lean.open().load()
+    assert isinstance(backend, EngineStub)
+    assert backend.engine.name == "a.engine"
+    assert lean.events == ["hit", "hit"]
+    assert not list(lean.folder.glob("*.lock")), "such a folder may be one that cannot be written"
+
+
+def test_a_lean_runtime_without_an_engine_says_what_is_wrong_with_each(
+    lean: Lean, caplog: pytest.LogCaptureFixture
+) -> None:
+    lean.add("a.engine", version_compatible=False)
+    lean.add("b.engine", compute_capability="8.9", device="any")
+    lean.add("c.engine", precision="bf16")
+    lean.add("d.engine", onnx_sha256="1" * 64)
+    (lean.folder / "e.engine").write_bytes(CONTENT)
+    with pytest.raises(BackendError, match=r"has no engine that tensorrt_lean 11\.4\.0\.106 can"):
+        lean.open()
+    for reason in (
+        "a.engine: the engine was built by tensorrt 11.4.0, .* build it with --version-compatible",
+        "b.engine: the engine was built for compute capability 8.9, NVIDIA H100 80GB HBM3 has 9.0",
+        "c.engine: it is bf16, not fp16",
+        "d.engine: it is of another network",
+        "e.engine: .*e.engine.json is missing",
+    ):
+        assert re.search(reason, caplog.text), reason
+    assert lean.events == ["miss"]
+
+
+def test_a_lean_runtime_keeps_an_engine_that_it_cannot_build_again(
+    lean: Lean, stop: threading.Event
+) -> None:
+    engine = lean.add("a.engine")
+    lean.trial_says = (-signal.SIGSEGV, b"")
+    cache = lean.open()
+    assert cache.load() is None
+    assert lean.events == ["damaged"]
+    assert engine.exists()
+    lean.trial_says = (1, b"out of GPU memory")
+    assert cache.load() is None
+    assert lean.events[1:] == ["load_failed"]
+    lean.trial_says = (0, b"")
+    assert cache.obtain(stop) is not None, "memory that others held is free again"
+    assert lean.events[2:] == ["hit", "serving"]
 
 
 def _until(condition: Callable[[], bool], timeout_s: float = 60) -> None:

@@ -20,12 +20,12 @@ def classes(surface: str) -> dict[str, frozenset[str]]:
 
 def module(surface: str) -> Any:
     """A module of that version, without behaviour: each member is its own name."""
-    name = "tensorrt_rtx_bindings" if "-rtx-" in surface else surface.partition("-")[0]
-    found = cast("Any", ModuleType(name.replace("-", "_")))
+    kind = surface.rpartition("-")[0].replace("-", "_")
+    found = cast("Any", ModuleType(kind if kind == "tensorrt" else f"{kind}_bindings"))
     found.__version__ = json.loads((SURFACES / f"{surface}.json").read_text())["version"]
     for class_name, members in classes(surface).items():
         setattr(found, class_name, type(class_name, (), {member: member for member in members}))
-    for class_name in ("BuilderFlag", "NetworkDefinitionCreationFlag"):
+    for class_name in {"BuilderFlag", "NetworkDefinitionCreationFlag"} & classes(surface).keys():
         values = {member: i for i, member in enumerate(sorted(classes(surface)[class_name]))}
         setattr(found, class_name, type(class_name, (), values))
     return found

@@ -34,9 +34,11 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def trt() -> TensorRT:
     try:
-        return find_tensorrt()
+        trt = find_tensorrt()
+        trt.check_builds()
     except TensorRTError as error:
         pytest.skip(str(error))
+    return trt
 
 
 @pytest.fixture(scope="module")

@@ -35,3 +35,13 @@ def test_gpu_requirements_follow_the_cpus() -> None:
 def test_what_is_tested_is_what_is_served(package: str) -> None:
     tested = _pins("requirements-dev.txt") | _pins("requirements-train.txt")
     assert _pins("requirements-gpu.txt")[package] == tested[package]
+
+
+def test_a_lean_runtime_is_of_the_version_that_builds() -> None:
+    gpu, lean = _pins("requirements-gpu.txt"), _pins("requirements-lean.txt")
+    version = gpu["tensorrt-cu13"]
+    assert lean == {
+        "cuda-bindings": gpu["cuda-python"],
+        "tensorrt-lean-cu13-bindings": version,
+        "tensorrt-lean-cu13-libs": version,
+    }

@@ -39,7 +39,7 @@ class Machine:
         plan_info().write(self.engine)
         self.monkeypatch = monkeypatch
         self.accepts = True
-        self.is_rtx = False
+        self.surface = "tensorrt-11.4"
         self.version = "11.4.0"
         self.gpu = GPU
         self.plug_in(FakeCuda())
@@ -48,13 +48,18 @@ class Machine:
 
     def be_rtx(self) -> None:
         """A card with TensorRT for RTX, and a portable engine."""
-        self.is_rtx = True
+        self.surface = "tensorrt-rtx-1.7"
         self.version = "1.7.1.116"
         self.gpu = Gpu("NVIDIA GeForce RTX 4090", "8.9", 24 << 30, 128)
         key = dataclasses.replace(
             KEY, library=f"tensorrt_rtx {self.version}", compute_capability="any"
         )
         plan_info(key).write(self.engine)
+
+    def be_lean(self, *, version_compatible: bool = True) -> None:
+        """TensorRT's lean runtime, and an engine that was built elsewhere."""
+        self.surface = "tensorrt-lean-11.4"
+        dataclasses.replace(plan_info(), version_compatible=version_compatible).write(self.engine)
 
     def plug_in(self, cuda: FakeCuda, scratch: int = 4096) -> None:
         self.cuda = cuda
@@ -66,7 +71,7 @@ class Machine:
             assert data == CONTENT
             return self.loaded if self.accepts else None
 
-        module = surface.module("tensorrt-rtx-1.7" if self.is_rtx else "tensorrt-11.4")
+        module = surface.module(self.surface)
         module.__version__ = self.version
         module.Runtime = lambda _: SimpleNamespace(deserialize_cuda_engine=deserialize)
         return TensorRT(module)
@@ -306,6 +311,30 @@ def test_a_version_compatible_engine_runs_under_later_minor_versions(
     else:
         with pytest.raises(PlanError, match="build it again"):
             runtime_module.check_fits(info, machine.tensorrt(), GPU)
+
+
+@pytest.mark.parametrize("version", ["11.4.0", "11.6.0"])
+def test_the_lean_runtime_runs_version_compatible_engines(machine: Machine, version: str) -> None:
+    machine.be_lean()
+    machine.version = version
+    backend = TensorRtBackend(machine.engine)
+    assert backend.describe().version == f"tensorrt_lean {version}"
+    batch = _images(3)
+    np.testing.assert_array_equal(backend.infer(batch), _expected(batch))
+    backend.close()
+
+
+@pytest.mark.parametrize(
+    ("version_compatible", "version"), [(False, "11.4.0"), (True, "11.3.9"), (True, "12.0")]
+)
+def test_the_lean_runtime_says_what_it_does_not_run(
+    machine: Machine, version_compatible: bool, version: str
+) -> None:
+    machine.be_lean(version_compatible=version_compatible)
+    machine.version = version
+    message = rf"by tensorrt 11.4.0, this is tensorrt_lean {version}: build it with --version-comp"
+    with pytest.raises(PlanError, match=message):
+        EngineRunner(machine.engine)
 
 
 @pytest.mark.parametrize(("built_for", "fits"), [("8.0+", True), ("9.0", True), ("8.9", False)])

@@ -9,6 +9,7 @@ import pytest
 
 from tests.support import MODEL
 from tests.support import surface as surfaces
+from trt_build import __main__ as command
 from trt_build import build as build_module
 from trt_build.build import BuildOptions, build
 from trt_build.convert import convert
@@ -120,7 +121,15 @@ class FakeTensorRT:
             num_optimization_profiles=2,
             get_device_memory_size_for_profile_v2=lambda i: 1000 * (i + 1),
         )
-        return self._object("Runtime", deserialize_cuda_engine=lambda _: engine)
+
+        def deserialize(_: bytes) -> Recorded | None:
+            # Version-compatible engines carry a lean runtime, which is code for the host.
+            flag = getattr(self.module.BuilderFlag, "VERSION_COMPATIBLE", None)
+            has_host_code = ("set_flag", (flag,)) in self.calls
+            allowed = ("engine_host_code_allowed", True) in self.calls
+            return None if has_host_code and not allowed else engine
+
+        return self._object("Runtime", deserialize_cuda_engine=deserialize)
 
 
 def _inspector_json(
@@ -301,6 +310,20 @@ def test_an_rtx_that_cannot_be_told_is_refused_by_name() -> None:
         match=r"no BuilderFlag\.REQUIRE_USER_ALLOCATION: .* RTX 1\.2 or newer",
     ):
         TensorRT(module)
+
+
+def test_the_lean_runtime_runs_engines_and_builds_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not surfaces.classes("tensorrt-lean-11.4").keys() & {"Builder", "OnnxParser"}
+    trt = TensorRT(surfaces.module("tensorrt-lean-11.4"))
+    assert (trt.is_lean, trt.is_rtx, trt.library) == (True, False, "tensorrt_lean 11.4.0.106")
+    refusal = r"tensorrt_lean 11\.4\.0\.106 builds no engines: install tensorrt-cu13"
+    with pytest.raises(TensorRTError, match=refusal):
+        build(MODEL, tmp_path / "x.engine", BuildOptions(), trt=trt)
+    monkeypatch.setattr(command, "find_tensorrt", lambda: trt)
+    assert command.main(["--onnx", str(MODEL), "--output", "x.engine", "--parity"]) == 1
+    assert "builds no engines" in capsys.readouterr().err
 
 
 def test_what_version_11_removed_is_not_there() -> None:
