@@ -1,4 +1,4 @@
-"""From a photo's bytes to its lesion's probability: admission, decode, queue, batch, network.
+"""From a photo's bytes to its lesion's probability: admission, decoding, queue, batch, network.
 
-No web framework is known here: archives and any program use it as the HTTP service does.
+It uses no web framework, so archives and other programs use it as the HTTP service does.
 """

@@ -1,13 +1,13 @@
-"""Who is let in: as many as there is room for, and only those that can be answered in time.
+"""Admission: lets in as many requests as there is room for, if they can be answered in time.
 
-How long a request would wait is told by how many photos are ahead of it and by the pace at which
-photos got done while there were any: decoding, the network, batches, encoding and whatever else
-keeps the machine busy are all in that pace. Interactive photos wait for each other and for bulk's
-share of the batches; bulk ones for what others leave them, which is a pace of its own.
+A request waits about as long as the photos ahead of it take, at the pace of the last ones. That
+pace includes decoding, the network, batches, encoding and any other work on the machine.
+Interactive photos wait for each other and for bulk's share of the batches. Bulk photos wait for
+what the others leave them, so they have a pace of their own.
 
-A request that would be answered too late is refused before its body is read, and once more when
-its body has come and those ahead turned out to be more. One that nobody is ahead of is let in
-whatever its deadline, for it could not do better by coming back.
+A request that would be answered too late is refused before its body is read, or when the body has
+come and more photos are ahead than before. If no photo is ahead the request is let in whatever its
+deadline is: it could not do better later.
 """
 
 import contextlib
@@ -24,44 +24,40 @@ from server.settings import Settings
 
 __all__ = ["Gate", "Pace", "Place"]
 
-# Photos that a pace is an average of, and batches: those of one come all at once. Bulk's depends on
-# who else is there, and is to be forgotten sooner.
+# So many photos, and batches, are averaged for a pace: the photos of a batch come all at once. The
+# pace of bulk depends on the others, so it is forgotten sooner.
 _PHOTOS = 32
 _BULK_PHOTOS = 8
 _BATCHES = 4
 
-# A pace is the middle of the means of so many parts of them: one photo that took long, whatever
-# the reason, shapes one part alone.
+# They are split into so many parts, and the pace is the median of the parts' means: one photo that
+# took long affects one part only.
 _PARTS = 4
 
-# After so long without work, half of what a pace lies above the one at the start is forgotten: what
-# was seen in a bad minute must not refuse anyone in a good one.
+# After so long without work a pace loses half of its distance to the pace at the start: what was
+# measured in a bad minute must not refuse requests in a good one.
 _FORGET_S = 1.0
 
-# What was measured at the start counts as so many photos done. The first ones done under load say
-# little: all of those that came with them were decoded while they were.
+# The measurement at the start counts as so many photos done. The first photos under load say
+# little, since all that came with them were decoded at the same time.
 _SUPPOSED_PHOTOS = 8
 
-# Of what is left until its deadline a request may spend so much by expectation; the rest is for
-# what nobody expects, such as other work on the machine that comes while it waits.
+# A request may be expected to take this share of the time until its deadline. The rest is for the
+# unexpected, such as other work on the machine that comes while it waits.
 _USABLE = 0.7
 
-# A body that takes longer than this to come is not ahead of anyone and has no place: a slow client
-# must not keep others out. When it is there it has to find room anew.
+# A body that takes longer than this has no place, so that a slow client keeps nobody out. Once the
+# body is there, the request asks for a place again.
 _ARRIVING_S = 1.0
 
 
 class Pace:
-    """How soon photos get done, by those that got done last."""
+    """How fast photos get done, measured on the last ones."""
 
     def __init__(self, memory: int) -> None:
-        """Begin without having seen a photo.
-
-        Args:
-            memory: photos that it is an average of.
-        """
+        """Average the last `memory` photos."""
         self.photos = 0
-        """That are being worked on or wait for it."""
+        """Photos that are being worked on, or wait."""
         self._busy_s = 0.0
         self._counted = 0.0
         self._done: deque[float] = deque([0.0], memory + 1)
@@ -70,7 +66,7 @@ class Pace:
 
     @property
     def seconds_each(self) -> float:
-        """From one that gets done to the next, while there are any; 0 before it is known."""
+        """Seconds from one photo done to the next, while there are any; 0 before it is known."""
         seen_s = self._seen_s()
         if self.photos or seen_s <= self._supposed_s:
             return seen_s
@@ -78,7 +74,7 @@ class Pace:
         return self._supposed_s + (seen_s - self._supposed_s) * math.exp2(-idle_s / _FORGET_S)
 
     def _seen_s(self) -> float:
-        # Asked for by everyone who is refused, and another one only when photos get done.
+        # Every refusal asks for it, and it changes only when photos get done.
         if self._seen is None:
             self._seen = self._middle()
         return self._seen
@@ -95,7 +91,7 @@ class Pace:
 
     @property
     def overdue_s(self) -> float:
-        """Since the last one got done, while there are any."""
+        """Seconds since the last photo got done, while there are any."""
         return (
             self._busy_s + time.perf_counter() - self._counted - self._done[-1]
             if self.photos
@@ -103,7 +99,7 @@ class Pace:
         )
 
     def suppose(self, seconds_each: float, memory: int) -> None:
-        """What to go by until photos have been seen, and of how many to make an average."""
+        """Set the pace to assume until photos have been measured, and how many to average."""
         self._supposed_s = seconds_each
         done = list(self._done)
         if len(done) == 1:
@@ -112,7 +108,7 @@ class Pace:
         self._seen = None
 
     def begin(self, photos: int) -> None:
-        """So many more are worked on or wait."""
+        """So many more photos are worked on or wait."""
         seen_s = self._seen_s()
         if not self.photos and seen_s:
             share = self.seconds_each / seen_s
@@ -125,9 +121,9 @@ class Pace:
         self.photos += photos
 
     def end(self, photos: int, *, served: bool) -> None:
-        """So many less; `served` if the network has run them.
+        """So many photos fewer; `served` if the network has run them.
 
-        What others took was nearly nothing, or was in vain: it counts for those that come next.
+        The time of photos that were not served counts for the next ones: it was short, or wasted.
         """
         self._count_time()
         self.photos -= photos
@@ -143,7 +139,7 @@ class Pace:
 
 
 class Place:
-    """What a request holds from its admission to its answer."""
+    """The place in the queue that a request holds from its admission to its answer."""
 
     def __init__(
         self,
@@ -153,7 +149,7 @@ class Place:
         bulk: bool,
     ) -> None:
         self.take = take
-        """Accounts for bytes of its body; see `ByteBudget.account`."""
+        """Accounts for bytes of the request's body; see `ByteBudget.account`."""
         self.deadline = deadline
         """Second of `time.perf_counter`; may be set until `check`, as may `bulk`."""
         self.bulk = bulk
@@ -161,7 +157,7 @@ class Place:
         self._photos = 0
 
     def check(self, photos: int = 1) -> None:
-        """The body is there, with so many photos.
+        """Check again, now that the body is there and has so many photos.
 
         Raises:
             Overloaded: they would be done too late, or the place was lost while the body came.
@@ -170,26 +166,26 @@ class Place:
         self._gate.check(photos, self.deadline - time.perf_counter(), bulk=self.bulk)
 
     def begin(self, photos: int = 1) -> None:
-        """Work on so many of them begins."""
+        """Work on so many of the photos begins."""
         self._photos += photos
         for pace in self._gate.paces(bulk=self.bulk):
             pace.begin(photos)
 
     def end(self, photos: int = 1, *, served: bool) -> None:
-        """Work on so many of them is over; `served` if the network has run them."""
+        """Work on so many of the photos is over; `served` if the network has run them."""
         self._photos -= photos
         for pace in self._gate.paces(bulk=self.bulk):
             pace.end(photos, served=served)
 
     def leave(self) -> None:
-        """The request is over, whatever photos it still has."""
+        """The request is over; its remaining photos are not waited for."""
         self._gate.left(self)
         if self._photos:
             self.end(self._photos, served=False)
 
 
 class Gate:
-    """Counts places, bytes and photos, and refuses what would be too many."""
+    """Counts places, bytes and photos, and refuses requests beyond the limits."""
 
     def __init__(self, settings: Settings) -> None:
         self.admitted = 0
@@ -204,21 +200,21 @@ class Gate:
         self._arriving: dict[Place, float] = {}
 
     def expect(self, seconds_an_image: float, max_batch: int) -> None:
-        """By a first measurement, what a photo takes the network, and how many it runs together."""
+        """Take a first measurement: seconds of the network for a photo, and photos in one run."""
         self._max_batch = max_batch
         self._pace.suppose(seconds_an_image, max(_PHOTOS, _BATCHES * max_batch))
 
     def paces(self, *, bulk: bool) -> tuple[Pace, ...]:
-        """That a photo counts for."""
+        """The paces that a photo counts for."""
         return (self._pace, self._bulk_pace) if bulk else (self._pace,)
 
     def wait_s(self, photos: int = 1, *, bulk: bool, arriving: int = 0) -> float:
-        """Until the last of so many is done that come now, seconds; 0 if nobody is ahead.
+        """Seconds until the last of so many new photos would be done; 0 if none is ahead.
 
         Args:
-            photos: that come now.
-            bulk: whether they are.
-            arriving: photos of the same kind that come before them, beside those worked on.
+            photos: the new ones.
+            bulk: whether these are bulk.
+            arriving: photos of the same kind that come before them and are not worked on yet.
         """
         each_s, most = self._pace.seconds_each, self._max_batch
         interactive = self._pace.photos - self._bulk_pace.photos
@@ -227,20 +223,20 @@ class Gate:
             if not ahead and not interactive:
                 return 0.0
             pace_s = max(each_s, self._bulk_pace.seconds_each, self._bulk_pace.overdue_s)
-            # A batch of others runs already, and those of its own batch come with it.
+            # A batch of others runs already, and the photos of its own batch come with it.
             return (ahead + photos) * pace_s + 2 * min(interactive, most) * each_s
         ahead = interactive + arriving
         ahead += min(self._bulk_pace.photos, 1 + ahead // INTERACTIVE_PER_BULK)
-        # As many as are ahead may follow and run in the same batch.
+        # As many photos as are ahead may follow and run in the same batch.
         return (ahead + photos + min(ahead, most - 1)) * each_s if ahead else 0.0
 
     @contextlib.contextmanager
     def enter(self, *, deadline: float, bulk: bool) -> Iterator[Place]:
-        """A place among the requests being worked on.
+        """Take a place in the queue.
 
         Args:
             deadline: second of `time.perf_counter` after which an answer is of no use.
-            bulk: takes half of the places, and of the bytes, at most with all others of its kind.
+            bulk: all bulk requests together may take half of the places and of the bytes.
 
         Raises:
             Overloaded: all places are taken, or the answer would come too late.
@@ -258,11 +254,11 @@ class Gate:
     def check_room(
         self, *, deadline: float, bulk: bool, coming: int = 0, others_coming: int = 0
     ) -> None:
-        """Whether one more can be let in; other arguments and errors are those of `enter`.
+        """Check that one more can be let in; other arguments and errors are those of `enter`.
 
         Args:
-            coming: requests of its kind that come before it and have not entered yet.
-            others_coming: the same of the other kind.
+            coming: requests of its kind that come before it and have no place yet.
+            others_coming: such requests of the other kind.
         """
         usable_s = (deadline - time.perf_counter()) * _USABLE
         self.check(1, usable_s, bulk=bulk, arriving=self._count_arriving(bulk) + coming)
@@ -270,7 +266,7 @@ class Gate:
 
     @contextlib.contextmanager
     def answer_bytes(self, count: int, *, bulk: bool) -> Iterator[None]:
-        """So many bytes of an answer that is large: they count as those of bodies do.
+        """Account for so many bytes of a large answer, as for those of a body.
 
         Raises:
             Overloaded: there is no room for them.
@@ -282,7 +278,7 @@ class Gate:
 
     @contextlib.contextmanager
     def places(self, count: int, *, bulk: bool) -> Iterator[None]:
-        """So many places; a request with several photos takes some beside its own.
+        """Take so many places, which a request with several photos needs beside its own.
 
         Raises:
             Overloaded: fewer are free.
@@ -298,7 +294,7 @@ class Gate:
             self._admitted_bulk -= counted_as_bulk
 
     def arrived(self, place: Place) -> None:
-        """The body of this one has come.
+        """The body of this request has come.
 
         Raises:
             Overloaded: it came so slowly that its place was given to others, and none is free.
@@ -308,12 +304,12 @@ class Gate:
         self.left(place)
 
     def left(self, place: Place) -> None:
-        """Nothing more is to come for this one."""
+        """The request is over, or its body will not come."""
         self._arriving.pop(place, None)
 
     def _find_places(self, count: int, *, bulk: bool, others: int = 0) -> None:
-        # Bulk has a share of its own: held against all, it would never be let in, and so starve,
-        # where others keep the queue half full.
+        # Bulk has a share of its own. Counted with all, it would starve while others keep the queue
+        # half full.
         in_time = list(self._arriving_in_time())
         taken = self.admitted - (len(self._arriving) - len(in_time)) + others
         is_full = taken + count > self._settings.max_queue

@@ -1,13 +1,13 @@
 """Idle-aware batching: start at once while the network is idle, gather while it is busy.
 
-A request that finds a free slot of the backend runs immediately, alone. Those that come while all
-slots are busy wait together, and the slot that comes free next takes up to `max_batch` of them. So
-a lone request pays nothing for batching, and load fills the batches by itself. Nothing is polled:
-work is handed out when a request arrives and when a slot comes free.
+A request that finds a free slot of the backend runs at once, alone. While all slots are busy,
+requests wait together, and the next free slot takes up to `max_batch` of them. So a lone request
+pays nothing for batching, and load fills the batches by itself. Nothing is polled: work is handed
+out when a request arrives and when a slot becomes free.
 
-Interactive photos go before bulk ones. Bulk gets the seats that a batch would be padded with, the
-slots that nobody else wants (in runs so short that whoever comes next hardly waits), and, so that
-it never starves, one photo for every eight interactive ones.
+Interactive photos go before bulk ones. Bulk photos take the padding of a batch, and slots that are
+free, in runs so short that the next photo hardly waits. One bulk photo runs for every eight
+interactive ones, so that bulk never starves.
 """
 
 import asyncio
@@ -39,24 +39,24 @@ FAILING = (
     "The network fails on every photo and is being loaded anew. Try again when GET /health/ready"
     " answers 200."
 )
-"""What clients are told of it."""
+"""What clients are told then."""
 
 INTERACTIVE_PER_BULK = 8
 """While both kinds wait, so many interactive photos run for one bulk photo."""
 
-# A run of bulk photos alone is kept about this short: it cannot be interrupted.
+# Seconds that a run of bulk photos alone should take: it cannot be interrupted.
 _BULK_RUN_S = 0.1
 
-# A run that takes longer than this, and so many times what was to be expected, never ends.
+# A run hangs if it takes longer than this, and so many times what was expected.
 _HUNG_S = 30.0
 _HUNG_TIMES = 20
-# Looks at the clock meanwhile, so that a process that was stopped for a while has lost one of them.
+# The clock is read so often meanwhile that a process that was stopped for a while counts one step.
 _LOOKS = 10
 
 
 @dataclass(frozen=True)
 class Inference:
-    """What the network said of one image, and when (seconds of `time.perf_counter`)."""
+    """The network's answer for one photo, and when it ran (seconds of `time.perf_counter`)."""
 
     probability: NDArray[np.float32]
     """float32 [128, 128]"""
@@ -100,7 +100,7 @@ class Batcher:
         self._backend = backend
         self._metrics = metrics
         self.max_batch = max_batch or info.max_batch
-        """Images that run together at most."""
+        """The most photos that run together."""
         if info.buckets:
             self.max_batch = min(self.max_batch, info.buckets[-1])
         self._buckets = info.buckets
@@ -117,7 +117,7 @@ class Batcher:
         self._is_failing = False
         self._hung = False
         self.seconds_per_image = 0.0
-        """Moving average of the backend's time an image."""
+        """Moving average of the backend's time for a photo."""
 
     async def infer(
         self,
@@ -126,18 +126,18 @@ class Batcher:
         deadline: float,
         is_gone: Callable[[], bool] = lambda: False,
     ) -> Inference:
-        """Run one image, with others if the backend is busy.
+        """Run one photo's pixels, with others if the backend is busy.
 
         Args:
             pixels: uint8 [128, 128, 3].
-            deadline: second of `time.perf_counter` after which the image is not run.
-            is_gone: whether nobody waits for the answer any more; asked when a batch is formed.
+            deadline: second of `time.perf_counter` after which they are not run.
+            is_gone: whether the client has left; asked when a batch is formed.
 
         Raises:
-            DeadlineExceeded: the deadline passed while the image waited.
+            DeadlineExceeded: the deadline passed while they waited.
             ClientGone: `is_gone` said so.
-            InferenceFailed: the backend failed on this image in its batch and again alone.
-            Unavailable: the backend fails all the time, or does not come back.
+            InferenceFailed: the backend failed on them in their batch and again alone.
+            Unavailable: the backend keeps failing, or a run does not come back.
         """
         return await self.submit([pixels], deadline=deadline, is_gone=is_gone)[0]
 
@@ -149,15 +149,15 @@ class Batcher:
         is_gone: Callable[[], bool] = lambda: False,
         bulk: bool = False,
     ) -> list[asyncio.Future[Inference]]:
-        """Queue images, each for itself; arguments and errors are those of `infer`.
+        """Queue the pixels of several photos, each by itself; errors are those of `infer`.
 
         Args:
             images: each uint8 [128, 128, 3].
             deadline, is_gone: as for `infer`.
-            bulk: let interactive images go first.
+            bulk: let interactive photos go first.
 
         Returns:
-            A future for each; cancelling it takes the image out of the queue.
+            A future for each; if it is cancelled, the photo leaves the queue.
         """
         loop = asyncio.get_running_loop()
         items = [_Item(pixels, deadline, is_gone, loop.create_future()) for pixels in images]
@@ -167,15 +167,15 @@ class Batcher:
 
     @property
     def is_failing(self) -> bool:
-        """Whether the backend failed `FAILURES` times in a row, or hangs; once so, it stays so."""
+        """Whether the backend failed `FAILURES` times in a row, or hangs; this is never undone."""
         return self._is_failing
 
     def waiting(self, *, bulk: bool) -> int:
-        """Images in the queue."""
+        """Photos in the queue."""
         return len(self._bulk if bulk else self._interactive)
 
     def longest_wait_s(self) -> float:
-        """Of the images in the queue, up to now."""
+        """The longest time that a photo in the queue has waited up to now."""
         heads = [queue[0].arrived for queue in (self._interactive, self._bulk) if queue]
         return time.perf_counter() - min(heads) if heads else 0.0
 
@@ -187,7 +187,7 @@ class Batcher:
             await asyncio.wait(self._running)
         self._threads.close()
         if not self._hung:
-            # A thread is in there otherwise.
+            # If it hangs, a thread is still in it.
             self._backend.close()
 
     def _dispatch(self) -> None:
@@ -243,23 +243,23 @@ class Batcher:
                 batch.append(item)
 
     def _bulk_run(self) -> int:
-        """Images that take about `_BULK_RUN_S`; one while it is not known."""
+        """As many photos as take about `_BULK_RUN_S`; one while that is not known."""
         if not self.seconds_per_image:
             return 1
         size = max(1, min(self.max_batch, int(_BULK_RUN_S / self.seconds_per_image)))
         return max((bucket for bucket in self._buckets if bucket <= size), default=size)
 
     def _bucket(self, images: int) -> int:
-        """The size of batch that so many images run in."""
+        """The size of batch that so many photos run in."""
         return next((size for size in self._buckets if size >= images), images)
 
     def _is_wanted(self, item: _Item) -> bool:
-        """Whether someone still waits for this image; who waits in vain is told so."""
+        """Whether this photo still has to run; if not, its future gets the reason."""
         if item.result.done():
             if time.perf_counter() >= item.deadline:
                 reason = "deadline"
             else:
-                # Else another image of the request failed, or it was given up.
+                # Otherwise another photo of the request failed, or it was given up.
                 reason = "client_gone" if item.is_gone() else "abandoned"
             self._metrics.dropped.labels(reason).inc()
             return False
@@ -277,7 +277,7 @@ class Batcher:
         try:
             await self._infer(batch)
         except Exception:
-            # One image may be the cause: each gets a second chance, on its own.
+            # One photo may be the cause, so each runs again, alone.
             log.exception("inference failed on a batch of %d, retrying one by one", len(batch))
             self._metrics.batch_failures.inc()
             for item in batch:
@@ -321,7 +321,7 @@ class Batcher:
                 item.result.set_result(Inference(probability, started, ended, len(batch)))
 
     async def _in_time(self, batch: list[_Item]) -> tuple[float, float, NDArray[np.float32]]:
-        """What `_call_backend` gives; BackendError if that takes for ever."""
+        """The result of `_call_backend`; BackendError if it does not come back."""
         images = [item.pixels for item in batch]
         running = asyncio.wrap_future(self._threads.submit(lambda: self._call_backend(images)))
         expected_s = self.seconds_per_image * self._bucket(len(batch))
@@ -335,7 +335,7 @@ class Batcher:
         raise BackendError(f"The backend has not come back for {limit_s:g} s.")
 
     def _fail(self) -> None:
-        """Give the backend nothing more, and tell those who wait for it."""
+        """Give the backend no more work, and fail all photos that wait for it."""
         if not self._is_failing:
             self._is_failing = True
             self._dispatch()
@@ -344,7 +344,7 @@ class Batcher:
     def _call_backend(
         self, images: Sequence[NDArray[np.uint8]]
     ) -> tuple[float, float, NDArray[np.float32]]:
-        """In a thread: images → start, end (s), probabilities float32 [n, 128, 128]."""
+        """Run in a thread: pixels → start, end (s), probabilities float32 [n, 128, 128]."""
         started = time.perf_counter()
         batch = np.stack(images)
         bucket = self._bucket(len(images))
@@ -360,7 +360,10 @@ _Result = tuple[float, float, NDArray[np.float32]]
 
 
 class _Threads:
-    """Threads that the end of the process does not wait for: one may be in a driver for ever."""
+    """Threads that do not delay the end of the process: one may be stuck in a driver.
+
+    The standard library's pool waits for its threads at exit.
+    """
 
     def __init__(self, count: int) -> None:
         self._work: SimpleQueue[tuple[Future[_Result], Callable[[], _Result]] | None] = (
@@ -376,7 +379,7 @@ class _Threads:
         return future
 
     def close(self) -> None:
-        """Let them end once they are idle."""
+        """Let the threads end once they are idle."""
         for _ in range(self._count):
             self._work.put(None)
 
@@ -389,7 +392,7 @@ class _Threads:
                 future.set_result(work())
             except Exception as error:  # noqa: BLE001  # it goes to who waits
                 future.set_exception(error)
-            # Or the last batch would be held until the next one.
+            # Otherwise the last batch would stay in memory until the next one.
             del item, future, work
 
 

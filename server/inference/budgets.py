@@ -1,4 +1,4 @@
-"""Bytes and pixels that are held at this moment, kept under limits."""
+"""Budgets that keep the bytes and pixels in memory under their limits."""
 
 import contextlib
 import threading
@@ -9,19 +9,14 @@ __all__ = ["ByteBudget", "PixelBudget"]
 
 
 class ByteBudget:
-    """Bytes of all the bodies that are held at this moment, kept under a limit.
+    """Keeps the bytes of all bodies in memory under a limit.
 
-    Those of a request whose deadline passes come back at once, though a thread that is at work on
-    its body cannot be interrupted: beyond the limit there can be one body for each thread.
+    A request gives its bytes back as soon as its deadline passes, though a thread that works on its
+    body cannot be interrupted. So each thread may hold one body beyond the limit.
     """
 
     def __init__(self, limit: int, whole: "ByteBudget | None" = None) -> None:
-        """Begin with nothing taken.
-
-        Args:
-            limit: most bytes.
-            whole: the budget that this one is a share of.
-        """
+        """Allow `limit` bytes, which also count in `whole`, the budget that this is a share of."""
         self.limit = limit
         self.used = 0
         self._whole = whole
@@ -36,12 +31,12 @@ class ByteBudget:
 
     @contextlib.contextmanager
     def account(self, full: Callable[[], Exception]) -> Iterator[Callable[[int], None]]:
-        """Gives a function that takes bytes from the budget, which come back in the end.
+        """Give a function that takes bytes from the budget until the end of the block.
 
-        Or before: a negative number gives back.
+        A negative number gives bytes back earlier.
 
         Args:
-            full: makes the exception that is raised where the budget does not suffice.
+            full: makes the exception that is raised if the budget does not suffice.
         """
         taken = 0
 
@@ -58,10 +53,10 @@ class ByteBudget:
 
 
 class PixelBudget:
-    """Pixels of all the photos that are being decoded: threads wait until there is room for more.
+    """Keeps the pixels of all photos being decoded under a limit: threads wait for room.
 
-    First come, first served: else a large photo would wait for as long as smaller ones keep coming.
-    One larger than the limit is let in when it is alone, so that every photo's turn comes.
+    They are served in order: otherwise a large photo would wait while smaller ones keep coming. A
+    photo larger than the limit is let in when it is alone.
     """
 
     def __init__(self, limit: int) -> None:
@@ -72,7 +67,7 @@ class PixelBudget:
 
     @contextlib.contextmanager
     def room(self, pixels: int) -> Iterator[None]:
-        """Wait for room, and hold it."""
+        """Wait for room for so many pixels, and hold it during the block."""
         turn = object()
         with self._changed:
             self._waiting.append(turn)

@@ -1,4 +1,4 @@
-"""When an answer is of no use any more."""
+"""The moment after which an answer is of no use."""
 
 import asyncio
 import contextlib
@@ -11,14 +11,14 @@ __all__ = ["Deadline"]
 
 
 class Deadline:
-    """So many seconds after `started`, on the one clock that all of a request is held to."""
+    """The deadline of a request, on the one clock that all its stages use."""
 
     def __init__(self, started: float, seconds: float) -> None:
         """Set the deadline; it may be shortened later.
 
         Args:
             started: second of `time.perf_counter`.
-            seconds: that the request may take.
+            seconds: how long the request may take.
         """
         self._started = started
         self._seconds = seconds
@@ -30,21 +30,21 @@ class Deadline:
 
     @property
     def left_s(self) -> float:
-        """From now on; negative once it has passed."""
+        """Seconds from now until the deadline; negative once it has passed."""
         return self.at - time.perf_counter()
 
     def shorten(self, microseconds: int) -> None:
-        """Allow no more than so many since the start."""
-        # Compared as it comes: no float holds every integer that JSON can.
+        """Allow at most so many seconds since the start."""
+        # Compared before it becomes a float: JSON may hold integers that no float can.
         if microseconds < self._seconds * 1e6:
             self._seconds = microseconds / 1e6
 
     @contextlib.asynccontextmanager
     async def kept(self) -> AsyncIterator[None]:
-        """What is inside is cancelled when the deadline passes.
+        """Cancel the block when the deadline passes.
 
         Raises:
-            DeadlineExceeded: it did.
+            DeadlineExceeded: it passed.
         """
         try:
             async with asyncio.timeout(self.left_s):

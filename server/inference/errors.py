@@ -3,18 +3,18 @@
     Problem
     ├── BadRequest 400            malformed multipart, no image in the request
     ├── NotFound 404              nothing has that name
-    ├── NotAcceptable 406         Accept rules out all that there is
+    ├── NotAcceptable 406         Accept rules out every form of the answer
     ├── TooLarge 413              more bytes or more pixels than allowed
-    ├── UnsupportedType 415       not a type that is served
+    ├── UnsupportedType 415       a type of image or body that is not served
     ├── Unprocessable 422         an image that does not decode, a parameter out of range
     ├── Overloaded 429            queue full; carries Retry-After
-    ├── InferenceFailed 500       the network failed on this image, twice
+    ├── InferenceFailed 500       the network failed on this photo, twice
     ├── Unavailable 503           not ready, or draining
     └── DeadlineExceeded 504      the request's deadline passed
-    ClientGone                    nobody is there to be told
+    ClientGone                    the client hung up
 
-They are raised where the cause is known. Each names the HTTP status that it is told by, so that the
-two are one table; who turns them into answers is `server.http.problems`.
+They are raised where the cause is known. Each has its HTTP status, so that the two are one table;
+`server.http.problems` turns them into answers.
 """
 
 from collections.abc import Mapping
@@ -41,11 +41,11 @@ __all__ = [
 
 
 class Problem(Exception):
-    """A request that gets an error for an answer; `detail` says what its sender can do."""
+    """A request that is answered with an error; `detail` says what its sender can do."""
 
     status = HTTPStatus.INTERNAL_SERVER_ERROR
     reason = "failed"
-    """In the metrics."""
+    """Its label in the metrics."""
 
     def __init__(self, detail: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(detail)
@@ -68,7 +68,7 @@ class NotFound(Problem):
 
 
 class NotAcceptable(Problem):
-    """The client wants none of the media types that there are."""
+    """The client accepts none of the answer's media types."""
 
     status = HTTPStatus.NOT_ACCEPTABLE
 
@@ -81,14 +81,14 @@ class TooLarge(Problem):
 
 
 class UnsupportedType(Problem):
-    """Not a type of image, or of body, that is served."""
+    """The type of image or body is not served."""
 
     status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
     reason = "unsupported_type"
 
 
 class Unprocessable(Problem):
-    """An image that does not decode, or a parameter out of range."""
+    """A photo does not decode, or a parameter is out of range."""
 
     status = HTTPStatus.UNPROCESSABLE_ENTITY
     reason = "unprocessable"
@@ -105,14 +105,14 @@ class Overloaded(Problem):
 
 
 class InferenceFailed(Problem):
-    """The backend failed on this image, in its batch and alone."""
+    """The backend failed on this photo, in its batch and alone."""
 
     status = HTTPStatus.INTERNAL_SERVER_ERROR
     reason = "inference_failed"
 
 
 class Unavailable(Problem):
-    """Not ready to serve."""
+    """The server is not ready, or is shutting down."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     reason = "unavailable"
@@ -129,11 +129,11 @@ class DeadlineExceeded(Problem):
 
 
 class ClientGone(Exception):
-    """The client hung up: its work is dropped, and there is nobody to answer."""
+    """The client hung up: its work is dropped, and no answer is sent."""
 
 
 def of_photo_error(error: PhotoError) -> Problem:
-    """The problem that a photo's error is to its sender."""
+    """The problem that tells the sender of a photo's error."""
     if isinstance(error, UnsupportedImageError):
         return UnsupportedType(str(error))
     if isinstance(error, ImageTooLargeError):

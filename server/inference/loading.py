@@ -1,4 +1,4 @@
-"""What serves first, and what takes over: CPU or CUDA at once, TensorRT once it is built."""
+"""Loads backends: CPU or CUDA serves at once, TensorRT takes over once it is built."""
 
 import asyncio
 import logging
@@ -16,12 +16,12 @@ __all__ = ["Loader"]
 
 log = logging.getLogger("slsnet.loading")
 
-# Longest pause between two attempts to bring a backend back that failed, seconds.
+# Seconds: the longest pause between two attempts to reload a backend that failed.
 _LONGEST_PAUSE_S = 30
 
 
 class Loader:
-    """Brings a service its backend: at the start, on request, and when the one in use fails."""
+    """Loads a service's backend at the start, on request, and when the one in use fails."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -33,8 +33,8 @@ class Loader:
     async def load(self) -> BackendInfo:
         """Load the network from its file, and swap it in once it is warm.
 
-        Requests are served all the while, by what served before, which goes on where this fails. A
-        better backend that takes time to build takes over later.
+        Meanwhile the previous backend serves, and it goes on if this fails. A better backend that
+        takes time to build takes over later.
 
         Raises:
             BackendError: nothing can serve, or TensorRT was asked for and cannot be used here.
@@ -69,21 +69,21 @@ class Loader:
             first = await service.threads.run(lambda: _first(settings))
             await service.use(first, self._failing)
             if engines is not None and engine is None:
-                # What may still be built is for the network from before.
+                # A build in progress is for the previous network.
                 await self._stop_building()
                 self._stop = threading.Event()
                 self._better = asyncio.create_task(self._build(engines, self._stop))
         return service.backend
 
     async def _build(self, engines: EngineCache, stop: threading.Event) -> None:
-        # Not in the pool of workers: it blocks for as long as a build takes.
+        # It has a thread of its own, since it blocks for as long as a build takes.
         with ThreadPoolExecutor(1, thread_name_prefix="engine") as thread:
             engine = await asyncio.get_running_loop().run_in_executor(thread, engines.obtain, stop)
         if engine is not None and not stop.is_set():
             await self._take_over(engine)
 
     async def _take_over(self, engine: Backend) -> bool:
-        """Let `engine` serve, and the CPU in its place should the GPU be lost."""
+        """Let `engine` serve, and let the CPU replace it if the GPU is lost."""
         try:
             await self._service.use(engine, self._lost)
         except BackendError as error:
@@ -124,7 +124,7 @@ class Loader:
 
 
 def _on_cpu(settings: Settings) -> Backend:
-    """Not ONNX Runtime's CUDA: an error that lasts is the process's, whoever asks the GPU next."""
+    """Load ONNX Runtime for the CPU: a lasting CUDA error holds for every user in this process."""
     # Imported here, as `open_backend` does: with a GPU it may never be needed.
     from server.backends.onnxruntime import OnnxRuntimeBackend
 
@@ -138,7 +138,7 @@ def _first(settings: Settings) -> Backend:
 
 
 def _engines(settings: Settings, count: Callable[[EngineEvent], None]) -> EngineCache | None:
-    """The engine cache; None where TensorRT is not wanted, or cannot be used and need not be."""
+    """The engine cache; None if TensorRT is not wanted, or cannot be used and is not required."""
     if settings.backend not in ("auto", "tensorrt"):
         return None
     try:
@@ -160,7 +160,7 @@ def _engine_dir(settings: Settings) -> Path:
     try:
         return settings.engine_dir.expanduser()
     except RuntimeError as error:
-        # No HOME, and a user that the system does not know.
+        # There is no HOME, and the system does not know the user.
         raise BackendError(
             f"{settings.engine_dir} is no folder, name one with --engine-dir (SLSNET_ENGINE_DIR):"
             f" {error}"

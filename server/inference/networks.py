@@ -1,4 +1,4 @@
-"""The network in use, and those from before that requests under way still need."""
+"""The network in use, and earlier ones that requests in flight still need."""
 
 import asyncio
 import contextlib
@@ -21,32 +21,32 @@ class Networks:
     def __init__(self) -> None:
         self._current: Batcher | None = None
         self._serving: dict[str, Batcher] = {}
-        """The last batcher of each network that serves, by what `_name` says it is."""
+        """The last batcher of each network that serves, by its `_name`."""
         self._pins: Counter[str] = Counter()
         self._retiring: set[asyncio.Task[None]] = set()
 
     @property
     def is_failing(self) -> bool:
-        """Whether the backend fails so often in a row, or hangs, that nothing is given to it."""
+        """Whether the backend failed too often in a row, or hangs, and gets no more work."""
         return self._current is not None and self._current.is_failing
 
     @property
     def works(self) -> bool:
-        """Whether there is a network, and it does not fail all the time."""
+        """Whether a network is loaded and does not keep failing."""
         return self._current is not None and not self._current.is_failing
 
     def check_works(self) -> None:
-        """Refuse where no photo can run.
+        """Check that photos can run.
 
         Raises:
-            Unavailable: no backend is ready, or it fails all the time.
+            Unavailable: no backend is ready, or it keeps failing.
         """
         if self.current.is_failing:
             raise Unavailable(FAILING)
 
     @property
     def current(self) -> Batcher:
-        """What photos that come now run on.
+        """The batcher that runs new photos.
 
         Raises:
             Unavailable: nothing has been loaded yet.
@@ -56,18 +56,18 @@ class Networks:
         return self._current
 
     def waiting(self, *, bulk: bool) -> int:
-        """Images in the queue."""
+        """Photos in the queue."""
         return self._current.waiting(bulk=bulk) if self._current else 0
 
     def longest_wait_s(self) -> float:
-        """Of the images in the queue, up to now."""
+        """The longest time that a photo in the queue has waited up to now."""
         return self._current.longest_wait_s() if self._current else 0.0
 
     async def swap(self, batcher: Batcher) -> None:
-        """Let `batcher` serve from now on, in place of the one before.
+        """Let `batcher` serve from now on.
 
-        Whatever the one before has accepted it still answers; then it is closed. While requests
-        have it `pinned` this does not wait for them.
+        The previous one answers what it accepted, and is then closed. This does not wait for
+        requests that have it `pinned`.
         """
         former, self._current = self._current, batcher
         retired = [self._serving.pop(_name(batcher), None)]
@@ -80,7 +80,7 @@ class Networks:
 
     @contextlib.contextmanager
     def pinned(self) -> Iterator[str]:
-        """The network in use: it stays available, whatever takes over meanwhile; see `infer`."""
+        """Keep the network in use available, even if another takes over meanwhile; see `infer`."""
         network = _name(self.current)
         self._pins[network] += 1
         try:
@@ -101,24 +101,24 @@ class Networks:
         bulk: bool,
         network: str | None = None,
     ) -> tuple[list[Inference], BackendInfo]:
-        """Images of one request through the network, and what ran all of them.
+        """Run the pixels of one request's photos, and say which backend ran all of them.
 
         Args:
             images: each uint8 [128, 128, 3].
             deadline, is_gone, bulk: as for `Batcher.submit`.
-            network: that `pinned` gave; else the one in use.
+            network: the one that `pinned` gave; None for the one in use.
 
         Raises:
-            DeadlineExceeded, ClientGone, InferenceFailed, Unavailable: of whichever image it was
-                first.
+            DeadlineExceeded, ClientGone, InferenceFailed, Unavailable: of the first photo that
+                failed.
         """
-        # Looked up only now: while a photo was decoded another backend may have come into use.
+        # Looked up only now, since another backend may have taken over while a photo was decoded.
         batcher = self._serving[network] if network is not None else self.current
         results = batcher.submit(images, deadline=deadline, is_gone=is_gone, bulk=bulk)
         try:
             return await asyncio.gather(*results), batcher.info
         finally:
-            # None is kept: an exception's traceback has this frame, and so would keep itself.
+            # Keep none of them: an exception's traceback has this frame, and would keep itself.
             while results:
                 results.pop().cancel()
 
@@ -128,9 +128,9 @@ class Networks:
 
 
 def _name(batcher: Batcher) -> str:
-    """What tells a network from others: the bytes that it was loaded from, or else this one load.
+    """A name for the network: the digest of its file, or else a name for this load alone.
 
-    Not its metadata: that is only what a file says of itself.
+    Metadata would not do: a file may claim anything.
     """
     return batcher.info.file_sha256 or f"load {id(batcher)}"
 

@@ -1,4 +1,4 @@
-"""A backend is proved before it serves: it runs, it answers what it should, and how fast."""
+"""Proves a backend before it serves: it has to run and answer correctly. Its speed is measured."""
 
 import asyncio
 import math
@@ -13,20 +13,20 @@ from server.backends import Backend, BackendError
 
 __all__ = ["proved"]
 
-# From the answers that a network had when it was exported, in probability: bfloat16 and float16
-# stay within a tenth of it, and eight bits are held to masks when their engine is built.
+# The largest difference in probability from the answers at export. bfloat16 and float16 stay within
+# a tenth of it; the masks of int8 are checked when the engine is built.
 _MOST_DIFFERENCE = 0.05
 _MOST_DIFFERENCE_INT8 = 0.25
 
 
 async def proved(backend: Backend, pool: Executor) -> float:
-    """Warm `backend` up and try it, in a thread of `pool`; it is closed where that fails.
+    """Warm `backend` up and try it, in a thread of `pool`; close it if that fails.
 
     Returns:
-        Seconds that an image takes where as many come as run at the same time.
+        Seconds for a photo, while as many run as can at the same time.
 
     Raises:
-        BackendError: its answers are no probabilities, or not those that its file says they were.
+        BackendError: its answers are no probabilities, or differ from those stored in its file.
     """
     proving = asyncio.get_running_loop().run_in_executor(pool, _prove, backend)
     try:
@@ -38,7 +38,7 @@ async def proved(backend: Backend, pool: Executor) -> float:
                 proved.exception()
             backend.close()
 
-        # A thread is still in it.
+        # If it hangs, a thread is still in it.
         proving.add_done_callback(close)
         raise
     except BaseException:
@@ -52,7 +52,7 @@ def _prove(backend: Backend) -> float:
     slots = backend.describe().slots
     taken_s = math.inf
     with ThreadPoolExecutor(slots) as threads:
-        # The quickest of three: on a busy machine one alone may take many times as long.
+        # The quickest of three, since on a busy machine a single one may take many times as long.
         for _ in range(3):
             started = time.perf_counter()
             *_, probability = threads.map(backend.infer, [image] * slots)

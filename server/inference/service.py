@@ -1,4 +1,4 @@
-"""What requests share: the limits, the threads and the networks in use. No HTTP in here."""
+"""The limits, threads and networks that all requests share."""
 
 import asyncio
 import logging
@@ -32,14 +32,14 @@ class Service:
         self.metrics = metrics
         self.draining = False
         self.closing = asyncio.Event()
-        """Set when the drain's time is nearly up: no photo of several is waited for any more."""
+        """Set when the drain's time is nearly up: requests with several photos no longer wait."""
         self.gate = Gate(settings)
         self.pixels = PixelBudget(settings.max_pixels_decoding)
-        """Of photos being decoded, and of probabilities being brought to a photo's size."""
+        """Pixels of photos being decoded, and of probabilities being enlarged to a photo's size."""
         self.threads = Threads(settings.decode_threads or settings.cores)
         self.networks = Networks()
         self.bulk_photos = asyncio.Semaphore(settings.max_queue)
-        """Photos of requests with several that are worked on, whosever they are."""
+        """Photos that are at work for all requests with several photos together."""
         self._observe(metrics)
 
     def _observe(self, metrics: Metrics) -> None:
@@ -58,37 +58,37 @@ class Service:
 
     @property
     def is_ready(self) -> bool:
-        """Warmed up, working, and not on the way out."""
+        """Whether the network is warm and works, and the server does not drain."""
         return self.networks.works and not self.draining
 
     @property
     def backend(self) -> BackendInfo:
-        """What runs the network.
+        """The backend in use.
 
         Raises:
-            Unavailable: nothing does yet.
+            Unavailable: none is loaded yet.
         """
         return self.networks.current.info
 
     def check_ready(self) -> None:
-        """Refuse where requests are not served, or are better sent elsewhere.
+        """Check that requests are welcome.
 
         Raises:
-            Unavailable: says which.
+            Unavailable: the server loads or drains, or the network fails.
         """
         self.networks.check_works()
         if self.draining:
             raise Unavailable(_GOING_DOWN)
 
     async def use(self, backend: Backend, on_failing: Callable[[], None] = lambda: None) -> None:
-        """Prove `backend` and let it serve from now on, in place of the one before.
+        """Prove `backend` and let it serve from now on.
 
         Args:
             backend: loaded.
             on_failing: called if it fails many times in a row, or hangs.
 
         Raises:
-            BackendError: it does not work; the one before goes on.
+            BackendError: it does not work; the previous one goes on.
         """
         seconds_an_image = await proved(backend, self.threads.interactive)
         batcher = Batcher(
@@ -105,12 +105,12 @@ class Service:
         await self.networks.swap(batcher)
 
     async def close(self) -> None:
-        """Finish what was accepted, then give threads and backend back."""
+        """Finish what was accepted, then end the threads and close the backend."""
         await self.networks.close()
         self.threads.close()
 
     async def unless_closing(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """What `work` gives, if the drain's time suffices.
+        """The result of `work`, if the drain's time suffices.
 
         Raises:
             Unavailable: it does not.
@@ -125,7 +125,7 @@ class Service:
         finally:
             doing.cancel()
             closing.cancel()
-            # Its exception's traceback has this frame: they would keep each other, and a photo.
+            # Its exception's traceback has this frame: the two would keep each other, and a photo.
             del doing
 
 

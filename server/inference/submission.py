@@ -1,4 +1,4 @@
-"""A request from its admission to its answer: one object has its body, deadline, place and end.
+"""A request from its admission to its answer: one object owns its body, deadline and place.
 
     with submitted(service, hung_up, stages, timeout_s) as submission:   a place, or a refusal
         body = Body(await submission.receive(read))                      bytes that count
@@ -7,10 +7,9 @@
             content = await work.encode(...)
                                                                          over, served or not
 
-Only `work` reaches the network, and nobody has it without the steps before. Decoding and masks run
-in a pool of threads, inference in the batcher's; beside small masks, and a small photo that is
-alone, the event loop only passes things on. Between any two stages work is dropped if nobody waits
-for it any more.
+Only `work` reaches the network, and only after the steps before it. Decoding and masks run in a
+pool of threads, inference in the batcher's threads. The event loop itself makes only small masks,
+and decodes a lone small photo. If the client hangs up, its work is dropped before the next stage.
 """
 
 import asyncio
@@ -37,11 +36,11 @@ __all__ = ["Body", "Segmentation", "Submission", "Work", "submitted"]
 Arguments = TypeVarTuple("Arguments")
 Result = TypeVar("Result")
 
-# Of a photo that is worked on without a change of threads where nobody else is there.
+# The largest photo that is decoded on the event loop, when it is alone.
 _SMALL_PIXELS = 2**19
 _SMALL_BYTES = 2**17
 
-# Above it a photo has threads of its own, but for a JPEG of one scan, which is decoded at a scale.
+# Larger photos have threads of their own, except for a JPEG of one scan, which decodes scaled down.
 _SLOW_PIXELS = 2**24
 
 
@@ -55,23 +54,23 @@ class Segmentation:
     """Of the photo, pixels."""
     height: int
     orientation: int
-    """That was applied to the photo as it is stored, 1 to 8."""
+    """EXIF orientation that was applied to the stored photo, 1 to 8."""
     batch_size: int
     """Photos that ran through the network together."""
     backend: BackendInfo
-    """What ran it."""
+    """The backend that ran it."""
 
     @property
     def is_small(self) -> bool:
-        """Whether its mask takes no longer than to change threads."""
+        """Whether its mask takes no longer than a change of threads."""
         return self.width * self.height <= _SMALL_PIXELS
 
 
 class Body:
     """The bytes of a body, or of a photo in it, until they are taken or let go.
 
-    Whoever called, the queue of a pool and tracebacks hold this, and not the bytes: those go when
-    they no longer count.
+    Callers, a pool's queue and tracebacks hold this object and not the bytes, so the bytes are
+    freed as soon as they no longer count.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -80,34 +79,34 @@ class Body:
 
     @property
     def data(self) -> bytes:
-        """What is there still.
+        """The bytes.
 
         Raises:
-            ClientGone: it was let go, so nobody waits for what would be made of it.
+            ClientGone: they were let go, since nobody waits for the result.
         """
         if self._data is None:
             raise ClientGone
         return self._data
 
     def take(self) -> bytes:
-        """The bytes, which are the caller's alone from now on."""
+        """Hand the bytes over: from now on only the caller has them."""
         try:
             return self.data
         finally:
             self._data = None
 
     def put(self, data: bytes) -> None:
-        """What was taken is not done with, if anybody waits for it still."""
+        """Take the bytes back, unless they were let go meanwhile."""
         if self._is_wanted:
             self._data = data
 
     def let_go(self) -> None:
-        """Nobody needs them."""
+        """Free the bytes: nobody needs them."""
         self._data, self._is_wanted = None, False
 
 
 class Submission:
-    """What a client has sent and waits for. It is made by `submitted`."""
+    """A request that has a place. `submitted` makes it."""
 
     def __init__(
         self,
@@ -126,7 +125,7 @@ class Submission:
         self._held = contextlib.ExitStack()
 
     async def receive(self, read: Callable[[Callable[[int], None]], Awaitable[Result]]) -> Result:
-        """What `read` makes of the body; it is told what its bytes are to be counted with.
+        """Read the body; `read` gets the function that accounts for its bytes.
 
         Raises:
             DeadlineExceeded: it did not come in time.
@@ -143,7 +142,7 @@ class Submission:
         *arguments: *Arguments,
         alone: bool = False,
     ) -> Result:
-        """What `parse` makes of a body in a thread; `alone` is that of `Threads.run`.
+        """Parse a body in a thread; `alone` is that of `Threads.run`.
 
         Raises:
             DeadlineExceeded: it took too long.
@@ -157,11 +156,11 @@ class Submission:
         return parsed
 
     def change(self, *, timeout_us: int | None, bulk: bool) -> None:
-        """What the body says of the request, before any work begins.
+        """Apply what the body says of the request, before any work begins.
 
         Args:
-            timeout_us: microseconds from its start, if there are fewer than were known of.
-            bulk: others go first.
+            timeout_us: microseconds from its start; a longer time changes nothing.
+            bulk: interactive requests go first.
         """
         if timeout_us is not None:
             self.deadline.shorten(timeout_us)
@@ -170,15 +169,15 @@ class Submission:
 
     @property
     def bulk(self) -> bool:
-        """Whether others go first."""
+        """Whether interactive requests go first."""
         return self._place.bulk
 
     def check(self, photos: int, *, places: int = 1) -> None:
-        """The body is there, with so many photos; from now on it is noticed if the client goes.
+        """Check again, now that the body is there, and watch from now on whether the client leaves.
 
         Args:
-            photos: that are to be worked on.
-            places: that they take.
+            photos: how many are to be worked on.
+            places: how many they take.
 
         Raises:
             Overloaded: they would be done too late, or there is no room for them.
@@ -189,16 +188,16 @@ class Submission:
 
     @property
     def gone(self) -> asyncio.Future[object]:
-        """Done when the client hangs up; there once the body is."""
+        """A task that ends when the client hangs up; it exists once the body is there."""
         assert self._gone is not None
         return self._gone
 
     def is_gone(self) -> bool:
-        """Whether the client hung up, and not just nobody looks any more."""
+        """Whether the client hung up."""
         return self.gone.done() and not self.gone.cancelled()
 
     def give_back(self, body_bytes: int) -> None:
-        """So many bytes of the body are needed no more, before all of it is."""
+        """Free so many bytes of the body before its end."""
         self._place.take(-body_bytes)
 
     @contextlib.asynccontextmanager
@@ -208,8 +207,8 @@ class Submission:
         """Work on so many photos, until the deadline passes.
 
         Args:
-            photos, places: as for `check`, which is done here if it was not.
-            stages: of these photos, if they are not the request's.
+            photos, places: as for `check`, which is called here unless it was before.
+            stages: the stopwatch of these photos; None for the request's.
 
         Raises:
             Overloaded: see `check`.
@@ -227,7 +226,7 @@ class Submission:
             self._place.end(photos, served=served)
 
     def close(self) -> None:
-        """Nobody is waited for any more."""
+        """Stop watching the client, and give the place back."""
         if self._gone is not None:
             self._gone.cancel()
         self._held.close()
@@ -242,18 +241,18 @@ def submitted(
     *,
     bulk: bool = False,
 ) -> Iterator[Submission]:
-    """A request that has a place among those being worked on.
+    """Admit a request: it has a place until the end of the block.
 
     Args:
-        service: that works on it.
-        hung_up: waits until the client does; called once the body is there.
-        stages: began with the request.
-        timeout_s: that it may take.
-        bulk: others go first.
+        service: works on it.
+        hung_up: waits until the client hangs up; called once the body is there.
+        stages: the stopwatch, which began with the request.
+        timeout_s: how long the request may take.
+        bulk: interactive requests go first.
 
     Raises:
         Unavailable: no backend is ready.
-        Overloaded: there is no room, or not in time; see `Gate.enter`.
+        Overloaded: there is no room, or the answer would be late; see `Gate.enter`.
     """
     service.networks.check_works()
     deadline = Deadline(stages.started, timeout_s)
@@ -266,7 +265,7 @@ def submitted(
 
 
 class Work:
-    """Some photos of a submission, being worked on. It is made by `Submission.work`."""
+    """Photos of a submission that are being worked on. `Submission.work` makes it."""
 
     def __init__(self, submission: Submission, stages: Stages) -> None:
         self.stages = stages
@@ -285,11 +284,10 @@ class Work:
         """A photo → the lesion probability of its pixels.
 
         Args:
-            body: has the photo; it is let go once that is decoded.
-            unpack: gives the photo's bytes, or raises what is wrong with them; called in a thread.
-            bare: the body is the photo as it came; a small one that is alone is decoded without
-                changing threads.
-            network: that `Networks.pinned` gave; else the one in use.
+            body: holds the photo; it is let go once the photo is decoded.
+            unpack: returns the photo's bytes or raises a problem; called in a thread.
+            bare: the body is the photo itself; a lone small one is decoded on the event loop.
+            network: the one that `Networks.pinned` gave; None for the one in use.
 
         Raises:
             Problem: whatever is wrong with the request or its photo.
@@ -325,7 +323,7 @@ class Work:
     async def infer(
         self, images: Sequence[NDArray[np.uint8]], *, network: str | None = None
     ) -> tuple[list[Inference], BackendInfo]:
-        """Images through the network, and what ran them; see `Networks.infer`."""
+        """Run pixels through the network, and say which backend ran them; see `Networks.infer`."""
         results, backend = await self.service.networks.infer(
             images,
             deadline=self._submission.deadline.at,
@@ -338,15 +336,15 @@ class Work:
         return results, backend
 
     async def encode(self, make: Callable[[], Result], *, here: bool = False) -> Result:
-        """The answer, which `make` gives: in a thread, or `here` if that takes no longer."""
+        """The answer that `make` returns, made in a thread, or `here` if that takes no longer."""
         content = make() if here else await self.service.threads.run(make, bulk=self.bulk)
         self.stages.end("encode")
         return content
 
     def _decode_here(self, data: bytes) -> Photo | None:
-        """A lone small photo, on the event loop: to change threads takes a fifth of its time.
+        """Decode a lone small photo on the event loop: changing threads takes a fifth of its time.
 
-        None for what may take longer than a few milliseconds, and for what is wrong.
+        None if it may take longer than a few milliseconds, or does not decode.
         """
         if self.service.gate.admitted != 1 or len(data) > _SMALL_BYTES:
             return None
@@ -356,7 +354,7 @@ class Work:
             return None
 
     def _decode(self, body: Body, unpack: Callable[[bytes], bytes]) -> Photo | None:
-        """The photo; None if it may take seconds, and then `body` has its bytes alone."""
+        """The decoded photo; None if it may take seconds, and then `body` has its bytes again."""
         data = unpack(body.take())
         most = self.service.settings.max_pixels
         try:
@@ -364,7 +362,7 @@ class Work:
         except TooLarge:
             if self.bulk or most <= _SLOW_PIXELS:
                 raise
-        # Only now: it goes through the file, which is read so once more.
+        # Checked only now, since it reads the whole file once more.
         if is_baseline_jpeg(data):
             return self._read(data, most)
         body.put(data)

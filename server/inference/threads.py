@@ -1,4 +1,4 @@
-"""Threads for what would hold up the event loop: decoding, encoding, loading."""
+"""Threads for work that would hold up the event loop: decoding, encoding, loading."""
 
 import asyncio
 from collections.abc import Callable
@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 class Threads:
-    """Pools: for photos that somebody waits for, for slow ones, for bulk's, for one at a time."""
+    """Pools of threads: for interactive photos, slow ones, bulk, and work done one at a time."""
 
     def __init__(self, count: int) -> None:
         """Make the pools; no thread starts before it is needed.
@@ -21,9 +21,9 @@ class Threads:
             count: threads of the first pool; bulk has half as many.
         """
         self.interactive = ThreadPoolExecutor(count, thread_name_prefix="work")
-        # Of their own, so that no photo that somebody waits for queues up behind bulk's.
+        # No interactive photo queues up behind bulk.
         self._bulk = ThreadPoolExecutor(max(1, count // 2), thread_name_prefix="bulk")
-        # So that photos that take seconds never have all threads, and others go on beside them.
+        # Photos that take seconds never have all threads.
         self._slow = ThreadPoolExecutor(max(1, count - 1), thread_name_prefix="slow")
         self._lone = ThreadPoolExecutor(1, thread_name_prefix="lone")
 
@@ -35,24 +35,24 @@ class Threads:
         slow: bool = False,
         alone: bool = False,
     ) -> Result:
-        """Run `work` in a pool, where it does not hold up the event loop.
+        """Run `work` in a pool.
 
-        If this is cancelled, work that waits for a thread is let go, and its arguments with it;
-        work that has begun goes on to its end.
+        If this is cancelled, work that still waits for a thread is dropped with its arguments; work
+        that has begun goes on to its end.
 
         Args:
             work, arguments: what to call, and with what.
-            bulk: others go first.
+            bulk: interactive requests go first.
             slow: it may take seconds.
-            alone: no two of those that are so at the same time, not even if one was cancelled.
+            alone: only one of those with `alone` runs at a time, also after one was cancelled.
         """
-        # The pool's queue keeps what was cancelled until a thread comes to it, and a traceback may
-        # keep this frame.
+        # The pool's queue keeps cancelled work until a thread comes to it, and a traceback may keep
+        # this frame.
         held = [(work, arguments)]
         del work, arguments
 
         def run() -> Result:
-            # Finds nothing if cancelled at this very moment: nobody sees that error any more.
+            # Finds nothing if it was cancelled at this very moment; nobody sees that error.
             work, arguments = held.pop()
             return work(*arguments)
 
@@ -68,6 +68,6 @@ class Threads:
             held.clear()
 
     def close(self) -> None:
-        """Wait for what is at work, then end."""
+        """Wait for running work, then end the threads."""
         for pool in (self.interactive, self._slow, self._bulk, self._lone):
             pool.shutdown()
