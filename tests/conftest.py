@@ -55,7 +55,8 @@ def two_lesions() -> bytes:
 @pytest.fixture(scope="session")
 def server() -> Iterator[ServerProcess]:
     """One server process for all tests that leave it as it was."""
-    with serve() as process:
+    # A busy machine would take longer than the 30 s of the default for what tests post at once.
+    with serve("--request-timeout-ms", "600000") as process:
         yield process
 
 

@@ -123,13 +123,16 @@ class Pace:
     def end(self, photos: int, *, served: bool) -> None:
         """So many photos fewer; `served` if the network has run them.
 
-        The time of photos that were not served counts for the next ones: it was short, or wasted.
+        The time of photos that were not served counts for the next ones that are, as long as there
+        are any. Where none is left it is forgotten: it says nothing of the pace.
         """
         self._count_time()
         self.photos -= photos
         if served:
             self._done.extend([self._busy_s] * photos)
             self._seen = None
+        elif not self.photos:
+            self._busy_s = self._done[-1]
 
     def _count_time(self) -> None:
         now = time.perf_counter()

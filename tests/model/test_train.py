@@ -26,6 +26,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 )
 from torch import Tensor
 
+from benchmarks.launch import free_port
 from model import checkpoint, loop
 from model.config import PRESETS, ConfigError, LossConfig, TrainConfig, parse_config
 from model.generator import Generator, load_generator, load_metadata, save_generator
@@ -361,7 +362,9 @@ def test_two_processes_follow_one_processs_curve(data: Path, cache: Path, tmp_pa
     flags = tiny_flags(epochs=4, loss__adversarial=0.1, loss__l1=0.5, augment="strong")
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     main(command(data, cache, alone, *flags)[2:])
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    # Without `--master-addr` it looks up `localhost`, which a minimal system does not know.
+    address = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    launcher = ["-m", "torch.distributed.run", *address, "--nproc-per-node", "2"]
     finished = subprocess.run(
         [sys.executable, *launcher, *command(data, cache, shared, *flags)],
         env=ENVIRONMENT,

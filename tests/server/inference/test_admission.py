@@ -183,6 +183,25 @@ def test_the_first_of_many_that_came_together_does_not_stand_for_all(clock: Cloc
         assert is_let_in(gate, clock, 30)
 
 
+def test_what_refused_photos_took_keeps_nobody_out(clock: Clock) -> None:
+    gate = Gate(Settings())
+    gate.expect(0.05, 1)
+    # Broken photos cost seconds each, one after another, and a good one comes after every third.
+    for n in range(120):
+        is_good = n % 4 == 3
+        with gate.enter(deadline=clock.now + 30, bulk=False) as place:
+            place.check()
+            place.begin()
+            clock.now += 0.05 if is_good else 5
+            place.end(served=is_good)
+    with contextlib.ExitStack() as stack:
+        for _ in range(8):
+            place = stack.enter_context(gate.enter(deadline=clock.now + 30, bulk=False))
+            place.check()
+            place.begin()
+        assert gate.wait_s(bulk=False) < 1
+
+
 def test_slow_bodies_keep_nobody_out(clock: Clock) -> None:
     gate = Gate(Settings())
     gate.expect(0.1, 1)
