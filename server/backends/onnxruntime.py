@@ -91,8 +91,10 @@ def _open(file: ModelFile, threads: int) -> onnxruntime.InferenceSession:
     # A plan for each size of batch, each with memory of its own, makes nothing faster here.
     options.enable_mem_pattern = False
     options.log_severity_level = 3
-    # Threads that spin while they wait for the next inference take the cores from decoding.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Between two layers threads wait awake for as long as most layers keep them waiting, and then
+    # sleep: longer would take the cores from others, shorter costs a wake-up after each layer.
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         session = onnxruntime.InferenceSession(
             file.content, options, providers=["CPUExecutionProvider"]
