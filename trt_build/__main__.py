@@ -60,6 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="for one kernel (default: %(default)s)",
     )
     parser.add_argument("--timing-cache", type=Path, help="read, and rewritten")
+    parser.add_argument(
+        "--beside-serving",
+        action="store_true",
+        help="the GPU serves meanwhile: its times are noted as such, and go into no timing cache",
+    )
     parser.add_argument("--hardware-compatible", action="store_true", help="any GPU from Ampere on")
     parser.add_argument(
         "--version-compatible",
@@ -82,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         attention=args.attention,
         workspace_bytes=args.workspace_mib << 20,
         timing_cache=args.timing_cache,
+        beside_serving=args.beside_serving,
         hardware_compatible=args.hardware_compatible,
         version_compatible=args.version_compatible,
         compute_capability=args.compute_capability,

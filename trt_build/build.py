@@ -48,6 +48,8 @@ class BuildOptions:
     build: 2.1 GB for the chunked float32 attention at batch 64, 0.3 GB for the fused one."""
     timing_cache: Path | None = None
     """Read where it exists, and rewritten with what this build timed (TensorRT; RTX times none)."""
+    beside_serving: bool = False
+    """The GPU serves meanwhile: what is timed goes into no cache, and the sidecar says so."""
     hardware_compatible: bool = False
     """Run on any GPU from Ampere on, with some loss of speed (TensorRT alone; RTX always does)."""
     version_compatible: bool = False
@@ -138,6 +140,7 @@ def build(
         layers_from=layers_from,
         disagreements=tuple(problems),
         model={entry.key: entry.value for entry in exported.metadata_props},
+        beside_serving=options.beside_serving and not trt.is_rtx,
     )
     write_atomically(output, serialised)
     info.write(output)
@@ -202,7 +205,7 @@ def _serialise(
         errors = [e for e in errors if "cudaError 35" not in e] or ["it gives no reason"]
         hint = "; allow more --workspace-mib" if "OutOfMemory" in errors[-1] else ""
         raise BuildError(f"{trt.library} did not build the engine: {errors[-1]}{hint}")
-    if timing_cache is not None and cache is not None:
+    if timing_cache is not None and cache is not None and not options.beside_serving:
         write_atomically(timing_cache, bytes(memoryview(cache.serialize())))
     return bytes(memoryview(serialised))
 

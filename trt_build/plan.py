@@ -91,6 +91,8 @@ class PlanInfo:
     """Nodes that the engine computes in another type than asked; the parity gate judges them."""
     model: Mapping[str, str] = field(default_factory=dict)
     """The ONNX file's metadata: name, version, weights' sha256, training data, …"""
+    beside_serving: bool = False
+    """Its kernels were chosen by their times on a GPU that served meanwhile."""
     parity: Mapping[str, Any] | None = None
     """Result of the parity gate, once it has run: ``trt_build.parity.Parity``, and ``failures``,
     which is empty where the engine may be served."""

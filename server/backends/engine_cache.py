@@ -4,6 +4,9 @@ An engine file's name holds its key (ONNX file, TensorRT version, GPU, precision
 that does not fit is never found. What is missing or damaged is built again by a process of its own,
 under a lock that the builder holds too: two servers never build the same engine, not even where the
 one that began it is gone. A failed build is tried again, each time after twice the pause.
+
+TensorRT chooses kernels by their times, which mean little on a GPU that serves meanwhile. So an
+engine that was built beside serving is marked, and built again once no photo has come for a while.
 """
 
 import contextlib
@@ -32,6 +35,7 @@ from trt_build.plan import (
     file_sha256,
     read_engine,
     read_plan_info,
+    sidecar_path,
 )
 from trt_build.runtime import SLOTS, check_fits
 from trt_build.tensorrt_api import (
@@ -54,6 +58,7 @@ EngineEvent = Literal[
     "build_started",
     "build_succeeded",
     "build_failed",
+    "build_put_off",
     "gate_failed",
     "load_failed",
     "serving",
@@ -63,6 +68,7 @@ EngineEvent = Literal[
 
 ENGINE_EVENTS: tuple[EngineEvent, ...] = get_args(EngineEvent)
 
+_STOPPING = "the server stops"
 _POLL_S = 0.2
 _TERMINATION_S = 5
 _TRIAL_S = 300
@@ -87,6 +93,8 @@ class EngineCache:
         first_pause_s: before a failed build is tried again.
         longest_pause_s: what the doubling stops at.
         build_timeout_s: a build that takes longer is ended and counts as failed.
+        lull_s: without a photo, after which an engine that was built beside serving is built again.
+        look_s: how often it looks whether there is such a lull.
     """
 
     def __init__(
@@ -102,6 +110,8 @@ class EngineCache:
         first_pause_s: float = 30,
         longest_pause_s: float = 3600,
         build_timeout_s: float = 3600,
+        lull_s: float = 600,
+        look_s: float = 1,
     ) -> None:
         self.engine = engine or folder / f"slsnet-{key.precision}-{key.digest()}.engine"
         self._key = key
@@ -112,6 +122,8 @@ class EngineCache:
         self._first_pause_s = first_pause_s
         self._longest_pause_s = longest_pause_s
         self._build_timeout_s = build_timeout_s
+        self._lull_s = lull_s
+        self._look_s = look_s
 
     def load(self) -> Backend | None:
         """The engine, if one is there that fits, is whole, has passed the gate and loads.
@@ -179,6 +191,79 @@ class EngineCache:
             pause_s = min(2 * pause_s, self._longest_pause_s)
         return None
 
+    def rebuild(self, stop: threading.Event, idle_s: Callable[[], float]) -> Backend | None:
+        """Build the engine again at the next lull if it was built beside serving. Blocks till then.
+
+        A photo that comes meanwhile ends the build, which begins anew at the next lull.
+
+        Args:
+            stop: gives up.
+            idle_s: seconds since this process last ran a photo.
+
+        Returns:
+            The new engine, whichever server built it; None where there is no need for one, `stop`
+            is set, or the build fails: the engine in use is a good one.
+        """
+        command = self._command
+        if command is None or not self._was_built_beside_serving():
+            return None
+        while self._was_built_beside_serving():
+            if stop.wait(self._look_s):
+                return None
+            if self._idle_s(idle_s) >= self._lull_s:
+                try:
+                    if not self._build_again(command, stop, idle_s):
+                        return None
+                except OSError as error:
+                    self._say("build_failed", f"{self.engine.parent}: {error.strerror}")
+                    return None
+        return self._open(tried=True)
+
+    def _was_built_beside_serving(self) -> bool:
+        try:
+            return read_plan_info(self.engine).beside_serving
+        except PlanError:
+            return False
+
+    def _idle_s(self, idle_s: Callable[[], float]) -> float:
+        """Of all servers that use the folder: they tell each other by the time of a file."""
+        used = self.engine.with_name(self.engine.name + ".used")
+        mine = idle_s()
+        if mine < 2 * self._look_s:
+            used.touch()
+        try:
+            return min(mine, time.time() - used.stat().st_mtime)
+        except FileNotFoundError:
+            return mine
+
+    def _build_again(
+        self,
+        command: Callable[[Path], Sequence[str]],
+        stop: threading.Event,
+        idle_s: Callable[[], float],
+    ) -> bool:
+        """Whether to go on: false where it failed."""
+        with self._lock(stop) as lock:
+            if lock is None or not self._was_built_beside_serving():
+                return True
+            self._remove_leftovers()
+            # The present one stays until this one has passed the gate.
+            anew = self.engine.with_name(f".{self.engine.name}.anew")
+            started = time.monotonic()
+
+            def interrupted() -> str | None:
+                if stop.is_set():
+                    return _STOPPING
+                is_idle = self._idle_s(idle_s) > time.monotonic() - started
+                return None if is_idle else "a photo came"
+
+            built = self._run_builder(command(anew), lock, interrupted)
+            if built == "build_succeeded":
+                anew.replace(self.engine)
+                sidecar_path(anew).replace(sidecar_path(self.engine))
+            self._remove_leftovers()
+            return built in ("build_succeeded", "build_put_off")
+
     def _checked(self) -> PlanInfo:
         if not self.engine.exists():
             raise FileNotFoundError(self.engine)
@@ -226,7 +311,12 @@ class EngineCache:
                     self._checked()
                     return True
                 self._remove_leftovers()
-                return self._run_builder(command(self.engine), lock, stop)
+                built = self._run_builder(
+                    [*command(self.engine), "--beside-serving"],
+                    lock,
+                    lambda: _STOPPING if stop.is_set() else None,
+                )
+                return built in ("build_succeeded", "gate_failed")
         except OSError as error:
             self._say("build_failed", f"{self.engine.parent}: {error.strerror}")
             return False
@@ -258,7 +348,10 @@ class EngineCache:
         for path in self.engine.parent.glob(f".{self.engine.name}*"):
             path.unlink(missing_ok=True)
 
-    def _run_builder(self, command: Sequence[str], lock: int, stop: threading.Event) -> bool:
+    def _run_builder(
+        self, command: Sequence[str], lock: int, interrupted: Callable[[], str | None]
+    ) -> EngineEvent:
+        """What became of it; `interrupted` says why it is to be ended, if so."""
         self._say("build_started", f"{self.engine}, in a process of its own")
         with tempfile.TemporaryFile() as output:
             builder = subprocess.Popen(
@@ -270,29 +363,32 @@ class EngineCache:
                 # The builder holds the lock as well: it outlives a server that is killed.
                 pass_fds=[lock],
             )
-            reason = self._wait(builder, stop)
+            event, reason = self._wait(builder, interrupted)
             output.seek(0)
             last_lines = _last_lines(output.read(), 3)
         if builder.returncode == 0:
             self._say("build_succeeded", last_lines[-1] if last_lines else str(self.engine))
-            return True
+            return "build_succeeded"
         if reason is None and self._failed_gate():
-            return True  # `load` says that it failed the gate
+            return "gate_failed"  # `load` says so
         if reason is None:
             code = builder.returncode
             reason = f"the builder was killed by signal {-code}" if code < 0 else f"exit {code}"
-        self._say("build_failed", "; ".join([reason, *last_lines]))
-        return False
+        self._say(event, "; ".join([reason, *last_lines]))
+        return event
 
-    def _wait(self, builder: subprocess.Popen[bytes], stop: threading.Event) -> str | None:
-        """Wait for the builder; the reason why it was ended, if it was."""
+    def _wait(
+        self, builder: subprocess.Popen[bytes], interrupted: Callable[[], str | None]
+    ) -> tuple[EngineEvent, str | None]:
+        """Wait for the builder; what a failure is called, and why it was ended, if it was."""
         deadline = time.monotonic() + self._build_timeout_s
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 builder.wait(_POLL_S)
-                return None
-            if stop.is_set():
-                reason = "the server stops"
+                return "build_failed", None
+            event: EngineEvent = "build_failed"
+            if reason := interrupted():
+                event = "build_put_off"
             elif time.monotonic() > deadline:
                 reason = f"no engine within {self._build_timeout_s:g} s"
             else:
@@ -300,10 +396,10 @@ class EngineCache:
             builder.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 builder.wait(_TERMINATION_S)
-                return reason
+                return event, reason
             builder.kill()
             builder.wait()
-            return reason
+            return event, reason
 
     def _say(self, event: EngineEvent, text: str) -> None:
         fine = event in (
@@ -312,6 +408,7 @@ class EngineCache:
             "build_waiting",
             "build_started",
             "build_succeeded",
+            "build_put_off",
             "serving",
         )
         log.log(logging.INFO if fine else logging.WARNING, "engine %s: %s", event, text)
@@ -381,7 +478,6 @@ def open_engine_cache(
         raise BackendError(f"{model} cannot be read: {error.strerror}") from error
 
     def command(engine: Path) -> list[str]:
-        # Without a timing cache: times taken on a GPU that serves are not for later builds.
         return [
             *("nice", "-n", "10", sys.executable, "-m", "trt_build"),
             *("--onnx", str(model.resolve()), "--output", str(engine), "--parity"),

@@ -110,6 +110,7 @@ class Batcher:
         self._bulk: deque[_Item] = deque()
         self._interactive_since_bulk = 0
         self._running: set[asyncio.Task[None]] = set()
+        self._last_run = time.perf_counter()
         self._timer: asyncio.TimerHandle | None = None
         self._threads = _Threads(info.slots)
         self._on_failing = on_failing
@@ -179,6 +180,10 @@ class Batcher:
         heads = [queue[0].arrived for queue in (self._interactive, self._bulk) if queue]
         return time.perf_counter() - min(heads) if heads else 0.0
 
+    def idle_s(self) -> float:
+        """Seconds since an image last ran, or since there is this batcher."""
+        return 0.0 if self._running else time.perf_counter() - self._last_run
+
     async def close(self) -> None:
         """Finish what is queued and running, then close the backend, unless it hangs."""
         self._max_wait_s = 0
@@ -206,6 +211,7 @@ class Batcher:
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
+        self._last_run = time.perf_counter()
         self._dispatch()
 
     def _should_wait(self) -> bool:

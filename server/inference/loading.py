@@ -65,22 +65,34 @@ class Loader:
         settings = service.settings
         engines = await service.threads.run(lambda: _engines(settings, self._count))
         engine = await service.threads.run(engines.load) if engines is not None else None
-        if engine is None or not await self._take_over(engine):
+        has_engine = engine is not None and await self._take_over(engine)
+        if not has_engine:
             first = await service.threads.run(lambda: _first(settings))
             await service.use(first, self._failing)
-            if engines is not None and engine is None:
-                # A build in progress is for the previous network.
-                await self._stop_building()
-                self._stop = threading.Event()
-                self._better = asyncio.create_task(self._build(engines, self._stop))
+        if engines is not None and (has_engine or engine is None):
+            # A build in progress is for the previous network.
+            await self._stop_building()
+            self._stop = threading.Event()
+            better = self._build(engines, self._stop, has_engine=has_engine)
+            self._better = asyncio.create_task(better)
         return service.backend
 
-    async def _build(self, engines: EngineCache, stop: threading.Event) -> None:
-        # It has a thread of its own, since it blocks for as long as a build takes.
+    async def _build(
+        self, engines: EngineCache, stop: threading.Event, *, has_engine: bool
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        # It has a thread of its own, since it blocks for as long as a build or a lull takes.
         with ThreadPoolExecutor(1, thread_name_prefix="engine") as thread:
-            engine = await asyncio.get_running_loop().run_in_executor(thread, engines.obtain, stop)
-        if engine is not None and not stop.is_set():
-            await self._take_over(engine)
+            if not has_engine:
+                engine = await loop.run_in_executor(thread, engines.obtain, stop)
+                has_engine = await self._take_over_unless(stop, engine)
+            if has_engine:
+                idle_s = self._service.networks.idle_s
+                engine = await loop.run_in_executor(thread, engines.rebuild, stop, idle_s)
+                await self._take_over_unless(stop, engine)
+
+    async def _take_over_unless(self, stop: threading.Event, engine: Backend | None) -> bool:
+        return engine is not None and not stop.is_set() and await self._take_over(engine)
 
     async def _take_over(self, engine: Backend) -> bool:
         """Let `engine` serve, and let the CPU replace it if the GPU is lost."""

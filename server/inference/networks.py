@@ -63,6 +63,10 @@ class Networks:
         """The longest time that a photo in the queue has waited up to now."""
         return self._current.longest_wait_s() if self._current else 0.0
 
+    def idle_s(self) -> float:
+        """Seconds since the network in use last ran a photo, or came into use."""
+        return self._current.idle_s() if self._current else 0.0
+
     async def swap(self, batcher: Batcher) -> None:
         """Let `batcher` serve from now on.
 

@@ -25,7 +25,7 @@ from tests.support.devices import has_gpu
 from tests.support.fake_builder import CONTENT, KEY, plan_info
 from trt_build import tensorrt_api
 from trt_build.device import Gpu, NoGpuError
-from trt_build.plan import file_sha256, sidecar_path
+from trt_build.plan import file_sha256, read_plan_info, sidecar_path
 
 BUILDER = ROOT / "tests/support/fake_builder.py"
 
@@ -316,6 +316,75 @@ def test_an_engine_that_fails_its_trial_is_not_loaded_by_the_server(
     assert cache.engine.exists()
 
 
+def test_an_engine_that_was_timed_beside_serving_is_built_again_in_a_lull(
+    harness: Harness, stop: threading.Event
+) -> None:
+    cache = harness.cache(lull_s=5, look_s=0.02)
+    assert cache.obtain(stop) is not None
+    assert read_plan_info(cache.engine).beside_serving
+    harness.events.clear()
+
+    assert cache.rebuild(stop, lambda: 100.0) is not None
+    assert harness.events == ["build_started", "build_succeeded", "hit"]
+    assert not read_plan_info(cache.engine).beside_serving
+    assert harness.cache().load() is not None, "engine and sidecar belong together"
+    assert not list(cache.engine.parent.glob(".*")), "nothing is left"
+
+    assert cache.rebuild(stop, lambda: 100.0) is None, "once is enough"
+    assert harness.builds() == 2
+
+
+@pytest.mark.parametrize("whose", ["this server's", "another server's"])
+def test_nothing_is_built_again_while_photos_come(
+    harness: Harness, stop: threading.Event, whose: str
+) -> None:
+    cache = harness.cache(lull_s=5, look_s=0.02)
+    assert cache.obtain(stop) is not None
+    other = harness.cache(lull_s=5, look_s=0.02)
+
+    def idle_s() -> float:
+        if whose == "this server's":
+            return 0.0
+        other._idle_s(lambda: 0.0)
+        return 100.0
+
+    timer = threading.Timer(0.3, stop.set)
+    timer.start()
+    assert cache.rebuild(stop, idle_s) is None
+    timer.join()
+    assert harness.builds() == 1
+
+
+def test_a_photo_puts_the_second_build_off(harness: Harness, stop: threading.Event) -> None:
+    behaviours = iter(["good", "hangs", "good"])
+    cache = harness.cache(lambda: next(behaviours), lull_s=5, look_s=0.02)
+    assert cache.obtain(stop) is not None
+    harness.events.clear()
+
+    def idle_s() -> float:
+        is_building = harness.builds() == 2 and "build_put_off" not in harness.events
+        return 0.1 if is_building else 100.0
+
+    assert cache.rebuild(stop, idle_s) is not None
+    assert harness.events == [
+        *("build_started", "build_put_off"),
+        *("build_started", "build_succeeded", "hit"),
+    ]
+
+
+@pytest.mark.parametrize("behaviour", ["broken", "differs", "killed"])
+def test_a_second_build_that_fails_leaves_the_first_engine(
+    harness: Harness, stop: threading.Event, behaviour: str
+) -> None:
+    behaviours = iter(["good", behaviour])
+    cache = harness.cache(lambda: next(behaviours), lull_s=5, look_s=0.02)
+    assert cache.obtain(stop) is not None
+    assert cache.rebuild(stop, lambda: 100.0) is None
+    assert harness.events[-1] == "build_failed"
+    assert harness.cache().load() is not None
+    assert not list(cache.engine.parent.glob(".*"))
+
+
 @pytest.mark.parametrize(("cores", "spin"), [(2, False), (16, True)])
 def test_waiting_for_the_gpu_spins_where_cores_are_plenty(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int, spin: bool
@@ -463,8 +532,8 @@ def test_rtx_builds_for_the_card_alone_where_portable_engines_do_not_run_on_it(
     )
     assert cache.obtain(stop) is None
     (command,) = commands
-    assert "--timing-cache" not in command, "a GPU that serves gives timings of no use to others"
-    assert list(command[-2:]) == target or (not target and "--compute-capability" not in command)
+    assert command[-1] == "--beside-serving"
+    assert list(command[-3:-1]) == target or (not target and "--compute-capability" not in command)
 
 
 class Lean:

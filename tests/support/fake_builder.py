@@ -1,7 +1,7 @@
 """Stands in for the engine builder: same files, same exit codes, and the ways to fail.
 
-Run as ``python fake_builder.py ENGINE JOURNAL BEHAVIOUR``. The journal gets a line when a build
-starts and one when it ends.
+Run as ``python fake_builder.py ENGINE JOURNAL BEHAVIOUR [--beside-serving]``. The journal gets a
+line when a build starts and one when it ends.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import resource
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
@@ -70,7 +71,8 @@ def main() -> int:
     try:
         write_atomically(engine, CONTENT)
         failures = ("mean mask IoU 0.9 < 0.995",) if behaviour == "differs" else ()
-        plan_info(failures=failures).write(engine)
+        beside_serving = "--beside-serving" in sys.argv
+        replace(plan_info(failures=failures), beside_serving=beside_serving).write(engine)
     except OSError as error:
         print(f"error: {error.filename or engine}: {error.strerror}")
         return 1

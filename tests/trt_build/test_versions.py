@@ -257,6 +257,17 @@ def test_the_timing_cache_is_kept_reused_and_replaced(fake: FakeTensorRT, tmp_pa
     assert cache.read_bytes() == b"timed", "one of another version is started anew"
 
 
+def test_what_is_timed_beside_serving_is_marked_and_goes_into_no_cache(
+    fake: FakeTensorRT, tmp_path: Path
+) -> None:
+    cache, output = tmp_path / "timing.cache", tmp_path / "x.engine"
+    cache.write_bytes(b"of an idle GPU")
+    options = BuildOptions(buckets=(1, 2), timing_cache=cache, beside_serving=True)
+    build(MODEL, output, options, trt=TensorRT(fake.module))
+    assert cache.read_bytes() == b"of an idle GPU"
+    assert read_plan_info(output).beside_serving
+
+
 def test_a_key_names_this_gpu_and_version(fake: FakeTensorRT) -> None:
     key = plan_key("0" * 64, "fp16", (1, 2), TensorRT(fake.module))
     assert key.compute_capability == "9.0"

@@ -100,6 +100,29 @@ def test_an_engine_that_is_there_serves_from_the_start(
         _until(lambda: _backend(client) == "tensorrt")
 
 
+def test_an_engine_from_a_busy_card_makes_way_for_one_from_an_idle_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[EngineStub] = []
+
+    def load(engine: Path) -> EngineStub:
+        opened.append(EngineStub(engine))
+        return opened[-1]
+
+    harness = Harness(tmp_path)
+    _use(monkeypatch, harness.cache(load=load, lull_s=0.5, look_s=0.02))
+    app, _ = create_app(Settings(backend="auto", threads=1))
+    with _serve(app) as client:
+        _until(lambda: len(opened) == 2)
+        answer = client.post("/segment", content=PHOTO, headers={"content-type": "image/jpeg"})
+        assert answer.status_code == 200
+    app, _ = create_app(Settings(backend="auto", threads=1))
+    with _serve(app) as client:
+        _until(lambda: _backend(client) == "tensorrt")
+    assert harness.builds() == 2
+    assert len(opened) == 3
+
+
 def test_an_engine_that_fails_its_warm_up_does_not_take_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
