@@ -1,1 +1,1 @@
-"""HTTP: routes, what turns bodies into photos and masks into answers, keys, the API's document."""
+"""HTTP: routes, request bodies, answers, keys, and the API's document."""

@@ -1,4 +1,4 @@
-"""Who may come in: API keys, their pace, and what only an administrator's key opens."""
+"""Access: API keys, their rate, and routes for administrators."""
 
 import base64
 import binascii
@@ -18,11 +18,11 @@ from server.keys import Key, KeyFile
 __all__ = ["OPEN", "Access", "Forbidden", "Unauthorized"]
 
 OPEN = ("/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready")
-"""Paths that never take a key."""
+"""Paths that never need a key."""
 
 
 class Unauthorized(Problem):
-    """No key, or none that is known."""
+    """The request has no key, or an unknown one."""
 
     status = HTTPStatus.UNAUTHORIZED
     reason = "unauthorized"
@@ -34,7 +34,7 @@ class Unauthorized(Problem):
 
 
 class Forbidden(Problem):
-    """A key that does not open this."""
+    """The key does not open this path."""
 
     status = HTTPStatus.FORBIDDEN
     reason = "forbidden"
@@ -42,14 +42,14 @@ class Forbidden(Problem):
 
 @dataclass
 class _Bucket:
-    """What a key has left of its allowance."""
+    """The requests that a key may still send now (a token bucket)."""
 
     tokens: float
     filled: float
 
 
 class Access:
-    """ASGI layer that lets in who has a key; without a file of keys, everybody but to `/admin`.
+    """ASGI layer that asks for a key; without a file of keys everything but `/admin` is open.
 
     The name of the key is put into the request's state as `client`.
     """
@@ -66,9 +66,9 @@ class Access:
         """Guard `app` by the keys of a file.
 
         Args:
-            keys: who may come in; None for everybody.
-            metrics_keyed: `/metrics` takes a key too.
-            requests_per_s: of each key, in the long run; 0 for no limit.
+            keys: the known keys; None lets everybody in.
+            metrics_keyed: whether `/metrics` needs a key too.
+            requests_per_s: what each key may send in the long run; 0 for no limit.
             burst: requests that a key may send at once.
         """
         self._app = app
@@ -103,12 +103,12 @@ class Access:
         key = self._key(Headers(scope=scope), basic=not is_admin)
         scope["state"]["client"] = key.name
         if is_admin and key.scope != "admin":
-            raise Forbidden("This takes an administrator's key.")
+            raise Forbidden("This path needs an administrator's key: send one.")
         if self._rate:
             self._spend(key)
 
     def _key(self, headers: Headers, *, basic: bool) -> Key:
-        """Whose key the request shows; Basic, which browsers send unasked, only if `basic`."""
+        """The request's key; Basic, which browsers send by themselves, counts only if `basic`."""
         assert self._keys is not None
         scheme, _, given = headers.get("authorization", "").partition(" ")
         shown = headers.get("x-api-key", "")
@@ -118,7 +118,8 @@ class Access:
             shown = _password(given.strip())
         if not shown:
             raise Unauthorized(
-                "This takes an API key: send it as `Authorization: Bearer KEY` or `X-API-Key: KEY`."
+                "This path needs an API key: send it as `Authorization: Bearer KEY` or"
+                " `X-API-Key: KEY`."
             )
         key = self._keys.find(shown)
         if key is None:
@@ -142,7 +143,7 @@ class Access:
 
 
 def _password(encoded: str) -> str:
-    """Of HTTP Basic (RFC 7617); empty if there is none."""
+    """The password of HTTP Basic (RFC 7617); empty if there is none."""
     try:
         decoded = base64.b64decode(encoded, validate=True).decode()
     except (binascii.Error, UnicodeDecodeError):

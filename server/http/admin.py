@@ -1,4 +1,4 @@
-"""What only an administrator's key opens: `POST /admin/reload`."""
+"""`POST /admin/reload`, for administrators' keys."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -16,11 +16,11 @@ __all__ = ["admin_router"]
 def admin_router(
     reload: Callable[[], Awaitable[BackendInfo]], on_reloaded: Callable[[], None]
 ) -> APIRouter:
-    """The routes under `/admin`; `server.http.access` guards them.
+    """The routes under `/admin`. `server.http.access` guards them.
 
     Args:
-        reload: loads the network anew and lets it serve, or raises BackendError.
-        on_reloaded: called when that has gone well.
+        reload: loads the network again and lets it serve, or raises BackendError.
+        on_reloaded: called after that.
     """
     router = APIRouter(prefix="/admin", tags=["administration"])
 
@@ -28,7 +28,7 @@ def admin_router(
         "/reload",
         summary="Load the network from its file again",
         responses=_RELOAD_RESPONSES,
-        # Not Basic: browsers send that by themselves.
+        # Basic is not offered: browsers send it by themselves.
         openapi_extra={"security": [{"bearer": []}, {"header": []}]},
     )
     async def load_again() -> ModelAnswer:
@@ -37,7 +37,7 @@ def admin_router(
             backend = await reload()
         except BackendError as error:
             raise Unprocessable(
-                f"The network from before goes on, the new one cannot serve: {error}"
+                f"The new network cannot serve, the one from before goes on: {error}"
             ) from error
         on_reloaded()
         return model_answer(backend)
@@ -49,8 +49,8 @@ _RELOAD_RESPONSES: dict[int | str, dict[str, Any]] = {
     **problem_responses(403, 404),
     422: problem_response(
         422,
-        "The network in the file cannot serve; the one from before goes on.",
-        "The network from before goes on, the new one cannot serve: ONNX Runtime cannot load"
+        "The network in the file cannot serve, the one from before goes on.",
+        "The new network cannot serve, the one from before goes on: ONNX Runtime cannot load"
         " model/weights/slsnet.onnx.",
         "/admin/reload",
     ),

@@ -1,4 +1,4 @@
-"""The bodies of answers: their schema for `GET /docs`, and how a segmentation becomes one."""
+"""The bodies of answers: how a segmentation becomes one, and their schemas for `GET /docs`."""
 
 import base64
 from collections.abc import Callable
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 
-# Pixels, so that their floats stay in cache.
+# So many pixels at a time, so that their floats stay in cache.
 _LEVELS_AT_ONCE = 1 << 17
 
 
@@ -50,7 +50,7 @@ class _Answer(BaseModel):
 
 
 class ImageSize(_Answer):
-    """The photo as it is looked at, its EXIF orientation applied."""
+    """The photo's size, its EXIF orientation applied."""
 
     width: int = Field(description="pixels", examples=[1024])
     height: int = Field(description="pixels", examples=[768])
@@ -96,7 +96,7 @@ class Mask(_Answer):
 
 
 class LesionAnswer(_Answer):
-    """What was found, in pixels of the mask."""
+    """The lesion that was found, in pixels of the mask."""
 
     found: bool = Field(description="whether any pixel is above the threshold")
     area: int = Field(description="pixels", examples=[157286])
@@ -129,7 +129,7 @@ Attention = Annotated[
 
 
 class ModelId(_Answer):
-    """Which network answered."""
+    """The network that answered."""
 
     name: str = Field(examples=["slsnet"])
     version: str = Field(examples=["1.1.0"])
@@ -180,7 +180,7 @@ class ModelAnswer(_Answer):
 
 
 class BackendAnswer(_Answer):
-    """What runs the network."""
+    """The backend that runs the network."""
 
     name: str = Field(examples=["onnxruntime"])
     version: str = Field(examples=["1.32.0"])
@@ -214,7 +214,7 @@ class ProblemAnswer(_Answer):
 
 
 class ErrorAnswer(_Answer):
-    """What went wrong, as the Open Inference Protocol has it."""
+    """An error in the form of the Open Inference Protocol."""
 
     error: str = Field(examples=["The input is called 'image', not 'input_0'."])
 
@@ -235,12 +235,12 @@ class BatchItemAnswer(_Answer):
 def png_answer(
     segmentation: Segmentation, threshold: float, original: bool, *, clean: bool
 ) -> bytes:
-    """The mask as PNG, at the photo's size if `original`, else at the network's.
+    """The mask as PNG.
 
     Args:
-        segmentation: whose mask it is.
+        segmentation: the photo's.
         threshold: lesion is where the probability is above it.
-        original: as above.
+        original: whether the mask has the photo's size; otherwise the network's.
         clean: whether to leave only the largest region, without its holes.
     """
     width, height = _mask_size(segmentation, original)
@@ -261,7 +261,7 @@ def json_answer(
 ) -> bytes:
     """The mask with its measures as JSON, in ASCII; arguments are those of `png_answer`.
 
-    `room` is entered while probabilities are brought to the photo's size, as in `read_photo`.
+    `room` is entered while probabilities are enlarged to the photo's size, as in `read_photo`.
     """
     width, height = _mask_size(segmentation, original)
     probability, packed = mask_of(segmentation.probability, width, height, threshold, clean=clean)
@@ -291,7 +291,7 @@ def json_answer(
         lesion=LesionAnswer(
             found=lesion.area > 0,
             area=lesion.area,
-            # Four digits that mean something, of a small lesion in a large photo too.
+            # Four significant digits, also for a small lesion in a large photo.
             area_fraction=float(f"{lesion.area / (width * height):.4g}"),
             bounding_box=lesion.bounding_box,
             centroid=lesion.centroid
@@ -301,20 +301,20 @@ def json_answer(
         ),
         timings_ms=timings_ms,
     )
-    # A mask has one form: the others are left out rather than null.
+    # A mask has one form; the others are left out.
     absent = {"mask": {str(form) for form in MaskFormat} - {str(mask_format)}}
     return answer.model_dump_json(exclude=absent, ensure_ascii=True).encode()
 
 
 def probability_bytes(segmentation: Segmentation, original: bool, mask_format: MaskFormat) -> int:
-    """Of an answer with probabilities at the photo's size; 0 of one that is never large."""
+    """Bytes of an answer with probabilities at the photo's size; 0 for all other answers."""
     if mask_format is not MaskFormat.PROBABILITIES or not original:
         return 0
     return 4 * -(-2 * segmentation.width * segmentation.height // 3)
 
 
 def _levels(probability: NDArray[np.float32], width: int, height: int) -> str:
-    # Of three lines, or more, the bytes end where four characters do.
+    # The bytes of three lines are a whole number of base64 groups.
     lines = 3 * max(1, _LEVELS_AT_ONCE // (3 * width))
     text = []
     for strip in upsampled(probability, width, height, lines):
@@ -332,7 +332,7 @@ def _model_id(backend: BackendInfo) -> ModelId:
 
 
 def model_answer(backend: BackendInfo) -> ModelAnswer:
-    """The model card of what `backend` runs."""
+    """The model card of the network that `backend` runs."""
     card = backend.model
     return ModelAnswer(
         name=card.get("name", "unknown"),

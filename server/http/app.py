@@ -1,4 +1,4 @@
-"""The application: its routes, and what is around them."""
+"""The ASGI application: its routes, and the layers around them."""
 
 import asyncio
 import contextlib
@@ -38,7 +38,7 @@ __all__ = ["create_app"]
 
 log = logging.getLogger("slsnet.server")
 
-# All that are documented, and those by which a page's traces go on here (W3C Trace Context).
+# The documented headers, and those that continue a page's traces (W3C Trace Context).
 _CORS_REQUEST_HEADERS = [
     "Authorization",
     "Baggage",
@@ -77,13 +77,13 @@ def create_app(
     answers 200 and readiness 503.
 
     Args:
-        settings: all there is to set.
+        settings: the server's settings.
         on_failure: called if the network cannot be loaded.
-        on_reloaded: called when an administrator has had it loaded again.
+        on_reloaded: called when an administrator has reloaded the network.
 
     Raises:
         KeyFileError: the file of API keys cannot be read.
-        RuntimeError: traces are wanted and cannot be made.
+        RuntimeError: traces are switched on and cannot be made.
     """
     tracing = open_tracing()
     keys = KeyFile(settings.api_keys_file) if settings.api_keys_file else None
@@ -95,18 +95,18 @@ def create_app(
         summary="Skin lesion segmentation",
         description=DESCRIPTION,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
-        # Served by `server.http.reference`.
+        # `server.http.reference` serves them.
         openapi_url=None,
-        # Relative to where the document is read from, whatever a proxy calls that.
+        # Relative to the document's own address, so that it holds behind any proxy.
         servers=[{"url": settings.root_path or "."}],
-        # It would send the photo and the key again, and to an address without the proxy's TLS.
+        # A redirect would send photo and key again, to an address without the proxy's TLS.
         redirect_slashes=False,
         generate_unique_id_function=_operation_id,
         lifespan=partial(_lifespan, service, loader, on_failure, tracing and tracing[1]),
     )
     install(app)
     for routes in (
-        # The first one, as each request is held against one route after the other.
+        # It comes first, since a request is compared with one route after the other.
         segment_router(service),
         health_router(service),
         router,
@@ -145,8 +145,8 @@ async def _lifespan(
     await loader.close()
     await service.close()
     if end_traces is not None:
-        # The last spans are worth two seconds; a collector that is away would take up to thirty
-        # and, as the drain's time ends, the exit code 0 with them.
+        # Wait two seconds for the last spans. An absent collector would take up to thirty, and
+        # could exceed the drain's time, so that the exit code would not be 0.
         sending = threading.Thread(target=end_traces, name="traces", daemon=True)
         sending.start()
         await asyncio.to_thread(sending.join, 2)
@@ -159,13 +159,13 @@ async def _load(loader: Loader, on_failure: Callable[[], None]) -> None:
         log.error("%s", error)
         on_failure()
     except Exception:
-        # Nobody else sees it, and readiness would say 503 for ever.
+        # Nobody else sees this error, and readiness would stay 503 for ever.
         log.exception("the network cannot be loaded")
         on_failure()
 
 
 def _guarded(app: ASGIApp, settings: Settings, keys: KeyFile | None) -> tuple[ASGIApp, bool]:
-    """What is asked before the framework, and whether pages of other origins may use the API."""
+    """The layers around the framework: keys, refusals and CORS."""
     guarded: ASGIApp = Access(
         Shedding(app),
         keys,
@@ -175,7 +175,7 @@ def _guarded(app: ASGIApp, settings: Settings, keys: KeyFile | None) -> tuple[AS
     )
     origins = [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]
     if origins:
-        # Outside: a browser asks what it may send without showing a key.
+        # The outermost: a browser asks what it may send before it shows a key.
         guarded = CORSMiddleware(
             guarded,
             allow_origins=origins,
@@ -188,12 +188,12 @@ def _guarded(app: ASGIApp, settings: Settings, keys: KeyFile | None) -> tuple[AS
 
 
 def _operation_id(route: APIRoute) -> str:
-    """Such as `health_ready`: generated clients name their functions so."""
+    """The name of the function in generated clients, such as `health_ready`."""
     return "_".join(part for part in route.path.split("/") if part and not part.startswith("{"))
 
 
 async def _refresh(metrics: Metrics) -> None:
-    """Whichever process is asked shows the figures of all, so each keeps its own up to date."""
+    """Keep this process's figures up to date: any process shows the figures of all."""
     while True:
         metrics.refresh()
         await asyncio.sleep(_REFRESH_S)

@@ -1,4 +1,8 @@
-"""What surrounds every request: its id, its stopwatch, and the headers and log line they end in."""
+"""The layer around every request: its id, its stopwatch, its security headers and its log line.
+
+The id is made here, in three lines: asgi-correlation-id would be one more layer, and traces and the
+request's state need the id from here in any case.
+"""
 
 import logging
 import re
@@ -18,9 +22,9 @@ __all__ = ["REQUEST_ID", "RequestContext"]
 log = logging.getLogger("slsnet.access")
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-"""What a client may choose as its own request id: it is echoed, and written to the log."""
+"""The form of a client's own request id: it is echoed, and written to the log."""
 
-# For every answer that does not say otherwise; only a page needs to.
+# For every answer that does not set its own; only the pages do.
 _SECURITY = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
@@ -35,9 +39,9 @@ _SECURITY = {
 class RequestContext:
     """ASGI layer around the whole application, errors included.
 
-    Puts `request_id` and `stages` into the request's state. Every answer carries `X-Request-ID`,
-    `Server-Timing` and what keeps a browser strict, and while the server drains `Connection:
-    close`, so that clients come back somewhere else.
+    Puts `request_id` and `stages` into the request's state. Every answer has `X-Request-ID`,
+    `Server-Timing` and security headers. While the server drains it also has `Connection: close`,
+    so that clients go to another server.
     """
 
     def __init__(
@@ -53,10 +57,10 @@ class RequestContext:
         """Surround `app`.
 
         Args:
-            app: all the rest.
-            metrics: told of every answer.
-            is_draining: whether the server is on its way out.
-            encrypted: browsers shall not come back without TLS.
+            app: the application inside.
+            metrics: count every answer.
+            is_draining: whether the server is shutting down.
+            encrypted: tell browsers to use TLS only.
             shared: pages of other origins may use the API.
             record: writes traces.
         """
@@ -77,7 +81,7 @@ class RequestContext:
             return
         method = scope["method"]
         if method == "HEAD":
-            # Each GET has one (RFC 9110, 9.1), the same but for the body, which uvicorn leaves out.
+            # Each GET has a HEAD (RFC 9110, 9.1). Uvicorn leaves its body out.
             scope = {**scope, "method": "GET"}
         asked = Headers(scope=scope).get("x-request-id", "")
         request_id = asked if REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
@@ -97,9 +101,9 @@ class RequestContext:
         try:
             await self._app(scope, receive, send_with_headers)
         except Exception:
-            # Answered with 500 already, unless an answer had begun; nobody before has logged it.
+            # It was answered with 500, unless an answer had begun. It has not been logged yet.
             log.exception("request %s failed", request_id)
-        # Only paths that exist become label values: a scanner must not grow the metrics.
+        # Only paths that exist become label values, so that a scanner cannot grow the metrics.
         path = getattr(scope.get("route"), "path", "other")
         reason = state.get("reason", "") if status >= 400 else ""
         self._count(stages, path, status, reason)
@@ -117,7 +121,7 @@ class RequestContext:
     def _headers(
         self, message: Message, request_id: str, stages: Stages
     ) -> list[tuple[bytes, bytes]]:
-        # Not by `MutableHeaders`, which goes through all of them for each.
+        # `MutableHeaders` would search all headers for each.
         given = list(message.get("headers", ()))
         names = {name for name, _ in given}
         return [
@@ -133,7 +137,7 @@ class RequestContext:
         for stage, seconds in stages.seconds.items():
             self._metrics.stage_seconds.labels(stage).observe(seconds)
         if "infer" in stages.seconds or status == 504:
-            # No refusals: they are quick, and say nothing of how long one waits for a mask.
+            # Refusals are left out: they are quick, and tell nothing of the time to a mask.
             self._metrics.request_seconds.labels(path).observe(time.perf_counter() - stages.started)
 
 

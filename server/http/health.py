@@ -1,4 +1,4 @@
-"""Whether it works, what runs, and its figures."""
+"""Health, the model card and metrics."""
 
 from fastapi import APIRouter
 from starlette.responses import Response
@@ -13,7 +13,7 @@ _PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def health_router(service: Service) -> APIRouter:
-    """`/health`, `/model` and `/metrics`."""
+    """The routes `/health`, `/model` and `/metrics`."""
     router = APIRouter()
 
     @router.get("/health/live", tags=["health"], summary="Whether the process works")

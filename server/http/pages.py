@@ -1,7 +1,7 @@
 """The page for people at `GET /`: drop a photo, see its mask.
 
-Static files in `page/`, read once. The policy allows what comes from here and nothing else, no
-inline script or style either.
+Its files are in `page/`, and are read once. The Content-Security-Policy allows only these files,
+and no inline script or style.
 """
 
 from http import HTTPStatus
@@ -42,7 +42,7 @@ async def page() -> Response:
 
 @page_router.get("/page/{name}")
 async def asset(name: str) -> Response:
-    """What the page is made of."""
+    """A file of the page."""
     if name not in _ASSETS:
         raise HTTPException(HTTPStatus.NOT_FOUND)
     return Response(_ASSETS[name], media_type=_TYPES[name], headers={"Cache-Control": "no-cache"})

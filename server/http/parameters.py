@@ -1,4 +1,4 @@
-"""What a request may ask for beside its photo: query and headers that several paths share."""
+"""Parameters of a request, in query, form and headers, that several paths share."""
 
 import contextlib
 from collections.abc import Sequence
@@ -64,7 +64,7 @@ MaskSize = Annotated[
 
 MaskForm = Annotated[
     MaskFormat,
-    # In its place: generators take a reference with a description beside it for anything at all.
+    # Inlined: client generators ignore the type of a reference that has a description.
     WithJsonSchema({"type": "string", "enum": [str(form) for form in MaskFormat]}),
     Query(description="how a JSON answer holds the mask; all but `png` ask for JSON"),
 ]
@@ -95,30 +95,29 @@ def is_bulk(priority: str) -> bool:
 
 
 async def only_known(request: Request) -> None:
-    """Refuse a query whose parameters would be passed over; a dependency of the path.
+    """Refuse a query with unknown parameters; a dependency of the path.
 
-    Without `async` it would be run in a thread, and back.
+    It is `async` because FastAPI would run it in a thread otherwise.
 
     Raises:
-        Unprocessable: a parameter that the path does not have, or one that comes twice.
+        Unprocessable: the path has no such parameter, or one comes twice.
     """
     _check_names(request, [name for name, _ in request.query_params.multi_items()])
 
 
 def with_fields(request: Request, given: dict[str, Any], fields: Fields) -> dict[str, Any]:
-    """The request's parameters, those among them that came as fields of its form.
+    """The request's parameters, with those that came as fields of its form.
 
-    A field means what the query's parameter of its name means, and is held to the same.
+    A field has the meaning and the limits of the query's parameter of the same name.
 
     Args:
-        request: whose route says which parameters there are.
-        given: value of each parameter by its name, from the query or by default.
-        fields: of the form.
+        request: its route knows the parameters.
+        given: the value of each parameter by its name, from the query or by default.
+        fields: the form's.
 
     Raises:
-        Unprocessable: a field that is no parameter, one that comes twice, or one that says
-            something else than the query does.
-        RequestValidationError: a value that the query would not be let have either.
+        Unprocessable: a field is no parameter, comes twice, or contradicts the query.
+        RequestValidationError: a value that would be wrong in the query too.
     """
     _check_names(
         request, [name for name, _ in fields], "The form's field {} is no parameter: there"
@@ -141,7 +140,7 @@ def with_fields(request: Request, given: dict[str, Any], fields: Fields) -> dict
 
 
 def parameter_names(request: Request) -> list[str]:
-    """Of the request's path, as in its query or its form."""
+    """The names of the parameters that the request's path has."""
     return [field.alias for field in request.scope["route"].dependant.query_params]
 
 
@@ -159,7 +158,7 @@ def _check_names(
 
 
 def is_original(size: str | None, mask: MaskFormat) -> bool:
-    """Whether the mask has the photo's size, by what was asked for."""
+    """Whether the mask is to have the photo's size."""
     if size is None:
         return mask is not MaskFormat.PROBABILITIES
     return size == "original"
@@ -168,17 +167,17 @@ def is_original(size: str | None, mask: MaskFormat) -> bool:
 def answer_type(
     headers: Headers, offers: Sequence[str], mask: MaskFormat, asked: str | None = None
 ) -> str:
-    """The media type to answer with, of `offers`, whose default is the first.
+    """The media type of `offers` to answer with; the first is the default.
 
     Args:
         headers: the request's.
-        offers: PNG in one form or another, and JSON.
-        mask: run lengths and polygons are for JSON alone, so they ask for it.
-        asked: by name, whatever `Accept` says.
+        offers: a form of PNG, and JSON.
+        mask: its form; run lengths and polygons ask for JSON.
+        asked: the type that a parameter names, whatever `Accept` says.
 
     Raises:
         NotAcceptable: `Accept` rules all of them out.
-        Unprocessable: `mask` is for JSON, and something else is asked for.
+        Unprocessable: `mask` needs JSON, and another type is asked for.
     """
     if mask is not MaskFormat.PNG:
         offers = sorted(offers, key=_is_json, reverse=True)
@@ -198,8 +197,8 @@ def _is_json(media_type: str) -> bool:
 def _preferred(headers: Headers, offers: Sequence[str]) -> str:
     """Which of `offers` the `Accept` headers prefer (RFC 9110, 12.5.1).
 
-    Of what they like equally, what they name; then the first. They are passed over if they name
-    nothing that is offered, but not if they rule it out by `q=0`.
+    Of equal ones it takes the one that they name, then the first. Headers that name no offer are
+    ignored, but `q=0` rules an offer out.
     """
     qualities: dict[str, float] = {}
     for entry in ",".join(headers.getlist("accept")).lower().split(","):
@@ -219,7 +218,8 @@ def _preferred(headers: Headers, offers: Sequence[str]) -> str:
     best = max(offers, key=rank)
     if rank(best)[0] == _RULED_OUT:
         raise NotAcceptable(
-            f"Accept rules out all that there is: {', '.join(offers)}. Leave it out, or name one."
+            f"Accept rules out every form of the answer: {', '.join(offers)}. Leave it out, or"
+            " name one."
         )
     return best
 

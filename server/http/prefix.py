@@ -1,4 +1,4 @@
-"""Paths below a prefix that a proxy in front of the server adds and does not take away again."""
+"""Paths below a prefix that a proxy in front of the server does not strip."""
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -6,7 +6,7 @@ __all__ = ["UnderPrefix", "without_prefix"]
 
 
 def without_prefix(path: str, prefix: str) -> str:
-    """The path below `prefix` (empty for none); one that is not below it stays as it is."""
+    """The path without `prefix` (empty for none); a path that is not below it stays as it is."""
     if not f"{path}/".startswith(f"{prefix}/"):
         return path
     return path.removeprefix(prefix) or "/"
@@ -15,8 +15,8 @@ def without_prefix(path: str, prefix: str) -> str:
 class UnderPrefix:
     """ASGI layer that takes the prefix off a path; paths without it stay as they are.
 
-    So the same server answers a proxy that strips the prefix, one that does not, and whoever asks
-    it directly, such as for its health.
+    So a server answers proxies that strip the prefix, proxies that do not, and direct requests,
+    such as for its health.
     """
 
     def __init__(self, app: ASGIApp, prefix: str) -> None:

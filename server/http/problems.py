@@ -1,7 +1,6 @@
-"""How errors are told: RFC 9457 problem details, made in one place.
+"""Errors as answers: all RFC 9457 problem details are made here.
 
-`install` turns those of `server.inference.errors`, and everything that the framework itself
-refuses, into answers.
+`install` does so for the errors of `server.inference.errors` and those of the framework.
 """
 
 from collections.abc import Mapping
@@ -39,7 +38,7 @@ def install(app: FastAPI) -> None:
                 detail += f" Paths have no slash at their end: try {path.rstrip('/') or '/'}."
             detail += " Photos go to POST /segment; GET /docs lists everything else."
         elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-            # What takes GET takes HEAD: see `RequestContext`.
+            # A path that takes GET takes HEAD: see `RequestContext`.
             headers["Allow"] = headers["Allow"].replace("GET", "GET, HEAD")
             detail = f"{request.url.path} does not take {request.method}: use {headers['Allow']}."
         return answer(request, HTTPStatus(error.status_code), detail, headers)
@@ -56,12 +55,12 @@ def install(app: FastAPI) -> None:
 
     async def gone(request: Request, _error: Exception) -> Response:
         request.state.reason = "client_gone"
-        # Never sent: the connection is closed. The status is what proxies log for this.
+        # It is never sent, since the connection is closed. Proxies log this status for that.
         return Response(status_code=499)
 
     async def failed(request: Request, _error: Exception) -> Response:
         request.state.reason = Problem.reason
-        # Logged by `RequestContext`, to which the framework passes it on.
+        # The framework passes it on to `RequestContext`, which logs it.
         return answer(
             request,
             HTTPStatus.INTERNAL_SERVER_ERROR,
@@ -84,7 +83,7 @@ def _request_id(request: Request) -> str | None:
 def document(
     status: HTTPStatus, detail: str, instance: str, request_id: str | None
 ) -> dict[str, Any]:
-    """A problem as JSON's members (RFC 9457, 3.1)."""
+    """The members of a problem in JSON (RFC 9457, 3.1)."""
     body: dict[str, Any] = {
         "type": "about:blank",
         "title": status.phrase,
@@ -100,8 +99,8 @@ def document(
 def answer(
     request: Request, status: HTTPStatus, detail: str, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """A problem document that says `detail`; under `/v2` an error of the protocol spoken there."""
-    # Not `request.url`, which takes as long to make as all the rest.
+    """A problem document with `detail`; under `/v2` an error of the Open Inference Protocol."""
+    # `request.url` would take as long to make as all the rest.
     path: str = request.scope["path"]
     if f"{path}/".startswith("/v2/"):
         return JSONResponse({"error": detail}, status, headers)

@@ -1,7 +1,6 @@
-"""The API's reference: what OpenAPI cannot infer, and the page at `GET /docs`.
+"""The API's reference: what FastAPI cannot infer for OpenAPI, and the page at `GET /docs`.
 
-The page and its scripts are served from here: a hospital's browser has no way to fetch them from
-elsewhere.
+The server has the page's scripts itself, since a hospital's browser may not reach the internet.
 """
 
 from copy import deepcopy
@@ -41,39 +40,39 @@ Send a photo of a skin lesion, get the lesion's mask at the photo's own size:
 
     curl -F file=@lesion.jpg localhost:8000/segment -o mask.png
 
-Every answer to a request carries `X-Request-ID` (yours, if you send one) and `Server-Timing`
+Every answer to a request has `X-Request-ID` (yours, if you send one) and `Server-Timing`
 (milliseconds by stage). Errors are RFC 9457 problem documents whose `detail` says what to do.
-Photos are held in memory while they are worked on, and nowhere else. Not a medical device.
+Photos are only in memory, while they are worked on. This is not a medical device.
 """
 
 _PROBLEMS = {
     400: "The body is empty, the form is malformed, or it has no image.",
-    401: "No API key, or none that is known; only where the server has keys.",
-    403: "A key that does not open this.",
-    404: "Nothing is there.",
+    401: "There is no API key, or it is unknown; only where the server has keys.",
+    403: "The key does not open this path.",
+    404: "The path does not exist.",
     405: "The path takes another method; Allow says which.",
-    406: "Accept rules out (`q=0`) all that there is.",
+    406: "Accept rules out (`q=0`) every form of the answer.",
     408: "Headers or body came too slowly; the connection is closed.",
-    413: "More bytes or more pixels than allowed.",
-    415: "Not a type of image that is served.",
-    422: "An image that does not decode, or a parameter that is unknown or out of range.",
+    413: "There are more bytes or more pixels than allowed.",
+    415: "The server does not read this type of image.",
+    422: "The image does not decode, or a parameter is unknown or out of range.",
     429: "The server is full, or a key is used faster than allowed; Retry-After says when to come"
     " back.",
     431: "Path and headers are too long; the connection is closed.",
     500: "The server failed on this request.",
-    503: "Not ready, draining, failing, or out of connections.",
+    503: "The server is not ready, drains, fails, or has no connection left.",
     504: "The request's deadline passed.",
 }
 
 _EXAMPLES = {
     400: "The form has no field 'file': put the photo there. It has 'image'.",
-    401: "This takes an API key: send it as `Authorization: Bearer KEY` or `X-API-Key: KEY`.",
-    403: "This takes an administrator's key.",
+    401: "This path needs an API key: send it as `Authorization: Bearer KEY` or `X-API-Key: KEY`.",
+    403: "This path needs an administrator's key: send one.",
     404: "There is nothing here unless the server has an administrator's key: see `python -m"
     " server.keys new --help`.",
     405: "/segment does not take GET: use POST.",
-    406: "Accept rules out all that there is: image/png, application/json. Leave it out, or name"
-    " one.",
+    406: "Accept rules out every form of the answer: image/png, application/json. Leave it out, or"
+    " name one.",
     408: "The body came slower than 1024 bytes a second for 10 s.",
     413: "The image has 12000×9000 = 108000000 pixels, 64000000 are allowed: send a smaller"
     " version of it.",
@@ -88,10 +87,10 @@ _EXAMPLES = {
     " busy, or allow more time with X-Request-Timeout-Ms.",
 }
 
-# What any path can be answered with, where it says nothing of it itself: what is described here is
-# seen before a path is looked at, or comes from nothing that it does.
+# Errors that any path may answer with, unless it describes them itself. They arise before the path
+# is known, or whatever it does.
 _ANYWHERE = {
-    400: ("Not HTTP/1.1.", "What was sent is not an HTTP/1.1 request."),
+    400: ("It is not HTTP/1.1.", "What was sent is not an HTTP/1.1 request."),
     408: (_PROBLEMS[408], _EXAMPLES[408]),
     429: (
         "A key is used faster than allowed, or too many requests were sent before any was"
@@ -105,12 +104,12 @@ _ANYWHERE = {
         " not, report the request_id.",
     ),
     503: (
-        "Out of connections.",
+        "The server has no connection left.",
         "The server has 1024 connections, more are not held. Try again in a second.",
     ),
 }
 
-# Of these, what is answered by the connection, which knows of no path and no protocol's errors.
+# Those that the connection answers, which knows neither paths nor a protocol's errors.
 _BY_CONNECTION = (400, 408, 429, 431, 503)
 
 HEADERS: dict[str, Any] = {
@@ -149,7 +148,7 @@ SEGMENT_BODY: dict[str, Any] = {
 
 
 def inlined(schema: dict[str, Any]) -> dict[str, Any]:
-    """A JSON schema with what its `$ref`s point to in their place: OpenAPI has no `$defs`."""
+    """A JSON schema with its `$ref`s replaced by their targets: OpenAPI has no `$defs`."""
     definitions = schema.get("$defs", {})
 
     def resolve(node: Any) -> Any:
@@ -198,7 +197,7 @@ def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 def problem_response(
     status: int, description: str, detail: str, instance: str = "/segment"
 ) -> dict[str, Any]:
-    """One of these, in its own words; `detail` and `instance` are the example's."""
+    """One OpenAPI response for an error; `detail` and `instance` are the example's."""
     return _response(status, description, _problem(status, detail, instance))
 
 
@@ -243,7 +242,7 @@ SEGMENT_RESPONSES: dict[int | str, dict[str, Any]] = {
         " `format=json` asks for it, what `POST /segment/json` answers, whose parameter `mask` is"
         " known here too.",
         "headers": HEADERS,
-        # The second name, if `Accept` prefers it, for clients that know no images.
+        # The second name is for clients that know no image types, if `Accept` prefers it.
         "content": {"image/png": BINARY, "application/octet-stream": BINARY},
     },
     **_SEGMENT_PROBLEMS,
@@ -268,7 +267,7 @@ _REQUEST_ID: dict[str, Any] = {
     "example": "6f1d4cb1f0a84a0f9f0e6a9fbb7c3d1e",
 }
 
-# As `server.http.access` reads them.
+# The schemes that `server.http.access` reads.
 _KEYS: dict[str, Any] = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "an API key"},
     "header": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "an API key"},
@@ -279,12 +278,12 @@ _KEYS: dict[str, Any] = {
     },
 }
 
-# FastAPI takes for granted that these are what a wrong parameter is answered with.
+# FastAPI's own schemas for a wrong parameter, which the server does not use.
 _NEVER_SENT = ("HTTPValidationError", "ValidationError")
 
 
 def _with_common_parts(generated: dict[str, Any]) -> dict[str, Any]:
-    """FastAPI's document with what all paths have in common, which it does not know of."""
+    """FastAPI's document, with the errors, headers and security that all paths share."""
     document = deepcopy(generated)
     schemas = document["components"]["schemas"]
     for model in (ProblemAnswer, ErrorAnswer):
@@ -315,11 +314,11 @@ def _with_common_parts(generated: dict[str, Any]) -> dict[str, Any]:
 
 
 def _anywhere(path: str, status: int) -> dict[str, Any]:
-    """What any path can be answered with."""
+    """The errors that any path may answer with."""
     description, detail = _ANYWHERE.get(status, (_PROBLEMS[status], _EXAMPLES[status]))
     content = _problem(status, detail, path)
     if path.startswith("/v2"):
-        # As `problems.answer` has it, but for what never got as far as there.
+        # In the form of `problems.answer`, except for those that the connection answers.
         of_protocol = {"application/json": error_content(detail)}
         if status not in _BY_CONNECTION:
             content = of_protocol

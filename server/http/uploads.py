@@ -1,7 +1,7 @@
-"""A request's body → the bytes of its image, in memory only.
+"""A request's body → the bytes of its photo, in memory only.
 
-The framework's own form parser writes parts to temporary files, so it is not used: a patient's
-photo must never touch the disk.
+The framework's form parser writes parts to temporary files, and a patient's photo must never touch
+the disk. So forms are parsed with the library `multipart`, in memory.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ FIELD = "file"
 MULTIPART = "multipart/form-data"
 
 Fields = Sequence[tuple[str, str]]
-"""Names and values of a form's fields, but for its photos."""
+"""Names and values of a form's fields, without its photos."""
 
 RAW_TYPES = (
     "image/jpeg",
@@ -53,9 +53,9 @@ RAW_TYPES = (
     "image/bmp",
     "application/octet-stream",
 )
-"""Content types of a body that is the image itself, by their proper names."""
+"""Content types of a body that is the photo itself, by their standard names."""
 
-# Names of bytes that nobody has looked at; `image/` with anything behind it is an image as well.
+# Types for unknown bytes. Any type that begins with `image/` is accepted as well.
 _UNTOLD_TYPES = (
     "",
     "*/*",
@@ -72,7 +72,7 @@ _HINTS = {
     " another one: -H 'Content-Type: image/jpeg'."
 }
 
-# Without a boundary, or with one that is not the body's, most often because somebody set it.
+# The boundary is missing or differs from the body's, most often because a program set it by hand.
 _LEAVE_TO_CLIENT = (
     "Do not set Content-Type yourself: whatever makes the form (curl -F, FormData, files= in"
     " requests) knows the boundary and sets both."
@@ -81,18 +81,18 @@ _FORM_START = re.compile(rb"--[^\r\n]{1,200}\r?\nContent-", re.IGNORECASE)
 
 _MAX_PARTS = 16
 
-# Of a field that holds a parameter: all of their values are shorter.
+# Bytes of a field that holds a parameter: all values are shorter.
 _MAX_VALUE = 100
 
-# Of a field's name, which comes back with its photo's answer.
+# Characters of a field's name, which its photo's answer repeats.
 _MAX_NAME = 200
 
 
 def check_type(headers: Headers) -> None:
-    """Refuse what is certainly not an image before its body is read; else its bytes decide.
+    """Refuse a body that is certainly no photo before it is read; otherwise its bytes decide.
 
     Raises:
-        UnsupportedType: neither a form nor a type of image that is served, or compressed.
+        UnsupportedType: the type is neither a form nor an image that is served, or is compressed.
     """
     _check_encoding(headers)
     kind = _media_type(headers.get("content-type", ""))
@@ -110,7 +110,7 @@ def _check_encoding(headers: Headers) -> None:
         raise UnsupportedType(
             f"A body with Content-Encoding {encoding[:40]} is not served: photos are compressed"
             " already. Send it without Content-Encoding.",
-            # As RFC 9110 has it (15.5.16).
+            # RFC 9110, 15.5.16.
             {"Accept-Encoding": "identity"},
         )
 
@@ -118,17 +118,17 @@ def _check_encoding(headers: Headers) -> None:
 async def read_body(
     receive: Receive, headers: Headers, take: Callable[[int], None], *, max_bytes: int
 ) -> bytes:
-    """The whole body, refused as soon as it is known to be too large.
+    """Read the whole body; refuse it as soon as it is known to be too large.
 
     Args:
         receive: the ASGI channel.
         headers: the request's.
-        take: accounts for bytes that have come, not for what is announced: who sends slowly must
-            not take what others could use. See `ByteBudget.account`.
+        take: accounts for bytes that have come. Announced bytes do not count, so that a slow sender
+            takes nothing from others. See `ByteBudget.account`.
         max_bytes: largest body that is read.
 
     Raises:
-        TooLarge: the length announced, or the bytes that came, exceed `max_bytes`.
+        TooLarge: the announced length, or the bytes that came, exceed `max_bytes`.
         ClientGone: the client hung up before the end.
     """
     chunks = [chunk async for chunk in _chunks(receive, headers, max_bytes=max_bytes, take=take)]
@@ -137,14 +137,14 @@ async def read_body(
 
 @dataclass(frozen=True)
 class Part:
-    """A photo of a request that has several."""
+    """One photo of a request that has several."""
 
     name: str
-    """Of its field in the form."""
+    """The name of its field in the form."""
     file_name: str | None
-    """That its sender gave the photo."""
+    """The file name that the client sent."""
     size: int
-    """Bytes that it took from the budget."""
+    """Bytes that it takes from the budget."""
     photo: Body | Problem
     """Its bytes, or what is wrong with them."""
 
@@ -159,16 +159,16 @@ async def read_parts(
     max_part_bytes: int,
     parameters: Collection[str],
 ) -> tuple[list[Part], Fields]:
-    """All photos of a form, whatever their fields are called, and its parameters.
+    """Read all photos of a form, whatever the names of their fields, and its parameters.
 
-    A parameter is a field whose value is too short for a photo. It has no file name, or is called
-    as a parameter is: some clients give every field a file name.
+    A field is a parameter if its value is too short for a photo, and it has no file name or the
+    name of a parameter: some clients give every field a file name.
 
     Args:
         receive, headers, take, max_bytes: as for `read_body`.
         max_parts: most photos in the form.
-        max_part_bytes: largest photo; of a larger one nothing is kept.
-        parameters: that there are.
+        max_part_bytes: largest photo; the bytes of a larger one are dropped.
+        parameters: the names of the path's parameters.
 
     Raises:
         BadRequest: the form is malformed, or empty.
@@ -209,7 +209,7 @@ async def read_parts(
 
 
 class _Entry:
-    """What comes of a form's field, piece by piece."""
+    """A field of a form, as it arrives piece by piece."""
 
     def __init__(self, field: multipart.MultipartSegment) -> None:
         self.name = _field_name(field.name)
@@ -218,7 +218,7 @@ class _Entry:
         self.chunks: list[bytes] = []
 
     def add(self, chunk: bytes | bytearray, most: int) -> None:
-        """A piece of it; of what gets larger than `most` bytes nothing is kept."""
+        """Add a piece; once the field is larger than `most` bytes, all of it is dropped."""
         self.size += len(chunk)
         if self.size <= most:
             self.chunks.append(bytes(chunk))
@@ -226,7 +226,7 @@ class _Entry:
             self.chunks.clear()
 
     def part(self, most: int) -> Part:
-        """The photo, which is given away; it may have `most` bytes."""
+        """Hand the photo over; it may have `most` bytes."""
         photo: Body | Problem = Body(b"".join(self.chunks))
         self.chunks.clear()
         if self.size > most:
@@ -240,7 +240,7 @@ class _Entry:
 
 
 def _field_name(name: str | None) -> str:
-    # The parser reads names as Latin-1, so as never to fail; nearly everyone sends UTF-8.
+    # The parser reads names as Latin-1, which never fails; nearly all clients send UTF-8.
     return (name or "").encode("latin-1").decode("utf-8", "replace")[:_MAX_NAME]
 
 
@@ -252,7 +252,7 @@ async def _chunks(
         " one that is compressed more."
     )
     announced = headers.get("content-length")
-    # A number: whatever is not does not get past the parser of HTTP.
+    # It is a number: the HTTP parser refuses anything else.
     if announced is not None and int(announced) > max_bytes:
         raise too_large
     size = 0
@@ -278,15 +278,15 @@ def is_form(content_type: str) -> bool:
 def image_in_body(
     body: bytes, content_type: str, take_fields: Callable[[Fields], None] | None = None
 ) -> bytes:
-    """The image's bytes: the body itself, or the field `file` of a multipart form.
+    """The photo's bytes: the body itself, or the field `file` of a multipart form.
 
     Args:
-        body: as it came.
-        content_type: of the body.
-        take_fields: told of a form's other fields; raises what is wrong with them.
+        body: the whole body.
+        content_type: the body's.
+        take_fields: gets a form's other fields, and raises what is wrong with them.
 
     Raises:
-        BadRequest: the body is empty, the form is malformed, or has not exactly one such field.
+        BadRequest: the body is empty, the form is malformed, or it has not exactly one such field.
     """
     if not body:
         raise BadRequest(
@@ -342,7 +342,7 @@ def _field_value(name: str, value: bytes) -> str:
 def _form_parser(
     content_type: str, *, max_parts: int
 ) -> Iterator[Callable[[bytes], Iterator[Any]]]:
-    """Gives what turns a form's bytes into fields and their contents, piece by piece."""
+    """Make a parser that turns a form's bytes into fields and their contents, piece by piece."""
     _, options = multipart.parse_options_header(content_type)
     boundary = options.get("boundary")
     if not boundary:
@@ -354,7 +354,7 @@ def _form_parser(
         with multipart.PushMultipartParser(
             boundary,
             max_segment_count=max_parts,
-            # Never fails to decode: file names come in any charset, and are not looked at.
+            # Latin-1 never fails: file names come in any charset.
             header_charset="latin-1",
         ) as parser:
             yield parser.parse

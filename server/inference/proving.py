@@ -75,9 +75,9 @@ def _prove_answers(backend: Backend) -> None:
     try:
         difference = difference_from(answers, backend.infer)
     except StampError as error:
-        raise BackendError(f"The network cannot be held to its stored answers: {error}.") from error
+        raise BackendError(f"The network's stored answers cannot be read: {error}.") from error
     if not difference <= most:
         raise BackendError(
             f"On the trial images the network's answers differ by {difference:.2f} in probability"
-            " from those stored when it was exported: it is not the network that it was."
+            " from those stored when it was exported: export it again."
         )

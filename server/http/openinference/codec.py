@@ -1,4 +1,7 @@
-"""A body → images, and probabilities → an answer's body."""
+"""A request's body → images, and probabilities → the answer's body.
+
+It is hand-written for its limits: a general parser makes Python objects of any JSON that comes.
+"""
 
 import json
 import re
@@ -34,27 +37,27 @@ __all__ = ["answer", "json_length", "parse"]
 
 _MAP_BYTES = SIDE * SIDE * 4
 
-# Of JSON: as Python's lists and numbers it takes many times the memory, and whoever parses it holds
-# up everyone else.
+# Bytes of JSON. As Python's lists and numbers it takes many times the memory, and parsing it holds
+# up all other requests.
 _MAX_JSON_BYTES = 4 * 2**20
 
-# An image that is nested as its shape is has 1 + 128 + 128 * 128 lists, and 131,000 characters if
-# all of its values have one digit: 31 images fit, with 512,000 lists. Without this limit
-# there could be two million.
+# An image that is nested like its shape has 1 + 128 + 128 * 128 lists, and 131,000 characters if
+# all values have one digit: 31 images fit, with 512,000 lists. Without this limit there could be
+# two million.
 _MAX_LISTS = 2**19
 
-# A request with one input and one output has five. Each takes more than twice as much as a list.
+# A request with one input and one output has five objects. Each takes over twice as much as a list.
 _MAX_OBJECTS = 1000
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
-# Of a request with binary tensors, the JSON that comes first is shorter.
+# The JSON before binary tensors is shorter than this.
 _LONGEST_HEADER = 2**16
 _BINARY_SIZE = b'"binary_data_size"'
 
 
 def _check_untold(body: bytes) -> None:
-    """Refuse binary tensors whose sender forgot to say where they begin."""
+    """Refuse binary tensors if no header says where they begin."""
     start = body[:_LONGEST_HEADER]
     goes_on = body[-16:].rstrip()[-1:] != b"}"
     if start.lstrip()[:1] == b"{" and (b"\0" in start or (_BINARY_SIZE in start and goes_on)):
@@ -65,7 +68,7 @@ def _check_untold(body: bytes) -> None:
 
 
 def json_length(body: bytes, headers: Headers) -> int:
-    """How many bytes of a body are JSON."""
+    """The number of bytes of a body that are JSON."""
     length = size = len(body)
     header_length = headers.get(HEADER_LENGTH)
     if header_length is None:
@@ -88,21 +91,21 @@ def parse(body: Body, length: int, most: int) -> tuple[InferRequest, list[NDArra
     """A body → the request without its inputs, and its images, each uint8 [128, 128, 3].
 
     Args:
-        body: is taken.
-        length: of the JSON at its start.
-        most: images.
+        body: the bytes are taken out of it.
+        length: bytes of the JSON at its start.
+        most: the most images.
     """
     try:
         return _parsed(body.take(), length, most)
     except Problem as problem:
-        # Its traceback, and whatever it comes from, would hold all that was parsed.
+        # Its traceback and its cause would hold all that was parsed.
         problem.__context__ = None
         raise problem.with_traceback(None) from None
 
 
 def _parsed(body: bytes, length: int, most: int) -> tuple[InferRequest, list[NDArray[np.uint8]]]:
     for bracket, of_what, allowed in ((b"[", "lists", _MAX_LISTS), (b"{", "objects", _MAX_OBJECTS)):
-        # Those in strings are counted too: nobody has so many.
+        # Brackets within strings count too: no sound request has so many.
         count = body.count(bracket, 0, length)
         if count > allowed:
             raise TooLarge(
@@ -111,9 +114,9 @@ def _parsed(body: bytes, length: int, most: int) -> tuple[InferRequest, list[NDA
             )
     try:
         if _SURROGATE.search(body, 0, length):
-            # Unlike Python's, this parser refuses halves of them.
+            # This parser refuses half of a surrogate pair, Python's does not.
             from_json(body[:length])
-        # UTF-8 alone, and strictly: else halves of surrogate pairs get in, which no answer can say.
+        # Strict UTF-8: otherwise half a surrogate pair could come in, which no answer can repeat.
         asked = InferRequest.model_validate(json.loads(str(body[:length], "utf-8-sig")))
     except ValidationError as error:
         details = (
@@ -185,7 +188,7 @@ def _images(
 def _values(data: list[Any]) -> bytes:
     """Integers 0 to 255, flat or nested, in row-major order."""
     try:
-        # Once less than there are dimensions.
+        # One level less than there are dimensions.
         for _ in range(3):
             if data and isinstance(data[0], list):
                 data = list(chain.from_iterable(data))
@@ -212,8 +215,8 @@ def answer(
     answer = InferAnswer(model_name=NAME, model_version=VERSION, id=asked.id, outputs=[output])
     header = answer.model_dump_json(exclude_none=True).encode()
     if binary:
-        # Little-endian, as the extension has it.
+        # The extension's byte order is little-endian.
         return b"".join([header, *(p.astype("<f4").tobytes() for p in probabilities)]), len(header)
-    # Map by map: a single call would hold up all other threads for as long as all maps take.
+    # One map at a time: a single call would hold up all other threads until all maps are done.
     values = ",".join(json.dumps(p.ravel().tolist())[1:-1] for p in probabilities)
     return header.removesuffix(b"}]}") + b',"data":[' + values.encode() + b"]}]}", None

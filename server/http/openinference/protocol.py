@@ -1,4 +1,4 @@
-"""What the protocol's messages hold, and how they are described in `GET /docs`."""
+"""The protocol's messages, and their description for `GET /docs`."""
 
 from typing import Any, Literal
 
@@ -42,7 +42,7 @@ __all__ = [
 
 NAME = "slsnet"
 VERSION = "1"
-"""Of the contract (the two tensors); the weights' own version is in `GET /model`."""
+"""Version of the two tensors; the weights' own version is in `GET /model`."""
 
 MODEL_PATH = "/v2/models/{model}"
 VERSION_PATH = f"{MODEL_PATH}/versions/{{version}}"
@@ -50,7 +50,7 @@ INFER_PATHS = {
     f"{path}/infer".format(model=NAME, version=VERSION): f"{path}/infer"
     for path in (MODEL_PATH, VERSION_PATH)
 }
-"""Where tensors are sent, and the path of its route."""
+"""Each path that tensors are sent to, with the path of its route."""
 
 INPUT = "image"
 OUTPUT = "probability"
@@ -61,7 +61,7 @@ HEADER_LENGTH = "Inference-Header-Content-Length"
 
 
 class _Message(BaseModel):
-    # The protocol wants members that a server does not know ignored.
+    # The protocol asks servers to ignore unknown members.
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
 
@@ -129,7 +129,7 @@ class ModelConfig(_Message):
 
 
 class RequestParameters(_Message):
-    """Of a request as a whole."""
+    """Parameters of a request as a whole."""
 
     binary_data_output: StrictBool = Field(
         False, description="all outputs as binary data, if none is asked for by name"
@@ -141,7 +141,7 @@ class RequestParameters(_Message):
 
 
 class InputParameters(_Message):
-    """Of an input."""
+    """Parameters of an input."""
 
     binary_data_size: StrictInt | None = Field(
         None, ge=0, description="bytes after the JSON that hold it"
@@ -162,7 +162,7 @@ class RequestInput(_Message):
 
 
 class OutputParameters(_Message):
-    """Of an output that is asked for."""
+    """Parameters of a requested output."""
 
     binary_data: StrictBool = Field(False, description="as binary data, after the JSON")
     classification: StrictInt = Field(0, description="not served")
@@ -170,7 +170,7 @@ class OutputParameters(_Message):
 
 
 class RequestOutput(_Message):
-    """An output that is asked for."""
+    """A requested output."""
 
     name: str = Field(examples=[OUTPUT])
     parameters: OutputParameters = OutputParameters()
@@ -186,7 +186,7 @@ class InferRequest(_Message):
 
 
 class AnswerParameters(_Message):
-    """Of an output."""
+    """Parameters of an output."""
 
     binary_data_size: int = Field(description="bytes after the JSON that hold it")
 
@@ -211,7 +211,7 @@ class InferAnswer(_Message):
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Answers that are errors, for `GET /docs`."""
+    """The errors of a path, for `GET /docs`."""
     return {
         status: {
             "description": _ERRORS[status][0],
@@ -224,7 +224,7 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 _ERRORS = {
     400: (
-        "Not a request of the protocol, or not for these tensors.",
+        "It is no request of the protocol, or not for these tensors.",
         "The input is called 'image', not 'input_0'.",
     ),
     404: (
@@ -232,15 +232,15 @@ _ERRORS = {
         "There is no model 'resnet': the one that is served is 'slsnet'.",
     ),
     413: (
-        "More bytes, JSON or images than allowed.",
+        "There are more bytes, JSON or images than allowed.",
         "200 images are more than the 128 that one request may have.",
     ),
     415: (
-        "A Content-Encoding that is not served.",
+        "The Content-Encoding is not served.",
         "Content-Encoding 'br' is not served: send gzip, deflate or none.",
     ),
     422: (
-        "A header whose value is out of range.",
+        "The value of a header is out of range.",
         "header.x-request-timeout-ms: Input should be greater than 0, got '-1'.",
     ),
     429: (
@@ -254,7 +254,7 @@ _ERRORS = {
         " report the request_id.",
     ),
     503: (
-        "Not ready, draining, failing, or out of connections.",
+        "The server is not ready, drains, fails, or has no connection left.",
         "The network is still being loaded. Try again when GET /health/ready answers 200.",
     ),
     504: (

@@ -1,13 +1,13 @@
 """Open Inference Protocol V2 over HTTP: the network itself, for clients that speak tensors.
 
-Health, metadata and inference as in the protocol's "required API", with the binary tensor
-extension and Triton's model configuration, so that an unmodified `tritonclient` works:
+It serves the protocol's "required API" (health, metadata and inference), the binary tensor
+extension and Triton's model configuration. An unmodified `tritonclient` works:
 https://github.com/kserve/open-inference-protocol/blob/main/specification/protocol/inference_rest.md
 https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md
 
-Tensors are what the network takes and gives: `image`, uint8 [n, 128, 128, 3] RGB, and
-`probability`, float32 [n, 128, 128]. Each image enters the queue for itself, under the same limits
-and deadlines as a photo sent to `/segment`. Errors have the protocol's shape (`problems.answer`).
+The tensors are the network's own: `image`, uint8 [n, 128, 128, 3] RGB, and `probability`, float32
+[n, 128, 128]. Each image enters the queue by itself, with the limits and deadlines of a photo sent
+to `/segment`. Errors have the protocol's shape (`problems.answer`).
 """
 
 import zlib
@@ -52,7 +52,7 @@ from server.observe.stages import Stages
 
 __all__ = ["openinference_router"]
 
-# Decompressed at a time, from so much and to so much at most.
+# The most bytes that one step of decompression reads, and writes.
 _DEFLATED_BYTES = 2**18
 _INFLATED_BYTES = 2**20
 
@@ -74,7 +74,7 @@ async def _known_version(
 
 
 def openinference_router(service: Service, server_version: str) -> APIRouter:
-    """The paths under `/v2`."""
+    """The routes under `/v2`."""
     router = APIRouter(prefix="/v2", tags=_TAGS)
 
     @router.get("", summary="The server, and the extensions it has")
@@ -103,8 +103,8 @@ def openinference_router(service: Service, server_version: str) -> APIRouter:
 
 
 def _model_router(service: Service, prefix: str, known: list[params.Depends]) -> APIRouter:
-    # Its own prefix, not that of an inclusion: a route's path, by which requests are counted, has
-    # only the former.
+    # The prefix is the router's own. A prefix given on inclusion would be missing from the route's
+    # path, by which requests are counted.
     router = APIRouter(prefix=prefix, tags=_TAGS, dependencies=known)
     settings = service.settings
 
@@ -171,8 +171,8 @@ async def _infer(
             parse,
             length,
             settings.bulk_queue,
-            # Parsed, images take many times the bytes that they count for. What is shorter
-            # than this has none in its JSON, and need not wait for others.
+            # Parsed images take many times the bytes that they count for. A shorter JSON
+            # has no images in it, and need not wait for others.
             alone=length > IMAGE_BYTES,
         )
         wishes = asked.parameters
@@ -197,7 +197,7 @@ def _platform(backend: BackendInfo) -> str:
 
 
 async def _read(request: Request, service: Service, take: Callable[[int], None]) -> bytes:
-    """The request's body, decompressed; never more than `max_body_bytes`."""
+    """The request's body, decompressed, with at most `max_body_bytes`."""
     most = service.settings.max_body_bytes
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("identity", "gzip", "deflate"):

@@ -1,8 +1,7 @@
 """`POST /segment/batch`: many photos in one request, each answered as soon as it is done.
 
-Photos are worked on a few at a time and answered in the order in which they get done. What is wrong
-with one is its own answer and nobody else's. All of it is bulk: whoever sends a single photo goes
-first.
+A few photos are worked on at a time, and each is answered when it is done. What is wrong with one
+photo is in its own answer only. The whole request is bulk: single photos go first.
 """
 
 import asyncio
@@ -50,18 +49,18 @@ log = logging.getLogger("slsnet.server")
 NDJSON = "application/x-ndjson"
 MIXED = "multipart/mixed"
 
-# The last is lines as well, for clients that take bytes under this name alone.
+# The last one is lines too, for clients that take bytes only under this name.
 _FORMS = (NDJSON, MIXED, "application/octet-stream")
 
-# Photos of one request that are worked on, or wait to be sent, at the same time.
+# So many photos of one request are at work, or wait to be sent, at the same time.
 _MAX_AT_WORK = 32
 
-# Who has not read the answers so long after the deadline is not waited for.
+# Seconds after the deadline in which the client may still read the answers.
 _FAREWELL_S = 30
 
 
 def bulk_router(service: Service) -> APIRouter:
-    """The path, for the application to include."""
+    """The routes `/segment/batch` and `/segment/batch/json`."""
     router = APIRouter(tags=["segmentation"])
     settings = service.settings
 
@@ -101,13 +100,13 @@ def bulk_router(service: Service) -> APIRouter:
             )
 
     add("/segment/batch", "Segment the lesions in many photos", _FORMS, _RESPONSES)
-    # Generated clients know one form of an answer for each path, and of JSON one value in it.
+    # Generated clients expect one form of answer for each path, and in JSON a single value.
     add("/segment/batch/json", "The same, as one JSON array", (JSON,), _JSON_RESPONSES)
     return router
 
 
 class _Answers(Response):
-    """Reads the photos, and sends what comes of each."""
+    """Reads the photos, and sends the answer of each."""
 
     def __init__(
         self, service: Service, forms: Sequence[str], given: dict[str, Any], timeout_s: float
@@ -197,7 +196,7 @@ class _Answers(Response):
         info = self._service.backend
         at_work = min(len(waiting), 2 * info.max_batch * info.slots, _MAX_AT_WORK)
         if self._asked.original and self._asked.mask is MaskFormat.PROBABILITIES:
-            # As large as photos, and larger: one is held at a time.
+            # Such answers can be larger than photos, so only one is held at a time.
             at_work = min(at_work, 1)
         workers = asyncio.gather(*(work() for _ in range(at_work)))
         try:
@@ -222,7 +221,7 @@ class _Answers(Response):
         network: str,
         held: contextlib.ExitStack,
     ) -> bytes:
-        """A photo's line, or part, of the answer."""
+        """The line or part of the answer for one photo."""
         status, content = 200, b""
         media_type = "image/png" if self._media_type == MIXED else "application/json"
         try:
@@ -242,7 +241,7 @@ class _Answers(Response):
                 problem.status, problem.detail, request.url.path, request.state.request_id
             )
             content = json.dumps(members).encode()
-            # Its traceback has this frame: they would keep each other, and the photo.
+            # Its traceback has this frame: the two would keep each other, and the photo.
             del problem
         self._service.metrics.bulk_photos.labels(str(int(status))).inc()
         if self._media_type == MIXED:
@@ -254,8 +253,8 @@ class _Answers(Response):
         if self._file_names:
             head["file_name"] = part.file_name
         member = "result" if status == 200 else "error"
-        # The photo's own answer is JSON already. Both are ASCII: some readers of lines take
-        # U+2028 and U+0085 for an end of line.
+        # The photo's own answer is JSON already. Both are ASCII, since some readers take U+2028
+        # and U+0085 for the end of a line.
         start = json.dumps(head).removesuffix("}")
         return f'{start}, "{member}": '.encode() + content + b"}\n"
 
@@ -325,10 +324,10 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
         " Item-File-Name (percent-encoded) too.",
         "headers": HEADERS,
         "content": {
-            # Not one JSON value but many, of which a schema cannot speak.
+            # There are many JSON values, which a schema cannot describe.
             NDJSON: BINARY,
             MIXED: BINARY,
-            # Lines too, if `Accept` prefers it, for clients that know of no lines.
+            # These are lines too, if `Accept` prefers it, for clients that do not know lines.
             "application/octet-stream": BINARY,
         },
     },

@@ -1,4 +1,4 @@
-"""What is asked for of a photo's mask, and the bytes that it becomes."""
+"""A photo's answer in the form that was asked for."""
 
 import contextlib
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ JSON = "application/json"
 
 @dataclass(frozen=True)
 class Asked:
-    """Of every photo of a request."""
+    """The form of answer for every photo of a request."""
 
     threshold: float
     original: bool
@@ -22,20 +22,20 @@ class Asked:
     clean: bool
     mask: MaskFormat
     is_json: bool
-    """Else PNG."""
+    """Whether the answer is JSON; otherwise it is PNG."""
     request_id: str
 
 
 async def encoded(
     work: Work, segmentation: Segmentation, asked: Asked, held: contextlib.ExitStack
 ) -> bytes:
-    """A photo's answer.
+    """The bytes of a photo's answer.
 
     Args:
-        work: that the photo is of.
-        segmentation: of the photo.
-        asked: see there.
-        held: what a large answer counts as is left to it, until the answer is sent.
+        work: the work that the photo belongs to.
+        segmentation: the photo's.
+        asked: the form of the answer.
+        held: gets the budget's bytes of a large answer, to give them back once it is sent.
 
     Raises:
         Overloaded: there is no room for a large answer.

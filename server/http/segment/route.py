@@ -33,16 +33,16 @@ from server.observe.stages import Stages
 
 __all__ = ["segment_router"]
 
-# The last is the PNG too, for clients that take bytes under this name alone.
+# The last one is PNG too, for clients that take bytes only under this name.
 _FORMS = (PNG, JSON, "application/octet-stream")
 _BY_FORMAT: dict[str | None, str] = {"png": PNG, "json": JSON}
 
 
 def segment_router(service: Service) -> APIRouter:
-    """Both paths, for the application to include."""
+    """The routes `/segment` and `/segment/json`."""
 
-    # Generated clients know one form of an answer for each path. So what is described here is the
-    # PNG, and JSON, which this path can give as well, at a path of its own.
+    # Generated clients expect one form of answer for each path. So this path is described with PNG,
+    # though it can give JSON too, and JSON has a path of its own.
     async def segment(
         request: Request,
         threshold: Threshold = 0.5,
@@ -110,7 +110,7 @@ async def _answer(
     check_type(headers)
     bare = not is_form(content_type := headers.get("content-type", ""))
     if bare:
-        # Of a form only its fields say what is asked for.
+        # A form's parameters are known only once it is parsed.
         wishes.media_type()
     read = partial(read_body, request.receive, headers, max_bytes=settings.max_body_bytes)
     with (
@@ -144,17 +144,17 @@ class _Wishes:
         self._forms = forms
 
     def take_fields(self, fields: Fields) -> None:
-        """The form's fields; raises what is wrong with them."""
+        """Apply the form's fields, or raise what is wrong with them."""
         self._given = with_fields(self._request, self._given, fields)
         self.media_type()
 
     def media_type(self) -> str:
-        """To answer with; see `answer_type`."""
+        """The media type of the answer; see `answer_type`."""
         by_name = _BY_FORMAT.get(self._given.get("format"))
         return answer_type(self._request.headers, self._forms, self._given["mask"], by_name)
 
     def asked(self) -> Asked:
-        """All of it."""
+        """The form of the answer."""
         given = self._given
         return Asked(
             given["threshold"],
@@ -167,9 +167,9 @@ class _Wishes:
 
 
 class _BriefRoute(APIRoute):
-    """A route all of whose parameters have defaults, called at once by requests that bring none.
+    """A route that is called directly if the request sets no parameter, since all have defaults.
 
-    Most photos come so, and to find that out takes FastAPI as long as all else on the event loop.
+    Most photos come so. FastAPI would take as long to find that out as all else on the event loop.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -186,7 +186,7 @@ class _BriefRoute(APIRoute):
 
 
 class _Answer(Response):
-    """A mask, which may hold something until it is sent."""
+    """An answer that may hold bytes of the budget until it is sent."""
 
     def __init__(self, content: bytes, media_type: str, held: contextlib.ExitStack) -> None:
         super().__init__(content, media_type=media_type, headers={"Vary": "Accept"})

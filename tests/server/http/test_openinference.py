@@ -451,7 +451,7 @@ def test_client_shows_its_key(pixels: NDArray[np.uint8], tmp_path: Path) -> None
         triton.InferenceServerClient(f"127.0.0.1:{server.port}") as connection,
     ):
         assert connection.is_server_ready()
-        with pytest.raises(triton.InferenceServerException, match="takes an API key") as caught:
+        with pytest.raises(triton.InferenceServerException, match="needs an API key") as caught:
             connection.get_model_metadata("slsnet")
         assert caught.value.status() == "401"
         headers = {"X-API-Key": key}
