@@ -26,7 +26,6 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 )
 from torch import Tensor
 
-from benchmarks.launch import free_port
 from model import checkpoint, loop
 from model.config import PRESETS, ConfigError, LossConfig, TrainConfig, parse_config
 from model.generator import Generator, load_generator, load_metadata, save_generator
@@ -35,6 +34,7 @@ from model.teacher import Teacher
 from model.train import main
 from model.trainer import Trainer, TrainingError
 from tests.support import ROOT
+from tests.support.launch import free_port
 from tests.support.tiny import GENERATOR, pixel_set, tiny_config, tiny_flags, write_isic2017
 
 
