@@ -17,12 +17,15 @@ from server.observe.metrics import Metrics
 from server.observe.stages import Stages
 from server.observe.tracing import Record
 
-__all__ = ["REQUEST_ID", "RequestContext"]
+__all__ = ["CAME", "REQUEST_ID", "RequestContext"]
 
 log = logging.getLogger("slsnet.access")
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 """The form of a client's own request id: it is echoed, and written to the log."""
+
+CAME = "came"
+"""In a request's state: when its head was there, second of `time.perf_counter`, if it is known."""
 
 # For every answer that does not set its own; only the pages do.
 _SECURITY = {
@@ -85,8 +88,8 @@ class RequestContext:
             scope = {**scope, "method": "GET"}
         asked = Headers(scope=scope).get("x-request-id", "")
         request_id = asked if REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
-        stages = Stages()
         state = scope.setdefault("state", {})
+        stages = Stages(state.get(CAME))
         state["request_id"] = request_id
         state["stages"] = stages
         status = 0

@@ -5,6 +5,10 @@ of an answer. Here admission's counters alone decide (`Door`), and the answer is
 layers around the framework, so that it is the framework's in all but its cost: keys, CORS,
 headers, metrics and log are theirs (`Shedding`). Whatever else may be wrong with a request that is
 refused so, its parameters or its type, it is told when it comes again.
+
+Refusals in large numbers are still dear, and a client that is refused at once comes back at once.
+So they have a pace. A request that is too many for it waits, its body unread, which slows down its
+sender. Then it is checked once more, and let in if there is room by now.
 """
 
 import asyncio
@@ -17,6 +21,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn._types import HTTPScope
 
+from server.http.context import CAME
 from server.http.openinference.protocol import INFER_PATHS
 from server.http.parameters import is_bulk
 from server.http.prefix import without_prefix
@@ -39,6 +44,13 @@ _ROUTES = {
 
 _REFUSAL = "refusal"
 
+# Refusals a second, in the long run and beyond those at once: some percent of a core.
+_PER_S = 250
+_AT_ONCE = 50
+
+# A request waits to be refused for at most this share of the time that it may take.
+_PATIENCE = 0.1
+
 
 class Door:
     """What connections ask before they start a task."""
@@ -47,44 +59,57 @@ class Door:
         self._service = service
         self._coming = [0, 0]
         """Interactive and bulk requests that have been let pass and have no place yet."""
+        self._last = -math.inf
+        """When by their pace the last refusal is due, second of `time.perf_counter`."""
 
-    def refuses(self, scope: HTTPScope) -> bool:
-        """Whether a request for a place, whose body has not come, would be refused one now.
+    def refuses(self, scope: HTTPScope) -> float | None:
+        """In how many seconds to refuse a request for a place, whose body has not come.
 
-        If so the scope says it to `Shedding`.
+        None lets it in. Ask again after the wait: the request is refused at once then (0), or let
+        in. The scope says to `Shedding` what it is refused for.
         """
+        came = scope["state"].setdefault(CAME, time.perf_counter())
+        refused = scope["state"].pop(_REFUSAL, None)
         service = self._service
         path = without_prefix(scope["path"], service.settings.root_path)
         if path not in _ROUTES or scope["method"] != "POST" or not service.networks.works:
-            return False
+            return None
         headers = Headers(raw=list(scope["headers"]))
         bulk = path == _BATCH or is_bulk(headers.get("priority", ""))
         asked = headers.get("x-request-timeout-ms")
         try:
             asked_ms = None if asked is None else float(asked)
         except ValueError:
-            return False
+            return None
         if asked_ms is not None and not 0 < asked_ms < math.inf:
             # The framework says what is wrong with it.
-            return False
+            return None
         settings = service.settings
         timeout_s = (settings.bulk_timeout_s if path == _BATCH else settings.timeout_s)(asked_ms)
         coming = self._coming
         try:
             service.gate.check_room(
-                deadline=time.perf_counter() + timeout_s,
+                deadline=came + timeout_s,
                 bulk=bulk,
                 coming=coming[bulk],
                 others_coming=coming[not bulk],
             )
         except Overloaded as problem:
             scope["state"][_REFUSAL] = problem.with_traceback(None)
-            return True
+            return 0 if refused else self._wait_s(timeout_s * _PATIENCE)
         if not any(coming):
             # When all that has come by now has run, up to its place or its own refusal.
             asyncio.get_running_loop().call_soon(self._let_in)
         coming[bulk] += 1
-        return False
+        return None
+
+    def _wait_s(self, most: float) -> float:
+        """Until the next refusal is due, but at most so many seconds."""
+        now = time.perf_counter()
+        due = max(self._last, now - _AT_ONCE / _PER_S) + 1 / _PER_S
+        due = min(due, now + most)
+        self._last = max(self._last, due)
+        return max(0.0, due - now)
 
     def _let_in(self) -> None:
         self._coming = [0, 0]

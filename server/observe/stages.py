@@ -11,8 +11,9 @@ STAGES = ("read", "decode", "queue", "infer", "encode")
 class Stages:
     """A stopwatch with a name for each lap, in the form of a `Server-Timing` header."""
 
-    def __init__(self) -> None:
-        self.started = self._lap = time.perf_counter()
+    def __init__(self, started: float | None = None) -> None:
+        """Started now, or at a second of `time.perf_counter`."""
+        self.started = self._lap = time.perf_counter() if started is None else started
         self.seconds: dict[str, float] = {}
         self.notes: dict[str, str] = {}
 

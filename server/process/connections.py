@@ -149,17 +149,18 @@ class House:
         self,
         settings: Settings,
         metrics: Metrics,
-        is_refused: Callable[[HTTPScope], bool] = lambda _scope: False,
+        refuses: Callable[[HTTPScope], float | None] = lambda _scope: None,
     ) -> None:
         """Begin with no connection.
 
         Args:
-            is_refused: whether the application will refuse a request at once, without its body and
-                without waiting for anything.
+            refuses: in how many seconds the application is to refuse a request, which it will do at
+                once, without the body and without waiting for anything; None if it will not. Asked
+                again when they are over.
         """
         self.settings = settings
         self.metrics = metrics
-        self.is_refused = is_refused
+        self.refuses = refuses
         self.leaving: dict[Connection, None] = {}
         """Connections that have had their last answer and are not closed yet, the oldest first."""
         self.asked: dict[Connection, None] = {}
@@ -219,6 +220,7 @@ class Connection(HttpToolsProtocol):
         self._body_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._probe_timer: asyncio.TimerHandle | None = None
+        self._refusal_timer: asyncio.TimerHandle | None = None
         self._running: RequestResponseCycle | None = None
         self._refused = False
         self._refusal = b""
@@ -425,12 +427,25 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
-        if self._house.is_refused(cycle.scope):
+        wait_s = self._house.refuses(cycle.scope)
+        if wait_s:
+            # Until then its sender is held up by what it sends.
+            self.flow.pause_reading()
+            self._refusal_timer = self.loop.call_later(wait_s, self._end_wait)
+            return
+        if wait_s is not None:
             self._shed(cycle, app)
             return
         if cycle.scope["http_version"] < "1.1":
             app = _until_closed(app, cycle)
         super()._start_asgi_task(cycle, app)
+
+    def _end_wait(self) -> None:
+        """Refuse a request that waits to be refused, or let it in after all."""
+        if self._refusal_timer is not None and self._running is not None:
+            self._refusal_timer.cancel()
+            self._refusal_timer = None
+            self._start_asgi_task(self._running, self.app)
 
     def _shed(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         """Let the application refuse without a task, and write what it says at once."""
@@ -455,6 +470,7 @@ class Connection(HttpToolsProtocol):
             b"".join([STATUS_LINE[start["status"]], *lines, b"\r\n", body["body"]])
         )
         cycle.response_started = cycle.response_complete = True
+        cycle.body.clear()
         if not cycle.keep_alive:
             self.transport.close()
         self.on_response_complete()
@@ -479,6 +495,7 @@ class Connection(HttpToolsProtocol):
     def shutdown(self) -> None:
         self._is_last = True
         super().shutdown()
+        self._end_wait()
         if self.transport.is_closing() and not self.transport.get_write_buffer_size():
             self._say_goodbye()
 
@@ -650,6 +667,9 @@ class Connection(HttpToolsProtocol):
             return None
         running.disconnected = True
         running.message_event.set()
+        if self._refusal_timer is not None:
+            self._refusal_timer.cancel()
+            self._refusal_timer = None
         return running
 
     def _drop_unfinished(self) -> RequestResponseCycle | None:

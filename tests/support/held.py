@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from server.__main__ import main
 from server.backends import Backend, BackendInfo, open_backend
-from server.inference import loading
+from server.inference import batching, loading
 from tests.support.launch import ServerProcess, serve
 
 __all__ = ["serve_held"]
@@ -74,4 +74,6 @@ if __name__ == "__main__":
         return _Held(open_backend(*arguments, **options), lock_file)
 
     vars(loading)["open_backend"] = _open
+    # A test may hold it for as long as it takes on a slow machine.
+    vars(batching)["_HUNG_S"] = 3600
     sys.exit(main())

@@ -6,19 +6,26 @@ import json
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.client import HTTPResponse
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import pytest
 import uvicorn
+from uvicorn._types import HTTPScope
 from uvicorn.server import ServerState
 
+from server.http import shedding
+from server.http.context import RequestContext
 from server.http.openinference.protocol import INFER_PATHS
+from server.http.shedding import Door, Shedding
+from server.inference import admission
+from server.inference.admission import Gate
 from server.keys import new_key
 from server.observe.metrics import Metrics
 from server.process.connections import Connection, House
@@ -226,6 +233,27 @@ def test_each_that_was_sent_is_served_or_refused(tmp_path: Path, photos: list[Sa
         assert answers(server, "/segment", 429) == statuses.count(429)
 
 
+@contextlib.asynccontextmanager
+async def connected(
+    app: Any, refuses: Callable[[Any], float | None]
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter, Connection]]:
+    """A client of an application whose connection asks `refuses`; both of its ends."""
+    config = uvicorn.Config(app, http=Connection, ws="none", log_config=None)
+    config.load()
+    house = House(Settings(), Metrics(), refuses)
+    connection = Connection(house, config, ServerState(), {})
+    server = await asyncio.get_running_loop().create_server(lambda: connection, "127.0.0.1")
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        yield reader, writer, connection
+        writer.transport.abort()
+        connection.transport.abort()
+        # Both are gone by the end of the loop's next turn.
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+
 def test_no_task_is_made_for_who_is_refused() -> None:
     async def scenario() -> None:
         tasks: list[Any] = []
@@ -237,21 +265,224 @@ def test_no_task_is_made_for_who_is_refused() -> None:
             await send(start)
             await send({"type": "http.response.body", "body": b"later"})
 
-        config = uvicorn.Config(refuses, http=Connection, ws="none", log_config=None)
-        config.load()
-        house = House(Settings(), Metrics(), lambda scope: scope["path"] == "/full")
-        server = await asyncio.get_running_loop().create_server(
-            lambda: Connection(house, config, ServerState(), {}), "127.0.0.1"
-        )
-        async with server:
-            port = server.sockets[0].getsockname()[1]
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        def is_full(scope: Any) -> float | None:
+            return 0 if scope["path"] == "/full" else None
+
+        async with connected(refuses, is_full) as (reader, writer, _):
             for path in (b"/full", b"/other"):
                 writer.write(b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % path)
                 assert (await reader.readuntil(b"later")).startswith(b"HTTP/1.1 429 ")
-            writer.close()
         refused, other = tasks
         assert refused is None
         assert other is not None
+
+    asyncio.run(scenario())
+
+
+class Clock:
+    now = 1000.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@dataclass
+class Front:
+    """A door, before a queue with one place that is taken until it is given back."""
+
+    door: Door
+    clock: Clock
+    give_back: Callable[[], None]
+
+    def ask(self, timeout_ms: float | None = None) -> tuple[HTTPScope, float | None]:
+        headers = [] if timeout_ms is None else [(b"x-request-timeout-ms", b"%g" % timeout_ms)]
+        scope: Any = {"path": "/segment", "method": "POST", "headers": headers, "state": {}}
+        return scope, self.door.refuses(scope)
+
+    def ask_until_one_waits(self) -> tuple[HTTPScope, float]:
+        for _ in range(10_000):
+            scope, wait_s = self.ask()
+            assert wait_s is not None
+            if wait_s:
+                return scope, wait_s
+        raise AssertionError("nobody waits")
+
+
+@pytest.fixture
+def front(monkeypatch: pytest.MonkeyPatch) -> Iterator[Front]:
+    clock = Clock()
+    monkeypatch.setattr(shedding, "time", clock)
+    monkeypatch.setattr(admission, "time", clock)
+    settings = Settings(max_queue=1)
+    gate = Gate(settings)
+    service: Any = SimpleNamespace(
+        settings=settings, gate=gate, networks=SimpleNamespace(works=True)
+    )
+    with contextlib.ExitStack() as place:
+        place.enter_context(gate.places(1, bulk=False))
+
+        async def take() -> Front:
+            return Front(Door(service), clock, place.close)
+
+        yield asyncio.run(take())
+
+
+def test_refusals_have_a_pace_and_the_first_have_none(front: Front) -> None:
+    assert [front.ask()[1] for _ in range(10)] == [0] * 10
+    front.ask_until_one_waits()
+    waits = [wait_s for _ in range(100) if (wait_s := front.ask()[1])]
+    assert len(waits) == 100
+    assert waits == sorted(waits)
+    # So many in ten seconds, however many ask.
+    told = 0
+    for _ in range(1000):
+        front.clock.now += 0.01
+        told += sum(front.ask()[1] == 0 for _ in range(50))
+    assert told < 4000
+    front.clock.now += 60
+    assert front.ask()[1] == 0
+
+
+@pytest.mark.parametrize("timeout_ms", [20, 1000, 30_000])
+def test_nobody_waits_long_to_be_refused_by_what_it_may_take(
+    front: Front, timeout_ms: float
+) -> None:
+    waits = [front.ask()[1] for _ in range(5000)]
+    assert max(wait_s or 0 for wait_s in waits) == pytest.approx(3)
+    _, wait_s = front.ask(timeout_ms)
+    assert wait_s == pytest.approx(timeout_ms / 10_000)
+
+
+def test_who_has_waited_is_refused_and_not_told_to_wait_again(front: Front) -> None:
+    scope, wait_s = front.ask_until_one_waits()
+    for _ in range(100):
+        front.ask()
+    front.clock.now += wait_s
+    assert front.door.refuses(scope) == 0
+
+
+def test_who_has_waited_is_let_in_if_there_is_room_by_then(front: Front) -> None:
+    async def scenario() -> None:
+        scope, wait_s = front.ask_until_one_waits()
+        front.give_back()
+        front.clock.now += wait_s
+        assert front.door.refuses(scope) is None
+        # Its deadline is what it was, and nothing says any more that it is refused.
+        messages: list[Any] = []
+
+        async def app(scope: Any, _receive: Any, _send: Any) -> None:
+            messages.append(scope["state"]["stages"].started)
+
+        await RequestContext(Shedding(app), Metrics(), lambda: False)(
+            cast(Any, {**scope, "type": "http"}), cast(Any, None), cast(Any, None)
+        )
+        assert messages == [front.clock.now - wait_s]
+
+    asyncio.run(scenario())
+
+
+async def echo(_scope: Any, receive: Any, send: Any) -> None:
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body += message["body"]
+        more = message["more_body"]
+    length = str(len(body)).encode()
+    headers = [(b"content-length", length)]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def refuse(_scope: Any, _receive: Any, send: Any) -> None:
+    headers = [(b"content-length", b"5")]
+    await send({"type": "http.response.start", "status": 429, "headers": headers})
+    await send({"type": "http.response.body", "body": b"later"})
+
+
+def test_who_waits_to_be_refused_is_not_read() -> None:
+    async def scenario() -> None:
+        asked = asyncio.Event()
+
+        def refuses(_scope: Any) -> float | None:
+            asked.set()
+            return 3600
+
+        async with connected(refuse, refuses) as (_, writer, connection):
+            size = 64 * 2**20
+            writer.write(b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % size)
+            writer.write(bytes(size))
+            await asked.wait()
+            await asyncio.sleep(0.2)
+            assert writer.transport.get_write_buffer_size() > size / 2
+            assert connection.cycle is not None
+            assert len(connection.cycle.body) < 2**20
+
+    asyncio.run(scenario())
+
+
+def test_who_was_let_in_after_all_is_read_whole() -> None:
+    async def scenario() -> None:
+        asked: list[str] = []
+
+        def refuses(scope: Any) -> float | None:
+            asked.append(scope["path"])
+            return 0.05 if len(asked) == 1 else None
+
+        async with connected(echo, refuses) as (reader, writer, _):
+            body = bytes(range(256)) * 20_000
+            request = b"POST /%d HTTP/1.1\r\nContent-Length: %d\r\n\r\n%b"
+            # The second one waits behind the first.
+            writer.write(request % (1, len(body), body) + request % (2, 3, b"abc"))
+            for sent in (body, b"abc"):
+                await reader.readuntil(b"\r\n\r\n")
+                assert await reader.readexactly(len(sent)) == sent
+        assert asked == ["/1", "/1", "/2"]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("length", [3, 2**19])
+def test_a_connection_goes_on_after_a_refusal_that_was_waited_for(length: int) -> None:
+    async def scenario() -> None:
+        waits = [0.05, 0, 0, 0.05, 0]
+        async with connected(refuse, lambda _scope: waits.pop(0)) as (reader, writer, _):
+            for _ in range(3):
+                writer.write(b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % length)
+                writer.write(bytes(length))
+                assert (await reader.readuntil(b"later")).startswith(b"HTTP/1.1 429 ")
+        assert waits == []
+
+    asyncio.run(scenario())
+
+
+def test_a_server_that_stops_keeps_nobody_waiting() -> None:
+    async def scenario() -> None:
+        asked = asyncio.Event()
+        waits = [3600, 0]
+
+        def refuses(_scope: Any) -> float | None:
+            asked.set()
+            return waits.pop(0)
+
+        async with connected(refuse, refuses) as (reader, writer, connection):
+            writer.write(b"POST / HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc")
+            await asked.wait()
+            connection.shutdown()
+            answer = await reader.read()
+        assert answer.startswith(b"HTTP/1.1 429 ")
+        assert b"\r\nconnection: close\r\n" in answer
+
+    asyncio.run(scenario())
+
+
+def test_who_waits_and_sends_what_is_no_body_is_told_that_alone() -> None:
+    async def scenario() -> None:
+        waits = [0.05, 0]
+        async with connected(refuse, lambda _scope: waits.pop(0)) as (reader, writer, _):
+            writer.write(b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nno number\r\n")
+            answer = await reader.read()
+            await asyncio.sleep(0.1)
+        assert re.findall(rb"HTTP/1.1 (\d+) ", answer) == [b"400"]
+        assert waits == [0]
 
     asyncio.run(scenario())
