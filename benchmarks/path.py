@@ -5,10 +5,14 @@ thread and without a server, next to what is usually written there: the whole ph
 probability enlarged as floats, Pillow's default PNG. Both run in turn, on the same photo and the
 same probability; the table has medians of milliseconds by step, and the ratio of the sums.
 
+A second table has what the queue takes of the processor for a photo, in all threads: from its
+pixels to its own copy of the probability, with a backend that only copies, as one on a GPU does.
+
 The photo is the largest of `--images`, resized, or a generated one (see `benchmarks.latency`).
 """
 
 import argparse
+import asyncio
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -24,13 +28,21 @@ from PIL import Image
 from benchmarks.latency import SIZES, largest, machine, photos_at_all_sizes
 from common.program import Help
 from photos.image import MODEL_SIZE, THRESHOLD, encode_png, lesion_mask, read_photo
+from server.backends import BackendInfo, Images
+from server.inference.batching import Batcher
+from server.observe.metrics import Metrics
 from server.settings import SHIPPED_MODEL
 from trt_build.parity import Infer, onnx_runner
 
-__all__ = ["STEPS", "Comparison", "compare"]
+__all__ = ["ARRIVALS", "STEPS", "Comparison", "compare", "queue_us"]
 
 STEPS = ("decode", "mask", "encode")
 """Bytes → pixels for the network; its probability → mask of the photo's size; mask → PNG."""
+
+ARRIVALS = ((1, 1), (40, 1), (128, 1), (1, 64))
+"""How photos come to the queue: clients at the same time, and photos in each one's request."""
+
+_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True)
@@ -108,6 +120,51 @@ def _usual(data: bytes, probability: NDArray[np.float32], lap: Callable[[str], N
     return buffer.getvalue()
 
 
+class _Copies:
+    """Takes pixels to where a GPU would read them, and gives what it would have written."""
+
+    def __init__(self) -> None:
+        self._pixels = np.zeros((_BUCKETS[-1], MODEL_SIZE, MODEL_SIZE, 3), np.uint8)
+        self._probability = np.zeros(self._pixels.shape[:3], np.float32)
+
+    def describe(self) -> BackendInfo:
+        return BackendInfo("copies", "1", "cpu", "fp32", _BUCKETS[-1], slots=2, buckets=_BUCKETS)
+
+    def warm_up(self) -> None: ...
+
+    def infer(self, batch: Images) -> NDArray[np.float32]:
+        for place, image in zip(self._pixels, batch, strict=False):
+            place[...] = image
+        return self._probability[: len(batch)].copy()
+
+    def close(self) -> None: ...
+
+
+async def queue_us(clients: int, photos: int, turns: int) -> float:
+    """Microseconds of CPU time that a photo takes in the queue, the median of so many turns.
+
+    Args:
+        clients: that wait for their answer at the same time.
+        photos: in each one's request.
+        turns: that the median is of; each is 20 requests of every client.
+    """
+    batcher = Batcher(_Copies(), Metrics())
+    images = [np.zeros((MODEL_SIZE, MODEL_SIZE, 3), np.uint8) for _ in range(photos)]
+    deadline = time.perf_counter() + 3600
+
+    async def client() -> None:
+        for _ in range(20):
+            await batcher.submit(images, deadline=deadline)
+
+    taken = []
+    for _ in range(turns + 1):
+        started = time.process_time()
+        await asyncio.gather(*(client() for _ in range(clients)))
+        taken.append((time.process_time() - started) / (20 * clients * photos) * 1e6)
+    await batcher.close()
+    return statistics.median(taken[1:])
+
+
 def _rows(size: tuple[int, int], comparison: Comparison) -> str:
     rows = []
     for name, steps in (("here", comparison.ours), ("usual", comparison.usual)):
@@ -138,6 +195,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("|---|---" + "|--:" * (len(STEPS) + 2) + "|")
     for size in SIZES:
         print(_rows(size, compare(photos[size], infer, options.turns)), flush=True)
+    print("\n| clients | photos in a request | queue, µs of CPU a photo |\n|--:|--:|--:|")
+    for clients, together in ARRIVALS:
+        taken_us = asyncio.run(queue_us(clients, together, options.turns))
+        print(f"| {clients} | {together} | {taken_us:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

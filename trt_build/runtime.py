@@ -143,8 +143,10 @@ class EngineRunner:
         """How many of the contexts run as a captured CUDA graph."""
         return sum(lane.graph is not None for slot in self._opened for lane in slot.lanes)
 
-    def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """uint8 [n, 128, 128, 3] → float32 [n, 128, 128]; any n, in steps of the largest bucket.
+    def infer(self, batch: NDArray[np.uint8] | Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        """N × uint8 [128, 128, 3] → float32 [n, 128, 128]; any n, in steps of the largest bucket.
+
+        Each image is copied once, to where the GPU reads it.
 
         Raises EngineError.
         """
@@ -311,9 +313,10 @@ class _Slot:
         self._held.append(resource)
         return resource
 
-    def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def infer(self, batch: NDArray[np.uint8] | Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
         lane = next(lane for lane in self.lanes if lane.bucket >= len(batch))
-        self.image.array[: len(batch)] = batch
+        for place, image in zip(self.image.array, batch, strict=False):
+            place[...] = image
         lane.run()
         result: NDArray[np.float32] = self.probability.array[: len(batch)].copy()
         return result

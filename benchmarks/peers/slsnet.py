@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from benchmarks.peers.servers import handler
 from server.__main__ import main
-from server.backends import BackendInfo
+from server.backends import BackendInfo, Images
 from server.inference import loading
 from server.observe.shared_metrics import SHARED_FOLDER
 from server.process import supervisor, worker
@@ -33,8 +33,8 @@ class StubBackend:
     def warm_up(self) -> None:
         self.infer(np.zeros((1, handler.SIDE, handler.SIDE, 3), np.uint8))
 
-    def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
-        probability: NDArray[np.float32] = self._run(batch)
+    def infer(self, batch: Images) -> NDArray[np.float32]:
+        probability: NDArray[np.float32] = self._run(np.asarray(batch))
         return probability
 
     def close(self) -> None:

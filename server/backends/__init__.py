@@ -7,7 +7,7 @@ A backend is loaded by its constructor. All its methods block, so the server cal
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -15,12 +15,16 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Backend", "BackendError", "BackendInfo", "open_backend"]
+__all__ = ["Backend", "BackendError", "BackendInfo", "Images", "open_backend"]
 
 log = logging.getLogger("slsnet.backends")
 
 # Read when the library is loaded: its switch at run time comes after the first events.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
+
+Images = NDArray[np.uint8] | Sequence[NDArray[np.uint8]]
+"""Of a batch: in one array, or each in its own."""
 
 
 class BackendError(RuntimeError):
@@ -44,7 +48,7 @@ class BackendInfo:
     slots: int = 1
     """How many `infer` calls may run at the same time."""
     buckets: tuple[int, ...] = ()
-    """Batch sizes that the backend is built for, ascending: a batch is padded to the next one.
+    """Batch sizes that the backend is built for, ascending: it pads a batch to the next one.
     Empty where any size runs as well as another, so that padding would be wasted work."""
     model: Mapping[str, str] = field(default_factory=dict)
     """The ONNX file's metadata: `name`, `version`, `weights_sha256`, `training_data`, …"""
@@ -66,9 +70,12 @@ class Backend(Protocol):
             BackendError: the network does not run.
         """
 
-    def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def infer(self, batch: Images) -> NDArray[np.float32]:
         """
-        uint8 `[n, 128, 128, 3]` RGB → lesion probability, float32 `[n, 128, 128]`.
+        N images, each uint8 `[128, 128, 3]` RGB → lesion probability, float32 `[n, 128, 128]`.
+
+        Images that were never put together are taken as they are, each straight to where this
+        backend needs it.
 
         Raises:
             BackendError: the inference failed; the backend may be asked again.

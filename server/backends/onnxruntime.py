@@ -9,7 +9,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from photos.image import MODEL_SIZE
-from server.backends import BackendError, BackendInfo
+from server.backends import BackendError, BackendInfo, Images
 from server.backends.model_file import ModelFile, read_model
 
 __all__ = ["OnnxRuntimeBackend", "check_contract"]
@@ -65,7 +65,7 @@ class OnnxRuntimeBackend:
         with ThreadPoolExecutor(self._slots) as threads:
             list(threads.map(self.infer, [image] * self._slots))
 
-    def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def infer(self, batch: Images) -> NDArray[np.float32]:
         with self._lock:
             session = self._beside if self._running else self._alone
             self._running += 1

@@ -21,7 +21,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from photos.image import MODEL_SIZE
-from server.backends import BackendError, BackendInfo
+from server.backends import BackendError, BackendInfo, Images
 from server.backends.model_file import read_model
 from server.backends.onnxruntime import check_contract
 from trt_build.device import NoGpuError, current_gpu
@@ -45,6 +45,8 @@ _STUCK_S = 30.0
 class _Lane:
     """One batch size with buffers on the GPU whose addresses never change, as a graph needs."""
 
+    pixels: NDArray[np.uint8]
+    """On the host, where images come together."""
     image: Any
     probability: Any
     binding: Any
@@ -92,25 +94,23 @@ class OnnxRuntimeCudaBackend:
     def warm_up(self) -> None:
         """Nothing to do: loading ran every bucket."""
 
-    def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def infer(self, batch: Images) -> NDArray[np.float32]:
         if len(batch) > _BUCKETS[-1]:
             most = _BUCKETS[-1]
             parts = [self.infer(batch[i : i + most]) for i in range(0, len(batch), most)]
             return np.concatenate(parts)
-        bucket = next(size for size in _BUCKETS if size >= len(batch))
-        padded = batch
-        if len(batch) < bucket:
-            padded = np.zeros((bucket, *batch.shape[1:]), np.uint8)
-            padded[: len(batch)] = batch
         with _as_backend_error(f"a batch of {len(batch)} failed"):
-            return _gpu_thread()(lambda: self._run(padded))[: len(batch)]
+            return _gpu_thread()(lambda: self._run(batch))[: len(batch)]
 
     def close(self) -> None:
         _gpu_thread()(self._close)
 
-    def _run(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
-        lane = self._lane(len(batch))
-        lane.image.update_inplace(np.ascontiguousarray(batch))
+    def _run(self, batch: Images) -> NDArray[np.float32]:
+        lane = self._lane(next(size for size in _BUCKETS if size >= len(batch)))
+        # What lies behind these images is of an earlier batch, and its answers are not read.
+        for place, image in zip(lane.pixels, batch, strict=False):
+            place[...] = image
+        lane.image.update_inplace(lane.pixels)
         self._session.run_with_iobinding(lane.binding, lane.options)
         probability: NDArray[np.float32] = lane.probability.numpy()
         return probability
@@ -159,7 +159,8 @@ class OnnxRuntimeCudaBackend:
             options = onnxruntime.RunOptions()
             if self._graphs:
                 options.add_run_config_entry("gpu_graph_id", str(bucket))
-            self._lanes[bucket] = _Lane(image, probability, binding, options)
+            pixels = np.zeros((bucket, MODEL_SIZE, MODEL_SIZE, 3), np.uint8)
+            self._lanes[bucket] = _Lane(pixels, image, probability, binding, options)
         return self._lanes[bucket]
 
 

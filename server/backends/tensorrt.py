@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from photos.image import MODEL_SIZE
-from server.backends import BackendError, BackendInfo
+from server.backends import BackendError, BackendInfo, Images
 from trt_build.device import NoGpuError
 from trt_build.plan import PlanError
 from trt_build.runtime import SLOTS, EngineError, EngineRunner
@@ -52,7 +52,7 @@ class TensorRtBackend:
     def warm_up(self) -> None:
         self.infer(np.zeros((1, MODEL_SIZE, MODEL_SIZE, 3), np.uint8))
 
-    def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def infer(self, batch: Images) -> NDArray[np.float32]:
         try:
             return self._runner.infer(batch)
         except EngineError as error:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from model.export import AttentionForm, Contract, set_attention
 from model.generator import Generator, load_generator, load_metadata
 from photos.image import MODEL_SIZE
-from server.backends import BackendError, BackendInfo
+from server.backends import BackendError, BackendInfo, Images
 
 __all__ = ["TorchBackend"]
 
@@ -91,7 +91,7 @@ class TorchBackend:
         for bucket in _BUCKETS if self._graphs else (1,):
             self.infer(np.zeros((bucket, MODEL_SIZE, MODEL_SIZE, 3), np.uint8))
 
-    def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def infer(self, batch: Images) -> NDArray[np.float32]:
         try:
             with self._lock, torch.inference_mode():
                 if self._graphs and len(batch) <= _BUCKETS[-1]:
@@ -119,7 +119,7 @@ class TorchBackend:
             probability: torch.Tensor = self._network(image)
         return probability.float()
 
-    def _replay(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def _replay(self, batch: Images) -> NDArray[np.float32]:
         bucket = next(size for size in _BUCKETS if size >= len(batch))
         if bucket not in self._lanes:
             self._lanes[bucket] = self._record(bucket)

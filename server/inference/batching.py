@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from queue import SimpleQueue
 
 import numpy as np
@@ -65,13 +65,38 @@ class Inference:
     batch_size: int
 
 
+class _Request:
+    """Its photos have one answer together: the first that fails is the answer of all."""
+
+    def __init__(self, photos: int, deadline: float, is_gone: Callable[[], bool]) -> None:
+        self.deadline = deadline
+        self.is_gone = is_gone
+        self.arrived = time.perf_counter()
+        self.result: asyncio.Future[list[Inference]]
+        self.result = asyncio.get_running_loop().create_future()
+        self._answers: list[Inference | None] = [None] * photos
+        self._missing = photos
+
+    def answer(self, place: int, inference: Inference) -> None:
+        if self.result.done():
+            return
+        self._answers[place] = inference
+        self._missing -= 1
+        if not self._missing:
+            self.result.set_result([answer for answer in self._answers if answer is not None])
+
+    def fail(self, error: Exception) -> None:
+        if not self.result.done():
+            self.result.set_exception(error)
+
+
 @dataclass(eq=False)
 class _Item:
+    """One of a request's photos, which runs with others' as the batches come out."""
+
     pixels: NDArray[np.uint8]
-    deadline: float
-    is_gone: Callable[[], bool]
-    result: asyncio.Future[Inference]
-    arrived: float = field(default_factory=time.perf_counter)
+    request: _Request
+    place: int
 
 
 class Batcher:
@@ -140,7 +165,7 @@ class Batcher:
             InferenceFailed: the backend failed on them in their batch and again alone.
             Unavailable: the backend keeps failing, or a run does not come back.
         """
-        return await self.submit([pixels], deadline=deadline, is_gone=is_gone)[0]
+        return (await self.submit([pixels], deadline=deadline, is_gone=is_gone))[0]
 
     def submit(
         self,
@@ -149,22 +174,22 @@ class Batcher:
         deadline: float,
         is_gone: Callable[[], bool] = lambda: False,
         bulk: bool = False,
-    ) -> list[asyncio.Future[Inference]]:
-        """Queue the pixels of several photos, each by itself; errors are those of `infer`.
+    ) -> asyncio.Future[list[Inference]]:
+        """Queue the pixels of a request's photos, each by itself; errors are those of `infer`.
 
         Args:
-            images: each uint8 [128, 128, 3].
+            images: one at least, each uint8 [128, 128, 3].
             deadline, is_gone: as for `infer`.
             bulk: let interactive photos go first.
 
         Returns:
-            A future for each; if it is cancelled, the photo leaves the queue.
+            Their answers, or the first failure; if it is cancelled, they leave the queue.
         """
-        loop = asyncio.get_running_loop()
-        items = [_Item(pixels, deadline, is_gone, loop.create_future()) for pixels in images]
+        request = _Request(len(images), deadline, is_gone)
+        items = (_Item(pixels, request, place) for place, pixels in enumerate(images))
         (self._bulk if bulk else self._interactive).extend(items)
         self._dispatch()
-        return [item.result for item in items]
+        return request.result
 
     @property
     def is_failing(self) -> bool:
@@ -177,7 +202,7 @@ class Batcher:
 
     def longest_wait_s(self) -> float:
         """The longest time that a photo in the queue has waited up to now."""
-        heads = [queue[0].arrived for queue in (self._interactive, self._bulk) if queue]
+        heads = [queue[0].request.arrived for queue in (self._interactive, self._bulk) if queue]
         return time.perf_counter() - min(heads) if heads else 0.0
 
     def idle_s(self) -> float:
@@ -221,7 +246,7 @@ class Batcher:
         queues = [queue for queue in (self._interactive, self._bulk) if queue]
         if sum(len(queue) for queue in queues) >= self.max_batch:
             return False
-        oldest = min(queue[0].arrived for queue in queues)
+        oldest = min(queue[0].request.arrived for queue in queues)
         remaining = oldest + self._max_wait_s - time.perf_counter()
         if remaining <= 0:
             return False
@@ -260,22 +285,23 @@ class Batcher:
         return next((size for size in self._buckets if size >= images), images)
 
     def _is_wanted(self, item: _Item) -> bool:
-        """Whether this photo still has to run; if not, its future gets the reason."""
-        if item.result.done():
-            if time.perf_counter() >= item.deadline:
+        """Whether this photo still has to run; if not, its request gets the reason."""
+        request = item.request
+        if request.result.done():
+            if time.perf_counter() >= request.deadline:
                 reason = "deadline"
             else:
                 # Otherwise another photo of the request failed, or it was given up.
-                reason = "client_gone" if item.is_gone() else "abandoned"
+                reason = "client_gone" if request.is_gone() else "abandoned"
             self._metrics.dropped.labels(reason).inc()
             return False
-        if item.is_gone():
+        if request.is_gone():
             self._metrics.dropped.labels("client_gone").inc()
-            item.result.set_exception(ClientGone())
+            request.fail(ClientGone())
             return False
-        if time.perf_counter() >= item.deadline:
+        if time.perf_counter() >= request.deadline:
             self._metrics.dropped.labels("deadline").inc()
-            item.result.set_exception(DeadlineExceeded(_TOO_LATE))
+            request.fail(DeadlineExceeded(_TOO_LATE))
             return False
         return True
 
@@ -299,13 +325,13 @@ class Batcher:
             log.exception("inference failed on a single image")
             if self._hung:
                 _refuse(item)
-            elif not item.result.done():
+            else:
                 failure = InferenceFailed(
                     "The network failed on this photo twice. Trying again later may work; if it"
                     " does not, report the request_id."
                 )
                 failure.__cause__ = error
-                item.result.set_exception(failure)
+                item.request.fail(failure)
 
     async def _infer(self, batch: list[_Item]) -> None:
         try:
@@ -323,8 +349,7 @@ class Batcher:
             0.1 if self.seconds_per_image else 1
         )
         for item, probability in zip(batch, probabilities, strict=True):
-            if not item.result.done():
-                item.result.set_result(Inference(probability, started, ended, len(batch)))
+            item.request.answer(item.place, Inference(probability, started, ended, len(batch)))
 
     async def _in_time(self, batch: list[_Item]) -> tuple[float, float, NDArray[np.float32]]:
         """The result of `_call_backend`; BackendError if it does not come back."""
@@ -352,11 +377,7 @@ class Batcher:
     ) -> tuple[float, float, NDArray[np.float32]]:
         """Run in a thread: pixels → start, end (s), probabilities float32 [n, 128, 128]."""
         started = time.perf_counter()
-        batch = np.stack(images)
-        bucket = self._bucket(len(images))
-        if bucket > len(images):
-            batch = np.pad(batch, [(0, bucket - len(images)), (0, 0), (0, 0), (0, 0)])
-        probabilities = self._backend.infer(batch)[: len(images)]
+        probabilities = self._backend.infer(images)
         if len(probabilities) != len(images) or not np.isfinite(probabilities).all():
             raise BackendError("The backend's answer is not one finite map for each image.")
         return started, time.perf_counter(), probabilities
@@ -403,8 +424,7 @@ class _Threads:
 
 
 def _refuse(item: _Item) -> None:
-    if not item.result.done():
-        item.result.set_exception(Unavailable(FAILING))
+    item.request.fail(Unavailable(FAILING))
 
 
 _TOO_LATE = (

@@ -118,13 +118,12 @@ class Networks:
         """
         # Looked up only now, since another backend may have taken over while a photo was decoded.
         batcher = self._serving[network] if network is not None else self.current
-        results = batcher.submit(images, deadline=deadline, is_gone=is_gone, bulk=bulk)
+        result = batcher.submit(images, deadline=deadline, is_gone=is_gone, bulk=bulk)
         try:
-            return await asyncio.gather(*results), batcher.info
+            return await result, batcher.info
         finally:
-            # Keep none of them: an exception's traceback has this frame, and would keep itself.
-            while results:
-                results.pop().cancel()
+            # Not kept: an exception's traceback has this frame, and would keep itself.
+            del result
 
     async def close(self) -> None:
         """Finish what was accepted."""

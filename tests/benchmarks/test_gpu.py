@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from benchmarks import gpu
-from server.backends import BackendInfo
+from server.backends import BackendInfo, Images
 from tests.support import MODEL
 from trt_build.device import Gpu
 from trt_build.parity import onnx_runner
@@ -28,7 +28,8 @@ class Candidate:
 
     def warm_up(self) -> None: ...
 
-    def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def infer(self, batch: Images) -> NDArray[np.float32]:
+        batch = np.asarray(batch)
         self._left -= len(batch) == 2
         if self._left < 0:
             raise KeyboardInterrupt

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks import path
-from benchmarks.path import STEPS, compare
+from benchmarks.path import ARRIVALS, STEPS, compare
 from photos.image import MODEL_SIZE
 from trt_build.parity import mask_iou
 
@@ -61,6 +61,11 @@ def test_the_table_has_both_ways_of_each_size(
     ]
     assert all(("**" in row) is ("usual" in row) for row in rows)
     assert "the largest in" in output
+    queue = [line.split(" | ") for line in output.partition("| clients |")[2].splitlines()[2:]]
+    assert [(row[0], row[1]) for row in queue] == [
+        (f"| {clients}", str(photos)) for clients, photos in ARRIVALS
+    ]
+    assert all(float(row[2].removesuffix(" |")) > 0 for row in queue)
 
 
 def test_a_folder_without_photos_is_refused(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from server.backends import BackendError, BackendInfo
+from server.backends import BackendError, BackendInfo, Images
 from server.http.app import create_app
 from server.inference import batching, loading
 from server.settings import Settings
@@ -27,7 +27,7 @@ class Fragile:
     def warm_up(self) -> None:
         self.infer(np.zeros((1, 128, 128, 3), np.uint8))
 
-    def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def infer(self, batch: Images) -> NDArray[np.float32]:
         self.calls += 1
         if self._broken.is_set():
             raise BackendError("the device is gone")
@@ -87,7 +87,7 @@ def test_a_backend_that_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch) ->
     opened: list[Fragile] = []
 
     class Hanging(Fragile):
-        def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        def infer(self, batch: Images) -> NDArray[np.float32]:
             if hangs.is_set() and self is opened[0]:
                 threading.Event().wait()
             return super().infer(batch)

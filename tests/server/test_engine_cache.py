@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from server.backends import Backend, BackendError, BackendInfo, engine_cache
+from server.backends import Backend, BackendError, BackendInfo, Images, engine_cache
 from server.backends.engine_cache import EngineCache, EngineEvent, open_engine_cache
 from tests.support import MODEL, ROOT, surface
 from tests.support.devices import has_gpu
@@ -41,8 +41,8 @@ class EngineStub:
 
     def warm_up(self) -> None: ...
 
-    def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return np.ones(batch.shape[:3], np.float32)
+    def infer(self, batch: Images) -> NDArray[np.float32]:
+        return np.ones((len(batch), 128, 128), np.float32)
 
     def close(self) -> None: ...
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from common.stamp import StampError, check_digest, stamped, trial_images, unstamped
 from model.export import stamp
-from server.backends import BackendInfo
+from server.backends import BackendInfo, Images
 from server.backends.onnxruntime import OnnxRuntimeBackend
 from server.inference.service import Service
 from server.observe.metrics import Metrics
@@ -128,8 +128,8 @@ class _Stub:
 
     def warm_up(self) -> None: ...
 
-    def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return np.full(batch.shape[:3], self._probability, np.float32)
+    def infer(self, batch: Images) -> NDArray[np.float32]:
+        return np.full((len(batch), 128, 128), self._probability, np.float32)
 
     def close(self) -> None: ...
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from server.__main__ import main
-from server.backends import Backend, BackendError, BackendInfo, open_backend
+from server.backends import Backend, BackendError, BackendInfo, Images, open_backend
 from server.inference import loading
 
 POISON = (255, 0, 255)
@@ -38,7 +38,8 @@ class Faulty:
     def warm_up(self) -> None:
         self._backend.warm_up()
 
-    def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def infer(self, batch: Images) -> NDArray[np.float32]:
+        batch = np.asarray(batch)
         if len(batch) == 1 and batch.tobytes() in self._again:
             self._again.remove(batch.tobytes())
         # The blank images of its start are as many as the machine has cores.

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from server.__main__ import main
-from server.backends import Backend, BackendInfo, open_backend
+from server.backends import Backend, BackendInfo, Images, open_backend
 from server.inference import batching, loading
 from tests.support.launch import ServerProcess, serve
 
@@ -36,7 +36,7 @@ class _Held:
     def warm_up(self) -> None:
         self._backend.warm_up()
 
-    def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def infer(self, batch: Images) -> NDArray[np.float32]:
         with _locked(self._lock):
             return self._backend.infer(batch)
 

@@ -95,9 +95,10 @@ def test_any_batch_is_answered_image_by_image(machine: Machine) -> None:
     runner = EngineRunner(machine.engine)
     for n in (1, 2, 3, 4, 5, 8, 11):
         batch = _images(n, seed=n)
-        found = runner.infer(batch)
-        assert found.dtype == np.float32
-        np.testing.assert_array_equal(found, _expected(batch))
+        for given in (batch, list(batch)):  # in one array, or each in its own
+            found = runner.infer(given)
+            assert found.dtype == np.float32
+            np.testing.assert_array_equal(found, _expected(batch))
 
 
 def test_results_are_the_callers_own(machine: Machine) -> None:

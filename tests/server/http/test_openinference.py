@@ -167,7 +167,7 @@ def test_clients_mistakes_reach_it_as_its_own_errors(
     with pytest.raises(triton.InferenceServerException, match="UINT8") as caught:
         client.infer("slsnet", [floats])
     assert caught.value.status() == "400"
-    with pytest.raises(triton.InferenceServerException, match=r"deadline of 0\.001 ms") as caught:
+    with pytest.raises(triton.InferenceServerException, match=r"The deadline passed") as caught:
         client.infer("slsnet", [image], timeout=1)
     assert caught.value.status() == "504"
 

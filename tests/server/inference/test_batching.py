@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from server.backends import BackendError, BackendInfo
+from server.backends import BackendError, BackendInfo, Images
 from server.inference import batching
 from server.inference.batching import FAILURES, Batcher, Inference
 from server.inference.errors import ClientGone, DeadlineExceeded, InferenceFailed, Unavailable
@@ -38,15 +38,13 @@ class HeldBackend:
     def warm_up(self) -> None:
         pass
 
-    def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
-        values = [int(value) for value in batch[:, 0, 0, 0]]
+    def infer(self, batch: Images) -> NDArray[np.float32]:
+        values = [int(image[0, 0, 0]) for image in batch]
         self.batches.append(values)
         assert self.gate.acquire(timeout=60)
         if POISON in values:
             raise BackendError("poisoned")
-        probability = np.zeros((len(batch), 128, 128), np.float32)
-        probability += batch[:, :1, :1, 0] / 255
-        return probability
+        return np.stack([np.full((128, 128), value / 255, np.float32) for value in values])
 
     def close(self) -> None:
         self.closed = True
@@ -74,12 +72,17 @@ def ask(batcher: Batcher, value: int, **options: Any) -> asyncio.Task[Inference]
     return asyncio.create_task(batcher.infer(image(value), **options))
 
 
-def submit(batcher: Batcher, *values: int, bulk: bool) -> list[asyncio.Future[Inference]]:
-    return batcher.submit([image(value) for value in values], deadline=FAR, bulk=bulk)
+def submit(batcher: Batcher, *values: int, bulk: bool) -> list[asyncio.Future[list[Inference]]]:
+    """Photos of one request."""
+    return [batcher.submit([image(value) for value in values], deadline=FAR, bulk=bulk)]
 
 
 def value_of(task: asyncio.Future[Inference]) -> int:
-    return round(float(task.result().probability[0, 0]) * 255)
+    return value_in(task.result())
+
+
+def value_in(inference: Inference) -> int:
+    return round(float(inference.probability[0, 0]) * 255)
 
 
 def test_idle_backend_starts_at_once_and_a_busy_one_gathers() -> None:
@@ -135,16 +138,44 @@ def test_max_batch_of_one_turns_batching_off() -> None:
     run(scenario)
 
 
-def test_batches_are_padded_to_the_backends_sizes() -> None:
+def test_images_go_to_the_backend_as_they_came_and_padding_is_its_own_affair() -> None:
     async def scenario() -> None:
-        backend = HeldBackend(buckets=(1, 2, 4))
-        batcher = Batcher(backend, Metrics(), max_batch=64)
-        tasks = [ask(batcher, value) for value in (1, 2, 3, 4)]
-        await settle()
+        given: list[Images] = []
+
+        class Collects(HeldBackend):
+            def infer(self, batch: Images) -> NDArray[np.float32]:
+                given.append(batch)
+                return super().infer(batch)
+
+        backend = Collects(buckets=(1, 2, 4))
         backend.gate.release(2)
-        await asyncio.gather(*tasks)
-        assert backend.batches == [[1, 2, 3, 4]] or backend.batches == [[1], [2, 3, 4, 0]]
-        assert [value_of(task) for task in tasks] == [1, 2, 3, 4]
+        metrics = Metrics()
+        batcher = Batcher(backend, metrics, max_batch=64)
+        first = ask(batcher, 1)
+        images = [image(value) for value in (2, 3, 4)]
+        answers = await batcher.submit(images, deadline=FAR)
+        await first
+        assert [value_in(answer) for answer in answers] == [2, 3, 4]
+        assert backend.batches == [[2, 3, 4], [1]] or backend.batches == [[1], [2, 3, 4]]
+        (several,) = (batch for batch in given if len(batch) == 3)
+        assert all(ours is theirs for ours, theirs in zip(images, several, strict=True))
+        assert metrics.registry.get_sample_value("slsnet_batch_padding_images_total") == 1
+
+    run(scenario)
+
+
+def test_a_request_fails_with_its_first_bad_photo_and_the_rest_is_dropped() -> None:
+    async def scenario() -> None:
+        backend = HeldBackend()
+        backend.gate.release(20)
+        metrics = Metrics()
+        batcher = Batcher(backend, metrics, max_batch=2)
+        with pytest.raises(InferenceFailed):
+            await batcher.submit([image(v) for v in (1, POISON, 3, 4)], deadline=FAR)
+        assert (await ask(batcher, 5)).batch_size == 1
+        assert backend.batches == [[1, POISON], [1], [POISON], [5]]
+        dropped = metrics.registry.get_sample_value("slsnet_dropped_total", {"reason": "abandoned"})
+        assert dropped == 2
 
     run(scenario)
 
@@ -215,7 +246,7 @@ def test_a_backend_that_hangs_is_given_nothing_more(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("wrong", ["shape", "nan"])
 def test_an_answer_that_is_none_is_a_failure(wrong: str) -> None:
     class Wrong(HeldBackend):
-        def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        def infer(self, batch: Images) -> NDArray[np.float32]:
             count = 0 if wrong == "shape" else len(batch)
             return np.full((count, 128, 128), np.nan, np.float32)
 
@@ -297,7 +328,8 @@ def test_interactive_goes_first_and_bulk_does_not_starve() -> None:
             [12],
             [102, 103],
         ]
-        assert [value_of(result) for result in results] == [100, 101, 102, 103, *range(1, 13)]
+        answers = [[value_in(one) for one in result.result()] for result in results]
+        assert answers == [[100], [101, 102, 103], [*range(1, 13)]]
         await batcher.close()
 
     run(scenario)
@@ -339,7 +371,7 @@ def test_bulk_takes_the_seats_that_would_be_padding() -> None:
 def test_a_run_of_bulk_alone_is_short() -> None:
     async def scenario() -> None:
         class Slow(HeldBackend):
-            def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+            def infer(self, batch: Images) -> NDArray[np.float32]:
                 time.sleep(0.06 * len(batch))
                 return super().infer(batch)
 

@@ -13,7 +13,7 @@ import uvicorn
 from numpy.typing import NDArray
 from starlette.types import ASGIApp
 
-from server.backends import BackendError
+from server.backends import BackendError, Images
 from server.backends.engine_cache import EngineCache, EngineEvent
 from server.http.app import create_app
 from server.inference import loading
@@ -127,7 +127,7 @@ def test_an_engine_that_fails_its_warm_up_does_not_take_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Broken(EngineStub):
-        def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        def infer(self, batch: Images) -> NDArray[np.float32]:
             raise BackendError("cudaErrorIllegalAddress")
 
         def warm_up(self) -> None:
@@ -196,7 +196,7 @@ def test_a_gpu_that_is_lost_leaves_the_cpu_serving(
     works.set()
 
     class Fragile(EngineStub):
-        def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        def infer(self, batch: Images) -> NDArray[np.float32]:
             if not works.is_set():
                 raise BackendError("a batch of 1 failed: cudaErrorIllegalAddress")
             return super().infer(batch)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from photos.image import CorruptImageError, Photo, read_photo
-from server.backends import BackendInfo
+from server.backends import BackendInfo, Images
 from server.http.answers import png_answer
 from server.http.app import create_app
 from server.http.segment import masks
@@ -51,7 +51,7 @@ class Constant:
     def warm_up(self) -> None:
         self.warm = True
 
-    def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def infer(self, batch: Images) -> NDArray[np.float32]:
         time.sleep(0.01)
         assert self.warm
         assert not self.closed
