@@ -27,7 +27,7 @@ from PIL import Image
 from common.program import Help
 from tests.support.attacks import attacks
 from tests.support.launch import ServerProcess, serve
-from tests.support.lesions import encode_photo, lesion_photo
+from tests.support.lesions import drawn_photo
 
 _COSTLIEST = 3
 _TIMEOUT_S = 120
@@ -115,11 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--photo", type=Path, help="good photo (default: one that is drawn)")
     parser.add_argument("flags", nargs="*", help="of the server, after --")
     options = parser.parse_args(argv)
-    photo = (
-        options.photo.read_bytes()
-        if options.photo
-        else encode_photo(lesion_photo(0, 600, 450).pixels)
-    )
+    photo = options.photo.read_bytes() if options.photo else drawn_photo(0, 600, 450)
     files = attacks() | largest_sound()
     with serve(*options.flags) as server:
         latencies_ms(server, photo, 1)

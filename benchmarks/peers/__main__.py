@@ -36,7 +36,7 @@ from common.files import write_atomically
 from common.program import Help
 from photos.image import read_photo
 from server.settings import SHIPPED_MODEL
-from tests.support.lesions import encode_photo, lesion_photo
+from tests.support.lesions import drawn_photo
 
 RESULTS = ROOT / "benchmarks" / "results" / "peers"
 
@@ -287,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def generated() -> list[bytes]:
     """Photos of 600×450, as JPEG."""
-    return [encode_photo(lesion_photo(seed).pixels, "JPEG") for seed in range(_PHOTOS)]
+    return [drawn_photo(seed) for seed in range(_PHOTOS)]
 
 
 def given(folder: Path) -> list[bytes]:

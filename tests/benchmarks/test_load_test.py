@@ -15,7 +15,7 @@ import pytest
 
 from tests.support import ROOT
 from tests.support.launch import ServerProcess
-from tests.support.lesions import encode_photo, lesion_photo
+from tests.support.lesions import drawn_photo
 
 NAME = "Jane_Doe_1970"
 
@@ -28,7 +28,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [("jpg", 600, 450), ("jpg", 300, 200), ("png", 200, 300), ("webp", 128, 128)]
     ):
         image_format = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[suffix]
-        data = encode_photo(lesion_photo(seed, width, height).pixels, image_format)
+        data = drawn_photo(seed, width, height, image_format)
         (folder / f"{NAME}_{seed}.{suffix}").write_bytes(data)
     return folder
 

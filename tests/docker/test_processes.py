@@ -14,8 +14,8 @@ from threading import Thread
 
 import pytest
 
-from tests.server.http.test_access import Authority
 from tests.support import ROOT
+from tests.support.authority import Authority
 from tests.support.launch import free_port, serve
 
 HEALTH = ROOT / "docker/health.py"

@@ -22,7 +22,7 @@ from model.data import (
 )
 from model.truth import DataError
 from photos.image import read_photo
-from tests.support.lesions import encode_photo, lesion_photo
+from tests.support.lesions import drawn_photo, encode_photo, lesion_photo
 from tests.support.tiny import write_isic2017, write_pair
 
 
@@ -230,7 +230,7 @@ def test_cache_is_used_and_rebuilt_when_a_file_changes(
     np.testing.assert_array_equal(again.images, first.images)
     np.testing.assert_array_equal(again.masks, first.masks)
     # another picture under the same name, another size, a damaged cache
-    (folder / "p1.jpg").write_bytes(encode_photo(lesion_photo(9, 40, 40).pixels))
+    (folder / "p1.jpg").write_bytes(drawn_photo(9, 40, 40))
     changed = load_pixels(samples, 32, cache)
     assert len(decoded) == 6 and (changed.images[1] != first.images[1]).any()
     load_pixels(samples, 16, cache)

@@ -15,7 +15,7 @@ from model.evaluate import THRESHOLDS, WEIGHTS, Network, evaluate, load_network,
 from model.metrics import METRICS
 from model.truth import DataError, read_truth
 from photos.image import lesion_mask, read_photo, unpack_mask
-from tests.support.lesions import encode_photo, lesion_photo, write_pairs
+from tests.support.lesions import drawn_photo, encode_photo, lesion_photo, write_pairs
 
 KEYS = {"accuracy", "dice", "jaccard", "sensitivity", "specificity", "threshold_jaccard", "count"}
 
@@ -156,7 +156,7 @@ def test_images_of_any_format(tmp_path: Path, suffix: str) -> None:
 
 @pytest.mark.parametrize("lesion", [False, True])
 def test_empty_and_full_masks_are_scored(tmp_path: Path, lesion: bool) -> None:
-    (tmp_path / "a.png").write_bytes(encode_photo(lesion_photo(2, 200, 150).pixels, "PNG"))
+    (tmp_path / "a.png").write_bytes(drawn_photo(2, 200, 150, "PNG"))
     Image.fromarray(np.full((150, 200), lesion)).save(tmp_path / "a_segmentation.png")
     figures = evaluate(find_pairs(tmp_path, tmp_path), DARKNESS).report()
     assert figures["specificity" if lesion else "sensitivity"] == 1

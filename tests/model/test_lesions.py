@@ -9,7 +9,7 @@ from PIL import Image
 
 from model.evaluate import WEIGHTS, load_network
 from photos.image import lesion_mask, read_photo, unpack_mask
-from tests.support.lesions import SKIN_TONES, encode_photo, lesion_photo, write_pairs
+from tests.support.lesions import SKIN_TONES, drawn_photo, encode_photo, lesion_photo, write_pairs
 
 
 def test_a_seed_is_a_scene() -> None:
@@ -70,7 +70,7 @@ def test_a_turned_photo_reads_upright(orientation: int) -> None:
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "I;16"])
 def test_encoded_in_other_modes(mode: str) -> None:
-    data = encode_photo(lesion_photo(1, 320, 240).pixels, "PNG", mode=mode)
+    data = drawn_photo(1, 320, 240, "PNG", mode=mode)
     with Image.open(BytesIO(data)) as image:
         assert image.mode == mode
     assert read_photo(data).width == 320

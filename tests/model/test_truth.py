@@ -14,7 +14,7 @@ from model.data import find_pairs, find_samples
 from model.evaluate import main as evaluate_main
 from model.truth import DataError, read_truth
 from photos.image import read_photo
-from tests.support.lesions import encode_photo, lesion_photo
+from tests.support.lesions import drawn_photo
 from trt_build.samples import load_samples
 
 MASK = np.zeros((30, 40), np.uint8)
@@ -23,7 +23,7 @@ MASK[10:20, 10:30] = 255
 
 def photo_in(folder: Path, name: str = "a.jpg") -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_bytes(encode_photo(lesion_photo(1, 40, 30).pixels, "JPEG"))
+    (folder / name).write_bytes(drawn_photo(1, 40, 30, "JPEG"))
 
 
 @pytest.mark.parametrize(

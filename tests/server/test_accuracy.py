@@ -9,8 +9,8 @@ from PIL import Image
 
 from model.data import find_pairs
 from model.evaluate import evaluate, load_network
-from tests.server.test_segment import read_png
 from tests.support import MODEL
+from tests.support.answers import read_png
 from tests.support.launch import ServerProcess
 from tests.support.lesions import write_pairs
 

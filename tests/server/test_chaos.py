@@ -20,8 +20,8 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.soak import soak
-from tests.server.test_drain import masks_of
-from tests.server.test_segment import read_png
+from tests.support.answers import read_png
+from tests.support.clients import masks_of
 from tests.support.faulty_server import ENDLESS, POISON
 from tests.support.launch import ServerProcess, serve
 from tests.support.offline import Offline

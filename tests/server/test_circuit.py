@@ -11,7 +11,11 @@ from server.backends import BackendError, BackendInfo, Images
 from server.http.app import create_app
 from server.inference import batching, loading
 from server.settings import Settings
-from tests.server.inference.test_loading import PHOTO, _backend, _serve, _until
+from tests.support.app import backend_of, serve_app
+from tests.support.lesions import drawn_photo
+from tests.support.waiting import until
+
+PHOTO = drawn_photo(0, 200, 150)
 
 
 class Fragile:
@@ -49,7 +53,7 @@ def test_a_backend_that_keeps_failing_is_left_alone_until_it_is_brought_back(
 
     monkeypatch.setattr(loading, "open_backend", open_fragile)
     app, _ = create_app(Settings(backend="onnxruntime"))
-    with _serve(app) as client:
+    with serve_app(app) as client:
 
         def metric(name: str) -> float:
             lines = client.get("/metrics").text.splitlines()
@@ -58,7 +62,7 @@ def test_a_backend_that_keeps_failing_is_left_alone_until_it_is_brought_back(
         def segment() -> int:
             return client.post("/segment", content=PHOTO).status_code
 
-        _until(lambda: _backend(client) == "fragile")
+        until(lambda: backend_of(client) == "fragile")
         assert segment() == 200
         assert metric("slsnet_circuit_open") == 0
         broken.set()
@@ -74,10 +78,10 @@ def test_a_backend_that_keeps_failing_is_left_alone_until_it_is_brought_back(
         assert metric("slsnet_circuit_open") == 1
         assert metric("slsnet_ready") == 0
         assert opened[0].calls == calls
-        _until(lambda: len(opened) >= 3)
+        until(lambda: len(opened) >= 3)
         assert client.get("/health/ready").status_code == 503
         broken.clear()
-        _until(lambda: _backend(client) == "fragile")
+        until(lambda: backend_of(client) == "fragile")
         assert segment() == 200
         assert metric("slsnet_circuit_open") == 0
 
@@ -99,12 +103,12 @@ def test_a_backend_that_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(loading, "open_backend", open_hanging)
     monkeypatch.setattr(batching, "_HUNG_S", 0.5)
     app, _ = create_app(Settings(backend="onnxruntime"))
-    with _serve(app) as client:
-        _until(lambda: _backend(client) == "fragile")
+    with serve_app(app) as client:
+        until(lambda: backend_of(client) == "fragile")
         hangs.set()
         assert client.post("/segment", content=PHOTO).status_code == 503
-        _until(lambda: len(opened) == 2)
-        _until(lambda: _backend(client) == "fragile")
+        until(lambda: len(opened) == 2)
+        until(lambda: backend_of(client) == "fragile")
         assert client.post("/segment", content=PHOTO).status_code == 200
     # What hangs does not hold up the end.
 
@@ -119,8 +123,8 @@ def test_single_failures_leave_the_backend_in_use(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(loading, "open_backend", open_fragile)
     app, _ = create_app(Settings(backend="onnxruntime"))
-    with _serve(app) as client:
-        _until(lambda: _backend(client) == "fragile")
+    with serve_app(app) as client:
+        until(lambda: backend_of(client) == "fragile")
         for _ in range(4):
             broken.set()
             assert client.post("/segment", content=PHOTO).status_code == 500

@@ -4,23 +4,14 @@ import json
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from scipy import ndimage
 
 from photos.image import lesion_mask, unpack_mask
 from photos.masks import polygons
 from photos.regions import largest_part, largest_region
+from tests.support.probabilities import faint
 
 THRESHOLDS = (0.0, 0.001, 0.01, 0.05, 0.5, 0.95)
-
-
-def faint(seed: int) -> NDArray[np.float32]:
-    """A lesion with tails of tiny probabilities, as networks give them: rough, over decades."""
-    noise = np.random.default_rng(seed).normal(size=(128, 128))
-    logit = ndimage.gaussian_filter(noise, 1.2) * 14
-    y, x = np.mgrid[:128, :128]
-    logit += 5 - np.hypot(x - 64, y - 60) / 5
-    return np.asarray(1 / (1 + np.exp(-logit)), np.float32)
 
 
 @pytest.mark.parametrize("size", [(128, 128), (640, 480), (301, 777), (90, 61)])

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,52 +24,13 @@ from server.process import worker
 from server.process.connections import Connection
 from server.process.worker import _Server
 from server.settings import Settings
-from tests.server.http.test_access import Authority
-from tests.server.test_load import figures
+from tests.support.answers import figures
+from tests.support.authority import Authority
+from tests.support.clients import keep_sending, masks_of
 from tests.support.held import serve_held
-from tests.support.launch import ServerProcess, serve
+from tests.support.launch import serve
 from tests.support.samples import Sample
 from tests.support.waiting import until
-
-
-@dataclass
-class Ledger:
-    """What became of the requests of one client."""
-
-    answered: int = 0
-    refused: bool = False
-    lost: str = ""
-
-
-def masks_of(server: ServerProcess, photos: list[Sample]) -> list[bytes]:
-    """What it answers to each while it has nothing else to do."""
-    with httpx.Client(base_url=server.url, timeout=60) as client:
-        answers = [client.post("/segment", content=photo.data) for photo in photos]
-    masks = [answer.raise_for_status().content for answer in answers]
-    # Or nobody would see that two were mixed up.
-    assert len(set(masks)) == len(masks)
-    return masks
-
-
-def keep_sending(
-    server: ServerProcess, photo: Sample, mask: bytes, started: threading.Event
-) -> Ledger:
-    """Send until the port is closed."""
-    ledger = Ledger()
-    with httpx.Client(base_url=server.url, timeout=60) as client:
-        while not ledger.refused and not ledger.lost:
-            try:
-                response = client.post("/segment", files={"file": photo.data})
-            except httpx.ConnectError:
-                ledger.refused = True
-            except httpx.HTTPError as error:
-                ledger.lost = repr(error)
-            else:
-                assert response.status_code == 200
-                assert response.content == mask
-                ledger.answered += 1
-                started.set()
-    return ledger
 
 
 def test_sigterm_under_load_loses_nothing(photos: list[Sample]) -> None:

@@ -10,74 +10,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 
-from server.backends import Backend, BackendError, BackendInfo, Images, engine_cache
+from server.backends import Backend, BackendError, engine_cache
 from server.backends.engine_cache import EngineCache, EngineEvent, open_engine_cache
 from tests.support import MODEL, ROOT, surface
 from tests.support.devices import has_gpu
+from tests.support.engines import EngineStub, Harness
 from tests.support.fake_builder import CONTENT, KEY, plan_info
+from tests.support.waiting import until
 from trt_build import tensorrt_api
 from trt_build.device import Gpu, NoGpuError
 from trt_build.plan import file_sha256, read_plan_info, sidecar_path
-
-BUILDER = ROOT / "tests/support/fake_builder.py"
-
-
-class EngineStub:
-    """What loading an engine gives where there is no GPU."""
-
-    def __init__(self, engine: Path) -> None:
-        self.engine = engine
-
-    def describe(self) -> BackendInfo:
-        return BackendInfo("tensorrt", "11.4.0", "a GPU", "fp16", 4, buckets=(1, 2, 4))
-
-    def warm_up(self) -> None: ...
-
-    def infer(self, batch: Images) -> NDArray[np.float32]:
-        return np.ones((len(batch), 128, 128), np.float32)
-
-    def close(self) -> None: ...
-
-
-class Harness:
-    """A cache in a folder of its own, its events, and the journal of its builds."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.journal = folder / "journal"
-        self.events: list[EngineEvent] = []
-
-    def cache(
-        self,
-        behaviour: str | Callable[[], str] = "good",
-        load: Callable[[Path], Backend] = EngineStub,
-        trial: str = "",
-        **options: Any,
-    ) -> EngineCache:
-        def command(engine: Path) -> list[str]:
-            how = behaviour if isinstance(behaviour, str) else behaviour()
-            return [sys.executable, str(BUILDER), str(engine), str(self.journal), how]
-
-        return EngineCache(
-            self.folder / "engines",
-            KEY,
-            command=command,
-            load=load,
-            trial=lambda _: [sys.executable, "-c", trial],
-            on_event=self.events.append,
-            **{"first_pause_s": 0.05, **options},
-        )
-
-    def builds(self) -> int:
-        return self.journal.read_text().count("start") if self.journal.exists() else 0
 
 
 @pytest.fixture
@@ -196,7 +144,7 @@ def test_two_servers_never_build_the_same_engine(harness: Harness, stop: threadi
 SERVER = """
 import sys, threading
 from pathlib import Path
-from tests.server.test_engine_cache import Harness
+from tests.support.engines import Harness
 harness = Harness(Path(sys.argv[1]))
 backend = harness.cache("slow").obtain(threading.Event())
 print("served" if backend is not None else "nothing", *harness.events, flush=True)
@@ -214,7 +162,7 @@ def _server(folder: Path) -> subprocess.Popen[str]:
 
 def test_a_build_outlives_its_server_and_is_not_begun_again(harness: Harness) -> None:
     first = _server(harness.folder)
-    _until(lambda: harness.builds() == 1)
+    until(lambda: harness.builds() == 1)
     first.send_signal(signal.SIGKILL)
     first.wait()
     second = _server(harness.folder)
@@ -419,7 +367,7 @@ def test_a_server_that_stops_takes_its_builder_along(
     found: list[Backend | None] = []
     thread = threading.Thread(target=lambda: found.append(cache.obtain(stop)))
     thread.start()
-    _until(lambda: harness.builds() == 1)
+    until(lambda: harness.builds() == 1)
     builder = int(harness.journal.read_text().split()[1])
     stop.set()
     thread.join(10)
@@ -625,10 +573,3 @@ def test_a_lean_runtime_keeps_an_engine_that_it_cannot_build_again(
     lean.trial_says = (0, b"")
     assert cache.obtain(stop) is not None, "memory that others held is free again"
     assert lean.events[2:] == ["hit", "serving"]
-
-
-def _until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

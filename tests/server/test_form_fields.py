@@ -6,7 +6,7 @@ from urllib.parse import quote
 import httpx
 import pytest
 
-from tests.server.http.test_problems import assert_problem
+from tests.support.answers import assert_problem
 from tests.support.launch import ServerProcess
 from tests.support.samples import Sample
 

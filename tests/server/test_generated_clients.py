@@ -17,7 +17,7 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.server.test_segment import read_png
+from tests.support.answers import read_png
 from tests.support.launch import ServerProcess
 from tests.support.samples import Sample
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from photos.image import read_photo
-from tests.server.http.test_problems import assert_problem
+from tests.support.answers import assert_problem
 from tests.support.launch import ServerProcess, serve
 from tests.support.offline import Offline
 from tests.support.samples import Sample

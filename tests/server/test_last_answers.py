@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.http.test_access import Authority
-from tests.server.process.test_connections import assert_refusal, connect, read_all, refused
-from tests.server.test_load import figures
+from tests.support.answers import figures, refused_connections
+from tests.support.authority import Authority
 from tests.support.held import serve_held
 from tests.support.launch import ServerProcess, serve
 from tests.support.samples import Sample
+from tests.support.wire import assert_refusal, connect, read_all
 
 FLAGS = ("--max-body-bytes", "4000000")
 
@@ -92,7 +92,7 @@ def test_a_refusal_is_read_behind_the_whole_body(
 
 def test_a_refused_body_that_never_ends_is_cut() -> None:
     with serve("--stall-timeout-s", "1") as server, connect(server) as connection:
-        before = refused(server, "body_discarded")
+        before = refused_connections(server, "body_discarded")
         connection.sendall(
             b"POST /segment HTTP/1.1\r\n" + CLOSE + b"Content-Length: 10000000000\r\n\r\n"
         )
@@ -101,7 +101,7 @@ def test_a_refused_body_that_never_ends_is_cut() -> None:
             while time.perf_counter() < give_up:
                 connection.sendall(bytes(65536))
         assert time.perf_counter() < give_up
-        assert refused(server, "body_discarded") == before + 1
+        assert refused_connections(server, "body_discarded") == before + 1
 
 
 def test_a_drain_does_not_wait_for_what_is_thrown_away() -> None:

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import httpx
 import numpy as np
-from prometheus_client.parser import text_string_to_metric_families
 
-from tests.server.test_segment import read_png
+from tests.support.answers import figures, read_png
 from tests.support.held import serve_held
 from tests.support.launch import ServerProcess
 from tests.support.offline import Offline
@@ -16,15 +15,6 @@ from tests.support.samples import Sample
 from tests.support.waiting import until
 
 CLIENTS = 8
-
-
-def figures(server: ServerProcess) -> dict[str, float]:
-    """The server's metrics, those of one name added up."""
-    values: dict[str, float] = {}
-    for family in text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text):
-        for sample in family.samples:
-            values[sample.name] = values.get(sample.name, 0) + sample.value
-    return values
 
 
 def batch_statistics(server: ServerProcess) -> tuple[float, float]:
@@ -67,11 +57,6 @@ def test_photos_that_nobody_waits_for_any_more_are_not_run(
         b"Content-Length: %d\r\n\r\n" % len(data)
     )
 
-    def dropped(server: ServerProcess, reason: str) -> float:
-        text = httpx.get(f"{server.url}/metrics").text
-        name = f'slsnet_dropped_total{{reason="{reason}"}} '
-        return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
-
     # Clients that are patient enough for any machine: who would wait too long is refused at once.
     patient = ("--decode-threads", "1", "--request-timeout-ms", "600000")
     with (
@@ -97,8 +82,8 @@ def test_photos_that_nobody_waits_for_any_more_are_not_run(
             assert late.status_code == 504
         assert first.result().status_code == 200
         until(lambda: figures(server)["slsnet_requests_in_flight"] == 0)
-        assert dropped(server, "client_gone") == 32
-        assert dropped(server, "deadline") == 1
+        assert figures(server, reason="client_gone")["slsnet_dropped_total"] == 32
+        assert figures(server, reason="deadline")["slsnet_dropped_total"] == 1
         assert batch_statistics(server) == (1, 1)
         assert figures(server)["slsnet_bytes_in_flight"] == 0
 

@@ -21,10 +21,10 @@ from server.backends.onnxruntime import OnnxRuntimeBackend
 from server.inference.service import Service
 from server.observe.metrics import Metrics
 from server.settings import Settings
-from tests.server.http.test_problems import assert_problem
-from tests.server.test_reload import Site, inverted, open_site
 from tests.support import MODEL
-from tests.support.lesions import encode_photo, lesion_photo
+from tests.support.answers import assert_problem
+from tests.support.lesions import drawn_photo
+from tests.support.site import Site, inverted, open_site
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_a_damaged_block_anywhere_is_refused(site: Site, where: float, bytes_of_
     site.model.write_bytes(content)
     assert_problem(site.reload(), 422, "from before goes on")
     assert card(site)["file_sha256"] == file_sha256(MODEL)
-    photo = encode_photo(lesion_photo(3, 300, 200).pixels)
+    photo = drawn_photo(3, 300, 200)
     answer = httpx.post(f"{site.server.url}/segment", content=photo, headers=site.headers)
     assert answer.status_code == 200
 
@@ -96,7 +96,7 @@ def test_a_batch_is_of_one_load_though_the_metadata_is_equal(site: Site) -> None
     shutil.copy(MODEL, site.model)
     assert site.reload().status_code == 200
     before = card(site)
-    photo = encode_photo(lesion_photo(3, 600, 450).pixels)
+    photo = drawn_photo(3, 600, 450)
     files = [("file", ("a.jpg", photo))] * 500
     url = f"{site.server.url}/segment/batch"
     with httpx.stream("POST", url, files=files, headers=site.headers, timeout=60) as response:

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server.observe.tracing import open_tracing
 from tests.support.launch import ServerProcess, serve
-from tests.support.lesions import encode_photo, lesion_photo
+from tests.support.lesions import drawn_photo
 from tests.support.offline import CPU_BACKEND
 from tests.support.samples import Sample
 
@@ -83,7 +83,7 @@ def test_a_request_leaves_a_line_of_json_and_a_trace(
         assert answer.status_code == 200
         assert httpx.post(f"{server.url}/segment", content=b"x").status_code == 415
         # Of this one the decoder itself complains, and not in JSON.
-        damaged = encode_photo(lesion_photo(0, 96, 80).pixels, "TIFF", compression="tiff_lzw")
+        damaged = drawn_photo(0, 96, 80, "TIFF", compression="tiff_lzw")
         damaged = damaged[:1000] + 16 * b"\xff" + damaged[1016:]
         assert httpx.post(f"{server.url}/segment", content=damaged).status_code == 422
         server.terminate()

@@ -7,11 +7,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.server.http.test_access import Authority
-from tests.server.process.test_connections import connect
+from tests.support.answers import refused_connections
+from tests.support.authority import Authority
 from tests.support.launch import serve
 from tests.support.samples import Sample
 from tests.support.waiting import until
+from tests.support.wire import connect
 
 FEW_FILES = """
 import resource, runpy, sys
@@ -66,21 +67,14 @@ def test_a_handshake_has_its_time(tmp_path: Path) -> None:
     flags = ("--head-timeout-s", "1", "--tls-cert", str(authority.issue("server")))
 
     with serve(*flags, trust=trust) as server, contextlib.ExitStack() as stack:
-
-        def counted(reason: str, least: int) -> bool:
-            name = f'slsnet_connections_refused_total{{reason="{reason}"}}'
-            text = httpx.get(f"{server.url}/metrics", verify=trust).text
-            values = [line.split()[-1] for line in text.splitlines() if line.startswith(name)]
-            return bool(values) and float(values[0]) >= least
-
         silent = [stack.enter_context(connect(server)) for _ in range(20)]
         for connection in silent:
             with contextlib.suppress(ConnectionResetError):
                 assert connection.recv(1) == b""
-        until(lambda: counted("handshake_timeout", 20))
+        until(lambda: refused_connections(server, "handshake_timeout") >= 20)
         with connect(server) as plain:
             plain.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
             with contextlib.suppress(ConnectionResetError):
                 while plain.recv(1000):
                     pass
-        until(lambda: counted("handshake_failed", 1))
+        until(lambda: refused_connections(server, "handshake_failed") >= 1)

@@ -22,11 +22,11 @@ from selenium.webdriver.support.ui import WebDriverWait
 from photos.image import lesion_mask
 from photos.masks import measure
 from photos.regions import largest_part, largest_region
-from tests.server.test_clean_masks import faint
-from tests.server.test_segment import read_png
+from tests.support.answers import read_png
 from tests.support.launch import ServerProcess
-from tests.support.lesions import UNDONE, encode_photo, lesion_photo
+from tests.support.lesions import UNDONE, drawn_photo, lesion_photo
 from tests.support.offline import Offline
+from tests.support.probabilities import faint
 
 CHROMEDRIVER = shutil.which("chromedriver")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -121,7 +121,7 @@ def page(
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("photos") / "lesion.jpg"
-    path.write_bytes(encode_photo(lesion_photo(7, 900, 600).pixels))
+    path.write_bytes(drawn_photo(7, 900, 600))
     return path
 
 
@@ -365,7 +365,7 @@ def test_a_photo_is_dropped_or_pasted(page: Page, way: str) -> None:
 def test_a_photo_that_the_browser_cannot_show_gets_its_mask(page: Page, tmp_path: Path) -> None:
     page.open()
     path = tmp_path / "lesion.tiff"
-    with Image.open(io.BytesIO(encode_photo(lesion_photo(7, 900, 600).pixels))) as image:
+    with Image.open(io.BytesIO(drawn_photo(7, 900, 600))) as image:
         image.save(path)
     page.find("choose").send_keys(str(path))
     page.until_done()
@@ -472,7 +472,7 @@ def test_of_several_dropped_photos_the_first_is_taken(
     page: Page, photo: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other.jpg"
-    other.write_bytes(encode_photo(lesion_photo(3, 300, 200).pixels))
+    other.write_bytes(drawn_photo(3, 300, 200))
     page.open()
     drop(page, photo, other)
     page.until_done()

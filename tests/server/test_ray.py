@@ -23,10 +23,10 @@ import yaml
 
 from benchmarks.deck import Expected
 from photos.image import read_photo
-from tests.server.bulk.test_bulk import masks, recorded, table
 from tests.support import ROOT
 from tests.support.launch import free_port
 from tests.support.offline import CPU_BACKEND, Offline
+from tests.support.results import masks, recorded, table
 from tests.support.samples import Sample
 
 pytest.importorskip("ray", reason="needs Ray: pip install -r requirements-ray.txt")

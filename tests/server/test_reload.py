@@ -7,74 +7,24 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 
 import httpx
 import numpy as np
 import onnx
 import pytest
 
-from common.stamp import unstamped
-from server.keys import new_key
-from tests.server.http.test_problems import assert_problem
-from tests.server.test_load import figures
-from tests.server.test_segment import read_png
 from tests.support import MODEL
-from tests.support.launch import ServerProcess, serve
-from tests.support.lesions import encode_photo, lesion_photo
+from tests.support.answers import assert_problem, figures, read_png
+from tests.support.lesions import drawn_photo
 from tests.support.samples import Sample
+from tests.support.site import Site, inverted, open_site
 from tests.support.waiting import until
-
-
-@dataclass
-class Site:
-    """A server whose network can be replaced."""
-
-    server: ServerProcess
-    model: Path
-    headers: dict[str, str]
-
-    def reload(self) -> httpx.Response:
-        return httpx.post(f"{self.server.url}/admin/reload", headers=self.headers, timeout=60)
-
-    def version(self) -> str:
-        card = httpx.get(f"{self.server.url}/model", headers=self.headers).json()
-        return str(card["version"])
-
-
-@contextlib.contextmanager
-def open_site(folder: Path) -> Iterator[Site]:
-    """A server of a copy of the shipped network in `folder`, with an administrator's key."""
-    model = folder / "slsnet.onnx"
-    shutil.copy(MODEL, model)
-    key, line = new_key("ops", "admin")
-    (folder / "keys").write_text(line, encoding="utf-8")
-    with serve("--model", str(model), "--api-keys-file", str(folder / "keys")) as server:
-        yield Site(server, model, {"X-API-Key": key})
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     with open_site(tmp_path_factory.mktemp("reload")) as site:
         yield site
-
-
-def inverted(version: str) -> bytes:
-    """The shipped network with its answer turned round: lesion where there was none."""
-    graph = onnx.load(MODEL)
-    for node in graph.graph.node:
-        for index, name in enumerate(node.output):
-            if name == "probability":
-                node.output[index] = "inverse"
-    one = onnx.helper.make_tensor("one", onnx.TensorProto.FLOAT, [], [1.0])
-    graph.graph.initializer.append(one)
-    graph.graph.node.append(onnx.helper.make_node("Sub", ["one", "inverse"], ["probability"]))
-    for entry in graph.metadata_props:
-        if entry.key == "version":
-            entry.value = version
-    # Not with the digest of what it was made from.
-    return unstamped(graph.SerializeToString())
 
 
 def test_networks_change_under_load_and_are_never_mixed(site: Site, photos: list[Sample]) -> None:
@@ -166,7 +116,7 @@ def test_a_network_whose_answers_are_not_probabilities_is_refused(site: Site) ->
 
 def test_a_batch_keeps_its_network_to_the_end(site: Site) -> None:
     first = site.version()
-    photo = encode_photo(lesion_photo(3, 600, 450).pixels)
+    photo = drawn_photo(3, 600, 450)
     files = [("file", ("a.jpg", photo))] * 500
     url = f"{site.server.url}/segment/batch"
     before = site.model.read_bytes()

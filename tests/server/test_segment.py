@@ -2,36 +2,22 @@
 
 import base64
 import itertools
-from io import BytesIO
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
 from scipy import ndimage
 
 from photos.image import read_photo
+from tests.support.answers import post, read_png
 from tests.support.launch import ServerProcess
-from tests.support.lesions import encode_photo, lesion_photo
+from tests.support.lesions import drawn_photo, encode_photo, lesion_photo
 from tests.support.offline import CPU_BACKEND, Offline
 from tests.support.samples import Sample
 
 Bits = NDArray[np.bool_]
-
-
-def read_png(data: bytes) -> Bits:
-    image = Image.open(BytesIO(data))
-    assert image.format == "PNG"
-    assert image.mode == "1"
-    return np.asarray(image)
-
-
-def post(server: ServerProcess, data: bytes, **options: Any) -> httpx.Response:
-    response = httpx.post(f"{server.url}/segment", files={"file": data}, timeout=60, **options)
-    assert response.status_code == 200, response.text
-    return response
 
 
 def test_mask_has_the_photos_size_and_is_the_offline_prediction(
@@ -72,7 +58,7 @@ def test_a_file_name_may_be_in_any_charset(server: ServerProcess, photos: list[S
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "TIFF", "BMP"])
 def test_every_format_is_read(server: ServerProcess, image_format: str, offline: Offline) -> None:
-    data = encode_photo(lesion_photo(1, 400, 300).pixels, image_format)
+    data = drawn_photo(1, 400, 300, image_format)
     np.testing.assert_array_equal(read_png(post(server, data).content), offline.mask(data))
 
 

@@ -14,8 +14,8 @@ from server.http.app import create_app
 from server.inference import loading
 from server.keys import KeyFile, KeyFileError, new_key
 from server.settings import Settings
-from tests.server.inference.test_loading import _serve
 from tests.support import ROOT
+from tests.support.app import serve_app
 from tests.support.launch import free_port, serve
 
 
@@ -122,5 +122,5 @@ def test_a_load_that_fails_in_an_unforeseen_way_ends_the_server(
     monkeypatch.setattr(loading, "_engines", _nowhere)
     failed = threading.Event()
     app, _ = create_app(Settings(), failed.set)
-    with _serve(app):
+    with serve_app(app):
         assert failed.wait(60)

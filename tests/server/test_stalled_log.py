@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.server.test_load import figures
+from tests.support.answers import figures
 from tests.support.launch import ServerProcess, free_port
 from tests.support.waiting import until
 

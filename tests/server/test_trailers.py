@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from server.keys import new_key
-from tests.server.process.test_connections import read_all
 from tests.support.launch import ServerProcess, serve
 from tests.support.samples import Sample
+from tests.support.wire import read_all
 
 KEY, LINE = new_key("clinic")
 TRAILER = b"X-API-Key: %b\r\n" % KEY.encode()

@@ -5,7 +5,7 @@ import json
 import httpx
 import pytest
 
-from tests.server.http.test_problems import assert_problem
+from tests.support.answers import assert_problem
 from tests.support.launch import ServerProcess
 from tests.support.samples import Sample
 

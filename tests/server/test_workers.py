@@ -18,9 +18,9 @@ import psutil
 import pytest
 
 from server.observe.shared_metrics import Folder
-from tests.server.test_drain import Ledger, keep_sending, masks_of
-from tests.server.test_load import figures
 from tests.support import ROOT
+from tests.support.answers import figures
+from tests.support.clients import Ledger, keep_sending, masks_of
 from tests.support.launch import ServerProcess, free_port, serve
 from tests.support.samples import Sample
 from tests.support.waiting import until

@@ -107,6 +107,13 @@ def encode_photo(
     return buffer.getvalue()
 
 
+def drawn_photo(
+    seed: int, width: int = 600, height: int = 450, image_format: str = "JPEG", **options: Any
+) -> bytes:
+    """The scene `seed` as a file; `options` are those of `encode_photo`."""
+    return encode_photo(lesion_photo(seed, width, height).pixels, image_format, **options)
+
+
 def write_pairs(
     folder: Path, count: int, width: int = 600, height: int = 450, *, first_seed: int = 0
 ) -> list[str]:

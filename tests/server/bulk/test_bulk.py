@@ -1,7 +1,6 @@
 """`python -m server.bulk`: a mask and a line for every photo, whatever happens on the way."""
 
 import contextlib
-import csv
 import errno
 import gc
 import logging
@@ -35,21 +34,17 @@ from server.bulk.ledger import Ledger, Listing, Row, Task
 from server.bulk.progress import Progress
 from server.bulk.sources import BulkError, Listed
 from tests.support import MODEL, ROOT
-from tests.support.lesions import encode_photo, lesion_photo
+from tests.support.lesions import drawn_photo
 from tests.support.offline import CPU_BACKEND, Offline
+from tests.support.results import masks, recorded, table
 from tests.support.samples import Sample
-
-Table = dict[str, dict[str, str]]
 
 
 @pytest.fixture(scope="module")
 def small_photos() -> list[bytes]:
     """As photos come, but small."""
     formats = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
-    return [
-        encode_photo(lesion_photo(seed, 160 + seed, 120).pixels, formats[seed % 5])
-        for seed in range(10)
-    ]
+    return [drawn_photo(seed, 160 + seed, 120, formats[seed % 5]) for seed in range(10)]
 
 
 @pytest.fixture
@@ -82,32 +77,6 @@ def bulk(source: Path, results: Path, *flags: str) -> int:
 def start(source: Path, results: Path) -> subprocess.Popen[bytes]:
     arguments = [sys.executable, "-m", "server.bulk", str(source), str(results), "--threads", "1"]
     return subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE)
-
-
-def table(results: Path) -> Table:
-    """Lines by path; every path once."""
-    with (results / "table.csv").open(encoding="utf-8", errors="surrogateescape", newline="") as f:
-        lines = list(csv.DictReader(f))
-    by_path = {line["path"]: line for line in lines}
-    assert len(by_path) == len(lines)
-    return by_path
-
-
-def masks(results: Path) -> dict[str, int]:
-    """Files below `masks/`, and when each was written."""
-    folder = results / "masks"
-    return {
-        str(path.relative_to(results)): path.stat().st_mtime_ns
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
-def recorded(results: Path) -> set[str]:
-    """Paths that are done, as a killed process left them."""
-    with contextlib.closing(sqlite3.connect(results / "state.sqlite")) as state:
-        rows = state.execute("SELECT path FROM photos WHERE status IS NOT NULL").fetchall()
-    return {os.fsdecode(path) for (path,) in rows}
 
 
 def test_a_mask_and_a_line_for_every_photo(
@@ -185,7 +154,7 @@ def test_what_is_wrong_with_a_photo_is_in_its_line_and_stops_nothing(
     write(archive / "cut.png", small_photos[1][: len(small_photos[1]) // 2])
     write(archive / "empty.jpg", b"")
     write(archive / "text.jpeg", b"a text that says it is a photo")
-    write(archive / "wide.jpg", encode_photo(lesion_photo(1, 300, 200).pixels))
+    write(archive / "wide.jpg", drawn_photo(1, 300, 200))
     write(archive / "heavy.bmp", small_photos[4] + bytes(90_000))
     (archive / "dangling.jpg").symlink_to(tmp_path / "nothing")
     flags = ("--max-pixels", "40000", "--max-body-bytes", "100000")

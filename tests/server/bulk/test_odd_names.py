@@ -10,9 +10,9 @@ import pytest
 
 from common.tables import csv_line, from_cell, to_cell
 from server.bulk.__main__ import main
-from tests.support.lesions import encode_photo, lesion_photo
+from tests.support.lesions import drawn_photo
 
-PHOTO = encode_photo(lesion_photo(3, 64, 48).pixels, "PNG")
+PHOTO = drawn_photo(3, 64, 48, "PNG")
 
 
 def bulk(source: Path, results: Path) -> int:

@@ -1,10 +1,8 @@
 """Keys, their pace, TLS, and what a browser is told: against a real server."""
 
 import base64
-import datetime
 import errno
 import hashlib
-import ipaddress
 import json
 import os
 import signal
@@ -20,13 +18,11 @@ from pathlib import Path
 import httpx
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from server.keys import KeyFile, KeyFileError, new_key
-from tests.server.http.test_problems import assert_problem
 from tests.support import ROOT
+from tests.support.answers import assert_problem
+from tests.support.authority import Authority
 from tests.support.launch import ServerProcess, free_port, serve
 from tests.support.samples import Sample
 from tests.support.waiting import until
@@ -204,56 +200,6 @@ def test_a_key_file_that_cannot_be_read_ends_the_process(tmp_path: Path) -> None
     assert result.returncode == 1
     assert "line 1" in result.stderr
     assert "by_mistake" not in result.stderr
-
-
-class Authority:
-    """Signs certificates for a test."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self._folder = folder
-        self._key = ec.generate_private_key(ec.SECP256R1())
-        self.name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        self.certificate = folder / f"{name}.pem"
-        certificate = self._build(self.name, self._key.public_key(), ca=True)
-        self.certificate.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-
-    def issue(self, name: str) -> Path:
-        """A file with a key and its certificate for 127.0.0.1."""
-        key = ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        file = self._folder / f"{name}.pem"
-        file.write_bytes(
-            key.private_bytes(
-                serialization.Encoding.PEM,
-                serialization.PrivateFormat.PKCS8,
-                serialization.NoEncryption(),
-            )
-            + self._build(subject, key.public_key(), ca=False).public_bytes(
-                serialization.Encoding.PEM
-            )
-        )
-        return file
-
-    def _build(
-        self, subject: x509.Name, key: ec.EllipticCurvePublicKey, *, ca: bool
-    ) -> x509.Certificate:
-        now = datetime.datetime.now(datetime.UTC)
-        address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-        identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
-        return (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(self.name)
-            .public_key(key)
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(days=1))
-            .not_valid_after(now + datetime.timedelta(days=1))
-            .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
-            .add_extension(x509.SubjectAlternativeName([address]), critical=False)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-            .add_extension(identifier, critical=False)
-            .sign(self._key, hashes.SHA256())
-        )
 
 
 def until_ready(client: httpx.Client, process: subprocess.Popen[bytes]) -> None:

@@ -26,7 +26,8 @@ from server.keys import new_key
 from server.observe.metrics import Metrics
 from server.observe.stages import Stages
 from server.settings import Settings
-from tests.server.inference.test_service import Constant, no_collection
+from tests.server.inference.test_service import no_collection
+from tests.support.backends import Constant
 from tests.support.launch import ServerProcess, serve
 from tests.support.offline import Offline
 from tests.support.samples import Sample

@@ -19,7 +19,7 @@ from server.http.answers import ProblemAnswer
 from server.http.app import create_app
 from server.inference.service import Service
 from server.settings import Settings
-from tests.server.test_load import figures
+from tests.support.answers import assert_problem, figures
 from tests.support.held import serve_held
 from tests.support.launch import ServerProcess
 from tests.support.lesions import encode_photo
@@ -33,21 +33,6 @@ def good(server: ServerProcess, photos: list[Sample]) -> Iterator[Sample]:
     yield photos[0]
     response = httpx.post(f"{server.url}/segment", files={"file": photos[0].data})
     assert response.status_code == 200
-
-
-def assert_problem(response: httpx.Response, status: int, *words: str) -> dict[str, Any]:
-    """An RFC 9457 document with this status, whose detail has these words."""
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/problem+json"
-    problem: dict[str, Any] = response.json()
-    assert problem["status"] == status
-    assert problem["title"]
-    assert problem["type"] == "about:blank"
-    assert problem["instance"] == httpx.URL(str(response.url)).path
-    assert problem["request_id"] == response.headers["x-request-id"]
-    for word in words:
-        assert word in problem["detail"]
-    return problem
 
 
 @pytest.mark.usefixtures("good")

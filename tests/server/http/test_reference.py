@@ -12,8 +12,8 @@ import pytest
 
 from server.http.problems import PROBLEM_JSON
 from server.keys import new_key
-from tests.server.process.test_connections import read_all
 from tests.support.launch import ServerProcess, serve
+from tests.support.wire import read_all
 
 
 def test_page_needs_nothing_from_elsewhere(server: ServerProcess) -> None:

@@ -16,11 +16,10 @@ import numpy as np
 import pytest
 
 from photos.image import encode_png
-from tests.server.test_load import figures
-from tests.server.test_segment import post, read_png
+from tests.support.answers import figures, post, read_png
 from tests.support.held import serve_held
 from tests.support.launch import ServerProcess, serve
-from tests.support.lesions import encode_photo, lesion_photo
+from tests.support.lesions import drawn_photo
 from tests.support.offline import Offline
 from tests.support.samples import Sample
 from tests.support.waiting import until
@@ -193,7 +192,7 @@ def test_photos_whose_turn_does_not_come_in_time_say_so(
     server: ServerProcess,
 ) -> None:
     # Many that are quickly there.
-    photo = encode_photo(lesion_photo(3, 96, 80).pixels)
+    photo = drawn_photo(3, 96, 80)
     answers = lines(
         send(server, form(*[("a", photo)] * 900), headers={"X-Request-Timeout-Ms": "1000"})
     )
@@ -253,7 +252,7 @@ def test_bulk_leaves_half_of_the_queue_to_others(tmp_path: Path, photos: list[Sa
 
 
 def test_photos_of_who_hung_up_are_not_run(server: ServerProcess) -> None:
-    photo = encode_photo(lesion_photo(3, 600, 450).pixels)
+    photo = drawn_photo(3, 600, 450)
     before = figures(server)["slsnet_batch_size_sum"]
     count = 200
     files = form(*[("a", photo)] * count)

@@ -30,7 +30,7 @@ from server.keys import new_key
 from server.observe.metrics import Metrics
 from server.process.connections import Connection, House
 from server.settings import Settings
-from tests.server.test_load import figures
+from tests.support.answers import figures
 from tests.support.held import serve_held
 from tests.support.launch import ServerProcess
 from tests.support.samples import Sample
@@ -64,10 +64,7 @@ class Full:
 
 def answers(server: ServerProcess, route: str, status: int) -> float:
     """How many the server says that it has given."""
-    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
-    start, end = f'slsnet_requests_total{{path="{route}",', f'status="{status}"}}'
-    named = (line.rpartition(" ") for line in lines if line.startswith(start))
-    return sum(float(count) for name, _, count in named if name.endswith(end))
+    return figures(server, path=route, status=str(status)).get("slsnet_requests_total", 0)
 
 
 @pytest.fixture(scope="module")

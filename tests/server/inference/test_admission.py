@@ -17,7 +17,7 @@ from server.inference import admission
 from server.inference.admission import Gate, Place
 from server.inference.errors import Overloaded
 from server.settings import Settings
-from tests.server.test_load import figures
+from tests.support.answers import figures
 from tests.support.launch import ServerProcess, serve
 from tests.support.samples import Sample
 from tests.support.waiting import until
@@ -150,6 +150,62 @@ def is_let_in(gate: Gate, clock: Clock, timeout_s: float, *, bulk: bool = False)
     except Overloaded:
         return False
     return True
+
+
+def pass_through(
+    gate: Gate, clock: Clock, seconds: float, *, photos: int = 1, served: bool = True
+) -> None:
+    """So many come together and each takes so long."""
+    with contextlib.ExitStack() as stack:
+        places = [
+            stack.enter_context(gate.enter(deadline=clock.now + 30, bulk=False))
+            for _ in range(photos)
+        ]
+        for place in places:
+            place.begin()
+        for place in places:
+            clock.now += seconds
+            place.end(served=served)
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_one_outlier_does_not_shape_the_pace(clock: Clock, served: bool) -> None:
+    gate = Gate(Settings())
+    gate.expect(0.02, 8)
+    for _ in range(40):
+        pass_through(gate, clock, 0.02)
+    pass_through(gate, clock, 16.0, served=served)
+    for _ in range(40):
+        with contextlib.ExitStack() as stack:
+            # While one is worked on, another can be done within the second.
+            place = stack.enter_context(gate.enter(deadline=clock.now + 30, bulk=False))
+            place.begin()
+            assert is_let_in(gate, clock, 1.0)
+            clock.now += 0.02
+            place.end(served=True)
+
+
+def test_an_idle_server_forgets_a_bad_minute_in_seconds(clock: Clock) -> None:
+    gate = Gate(Settings())
+    gate.expect(0.02, 8)
+    for _ in range(12):
+        pass_through(gate, clock, 1.0, photos=4)
+    pace = gate.paces(bulk=False)[0]
+    assert pace.seconds_each == pytest.approx(1.0)
+    clock.now += 6
+    assert pace.seconds_each < 0.05
+    # And not because it is idle: those that come now find it so.
+    pass_through(gate, clock, 0.02, photos=4)
+    assert pace.seconds_each < 0.05
+
+
+def test_a_server_that_stays_slow_is_known_to_be(clock: Clock) -> None:
+    gate = Gate(Settings())
+    gate.expect(0.02, 8)
+    for _ in range(12):
+        pass_through(gate, clock, 0.5, photos=4)
+        clock.now += 0.05
+    assert gate.paces(bulk=False)[0].seconds_each > 0.4
 
 
 def test_nobody_ahead_or_nothing_known_is_no_reason_to_refuse(clock: Clock) -> None:

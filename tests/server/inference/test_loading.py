@@ -1,29 +1,26 @@
 """The server starts on the CPU and hands over to the engine without losing a request."""
 
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
-import uvicorn
 from numpy.typing import NDArray
-from starlette.types import ASGIApp
 
 from server.backends import BackendError, Images
 from server.backends.engine_cache import EngineCache, EngineEvent
 from server.http.app import create_app
 from server.inference import loading
 from server.settings import Settings
-from tests.server.test_engine_cache import EngineStub, Harness
-from tests.support.lesions import encode_photo, lesion_photo
+from tests.support.app import backend_of, serve_app
+from tests.support.engines import EngineStub, Harness
+from tests.support.lesions import drawn_photo
 from tests.support.offline import CPU_BACKEND
+from tests.support.waiting import until
 from trt_build.plan import Precision
 
-PHOTO = encode_photo(lesion_photo(0, 200, 150).pixels)
+PHOTO = drawn_photo(0, 200, 150)
 
 
 def _use(monkeypatch: pytest.MonkeyPatch, cache: EngineCache) -> None:
@@ -41,46 +38,18 @@ def _use(monkeypatch: pytest.MonkeyPatch, cache: EngineCache) -> None:
     monkeypatch.setattr(loading, "open_engine_cache", opened)
 
 
-@contextmanager
-def _serve(app: ASGIApp) -> Iterator[httpx.Client]:
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        _until(lambda: server.started)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
-            yield client
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        assert not thread.is_alive()
-
-
-def _backend(client: httpx.Client) -> str:
-    answer = client.get("/health/ready")
-    return str(answer.json()["backend"]) if answer.status_code == 200 else "none"
-
-
-def _until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_the_cpu_serves_while_the_engine_is_built_and_no_request_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _use(monkeypatch, Harness(tmp_path).cache("slow"))
     app, _ = create_app(Settings(backend="auto", threads=1))
     seen: list[str] = []
-    with _serve(app) as client:
-        _until(lambda: _backend(client) == CPU_BACKEND)
+    with serve_app(app) as client:
+        until(lambda: backend_of(client) == CPU_BACKEND)
         while "tensorrt" not in seen[-3:]:
             answer = client.post("/segment", content=PHOTO, headers={"content-type": "image/jpeg"})
             assert answer.status_code == 200
-            seen.append(_backend(client))
+            seen.append(backend_of(client))
         assert seen[0] == CPU_BACKEND
         metrics = client.get("/metrics").text
 
@@ -96,8 +65,8 @@ def test_an_engine_that_is_there_serves_from_the_start(
     _use(monkeypatch, harness.cache())
     monkeypatch.setattr(loading, "open_backend", lambda *_, **__: pytest.fail("not needed"))
     app, _ = create_app(Settings(backend="auto"))
-    with _serve(app) as client:
-        _until(lambda: _backend(client) == "tensorrt")
+    with serve_app(app) as client:
+        until(lambda: backend_of(client) == "tensorrt")
 
 
 def test_an_engine_from_a_busy_card_makes_way_for_one_from_an_idle_card(
@@ -112,13 +81,13 @@ def test_an_engine_from_a_busy_card_makes_way_for_one_from_an_idle_card(
     harness = Harness(tmp_path)
     _use(monkeypatch, harness.cache(load=load, lull_s=0.5, look_s=0.02))
     app, _ = create_app(Settings(backend="auto", threads=1))
-    with _serve(app) as client:
-        _until(lambda: len(opened) == 2)
+    with serve_app(app) as client:
+        until(lambda: len(opened) == 2)
         answer = client.post("/segment", content=PHOTO, headers={"content-type": "image/jpeg"})
         assert answer.status_code == 200
     app, _ = create_app(Settings(backend="auto", threads=1))
-    with _serve(app) as client:
-        _until(lambda: _backend(client) == "tensorrt")
+    with serve_app(app) as client:
+        until(lambda: backend_of(client) == "tensorrt")
     assert harness.builds() == 2
     assert len(opened) == 3
 
@@ -135,9 +104,9 @@ def test_an_engine_that_fails_its_warm_up_does_not_take_over(
 
     _use(monkeypatch, Harness(tmp_path).cache(load=Broken))
     app, _ = create_app(Settings(backend="auto", threads=1))
-    with _serve(app) as client:
-        _until(lambda: "does not take over" in caplog.text)
-        assert _backend(client) == CPU_BACKEND
+    with serve_app(app) as client:
+        until(lambda: "does not take over" in caplog.text)
+        assert backend_of(client) == CPU_BACKEND
         answer = client.post("/segment", content=PHOTO, headers={"content-type": "image/jpeg"})
         assert answer.status_code == 200
 
@@ -148,9 +117,9 @@ def test_the_server_stops_while_an_engine_is_built(
     harness = Harness(tmp_path)
     _use(monkeypatch, harness.cache("hangs"))
     app, _ = create_app(Settings(backend="auto", threads=1))
-    with _serve(app) as client:
-        _until(lambda: harness.builds() == 1)
-        assert _backend(client) == CPU_BACKEND
+    with serve_app(app) as client:
+        until(lambda: harness.builds() == 1)
+        assert backend_of(client) == CPU_BACKEND
 
 
 def test_tensorrt_that_cannot_be_used_fails_only_where_it_was_asked_for(
@@ -162,13 +131,13 @@ def test_tensorrt_that_cannot_be_used_fails_only_where_it_was_asked_for(
     monkeypatch.setattr(loading, "open_engine_cache", refuse)
     failed = threading.Event()
     app, _ = create_app(Settings(backend="tensorrt"), failed.set)
-    with _serve(app) as client:
-        _until(failed.is_set)
-        assert _backend(client) == "none"
+    with serve_app(app) as client:
+        until(failed.is_set)
+        assert backend_of(client) == "none"
 
     app, _ = create_app(Settings(backend="auto", threads=1))
-    with _serve(app) as client:
-        _until(lambda: _backend(client) == CPU_BACKEND)
+    with serve_app(app) as client:
+        until(lambda: backend_of(client) == CPU_BACKEND)
 
 
 def test_an_engine_that_is_found_but_fails_leaves_the_cpu_serving(
@@ -183,8 +152,8 @@ def test_an_engine_that_is_found_but_fails_leaves_the_cpu_serving(
     _use(monkeypatch, harness.cache(load=Broken))
     failed = threading.Event()
     app, _ = create_app(Settings(backend="auto", threads=1), failed.set)
-    with _serve(app) as client:
-        _until(lambda: _backend(client) == CPU_BACKEND)
+    with serve_app(app) as client:
+        until(lambda: backend_of(client) == CPU_BACKEND)
         assert 'event="load_failed"} 1.0' in client.get("/metrics").text
     assert not failed.is_set()
 
@@ -205,19 +174,19 @@ def test_a_gpu_that_is_lost_leaves_the_cpu_serving(
     assert harness.cache().obtain(threading.Event()) is not None
     _use(monkeypatch, harness.cache(load=Fragile))
     app, _ = create_app(Settings(backend="auto", threads=1))
-    with _serve(app) as client:
+    with serve_app(app) as client:
 
         def segment() -> int:
             headers = {"content-type": "image/jpeg"}
             return client.post("/segment", content=PHOTO, headers=headers).status_code
 
-        _until(lambda: _backend(client) == "tensorrt")
+        until(lambda: backend_of(client) == "tensorrt")
         assert segment() == 200
         works.clear()
         assert segment() == 500
-        while _backend(client) == "tensorrt":
+        while backend_of(client) == "tensorrt":
             segment()
-        _until(lambda: _backend(client) == CPU_BACKEND)
+        until(lambda: backend_of(client) == CPU_BACKEND)
         assert [segment() for _ in range(3)] == [200] * 3
         assert 'event="lost"} 1.0' in client.get("/metrics").text
     assert "engine lost: it fails on every batch" in caplog.text

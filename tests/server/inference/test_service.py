@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import gc
 import threading
-import time
 from collections.abc import Iterator
 from io import BytesIO
 from typing import Any
@@ -16,7 +15,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from photos.image import CorruptImageError, Photo, read_photo
-from server.backends import BackendInfo, Images
 from server.http.answers import png_answer
 from server.http.app import create_app
 from server.http.segment import masks
@@ -33,32 +31,8 @@ from server.inference.submission import Body, Segmentation, Submission, submitte
 from server.observe.metrics import Metrics
 from server.observe.stages import Stages
 from server.settings import Settings
-from tests.support.lesions import encode_photo, lesion_photo
-
-
-class Constant:
-    """A backend that says one probability, slowly, and fails once it is closed."""
-
-    def __init__(self, probability: float) -> None:
-        self.probability = probability
-        self.closed = False
-        self.warm = False
-
-    def describe(self) -> BackendInfo:
-        version = str(self.probability)
-        return BackendInfo("constant", version, "cpu", "fp32", 4, model={"version": version})
-
-    def warm_up(self) -> None:
-        self.warm = True
-
-    def infer(self, batch: Images) -> NDArray[np.float32]:
-        time.sleep(0.01)
-        assert self.warm
-        assert not self.closed
-        return np.full((len(batch), 128, 128), self.probability, np.float32)
-
-    def close(self) -> None:
-        self.closed = True
+from tests.support.backends import Constant
+from tests.support.lesions import drawn_photo
 
 
 def submit(
@@ -69,7 +43,7 @@ def submit(
 
 
 def test_another_backend_takes_over_without_a_failed_request() -> None:
-    body = encode_photo(lesion_photo(1, 300, 200).pixels)
+    body = drawn_photo(1, 300, 200)
 
     async def segment(service: Service) -> Segmentation:
         with submit(service) as submission:
@@ -221,7 +195,7 @@ def test_what_is_wrong_with_a_photo_does_not_keep_it() -> None:
         asyncio.run(asyncio.wait_for(scenario(), 60))
 
 
-LONE = encode_photo(lesion_photo(4, 600, 450).pixels)
+LONE = drawn_photo(4, 600, 450)
 
 
 @pytest.mark.parametrize(
@@ -230,10 +204,10 @@ LONE = encode_photo(lesion_photo(4, 600, 450).pixels)
         ("alone", LONE, 1, False, True),
         ("not alone", LONE, 2, False, False),
         ("bulk", LONE, 1, True, False),
-        ("many pixels", encode_photo(lesion_photo(4, 1024, 768).pixels), 1, False, False),
+        ("many pixels", drawn_photo(4, 1024, 768), 1, False, False),
         ("many bytes", LONE + bytes(2**17), 1, False, False),
-        ("progressive", encode_photo(lesion_photo(4).pixels, progressive=True), 1, False, False),
-        ("not a JPEG", encode_photo(lesion_photo(4, 64, 64).pixels, "PNG"), 1, False, False),
+        ("progressive", drawn_photo(4, progressive=True), 1, False, False),
+        ("not a JPEG", drawn_photo(4, 64, 64, "PNG"), 1, False, False),
     ],
 )
 def test_only_a_lone_small_photo_is_decoded_on_the_event_loop(
@@ -293,7 +267,7 @@ def test_a_small_mask_does_not_wait_behind_photos_to_be_decoded(
         return png_answer(*arguments, **options)
 
     monkeypatch.setattr(masks, "png_answer", makes)
-    large = encode_photo(lesion_photo(4, 1024, 768).pixels)
+    large = drawn_photo(4, 1024, 768)
 
     async def scenario() -> None:
         app, service = create_app(Settings())
@@ -325,7 +299,7 @@ def test_photos_that_take_seconds_leave_threads_to_others(monkeypatch: pytest.Mo
     monkeypatch.setattr(submission_module, "read_photo", reads)
     out = BytesIO()
     Image.new("L", (4200, 4200)).save(out, "PNG")
-    large, small = out.getvalue(), encode_photo(lesion_photo(4, 64, 64).pixels, "PNG")
+    large, small = out.getvalue(), drawn_photo(4, 64, 64, "PNG")
 
     async def segment(service: Service, data: bytes) -> Segmentation:
         with submit(service) as submission:

@@ -19,10 +19,11 @@ from server.inference.budgets import PixelBudget
 from server.observe.metrics import Metrics
 from server.process.connections import Connection, House
 from server.settings import Settings
-from tests.server.test_load import figures
+from tests.support.answers import figures, refused_connections
 from tests.support.launch import ServerProcess, serve
 from tests.support.samples import Sample
 from tests.support.waiting import until
+from tests.support.wire import assert_refusal, connect, read_all
 
 LIMITS = {
     "--head-timeout-s": "1",
@@ -39,34 +40,6 @@ LIMITS = {
 def strict() -> Iterator[ServerProcess]:
     with serve(*(text for flag in LIMITS.items() for text in flag)) as process:
         yield process
-
-
-def connect(server: ServerProcess) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", server.port), timeout=30)
-
-
-def read_all(connection: socket.socket) -> bytes:
-    """Until the server closes, however it does."""
-    received = b""
-    with contextlib.suppress(ConnectionResetError, BrokenPipeError):
-        while chunk := connection.recv(65536):
-            received += chunk
-    return received
-
-
-def refused(server: ServerProcess, reason: str) -> float:
-    name = f'slsnet_connections_refused_total{{reason="{reason}"}}'
-    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
-    return next((float(line.split()[-1]) for line in lines if line.startswith(name)), 0)
-
-
-def assert_refusal(answer: bytes, status: int, words: str) -> None:
-    assert answer.startswith(b"HTTP/1.1 %d " % status), answer
-    head, _, body = answer.partition(b"\r\n\r\n")
-    assert b"application/problem+json" in head
-    assert b"Connection: close" in head
-    assert (b"Retry-After: 1" in head) == (status in (429, 503))
-    assert words.encode() in body
 
 
 @pytest.mark.parametrize(
@@ -131,7 +104,7 @@ def test_a_body_that_trickles_is_cut_and_holds_no_place(
 
 
 def test_a_refused_body_is_thrown_away_for_a_while_only(strict: ServerProcess) -> None:
-    before = refused(strict, "body_discarded")
+    before = refused_connections(strict, "body_discarded")
     with connect(strict) as connection:
         connection.sendall(
             b"POST /segment HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n"
@@ -142,11 +115,11 @@ def test_a_refused_body_is_thrown_away_for_a_while_only(strict: ServerProcess) -
         with contextlib.suppress(ConnectionResetError, BrokenPipeError):
             while time.perf_counter() < give_up:
                 connection.sendall(bytes(65536))
-    assert refused(strict, "body_discarded") == before + 1
+    assert refused_connections(strict, "body_discarded") == before + 1
 
 
 def test_an_answer_that_is_never_read_is_not_kept(strict: ServerProcess) -> None:
-    before = refused(strict, "answer_not_read")
+    before = refused_connections(strict, "answer_not_read")
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", strict.port))
@@ -157,7 +130,7 @@ def test_an_answer_that_is_never_read_is_not_kept(strict: ServerProcess) -> None
                 connection.sendall(b"GET /docs/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n")
                 time.sleep(0.02)
         give_up = time.perf_counter() + 30
-        while refused(strict, "answer_not_read") == before:
+        while refused_connections(strict, "answer_not_read") == before:
             assert time.perf_counter() < give_up
             time.sleep(0.1)
 
