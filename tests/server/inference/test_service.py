@@ -2,9 +2,8 @@
 
 import asyncio
 import contextlib
-import gc
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from typing import Any
 
@@ -33,6 +32,7 @@ from server.observe.stages import Stages
 from server.settings import Settings
 from tests.support.backends import Constant
 from tests.support.lesions import drawn_photo
+from tests.support.memory import traced
 
 
 def submit(
@@ -59,7 +59,7 @@ def test_another_backend_takes_over_without_a_failed_request() -> None:
         tasks = []
         for backend in backends[1:]:
             tasks += [asyncio.create_task(segment(service)) for _ in range(15)]
-            await asyncio.sleep(0.01)
+            await asyncio.wait(tasks[-15:], return_when=asyncio.FIRST_COMPLETED)
             await service.use(backend)
         results = await asyncio.gather(*tasks)
         await service.close()
@@ -72,27 +72,14 @@ def test_another_backend_takes_over_without_a_failed_request() -> None:
     asyncio.run(asyncio.wait_for(scenario(), 60))
 
 
-class Counted(bytes):
-    """Counts those that there are."""
-
-    alive = 0
-
-    def __init__(self, _content: bytes) -> None:
-        Counted.alive += 1
-
-    def __del__(self) -> None:
-        Counted.alive -= 1
+BODY_BYTES = 2**23
 
 
 @contextlib.contextmanager
-def no_collection() -> Iterator[None]:
-    """What goes has to go by itself."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
+def counted_bodies() -> Iterator[Callable[[], int]]:
+    """Gives what tells how many bodies of this size memory holds."""
+    with traced() as held_bytes:
+        yield lambda: round(held_bytes() / BODY_BYTES)
 
 
 def test_bodies_that_wait_for_a_thread_go_at_their_deadline(
@@ -109,73 +96,77 @@ def test_bodies_that_wait_for_a_thread_go_at_their_deadline(
 
     async def request(service: Service) -> None:
         with submit(service, 2) as submission:
-            body = Body(Counted(b"photo"))
+            body = Body(bytes(BODY_BYTES))
             async with submission.work() as work:
                 await work.segment(body)
 
-    async def scenario() -> None:
+    async def scenario(bodies: Callable[[], int]) -> None:
         service = Service(Settings(decode_threads=1), Metrics())
         await service.use(Constant(0.5))
         try:
             requests = [asyncio.create_task(request(service)) for _ in range(5)]
             await asyncio.to_thread(begun.acquire, timeout=30)
-            assert Counted.alive == 5
+            assert bodies() == 5
             # With their exceptions, which have the frames that the bodies came through.
             for outcome in await asyncio.gather(*requests, return_exceptions=True):
                 assert isinstance(outcome, DeadlineExceeded)
             # The one that a thread is at work on.
-            assert Counted.alive == 1
+            assert bodies() == 1
             go_on.set()
             assert await service.threads.run(lambda: "next") == "next"
-            assert Counted.alive == 0
+            assert bodies() == 0
             assert not begun.acquire(blocking=False)
         finally:
             go_on.set()
             await service.close()
 
-    with no_collection():
-        asyncio.run(asyncio.wait_for(scenario(), 60))
+    with counted_bodies() as bodies:
+        asyncio.run(asyncio.wait_for(scenario(bodies), 60))
 
 
 def test_arguments_that_wait_for_a_thread_go_when_cancelled() -> None:
-    go_on = threading.Event()
+    begun, go_on = threading.Semaphore(0), threading.Event()
 
-    async def scenario() -> None:
+    def hold() -> None:
+        begun.release()
+        go_on.wait(30)
+
+    async def scenario(bodies: Callable[[], int]) -> None:
         service = Service(Settings(decode_threads=1), Metrics())
         try:
             for alone in (False, True):
                 go_on.clear()
-                first = asyncio.create_task(service.threads.run(go_on.wait, 30, alone=alone))
+                first = asyncio.create_task(service.threads.run(hold, alone=alone))
                 second = asyncio.create_task(
-                    service.threads.run(len, Counted(b"four"), alone=alone)
+                    service.threads.run(len, bytes(BODY_BYTES), alone=alone)
                 )
-                await asyncio.sleep(0.1)
-                assert Counted.alive == 1
+                assert await asyncio.to_thread(begun.acquire, timeout=30)
+                assert bodies() == 1
                 second.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await second
                 del second
-                assert Counted.alive == 0
+                assert bodies() == 0
                 # One that has begun keeps its thread.
                 first.cancel()
                 third = asyncio.create_task(service.threads.run(len, b"four", alone=alone))
-                await asyncio.sleep(0.1)
-                assert not third.done()
+                finished, _ = await asyncio.wait({third}, timeout=0.1)
+                assert not finished
                 go_on.set()
                 assert await third == 4
         finally:
             go_on.set()
             await service.close()
 
-    with no_collection():
-        asyncio.run(asyncio.wait_for(scenario(), 60))
+    with counted_bodies() as bodies:
+        asyncio.run(asyncio.wait_for(scenario(bodies), 60))
 
 
 def test_what_is_wrong_with_a_photo_does_not_keep_it() -> None:
-    async def scenario() -> None:
+    async def scenario(bodies: Callable[[], int]) -> None:
         service = Service(Settings(decode_threads=1), Metrics())
         await service.use(Constant(0.5))
-        body = Body(Counted(b"no photo"))
+        body = Body(bytes(BODY_BYTES))
 
         async def segment() -> None:
             with submit(service) as submission:
@@ -185,14 +176,14 @@ def test_what_is_wrong_with_a_photo_does_not_keep_it() -> None:
         try:
             await service.unless_closing(segment())
         except UnsupportedType:
-            assert Counted.alive == 1
+            assert bodies() == 1
         # The loop's own references go with its next turn, the thread's before its next work.
         assert await service.threads.run(lambda: "next") == "next"
-        assert Counted.alive == 0
+        assert bodies() == 0
         await service.close()
 
-    with no_collection():
-        asyncio.run(asyncio.wait_for(scenario(), 60))
+    with counted_bodies() as bodies:
+        asyncio.run(asyncio.wait_for(scenario(bodies), 60))
 
 
 LONE = drawn_photo(4, 600, 450)
