@@ -5,7 +5,6 @@ import signal
 import ssl
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -17,6 +16,7 @@ import pytest
 from tests.support import ROOT
 from tests.support.authority import Authority
 from tests.support.launch import free_port, serve
+from tests.support.waiting import until
 
 HEALTH = ROOT / "docker/health.py"
 
@@ -63,8 +63,7 @@ def test_health_follows_readiness_through_a_drain() -> None:
     with serve("--drain-grace-s", "30", command=("-c", ENTRYPOINT)) as server:
         assert check(server.port) == 0
         server.terminate()
-        time.sleep(0.2)
-        assert check(server.port) == 1
+        until(lambda: check(server.port) == 1)
         server.terminate()
         assert server.wait() == 128 + signal.SIGTERM
 
@@ -114,10 +113,8 @@ def test_a_real_server_with_mutual_tls_is_healthy_once_it_listens(tmp_path: Path
     port = free_port()
     environment = {**os.environ, **variables, "SLSNET_PORT": str(port)}
     with subprocess.Popen([sys.executable, "-m", "server"], cwd=ROOT, env=environment) as process:
-        give_up = time.monotonic() + 120
-        while check(port, "127.0.0.1", **variables):
-            assert process.poll() is None
-            assert time.monotonic() < give_up
+        until(lambda: process.poll() is not None or not check(port, "127.0.0.1", **variables))
+        assert process.poll() is None
         process.terminate()
         assert process.wait(60) == 0
     assert check(port, "127.0.0.1", **variables) == 1

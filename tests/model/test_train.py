@@ -341,7 +341,7 @@ def test_killed_runs_go_on_bit_for_bit(data: Path, cache: Path, tmp_path: Path) 
         )
         assert process.stderr is not None
         if kills < 3:
-            for line in process.stderr:  # killed somewhere in the epochs after this one
+            for line in process.stderr:  # killed at any moment of the epochs after this one
                 if line.startswith("epoch "):
                     time.sleep(moments.uniform(0, 0.3))
                     process.send_signal(signal.SIGKILL)

@@ -6,9 +6,7 @@ import os
 import signal
 import socket
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -20,39 +18,14 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.soak import soak
-from tests.support.answers import read_png
-from tests.support.clients import masks_of
+from tests.support.answers import read_png, refused_connections
+from tests.support.clients import masks_of, sending
 from tests.support.faulty_server import ENDLESS, POISON
 from tests.support.launch import ServerProcess, serve
 from tests.support.offline import Offline
 from tests.support.samples import Sample
 from tests.support.waiting import until
-
-
-@dataclass
-class Ledger:
-    """What became of the requests of one client."""
-
-    right: int = 0
-    wrong: list[str] = field(default_factory=list)
-
-
-def keep_sending(
-    server: ServerProcess, photo: Sample, mask: bytes, stop: threading.Event
-) -> Ledger:
-    ledger = Ledger()
-    with httpx.Client(base_url=server.url, timeout=60) as client:
-        while not stop.is_set():
-            try:
-                answer = client.post("/segment", content=photo.data)
-            except httpx.HTTPError as error:
-                ledger.wrong.append(repr(error))
-            else:
-                if answer.status_code == 200 and answer.content == mask:
-                    ledger.right += 1
-                else:
-                    ledger.wrong.append(f"{answer.status_code}")
-    return ledger
+from tests.support.wire import connect
 
 
 def vanish(server: ServerProcess, photo: Sample, sent: int) -> None:
@@ -71,27 +44,20 @@ def test_good_clients_notice_nothing_of_bad_ones(photos: list[Sample], offline: 
         masks = masks_of(server, photos[:4])
         for photo, mask in zip(photos, masks, strict=False):
             np.testing.assert_array_equal(read_png(mask), offline.mask(photo.data))
-        stop = threading.Event()
-        clients = stack.enter_context(ThreadPoolExecutor(4))
-        stack.callback(stop.set)
-        sending = [
-            clients.submit(keep_sending, server, photo, mask, stop)
-            for photo, mask in zip(photos, masks, strict=False)
-        ]
-        for _ in range(500):
-            slow = stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
-            slow.sendall(b"POST /segment HTTP/1.1\r\nX-A: ")
-        for round_ in range(10):
-            vanish(server, photos[5], 100)
-            vanish(server, photos[6], len(photos[6].data))
-            assert httpx.post(f"{server.url}/segment", content=b"bad").status_code == 415
-            if round_ % 4 == 0:
-                os.kill(server.process.pid, signal.SIGHUP)
-            time.sleep(0.2)
-        stop.set()
-        ledgers = [future.result() for future in sending]
+        with sending(server, photos, masks) as ledgers:
+            for _ in range(500):
+                slow = stack.enter_context(connect(server))
+                slow.sendall(b"POST /segment HTTP/1.1\r\nX-A: ")
+            for round_ in range(10):
+                vanish(server, photos[5], 100)
+                vanish(server, photos[6], len(photos[6].data))
+                assert httpx.post(f"{server.url}/segment", content=b"bad").status_code == 415
+                if round_ % 4 == 0:
+                    os.kill(server.process.pid, signal.SIGHUP)
+                before = [ledger.right for ledger in ledgers]
+                until(lambda: all(now.right > n for now, n in zip(ledgers, before, strict=True)))  # noqa: B023
+            until(lambda: refused_connections(server, "head_timeout") == 500)
         assert [ledger.wrong for ledger in ledgers] == [[]] * 4
-        assert all(ledger.right for ledger in ledgers)
         server.terminate()
         assert server.wait() == 0
 
@@ -144,15 +110,11 @@ def test_a_backend_that_raises_now_and_then_costs_no_answer_but_the_bad_photos(
     with serve(command=["-m", "tests.support.faulty_server"]) as server:
         masks = masks_of(server, photos[:5])
         stop = threading.Event()
-        with ThreadPoolExecutor(5) as clients, contextlib.ExitStack() as stack:
+        with ThreadPoolExecutor(1) as client, contextlib.ExitStack() as stack:
             stack.callback(stop.set)
-            bad = clients.submit(alternate, masks[0], stop)
-            sending = [
-                clients.submit(keep_sending, server, photo, mask, stop)
-                for photo, mask in zip(photos[1:5], masks[1:], strict=True)
-            ]
+            ledgers = stack.enter_context(sending(server, photos[1:5], masks[1:]))
+            bad = client.submit(alternate, masks[0], stop)
             until(lambda: server.log().count("one in seven") >= 5 or bad.done())
-        ledgers = [future.result() for future in sending]
         sent, statuses = bad.result()
         assert [ledger.wrong for ledger in ledgers] == [[]] * 4
         assert statuses == {500}
@@ -178,13 +140,7 @@ def test_a_clock_that_jumps_loses_nothing(photos: list[Sample], tmp_path: Path) 
     today = datetime.now()
     with serve("--drain-grace-s", "0.5", environment=environment) as server:
         masks = masks_of(server, photos[:4])
-        stop = threading.Event()
-        with ThreadPoolExecutor(4) as clients, contextlib.ExitStack() as stack:
-            stack.callback(stop.set)
-            sending = [
-                clients.submit(keep_sending, server, photo, mask, stop)
-                for photo, mask in zip(photos, masks, strict=False)
-            ]
+        with sending(server, photos, masks) as ledgers:
             for days in (1, -1, 1):
                 clock.write_text(f"{days * 86400:+d}", encoding="ascii")
                 # Over midnight it is a day more.
@@ -192,7 +148,6 @@ def test_a_clock_that_jumps_loses_nothing(photos: list[Sample], tmp_path: Path) 
                 said = len(server.log())
                 until(lambda: any(date in server.log()[said:] for date in dates))  # noqa: B023
                 until(lambda: server.log()[said:].count("/segment 200") > 20)  # noqa: B023
-        ledgers = [future.result() for future in sending]
         assert [ledger.wrong for ledger in ledgers] == [[]] * 4
         good = sum(ledger.right for ledger in ledgers) + len(masks)
         until(lambda: answers(server) == {"200": good})
@@ -204,23 +159,16 @@ def test_a_worker_that_is_killed_loses_only_what_it_held(photos: list[Sample]) -
     with serve("--workers", "2") as server:
         until(lambda: server.log().count(" ready: ") == 2)
         masks = masks_of(server, photos[:4])
-        stop = threading.Event()
-        with ThreadPoolExecutor(4) as clients:
-            sending = [
-                clients.submit(keep_sending, server, photo, mask, stop)
-                for photo, mask in zip(photos, masks, strict=False)
-            ]
-            time.sleep(0.5)
+        with sending(server, photos, masks) as ledgers:
+            until(lambda: all(ledger.right > 2 for ledger in ledgers))
             psutil.Process(server.process.pid).children()[0].kill()
             until(lambda: server.log().count(" ready: ") == 3)
-            stop.set()
-            ledgers = [future.result() for future in sending]
         # Each client had at most one request there, and knows that it was not answered; while the
         # new worker loads its network it says 503.
         lost = [wrong for ledger in ledgers for wrong in ledger.wrong if wrong != "503"]
         assert len(lost) <= 4
         assert all("Error" in wrong for wrong in lost)
-        assert all(ledger.right for ledger in ledgers)
+        assert not any(ledger.is_refused for ledger in ledgers)
         # What it had counted is counted still; only what it held may be on one side alone.
         right = sum(ledger.right for ledger in ledgers) + len(masks)
         assert abs(answers(server)["200"] - right) <= 4

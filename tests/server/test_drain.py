@@ -7,8 +7,6 @@ import json
 import signal
 import socket
 import ssl
-import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +24,7 @@ from server.process.worker import _Server
 from server.settings import Settings
 from tests.support.answers import figures
 from tests.support.authority import Authority
-from tests.support.clients import keep_sending, masks_of
+from tests.support.clients import masks_of, sending
 from tests.support.held import serve_held
 from tests.support.launch import serve
 from tests.support.samples import Sample
@@ -34,26 +32,20 @@ from tests.support.waiting import until
 
 
 def test_sigterm_under_load_loses_nothing(photos: list[Sample]) -> None:
-    with serve("--drain-grace-s", "3") as server, ThreadPoolExecutor(8) as clients:
+    with serve("--drain-grace-s", "3") as server:
         masks = masks_of(server, photos[:8])
-        started = threading.Event()
-        ledgers = [
-            clients.submit(keep_sending, server, photo, mask, started)
-            for photo, mask in zip(photos, masks, strict=False)
-        ]
-        assert started.wait(30)
-        time.sleep(0.5)
-        server.terminate()
-        until(lambda: httpx.get(f"{server.url}/health/ready").status_code == 503)
-        ready = httpx.get(f"{server.url}/health/ready")
-        assert "going down" in ready.json()["detail"]
-        live = httpx.get(f"{server.url}/health/live")
-        assert live.status_code == 200
-        assert live.headers["connection"] == "close"
-        results = [ledger.result() for ledger in ledgers]
+        with sending(server, photos, masks) as ledgers:
+            until(lambda: all(ledger.right > 2 for ledger in ledgers))
+            server.terminate()
+            until(lambda: httpx.get(f"{server.url}/health/ready").status_code == 503)
+            ready = httpx.get(f"{server.url}/health/ready")
+            assert "going down" in ready.json()["detail"]
+            live = httpx.get(f"{server.url}/health/live")
+            assert live.status_code == 200
+            assert live.headers["connection"] == "close"
+            until(lambda: all(ledger.is_refused for ledger in ledgers))
         assert server.wait() == 0
-        assert [ledger.lost for ledger in results] == [""] * 8
-        assert all(ledger.answered for ledger in results)
+        assert [ledger.wrong for ledger in ledgers] == [[]] * 8
 
 
 def test_photos_that_the_drain_has_no_time_for_are_told_so(

@@ -7,8 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +18,7 @@ import pytest
 from server.observe.shared_metrics import Folder
 from tests.support import ROOT
 from tests.support.answers import figures
-from tests.support.clients import Ledger, keep_sending, masks_of
+from tests.support.clients import masks_of, sending
 from tests.support.launch import ServerProcess, free_port, serve
 from tests.support.samples import Sample
 from tests.support.waiting import until
@@ -93,19 +91,12 @@ def test_sigterm_drains_all_workers_and_loses_nothing(
     folder = metrics_folder(pair)
     children = workers(pair)
     masks = masks_of(pair, photos[:6])
-    with ThreadPoolExecutor(6) as clients:
-        started = threading.Event()
-        sending = [
-            clients.submit(keep_sending, pair, photo, mask, started)
-            for photo, mask in zip(photos, masks, strict=False)
-        ]
-        assert started.wait(30)
-        time.sleep(0.5)
+    with sending(pair, photos, masks) as ledgers:
+        until(lambda: all(ledger.right > 2 for ledger in ledgers))
         pair.terminate()
-        ledgers: list[Ledger] = [future.result() for future in sending]
+        until(lambda: all(ledger.is_refused for ledger in ledgers))
         assert pair.wait() == 0
-    assert [ledger.lost for ledger in ledgers] == [""] * 6
-    assert all(ledger.answered for ledger in ledgers)
+    assert [ledger.wrong for ledger in ledgers] == [[]] * 6
     assert not any(child.is_running() for child in children)
     assert not folder.exists()
 

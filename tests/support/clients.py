@@ -1,7 +1,10 @@
 """Clients of a server that is under load."""
 
+import contextlib
 import threading
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import httpx
 
@@ -13,9 +16,10 @@ from tests.support.samples import Sample
 class Ledger:
     """What became of the requests of one client."""
 
-    answered: int = 0
-    refused: bool = False
-    lost: str = ""
+    right: int = 0
+    wrong: list[str] = field(default_factory=list)
+    is_refused: bool = False
+    """The port is closed."""
 
 
 def masks_of(server: ServerProcess, photos: list[Sample]) -> list[bytes]:
@@ -28,22 +32,37 @@ def masks_of(server: ServerProcess, photos: list[Sample]) -> list[bytes]:
     return masks
 
 
-def keep_sending(
-    server: ServerProcess, photo: Sample, mask: bytes, started: threading.Event
-) -> Ledger:
-    """Send until the port is closed."""
-    ledger = Ledger()
-    with httpx.Client(base_url=server.url, timeout=60) as client:
-        while not ledger.refused and not ledger.lost:
-            try:
-                response = client.post("/segment", files={"file": photo.data})
-            except httpx.ConnectError:
-                ledger.refused = True
-            except httpx.HTTPError as error:
-                ledger.lost = repr(error)
-            else:
-                assert response.status_code == 200
-                assert response.content == mask
-                ledger.answered += 1
-                started.set()
-    return ledger
+@contextlib.contextmanager
+def sending(
+    server: ServerProcess, photos: Sequence[Sample], masks: Sequence[bytes]
+) -> Iterator[list[Ledger]]:
+    """A client for each mask, which sends its photo again and again.
+
+    Each goes on until the port is closed or the block is left; its ledger grows meanwhile.
+    """
+    stop = threading.Event()
+
+    def send(photo: Sample, mask: bytes, ledger: Ledger) -> None:
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            while not stop.is_set() and not ledger.is_refused:
+                try:
+                    answer = client.post("/segment", content=photo.data)
+                except httpx.ConnectError:
+                    ledger.is_refused = True
+                except httpx.HTTPError as error:
+                    ledger.wrong.append(repr(error))
+                else:
+                    if answer.status_code == 200 and answer.content == mask:
+                        ledger.right += 1
+                    else:
+                        ledger.wrong.append(f"{answer.status_code}")
+
+    with ThreadPoolExecutor(len(masks)) as threads:
+        ledgers = [Ledger() for _ in masks]
+        clients = [threads.submit(send, *its) for its in zip(photos, masks, ledgers, strict=False)]
+        try:
+            yield ledgers
+        finally:
+            stop.set()
+        for client in clients:
+            client.result()

@@ -2,12 +2,36 @@
 
 import contextlib
 import socket
+from pathlib import Path
+
+import pytest
 
 from tests.support.launch import ServerProcess
+from tests.support.waiting import until
 
 
 def connect(server: ServerProcess) -> socket.socket:
     return socket.create_connection(("127.0.0.1", server.port), timeout=30)
+
+
+def send_apart(connection: socket.socket, *pieces: bytes) -> None:
+    """Each is sent once the server has read the one before."""
+    for piece in pieces:
+        connection.sendall(piece)
+        until(lambda: _is_read(connection))
+
+
+def _is_read(connection: socket.socket) -> bool:
+    own, peer = (f":{port:04X}" for _, port in (connection.getsockname(), connection.getpeername()))
+    try:
+        lines = Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()
+    except FileNotFoundError:
+        pytest.skip("the system does not tell what was read")
+    for _, local, remote, _, queues, *_ in map(str.split, lines):
+        if local.endswith(peer) and remote.endswith(own):
+            return queues.endswith(":00000000")
+    # Closed.
+    return True
 
 
 def read_all(connection: socket.socket) -> bytes:

@@ -4,13 +4,10 @@ import base64
 import errno
 import hashlib
 import json
-import os
 import signal
-import socket
 import ssl
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +23,7 @@ from tests.support.authority import Authority
 from tests.support.launch import ServerProcess, free_port, serve
 from tests.support.samples import Sample
 from tests.support.waiting import until
+from tests.support.wire import connect
 
 
 @dataclass
@@ -202,55 +200,37 @@ def test_a_key_file_that_cannot_be_read_ends_the_process(tmp_path: Path) -> None
     assert "by_mistake" not in result.stderr
 
 
-def until_ready(client: httpx.Client, process: subprocess.Popen[bytes]) -> None:
-    give_up = time.perf_counter() + 60
-    while time.perf_counter() < give_up and process.poll() is None:
-        try:
-            if client.get("/health/ready").status_code == 200:
-                return
-        except httpx.ConnectError:
-            time.sleep(0.05)
-    raise AssertionError("not ready")
-
-
 def test_tls_and_clients_that_show_their_certificate(tmp_path: Path, photos: list[Sample]) -> None:
     authority = Authority(tmp_path, "authority")
     stranger = Authority(tmp_path, "stranger")
-    port = free_port()
-    command = [sys.executable, "-m", "server", "--port", str(port)]
-    command += ["--tls-cert", str(authority.issue("server"))]
-    command += ["--tls-client-ca", str(authority.certificate)]
+    certificate, authorities = str(authority.issue("server")), str(authority.certificate)
+    flags = ("--tls-cert", certificate, "--tls-client-ca", authorities)
     trust = ssl.create_default_context(cafile=str(authority.certificate))
     known = ssl.create_default_context(cafile=str(authority.certificate))
     known.load_cert_chain(authority.issue("client"))
     unknown = ssl.create_default_context(cafile=str(authority.certificate))
     unknown.load_cert_chain(stranger.issue("other"))
-    url = f"https://127.0.0.1:{port}"
     with (
-        subprocess.Popen(command, cwd=ROOT, env=os.environ, stderr=subprocess.DEVNULL) as process,
-        httpx.Client(base_url=url, verify=known) as client,
+        serve(*flags, trust=known) as server,
+        httpx.Client(base_url=server.url, verify=known) as client,
     ):
-        try:
-            until_ready(client, process)
-            answer = client.post("/segment", content=photos[0].data)
-            assert answer.status_code == 200
-            assert answer.headers["strict-transport-security"] == "max-age=31536000"
-            for context in (trust, unknown):
-                with pytest.raises(httpx.TransportError):
-                    httpx.get(f"{url}/health/live", verify=context)
+        answer = client.post("/segment", content=photos[0].data)
+        assert answer.status_code == 200
+        assert answer.headers["strict-transport-security"] == "max-age=31536000"
+        for context in (trust, unknown):
             with pytest.raises(httpx.TransportError):
-                httpx.get(f"http://127.0.0.1:{port}/health/live")
-            many = [("file", photos[index % 3].data) for index in range(30)]
-            with client.stream("POST", "/segment/batch", files=many) as answer:
-                lines = answer.iter_lines()
-                statuses = [json.loads(next(lines))["status"]]
-                process.terminate()
-                statuses += [json.loads(line)["status"] for line in lines]
-            assert statuses == [200] * 30
-            # The client is still connected, but does not look; asyncio alone would wait for 30 s.
-            assert process.wait(25) == 0
-        finally:
-            process.kill()
+                httpx.get(f"{server.url}/health/live", verify=context)
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"http://127.0.0.1:{server.port}/health/live")
+        many = [("file", photos[index % 3].data) for index in range(30)]
+        with client.stream("POST", "/segment/batch", files=many) as answer:
+            lines = answer.iter_lines()
+            statuses = [json.loads(next(lines))["status"]]
+            server.terminate()
+            statuses += [json.loads(line)["status"] for line in lines]
+        assert statuses == [200] * 30
+        # The client is still connected, but does not look; asyncio alone would wait for 30 s.
+        assert server.process.wait(25) == 0
 
 
 def test_a_certificate_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -261,15 +241,12 @@ def test_a_certificate_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     certificate, key = tmp_path / "served.crt", tmp_path / "served.key"
     certificate.write_text(first)
     key.write_text(first.partition(begin)[0])
-    port = free_port()
-    log = tmp_path / "log"
-    command = [sys.executable, "-m", "server", "--port", str(port)]
-    command += ["--tls-cert", str(certificate), "--tls-key", str(key)]
+    flags = ("--tls-cert", str(certificate), "--tls-key", str(key))
 
     def served() -> str:
         """Whom the certificate is for that a new connection is shown."""
         with (
-            socket.create_connection(("127.0.0.1", port), timeout=60) as plain,
+            connect(server) as plain,
             trust.wrap_socket(plain, server_hostname="127.0.0.1") as connection,
         ):
             shown = connection.getpeercert(binary_form=True)
@@ -277,23 +254,16 @@ def test_a_certificate_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
             (name,) = x509.load_der_x509_certificate(shown).subject
             return str(name.value)
 
-    with (
-        log.open("wb") as output,
-        subprocess.Popen(command, cwd=ROOT, env=os.environ, stderr=output) as process,
-        httpx.Client(base_url=f"https://127.0.0.1:{port}", verify=trust) as client,
-    ):
-        try:
-            until_ready(client, process)
-            certificate.write_text(second)
-            process.send_signal(signal.SIGHUP)
-            until(lambda: "certificate is not changed" in log.read_text())
-            assert served() == "first"
-            key.write_text(second.partition(begin)[0])
-            process.send_signal(signal.SIGHUP)
-            until(lambda: served() == "second")
-        finally:
-            process.terminate()
-        assert process.wait(60) == 0
+    with serve(*flags, trust=trust) as server:
+        certificate.write_text(second)
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: "certificate is not changed" in server.log())
+        assert served() == "first"
+        key.write_text(second.partition(begin)[0])
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: served() == "second")
+        server.terminate()
+        assert server.wait() == 0
 
 
 def test_tls_that_cannot_be_set_up_ends_the_process(tmp_path: Path) -> None:
