@@ -213,7 +213,7 @@ def _figure(
     images_per_s = batch / statistics.fmean(latencies)
     if slots > 1:
         images_per_s = max(images_per_s, _together(backend, pixels, slots, seconds))
-    peak = _peak(gpu).get(result.precision)
+    peak = peak_tflops(gpu).get(result.precision)
     ordered = sorted(latencies)
     return Figure(
         batch=batch,
@@ -224,7 +224,7 @@ def _figure(
     )
 
 
-def _peak(gpu: Gpu) -> dict[str, float]:
+def peak_tflops(gpu: Gpu) -> dict[str, float]:
     """Dense TFLOPS by precision; empty for a card, or a part of one, that the table has not."""
     words = re.split(r"[\s-]+", gpu.name)  # such as NVIDIA A100-SXM4-80GB
     if {"MIG", "NVL", "PCIe"}.intersection(words):

@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["main", "verdict"]
+__all__ = ["SHIPPED", "main", "verdict"]
 
 _ROOT = Path(__file__).parent.parent
 # Traces and Ray are installed by who wants them; all else is in an image.
-_SHIPPED = (
+SHIPPED = (
     *sorted((_ROOT / "docker").glob("requirements*.lock")),
     _ROOT / "requirements-otel.txt",
     _ROOT / "requirements-ray.txt",
@@ -64,7 +64,7 @@ def _audit(requirements: Path) -> tuple[bool, list[str]]:
 def main() -> int:
     """The command; gives its exit code."""
     good = True
-    for requirements in _SHIPPED:
+    for requirements in SHIPPED:
         is_good, lines = _audit(requirements)
         good = good and is_good
         for line in lines:

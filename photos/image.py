@@ -43,6 +43,7 @@ __all__ = [
     "UnsupportedImageError",
     "encode_png",
     "is_baseline_jpeg",
+    "jpeg_scans",
     "lesion_mask",
     "read_photo",
     "unpack_mask",
@@ -207,7 +208,7 @@ def _decode(
             webp_size = _webp_size(data)
             _check_pixels(*webp_size, max_pixels)
             held.enter_context(room(math.prod(webp_size)))
-        odd = structure.check(name, data, _jpeg_scans(data) if name == "JPEG" else 0)
+        odd = structure.check(name, data, jpeg_scans(data) if name == "JPEG" else 0)
         if odd:
             raise CorruptImageError(
                 f"The {name} image has {odd}, which no photo needs: save it anew as a baseline"
@@ -243,7 +244,7 @@ def _decode(
 
 def is_baseline_jpeg(data: bytes) -> bool:
     """Whether it is a JPEG of one scan: its pixels alone bound the time to decode it."""
-    return data.startswith(_MAGIC[0][0]) and _jpeg_scans(data) == 1
+    return data.startswith(_MAGIC[0][0]) and jpeg_scans(data) == 1
 
 
 def lesion_mask(
@@ -380,7 +381,7 @@ def _webp_size(data: bytes) -> tuple[int, int]:
     return 0, 0
 
 
-def _jpeg_scans(data: bytes) -> int:
+def jpeg_scans(data: bytes) -> int:
     """How many scans the picture has, by its markers up to the end of image (ITU-T T.81, B.1.1).
 
     Segments are skipped by their length, and what follows the picture is not read. Maker notes,

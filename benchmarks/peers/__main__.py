@@ -315,7 +315,7 @@ def _setting(plan: Plan, photos: Sequence[bytes], source: str, model: Path) -> S
     mean_kb = sum(map(len, photos)) / len(photos) / 1000
     return Setting(
         machine=machine().partition(", load")[0],
-        commit=_commit(),
+        commit=measured_commit(),
         model=f"{model.name}, sha256 {sha256(model.read_bytes()).hexdigest()[:12]}",
         photos=f"{len(read)} {source} JPEG photos of {sizes}, {mean_kb:.0f} kB on average",
         layout=f"{processes} processes that run the network, {threads} thread each",
@@ -325,7 +325,7 @@ def _setting(plan: Plan, photos: Sequence[bytes], source: str, model: Path) -> S
     )
 
 
-def _commit() -> str:
+def measured_commit() -> str:
     """The last that touched what is measured or measures; with a + where it was changed since."""
     git = ["git", "-C", str(ROOT)]
     watched = ["server", "model", "photos", "common", "trt_build", "benchmarks/peers"]

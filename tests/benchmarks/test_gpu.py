@@ -94,4 +94,4 @@ def test_what_is_cut_off_has_what_it_measured(
     ],
 )
 def test_a_card_is_held_against_its_own_peak(name: str, fp16: float | None) -> None:
-    assert gpu._peak(Gpu(name, "8.0", 1, 1)).get("fp16") == fp16
+    assert gpu.peak_tflops(Gpu(name, "8.0", 1, 1)).get("fp16") == fp16

@@ -431,16 +431,16 @@ def test_a_commit_that_touches_nothing_measured_leaves_a_comparison_valid(
         (tmp_path / name).write_text(text)
         git("add", ".")
         git("commit", "--quiet", "-m", name)
-        return command_line._commit()
+        return command_line.measured_commit()
 
     monkeypatch.setattr(command_line, "ROOT", tmp_path)
-    assert command_line._commit() == "unknown"
+    assert command_line.measured_commit() == "unknown"
     git("init", "--quiet")
     first = commit("server/a.py")
     assert commit("docs/a.md") == first
     assert commit("server/b.py") != first
     (tmp_path / "server/b.py").write_text("changed")
-    assert command_line._commit().endswith("+")
+    assert command_line.measured_commit().endswith("+")
 
 
 def test_an_aim_may_be_a_least_or_a_most() -> None:

@@ -55,5 +55,5 @@ def test_the_command_goes_by_what_pip_audit_says(
     monkeypatch.setattr(sys, "executable", str(stand_in))
     assert audit.main() == code
     said = capsys.readouterr().out
-    assert said.count(words) == len(audit._SHIPPED)
+    assert said.count(words) == len(audit.SHIPPED)
     assert "docker/requirements.lock" in said

@@ -33,6 +33,11 @@ def shapes() -> list[tuple[int, int]]:
     return [*common, (40_000, 3), (3000, 2000), *((width, height) for width, height in sides)]
 
 
+def without_library(patch: pytest.MonkeyPatch) -> None:
+    # Private, for it is loaded when the module is, once for all tests.
+    patch.setattr(pixels, "_library", None)
+
+
 @runs_here
 @pytest.mark.parametrize("size", [MODEL_SIZE, 100, 7])
 def test_the_square_is_pillows(size: int) -> None:
@@ -78,7 +83,7 @@ def test_the_mask_is_numpys(threshold: float, monkeypatch: pytest.MonkeyPatch) -
         for probability in maps:
             compiled = lesion_mask(probability, width, height, threshold)
             with monkeypatch.context() as patch:
-                patch.setattr(pixels, "_library", None)
+                without_library(patch)
                 expected = lesion_mask(probability, width, height, threshold)
             np.testing.assert_array_equal(compiled, expected, f"{width}×{height}")
 
@@ -96,9 +101,9 @@ def test_scans_are_counted_alike_whatever_the_bytes(monkeypatch: pytest.MonkeyPa
         b"\xff\xd8\xff" + rng.choice(markers, length - 3).tobytes()
         for length in [*range(3, 12), *rng.integers(12, 400, 300)]
     ]
-    counts = [image._jpeg_scans(data) for data in files]
-    monkeypatch.setattr(pixels, "_library", None)
-    assert counts == [image._jpeg_scans(data) for data in files]
+    counts = [image.jpeg_scans(data) for data in files]
+    without_library(monkeypatch)
+    assert counts == [image.jpeg_scans(data) for data in files]
     assert counts[0] == 10
     assert max(counts[len(files) - 300 :]) > 1
 
@@ -109,7 +114,7 @@ def test_without_the_library_photos_and_masks_are_the_same(
     buffer = BytesIO()
     Image.fromarray(noise(600, 450)).save(buffer, "JPEG")
     read = read_photo(buffer.getvalue())
-    monkeypatch.setattr(pixels, "_library", None)
+    without_library(monkeypatch)
     plain = read_photo(buffer.getvalue())
     assert plain.pixels.flags.writeable and read.pixels.flags.writeable
     np.testing.assert_array_equal(plain.pixels, read.pixels)
@@ -120,6 +125,7 @@ def test_a_library_that_does_not_load_is_done_without(
 ) -> None:
     (tmp_path / "pixels.so").write_bytes(b"\x7fELF")
     monkeypatch.setattr(pixels, "LIBRARY", tmp_path / "pixels.so")
+    # Private likewise.
     assert pixels._load() is None
 
 

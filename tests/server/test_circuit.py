@@ -101,6 +101,7 @@ def test_a_backend_that_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch) ->
         return opened[-1]
 
     monkeypatch.setattr(loading, "open_backend", open_hanging)
+    # Private, for nobody sets it, and a test does not wait for so long.
     monkeypatch.setattr(batching, "_HUNG_S", 0.5)
     app, _ = create_app(Settings(backend="onnxruntime"))
     with serve_app(app) as client:

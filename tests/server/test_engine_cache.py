@@ -348,6 +348,7 @@ def test_waiting_for_the_gpu_spins_where_cores_are_plenty(
 
     monkeypatch.setattr(engine_cache, "TensorRtBackend", backend)
     cache = open_engine_cache(tmp_path, MODEL, "fp16", lambda _: None, cores=cores)
+    # Private, for `load` tries the engine first, in a process that has to have a GPU.
     cache._load(cache.engine)
     assert opened == [spin]
 

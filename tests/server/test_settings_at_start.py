@@ -9,14 +9,15 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.backends import BackendError
 from server.http.app import create_app
 from server.inference import loading
 from server.keys import KeyFile, KeyFileError, new_key
 from server.settings import Settings
 from tests.support import ROOT
-from tests.support.app import serve_app
+from tests.support.app import backend_of, serve_app
 from tests.support.launch import free_port, serve
+from tests.support.offline import CPU_BACKEND
+from tests.support.waiting import until
 
 
 def refused(*flags: str, code: int = 2, **environment: str) -> str:
@@ -108,19 +109,24 @@ def _nowhere(*_: object) -> Path:
 
 
 def test_without_a_home_the_cpu_serves_and_tensorrt_says_why_not(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(Path, "expanduser", _nowhere)
-    assert loading._engines(Settings(backend="auto"), lambda _: None) is None
-    with pytest.raises(BackendError, match="--engine-dir"):
-        loading._engines(Settings(backend="tensorrt"), lambda _: None)
+    app, _ = create_app(Settings(backend="auto", threads=1))
+    with serve_app(app) as client:
+        until(lambda: backend_of(client) == CPU_BACKEND)
+    failed = threading.Event()
+    app, _ = create_app(Settings(backend="tensorrt"), failed.set)
+    with serve_app(app):
+        assert failed.wait(60)
+    assert "--engine-dir" in caplog.text
 
 
 def test_a_load_that_fails_in_an_unforeseen_way_ends_the_server(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(loading, "_engines", _nowhere)
+    monkeypatch.setattr(loading, "open_backend", _nowhere)
     failed = threading.Event()
-    app, _ = create_app(Settings(), failed.set)
+    app, _ = create_app(Settings(backend="onnxruntime"), failed.set)
     with serve_app(app):
         assert failed.wait(60)

@@ -46,6 +46,7 @@ class Harness:
         behaviour: str | Callable[[], str] = "good",
         load: Callable[[Path], Backend] = EngineStub,
         trial: str = "",
+        on_event: Callable[[EngineEvent], None] | None = None,
         **options: Any,
     ) -> EngineCache:
         def command(engine: Path) -> list[str]:
@@ -58,7 +59,7 @@ class Harness:
             command=command,
             load=load,
             trial=lambda _: [sys.executable, "-c", trial],
-            on_event=self.events.append,
+            on_event=on_event or self.events.append,
             **{"first_pause_s": 0.05, **options},
         )
 

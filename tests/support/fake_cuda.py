@@ -115,7 +115,7 @@ class FakeCuda:
             stream.is_void = True
         return bool(captures)
 
-    def _allocate(self, size: int) -> tuple[Status, int]:
+    def allocate(self, size: int) -> tuple[Status, int]:
         if self.may_be_unsafe():
             return Status.cudaErrorStreamCaptureUnsupported, 0
         if self.used() + size > self.capacity:
@@ -130,7 +130,7 @@ class FakeCuda:
         del self.memory[address]
         return (OK,)
 
-    cudaMalloc = cudaMallocHost = _allocate
+    cudaMalloc = cudaMallocHost = allocate
     cudaFree = cudaFreeHost = _free
 
     def cudaSetDeviceFlags(self, flags: int) -> tuple[Status]:

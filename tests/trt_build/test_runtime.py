@@ -215,7 +215,7 @@ def test_too_little_memory_is_said_and_nothing_is_kept(machine: Machine, capacit
 
 def test_too_little_memory_is_counted_before_anything_was_taken_or_freed(machine: Machine) -> None:
     machine.plug_in(FakeCuda(3_000_000_000), scratch=40_000_000)
-    machine.cuda._allocate(2_950_000_000)
+    machine.cuda.allocate(2_950_000_000)
     with pytest.raises(EngineError, match=r"need 0\.08 GB .*, 0\.05 GB were free"):
         EngineRunner(machine.engine)
 

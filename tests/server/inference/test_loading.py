@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from server.backends import BackendError, Images
+from server.backends import Backend, BackendError, Images
 from server.backends.engine_cache import EngineCache, EngineEvent
 from server.http.app import create_app
 from server.inference import loading
@@ -23,7 +23,13 @@ from trt_build.plan import Precision
 PHOTO = drawn_photo(0, 200, 150)
 
 
-def _use(monkeypatch: pytest.MonkeyPatch, cache: EngineCache) -> None:
+def _use(
+    monkeypatch: pytest.MonkeyPatch,
+    harness: Harness,
+    behaviour: str = "good",
+    load: Callable[[Path], Backend] = EngineStub,
+    **options: float,
+) -> None:
     def opened(
         folder: Path,
         model: Path,
@@ -32,8 +38,7 @@ def _use(monkeypatch: pytest.MonkeyPatch, cache: EngineCache) -> None:
         *,
         cores: int,
     ) -> EngineCache:
-        cache._on_event = on_event
-        return cache
+        return harness.cache(behaviour, load, on_event=on_event, **options)
 
     monkeypatch.setattr(loading, "open_engine_cache", opened)
 
@@ -41,7 +46,7 @@ def _use(monkeypatch: pytest.MonkeyPatch, cache: EngineCache) -> None:
 def test_the_cpu_serves_while_the_engine_is_built_and_no_request_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _use(monkeypatch, Harness(tmp_path).cache("slow"))
+    _use(monkeypatch, Harness(tmp_path), "slow")
     app, _ = create_app(Settings(backend="auto", threads=1))
     seen: list[str] = []
     with serve_app(app) as client:
@@ -62,7 +67,7 @@ def test_an_engine_that_is_there_serves_from_the_start(
 ) -> None:
     harness = Harness(tmp_path)
     assert harness.cache().obtain(threading.Event()) is not None
-    _use(monkeypatch, harness.cache())
+    _use(monkeypatch, harness)
     monkeypatch.setattr(loading, "open_backend", lambda *_, **__: pytest.fail("not needed"))
     app, _ = create_app(Settings(backend="auto"))
     with serve_app(app) as client:
@@ -79,7 +84,7 @@ def test_an_engine_from_a_busy_card_makes_way_for_one_from_an_idle_card(
         return opened[-1]
 
     harness = Harness(tmp_path)
-    _use(monkeypatch, harness.cache(load=load, lull_s=0.5, look_s=0.02))
+    _use(monkeypatch, harness, load=load, lull_s=0.5, look_s=0.02)
     app, _ = create_app(Settings(backend="auto", threads=1))
     with serve_app(app) as client:
         until(lambda: len(opened) == 2)
@@ -102,7 +107,7 @@ def test_an_engine_that_fails_its_warm_up_does_not_take_over(
         def warm_up(self) -> None:
             self.infer(np.zeros((1, 128, 128, 3), np.uint8))
 
-    _use(monkeypatch, Harness(tmp_path).cache(load=Broken))
+    _use(monkeypatch, Harness(tmp_path), load=Broken)
     app, _ = create_app(Settings(backend="auto", threads=1))
     with serve_app(app) as client:
         until(lambda: "does not take over" in caplog.text)
@@ -115,7 +120,7 @@ def test_the_server_stops_while_an_engine_is_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     harness = Harness(tmp_path)
-    _use(monkeypatch, harness.cache("hangs"))
+    _use(monkeypatch, harness, "hangs")
     app, _ = create_app(Settings(backend="auto", threads=1))
     with serve_app(app) as client:
         until(lambda: harness.builds() == 1)
@@ -149,7 +154,7 @@ def test_an_engine_that_is_found_but_fails_leaves_the_cpu_serving(
 
     harness = Harness(tmp_path)
     assert harness.cache().obtain(threading.Event()) is not None
-    _use(monkeypatch, harness.cache(load=Broken))
+    _use(monkeypatch, harness, load=Broken)
     failed = threading.Event()
     app, _ = create_app(Settings(backend="auto", threads=1), failed.set)
     with serve_app(app) as client:
@@ -172,7 +177,7 @@ def test_a_gpu_that_is_lost_leaves_the_cpu_serving(
 
     harness = Harness(tmp_path)
     assert harness.cache().obtain(threading.Event()) is not None
-    _use(monkeypatch, harness.cache(load=Fragile))
+    _use(monkeypatch, harness, load=Fragile)
     app, _ = create_app(Settings(backend="auto", threads=1))
     with serve_app(app) as client:
 
