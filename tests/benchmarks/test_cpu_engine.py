@@ -40,6 +40,7 @@ def test_work_of_others_is_seen_and_work_on_purpose_is_not_counted() -> None:
     """One and the same busy process, once a stranger and once the measurement's own."""
     with taken(1) as burners:
         all_of_it, without = OtherWork([]), OtherWork(burners)
+        # Of which the shares are taken; the system counts in hundredths.
         time.sleep(1)
         seen, unseen = all_of_it.cores(), without.cores()
     assert seen is not None and unseen is not None

@@ -4,7 +4,6 @@ import contextlib
 import io
 import os
 import signal
-import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
@@ -34,7 +33,7 @@ def vanish(server: ServerProcess, photo: Sample, sent: int) -> None:
         b"POST /segment HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n"
         b"Content-Length: %d\r\n\r\n" % len(photo.data)
     )
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+    with connect(server) as connection:
         connection.sendall(head + photo.data[:sent])
 
 

@@ -1,6 +1,5 @@
 """Many clients at once: nobody gets another's mask, and each photo runs once."""
 
-import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from tests.support.launch import ServerProcess
 from tests.support.offline import Offline
 from tests.support.samples import Sample
 from tests.support.waiting import until
+from tests.support.wire import connect
 
 CLIENTS = 8
 
@@ -67,7 +67,7 @@ def test_photos_that_nobody_waits_for_any_more_are_not_run(
         with hold():
             first = client.submit(httpx.post, url, content=data, timeout=600)
             until(lambda: figures(server)["slsnet_requests_in_flight"] == 1)
-            gone = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(32)]
+            gone = [connect(server) for _ in range(32)]
             for connection in gone:
                 connection.sendall(request + data)
             until(lambda: figures(server)["slsnet_queue_depth"] >= 32)

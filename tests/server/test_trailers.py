@@ -1,6 +1,5 @@
 """What comes behind a chunked body is never a header, neither of its request nor of the next."""
 
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 from server.keys import new_key
 from tests.support.launch import ServerProcess, serve
 from tests.support.samples import Sample
-from tests.support.wire import read_all
+from tests.support.wire import connect, read_all
 
 KEY, LINE = new_key("clinic")
 TRAILER = b"X-API-Key: %b\r\n" % KEY.encode()
@@ -25,7 +24,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]
 
 
 def statuses(server: ServerProcess, *pieces: bytes) -> list[int]:
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+    with connect(server) as connection:
         for piece in pieces:
             connection.sendall(piece)
         answers = read_all(connection).split(b"HTTP/1.1 ")[1:]

@@ -24,6 +24,7 @@ class Constant:
         self.warm = True
 
     def infer(self, batch: Images) -> NDArray[np.float32]:
+        # So that requests of one network are under way when the next takes over.
         time.sleep(0.01)
         assert self.warm
         assert not self.closed

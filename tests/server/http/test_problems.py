@@ -2,7 +2,6 @@
 
 import asyncio
 import gzip
-import socket
 import struct
 import zlib
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from tests.support.launch import ServerProcess
 from tests.support.lesions import encode_photo
 from tests.support.samples import Sample
 from tests.support.waiting import until
+from tests.support.wire import connect
 
 
 @pytest.fixture
@@ -244,7 +244,7 @@ def test_504_a_body_that_does_not_come(server: ServerProcess) -> None:
         b"POST /segment HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/jpeg\r\n"
         b"X-Request-Timeout-Ms: 200\r\nContent-Length: 1000\r\n\r\n\xff\xd8\xff"
     )
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+    with connect(server) as connection:
         connection.sendall(head)
         assert connection.recv(100).startswith(b"HTTP/1.1 504 Gateway Timeout\r\n")
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 from server.http.problems import PROBLEM_JSON
 from server.keys import new_key
 from tests.support.launch import ServerProcess, serve
-from tests.support.wire import read_all
+from tests.support.wire import connect, read_all
 
 
 def test_page_needs_nothing_from_elsewhere(server: ServerProcess) -> None:
@@ -31,7 +30,7 @@ def test_page_needs_nothing_from_elsewhere(server: ServerProcess) -> None:
     assert "openapi.json" in start
     # The client must not tidy these up before they are sent.
     for path in ("/docs/../../../etc/passwd", "/docs/..%2f..%2f..%2fetc%2fpasswd"):
-        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        with connect(server) as connection:
             connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
             assert connection.recv(100).startswith(b"HTTP/1.1 404 ")
     assert httpx.get(f"{server.url}/docs/favicon.png").status_code == 404
@@ -166,7 +165,7 @@ def test_refusals_are_as_described(tmp_path: Path) -> None:
                 (408, f"GET {path} HTTP/1.1\r\n".encode()),
                 (431, f"GET {path}?{40_000 * 'x'} HTTP/1.1\r\n\r\n".encode()),
             ):
-                with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+                with connect(server) as connection:
                     connection.sendall(sent)
                     head, _, body = read_all(connection).partition(b"\r\n\r\n")
                 assert head.startswith(f"HTTP/1.1 {status} ".encode())

@@ -34,6 +34,7 @@ from tests.support.held import serve_held
 from tests.support.launch import ServerProcess
 from tests.support.samples import Sample
 from tests.support.waiting import until
+from tests.support.wire import connect
 
 ORIGIN = "https://clinic.example"
 PATHS = {
@@ -78,7 +79,7 @@ def full(tmp_path_factory: pytest.TempPathFactory, photos: list[Sample]) -> Iter
         serve_held(folder, *flags) as (server, hold),
         ThreadPoolExecutor(2) as waiting,
         hold(),
-        socket.create_connection(("127.0.0.1", server.port), timeout=60) as slow,
+        connect(server) as slow,
     ):
         slow.sendall(
             f"POST /segment HTTP/1.1\r\nHost: x\r\nX-API-Key: {key}\r\nOrigin: {ORIGIN}\r\n"
@@ -166,7 +167,7 @@ def test_a_connection_is_kept_for_a_small_body_and_closed_for_a_large_one(full: 
             assert small.status_code == 429
             assert "Connection" not in small.headers
     for length in (b"Content-Length: 33554432", b"Transfer-Encoding: chunked"):
-        with socket.create_connection(("127.0.0.1", full.server.port), timeout=60) as connection:
+        with connect(full.server) as connection:
             connection.sendall(
                 b"POST /segment HTTP/1.1\r\nHost: x\r\nX-API-Key: %b\r\n%b\r\n\r\n10000\r\n"
                 % (full.key.encode(), length)
@@ -184,7 +185,7 @@ def test_pipelined_requests_are_refused_in_turn(full: Full) -> None:
     request = head + b"abc"
     live = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
     key = full.key.encode()
-    with socket.create_connection(("127.0.0.1", full.server.port), timeout=60) as connection:
+    with connect(full.server) as connection:
         connection.sendall(
             live + request % (key, b"") + live + request % (key, b"Connection: close\r\n") + live
         )

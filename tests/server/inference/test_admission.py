@@ -21,6 +21,7 @@ from tests.support.answers import figures
 from tests.support.launch import ServerProcess, serve
 from tests.support.samples import Sample
 from tests.support.waiting import until
+from tests.support.wire import connect
 
 
 class Clock:
@@ -352,7 +353,7 @@ def test_bulk_leaves_half_of_the_bytes_to_others(clock: Clock) -> None:
 
 def announce(server: ServerProcess, path: str, content_type: str, size: int) -> socket.socket:
     """A client that sends a request's head and the first byte of its body."""
-    connection = socket.create_connection(("127.0.0.1", server.port), timeout=60)
+    connection = connect(server)
     connection.sendall(
         f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {content_type}\r\n"
         f"Content-Length: {size}\r\n\r\n-".encode()
@@ -429,7 +430,7 @@ def test_a_photo_that_cannot_be_served_in_time_is_refused_before_its_body_is_rea
         stack.callback(stop.set)
         sending = [clients.submit(keep_sending, photo) for photo in islice(cycle(photos), 32)]
         until(lambda: figures(server)["slsnet_expected_wait_seconds"] > 0.2)
-        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        with connect(server) as connection:
             connection.sendall(head)
             answer = connection.recv(4096)
         stop.set()

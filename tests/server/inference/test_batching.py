@@ -373,6 +373,7 @@ def test_a_run_of_bulk_alone_is_short() -> None:
     async def scenario() -> None:
         class Slow(HeldBackend):
             def infer(self, batch: Images) -> NDArray[np.float32]:
+                # How long a run takes is what decides how long the next one is.
                 time.sleep(0.06 * len(batch))
                 return super().infer(batch)
 

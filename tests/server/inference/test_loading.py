@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def _use(
     harness: Harness,
     behaviour: str = "good",
     load: Callable[[Path], Backend] = EngineStub,
-    **options: float,
+    **options: Any,
 ) -> None:
     def opened(
         folder: Path,

@@ -185,6 +185,7 @@ def test_a_full_server_says_that_it_works_below_a_prefix() -> None:
 def test_a_client_that_keeps_its_connection_is_served_again(strict: ServerProcess) -> None:
     with httpx.Client(base_url=strict.url) as client:
         for pause_s in (0, 1.3, 0):
+            # Longer than a head may take, shorter than a connection is kept.
             time.sleep(pause_s)
             assert client.get("/health/live").status_code == 200
 
