@@ -6,7 +6,8 @@ and each held against float32 ONNX Runtime on the CPU first. What is not install
 is skipped, with the reason printed.
 
 Writes Markdown to standard output and, with `--output NAME`, NAME.json and NAME.md. "Share of the
-roofline" is images/s × 5.94 GFLOP (2.97 GMAC an image) over the GPU's dense peak in that precision.
+roofline" is images/s × GFLOP an image (`FLOP_PER_IMAGE`) over the GPU's dense peak in that
+precision.
 """
 
 import argparse
@@ -38,7 +39,8 @@ from trt_build.samples import REFERENCE, load_samples
 
 MODEL = Path(__file__).parent.parent / "model/weights/slsnet.onnx"
 
-FLOP_PER_IMAGE = 2 * 2.97e9
+FLOP_PER_IMAGE = {"exact": 2 * 2.97e9, "pooled": 2 * 1.38e9}
+"""By the graph's attention: two for each multiplication in its convolutions and products."""
 
 PEAK_TFLOPS: dict[str, dict[str, float]] = {
     # Dense tensor-core peaks from NVIDIA's data sheets (of H100 and H200: SXM); float32 outside the
@@ -214,13 +216,14 @@ def _figure(
     if slots > 1:
         images_per_s = max(images_per_s, _together(backend, pixels, slots, seconds))
     peak = peak_tflops(gpu).get(result.precision)
+    flop = FLOP_PER_IMAGE.get(backend.describe().model.get("attention", ""))
     ordered = sorted(latencies)
     return Figure(
         batch=batch,
         images_per_s=images_per_s,
         p50_ms=1e3 * statistics.median(ordered),
         p99_ms=1e3 * ordered[int(0.99 * len(ordered))],
-        roofline_share=images_per_s * FLOP_PER_IMAGE / (peak * 1e12) if peak else None,
+        roofline_share=images_per_s * flop / (peak * 1e12) if peak and flop else None,
     )
 
 

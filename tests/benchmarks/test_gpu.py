@@ -24,7 +24,7 @@ class Candidate:
         self._left = cut
 
     def describe(self) -> BackendInfo:
-        return BackendInfo("torch", "2", "a GPU", "fp16", 2)
+        return BackendInfo("torch", "2", "a GPU", "fp16", 2, model={"attention": "pooled"})
 
     def warm_up(self) -> None: ...
 

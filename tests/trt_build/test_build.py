@@ -37,11 +37,11 @@ def ranges() -> dict[str, float]:
 @pytest.mark.parametrize(
     ("precision", "low", "scratch_gb"),
     [
-        ("fp16", "fp16", 0.5),
-        ("bf16", "bf16", 0.5),
-        ("int8", "int8", 0.5),
-        ("tf32", "fp32", 0.8),
-        ("fp32", "fp32", 0.8),
+        ("fp16", "fp16", 0.25),
+        ("bf16", "bf16", 0.25),
+        ("int8", "int8", 0.25),
+        ("tf32", "fp32", 0.6),
+        ("fp32", "fp32", 0.6),
     ],
 )
 def test_every_precision_builds_as_asked_and_says_so(
