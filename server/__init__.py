@@ -1,13 +1,13 @@
-"""The service; `inference`, `backends`, `http`, `process` and `observe` are its rooms."""
+"""The server. `inference`, `backends`, `http`, `process` and `observe` are its packages."""
 
 import os
 
 VERSION = "0.1.0"
-"""The product's; the package and the API's document take it from here."""
+"""The project's version; the package and the API's document take it from here."""
 
-# Where workers keep their metrics is the supervisor's to say (`server.observe.shared_metrics`).
-# From elsewhere the library would take them for its own, and add figures of processes that are
-# gone. It reads them when it is imported, so they go before any module of this package can do that.
+# Only the supervisor says where workers keep their metrics (`server.observe.shared_metrics`). A
+# folder set elsewhere would add figures of processes that are gone. The library reads these
+# variables when it is imported, so they are removed before.
 os.environ.pop("prometheus_multiproc_dir", None)
-if "SLSNET_METRICS_PLACE" not in os.environ:
+if "SLSNET_METRICS_WORKER" not in os.environ:
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)

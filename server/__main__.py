@@ -1,4 +1,4 @@
-"""`python -m server`: serve in this process, or in several workers that it looks after."""
+"""`python -m server`: serve in this process, or in several workers that it supervises."""
 
 import logging
 import signal
@@ -13,7 +13,7 @@ log = logging.getLogger("slsnet.server")
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # `::` is every address, those of IPv4 too.
+    # `::` is every address, also of IPv4.
     both = host == "::" and socket.has_dualstack_ipv6()
     listener = socket.create_server((host, port), family=family, dualstack_ipv6=both)
     log.info("listening on %s port %d", host, listener.getsockname()[1])
@@ -21,14 +21,14 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def main() -> int:
-    """Serve until a signal ends it; gives the process's exit code."""
-    # Nothing is loaded yet that could be loaded again; by default it would end the process.
+    """Serve until a signal ends it; return the process's exit code."""
+    # Nothing can be reloaded yet. By default the signal would end the process.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     settings = read_settings()
     configure(settings.log_level, settings.log_format)
     try:
         if settings.backend != "torch":
-            # It is loaded once the port is open; a wrong path need not wait for that.
+            # It is loaded once the port is open, but a wrong path is told at once.
             settings.model.open("rb").close()
     except OSError as error:
         log.error("the network cannot be read, look at --model (SLSNET_MODEL): %s", error)

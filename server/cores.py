@@ -1,4 +1,7 @@
-"""Cores that this process may use: those it may run on, and what its container's limit comes to."""
+"""Cores that this process may use, by CPU affinity and its container's limit of CPU time.
+
+It is hand-written because Python counts only the cores of the affinity.
+"""
 
 import math
 import os
@@ -12,18 +15,18 @@ def available_cores(
 ) -> int:
     """Cores by CPU affinity and by limit of CPU time (`docker run --cpus`, Kubernetes' limits).
 
-    A limit that is not a whole number is rounded up: what it has over is there for use.
+    A limit that is not a whole number is rounded up, so that all of it is used.
 
     Args:
-        cgroups: where Linux shows control groups, of either version.
-        membership: in which of them this process is (cgroups(7)).
+        cgroups: where Linux mounts control groups, of either version.
+        membership: the file that names this process's groups (cgroups(7)).
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min([cores or 1, *(math.ceil(limit) for limit in _limits(cgroups, membership))]))
 
 
 def _limits(cgroups: Path, membership: Path) -> list[float]:
-    """Cores' worth of CPU time, by each group that limits it."""
+    """The CPU time that each group allows, in cores."""
     try:
         lines = membership.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -36,15 +39,15 @@ def _limits(cgroups: Path, membership: Path) -> list[float]:
             continue
         hierarchy = cgroups if is_v2 else cgroups / "cpu"
         group = hierarchy / path.lstrip("/")
-        # Those around it limit it, too. In a container the path can be the host's, which is not
-        # there, and the hierarchy's root is the container's own group.
+        # The groups around it limit it too. In a container the path can be the host's, which does
+        # not exist there; the hierarchy's root is then the container's own group.
         within = (f for f in (group, *group.parents) if f.is_relative_to(hierarchy))
         limits += [_limit(folder, is_v2) for folder in within]
     return [limit for limit in limits if limit is not None and limit > 0]
 
 
 def _limit(folder: Path, is_v2: bool) -> float | None:
-    """Of one group; None or negative where it has none."""
+    """One group's limit; None or negative if it has none."""
     try:
         if is_v2:
             quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()

@@ -7,8 +7,8 @@
     clinic   use     9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08
     ops      admin   60303ae22b998861bce3b28f33eec1be758a213c86c93c076dbe9f558c11c752
 
-A key is 256 random bits, so a fast hash is the right one: nobody can try keys until one fits, and a
-slow hash, made for passwords, would only let strangers keep the server busy.
+A key is 256 random bits, so a fast hash is right: nobody can guess a key, and a slow hash, made for
+passwords, would only let strangers keep the server busy.
 """
 
 import argparse
@@ -35,12 +35,12 @@ _LINE = re.compile(
 
 
 class KeyFileError(ValueError):
-    """The file of keys cannot be read, has none, or a line of it is not understood."""
+    """The file of keys cannot be read, has no key, or has a malformed line."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """Who may come in, and where."""
+    """A key's owner, and what the key opens."""
 
     name: str
     scope: Literal["use", "admin"]
@@ -49,7 +49,7 @@ class Key:
 
 
 class KeyFile:
-    """The keys in a file, which is read again when it changes.
+    """The keys of a file, which is read again when it changes.
 
     Raises:
         KeyFileError: the file cannot be read, or has no key.
@@ -57,7 +57,7 @@ class KeyFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        # The state in which it could not be read the last time; no file has this one.
+        # The state of the file when it could not be read; no file has this one.
         self._unread: tuple[int, int, int] | None = (-1, -1, -1)
         self._state = self._stat()
         self._keys = _read(path)
@@ -69,7 +69,7 @@ class KeyFile:
         return any(key.scope == "admin" for key in self._keys)
 
     def find(self, presented: str) -> Key | None:
-        """Whose key this is; takes the same time whichever it is, and if it is nobody's."""
+        """The known key that this is, or None; it takes the same time for any key."""
         self._refresh()
         digest = hashlib.sha256(presented.encode()).digest()
         found = None
@@ -85,8 +85,8 @@ class KeyFile:
         try:
             self._keys = _read(self._path)
         except KeyFileError as error:
-            # Half written, or not readable for a moment: the keys from before hold until it can be
-            # read, and it is tried again each time, as it need not look any different then.
+            # The file is half written, or cannot be read for a moment. The old keys hold until it
+            # can be read. It is tried again each time, since it may look the same then.
             if state != self._unread:
                 self._unread = state
                 log.error("the keys stay as they were: %s", error)
@@ -127,18 +127,18 @@ def _read(path: Path) -> list[Key]:
             continue
         match = _LINE.fullmatch(text)
         if match is None:
-            # Not the line itself: somebody may have put a key there.
+            # The line itself stays out: somebody may have put a key there.
             raise KeyFileError(f"{path}, line {number}: not `NAME use|admin SHA256`.")
         scope: Literal["use", "admin"] = "admin" if match["scope"] == "admin" else "use"
         keys.append(Key(match["name"], scope, bytes.fromhex(match["hash"])))
     if not keys:
-        # Cut off while it was written, more likely than meant to keep everybody out.
+        # It was probably cut off while it was written, not meant to keep everybody out.
         raise KeyFileError(f"{path} has no key in it.")
     return keys
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; gives its exit code."""
+    """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(prog=program("server.keys"), description="Make API keys.")
     command = parser.add_subparsers(required=True).add_parser("new", help="make a key")
     command.add_argument("name", help="whose it is; shows in the log")

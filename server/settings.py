@@ -1,7 +1,6 @@
-"""What can be set, from where, and how it is shown: flags win over `SLSNET_…` over defaults.
+"""The server's settings. A flag wins over its variable `SLSNET_…`, which wins over the default.
 
-`Settings` is the one source: environment names, flags, `--help` and the documentation's table come
-from its fields.
+Variables, flags, `--help` and the documentation's table are made from the fields of `Settings`.
 """
 
 import argparse
@@ -51,7 +50,7 @@ class Settings(BaseSettings):
         " works here",
     )
     precision: Precision = Field(
-        "fp16", description="of the TensorRT engine: fp32, tf32, fp16, bf16 or int8"
+        "fp16", description="precision of the TensorRT engine: fp32, tf32, fp16, bf16 or int8"
     )
     engine_dir: Path = Field(
         Path("~/.cache/slsnet"),
@@ -60,12 +59,12 @@ class Settings(BaseSettings):
     workers: int = Field(
         1,
         ge=1,
-        description="processes that serve; each has its own network, and limits are for each",
+        description="processes that serve; each has its own network and its own limits",
     )
     threads: int = Field(
         0,
         ge=0,
-        description="CPU threads of a photo that comes alone, and photos that run at the same time;"
+        description="CPU threads of a lone photo, and photos that run at the same time;"
         " 0 is one for each core",
     )
     decode_threads: int = Field(
@@ -74,14 +73,14 @@ class Settings(BaseSettings):
     max_batch: int = Field(
         0,
         ge=0,
-        description="most requests that run together when they had to wait; 0 leaves it to the"
+        description="most photos in one run of the network; 0 leaves it to the"
         " backend, 1 turns batching off",
     )
     max_wait_ms: float = Field(
         0,
         ge=0,
-        description="how long an idle network waits for a batch to fill; every lone request pays"
-        " this whole",
+        description="how long an idle network waits for a batch to fill; every lone request is"
+        " delayed as long",
     )
     max_queue: int = Field(
         256, ge=1, description="requests being worked on or waiting; more are refused with 429"
@@ -92,7 +91,7 @@ class Settings(BaseSettings):
     max_bytes_in_flight: int = Field(
         512 * 2**20,
         ge=1,
-        description="all request bodies together; beyond it requests are refused with 429",
+        description="bytes of all request bodies together; beyond it requests are refused with 429",
     )
     max_pixels: int = Field(
         DEFAULT_MAX_PIXELS,
@@ -114,7 +113,7 @@ class Settings(BaseSettings):
         32 * 2**10, ge=1024, description="path and headers together; more are refused with 431"
     )
     head_timeout_s: float = Field(
-        10, gt=0, description="within which a request's headers must be there; else 408"
+        10, gt=0, description="time for a request's headers to arrive; later they get 408"
     )
     keep_alive_s: int = Field(
         75, ge=1, description="how long a connection may be idle between two requests"
@@ -126,26 +125,26 @@ class Settings(BaseSettings):
         " the rest of a refused body",
     )
     min_bytes_per_s: int = Field(
-        1024, ge=1, description="pace at which a body must come, and an answer be read"
+        1024, ge=1, description="least rate at which a body must come and an answer must be read"
     )
     request_timeout_ms: float = Field(
         30_000,
         gt=0,
-        description="deadline of a request that brings no X-Request-Timeout-Ms, and the longest"
-        " that it may ask for",
+        description="deadline of a request without X-Request-Timeout-Ms, and the longest that one"
+        " may ask for",
     )
     api_keys_file: Path | None = Field(
         None,
-        description="who may come in; made with `python -m server.keys new NAME`, read again when"
-        " it changes; none lets everybody in",
+        description="file of API keys, made with `python -m server.keys new NAME` and read again"
+        " when it changes; without it everybody may use the server",
     )
     key_requests_per_s: float = Field(
         0, ge=0, description="requests that each key may send in the long run; 0 is no limit"
     )
     key_burst: int = Field(
-        20, ge=1, description="requests that each key may send at once before that counts"
+        20, ge=1, description="requests that each key may send at once before that limit holds"
     )
-    metrics_keyed: bool = Field(False, description="whether /metrics takes a key too")
+    metrics_keyed: bool = Field(False, description="whether /metrics needs a key too")
     cors_origins: str = Field(
         "",
         description="origins whose pages may use the API from a browser, with commas between; none"
@@ -159,8 +158,8 @@ class Settings(BaseSettings):
     root_path: str = Field(
         "",
         pattern=r"^(/[A-Za-z0-9._~-]+)*$",
-        description="path prefix that a proxy serves this under, such as /slsnet; only needed where"
-        " the proxy does not strip it",
+        description="path prefix of the server behind a proxy, such as /slsnet; only needed if the"
+        " proxy does not strip it",
     )
     tls_cert: Path | None = Field(
         None, description="certificate chain (PEM); the port then speaks TLS"
@@ -176,7 +175,7 @@ class Settings(BaseSettings):
     )
     bulk_max_photos: int = Field(1000, ge=1, description="most photos in one request")
     bulk_timeout_ms: float = Field(
-        600_000, gt=0, description="what request-timeout-ms is, for a request with several photos"
+        600_000, gt=0, description="as request-timeout-ms, for a request with several photos"
     )
     drain_grace_s: float = Field(
         1,
@@ -188,7 +187,7 @@ class Settings(BaseSettings):
         60, gt=0, description="after that, how long what is in flight may take to finish"
     )
     log_format: Literal["text", "json"] = Field(
-        "text", description="of the log on stderr: text or json, one line a message"
+        "text", description="form of the log on stderr: text or json, one line a message"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least severe message that is logged: debug, info, warning or error"
@@ -196,35 +195,35 @@ class Settings(BaseSettings):
 
     @property
     def bulk_queue(self) -> int:
-        """Of `max_queue`, how much bulk requests may fill; also the most images of one request."""
+        """The part of `max_queue` that bulk may fill; also the most images of one request."""
         return max(1, self.max_queue // 2)
 
     @property
     def bulk_bytes(self) -> int:
-        """Of `max_bytes_in_flight`, how much bulk requests may fill."""
+        """The part of `max_bytes_in_flight` that bulk may fill."""
         return self.max_bytes_in_flight // 2
 
     def timeout_s(self, asked_ms: float | None) -> float:
-        """Seconds that a request has which asks for `asked_ms` (`X-Request-Timeout-Ms`)."""
+        """Seconds for a request that asks for `asked_ms` (`X-Request-Timeout-Ms`)."""
         return min(asked_ms or self.request_timeout_ms, self.request_timeout_ms) / 1000
 
     @property
     def cores(self) -> int:
-        """That each worker may keep busy."""
+        """Cores that each worker may use."""
         return max(1, available_cores() // self.workers)
 
     @field_validator("host")
     @classmethod
     def _check_host(cls, host: str) -> str:
         if not host.strip():
-            # To a socket it would mean every address.
+            # A socket would take it for every address.
             raise ValueError("it is empty: leave it out for the default, 127.0.0.1")
         return host
 
     @field_validator("*")
     @classmethod
     def _check_size(cls, value: Any) -> Any:
-        # Timers take no more.
+        # Timers take no larger number.
         most = {int: _LARGEST_INTEGER, float: _LARGEST_NUMBER}.get(type(value))
         if most is not None and value > most:
             raise ValueError(f"it should be at most {most:g}")
@@ -237,14 +236,14 @@ class Settings(BaseSettings):
         return self
 
     def bulk_timeout_s(self, asked_ms: float | None) -> float:
-        """The same for a request with several photos."""
+        """Seconds for a request with several photos that asks for `asked_ms`."""
         return min(asked_ms or self.bulk_timeout_ms, self.bulk_timeout_ms) / 1000
 
 
 def read_settings(arguments: Sequence[str] | None = None) -> Settings:
     """Settings from flags (`arguments`, default `sys.argv`), then the environment.
 
-    Exits with 2 and a message that names the flag or variable if a value is out of range.
+    If a value is out of range, it exits with 2 and names the flag and the variable.
     """
     parser = argparse.ArgumentParser(
         formatter_class=Help,
@@ -258,7 +257,7 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
 
 
 def add_flags(parser: argparse.ArgumentParser, names: Container[str]) -> None:
-    """Flags for the settings called `names`; what is not given is not in the parsed namespace."""
+    """Add the flags of the settings `names`; only those given are in the parsed namespace."""
     for flag, variable, default, description in settings_table():
         if (name := flag.removeprefix("--").replace("-", "_")) in names:
             help_text = f"{description} (default {default}, {variable})".replace("%", "%%")

@@ -12,7 +12,7 @@ from common.program import Help, program
 from photos.image import THRESHOLD
 from server.backends import BackendError, BackendInfo
 from server.bulk.ledger import MASKS, STATE, TABLE, Ledger, Row
-from server.bulk.local import Place, this_machine
+from server.bulk.local import Runner, this_machine
 from server.bulk.progress import Progress
 from server.bulk.segmenter import Options
 from server.bulk.sources import SUFFIXES, BulkError, Source, open_source
@@ -106,14 +106,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 2
 
 
-def _place(
+def _runner(
     settings: Settings,
     options: Options,
     root: Path,
     masks: Path,
     address: str | None,
     gpus: float,
-) -> AbstractContextManager[Place]:
+) -> AbstractContextManager[Runner]:
     if address is None:
         return this_machine(settings, options, root, masks)
     try:
@@ -131,8 +131,8 @@ def _run(
     address: str | None,
     gpus: float,
 ) -> int:
-    with _place(settings, options, source.root, ledger.masks, address, gpus) as place:
-        _take_stock(ledger, source, place.info, options)
+    with _runner(settings, options, source.root, ledger.masks, address, gpus) as runner:
+        _take_stock(ledger, source, runner.info, options)
         counts = ledger.counts()
         progress = Progress(counts.listed, counts.done, counts.unsuccessful)
 
@@ -141,7 +141,7 @@ def _run(
             progress.add(successful=row.status == "ok")
 
         try:
-            stopped_by = place.run(ledger.pending(), record)
+            stopped_by = runner.run(ledger.pending(), record)
         finally:
             progress.end()
             ledger.write_table()

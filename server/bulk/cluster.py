@@ -31,7 +31,7 @@ from ray.util import placement_group, remove_placement_group
 
 from server.backends import BackendError, BackendInfo, open_backend
 from server.bulk.ledger import Row, Task
-from server.bulk.local import Place, Record
+from server.bulk.local import Record, Runner
 from server.bulk.segmenter import Options, Segmenter
 from server.bulk.sources import BulkError
 from server.settings import Settings
@@ -63,7 +63,7 @@ Result = TypeVar("Result")
 @contextlib.contextmanager
 def on_ray(
     settings: Settings, options: Options, root: Path, masks: Path, *, address: str, gpus: float
-) -> Iterator[Place]:
+) -> Iterator[Runner]:
     """The cluster at `address`, as `ray.init` takes it; the rest is as for `Segmenter`.
 
     Args:
@@ -94,7 +94,7 @@ def on_ray(
         pool = functools.partial(
             ray.data.ActorPoolStrategy, min_size=1, max_size=_actors(cpus, gpus)
         )
-        yield Place(info, functools.partial(_run, segmented, pool))
+        yield Runner(info, functools.partial(_run, segmented, pool))
     finally:
         ray.shutdown()
 
@@ -145,12 +145,12 @@ def _actors(cpus: int, gpus: float) -> int:
         raise BulkError(
             f"One actor asks for {asked} of a node; the cluster's nodes have, in all: {found}."
         )
-    place = placement_group([{"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}])
-    if not place.wait(_ROOM_S):
+    group = placement_group([{"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}])
+    if not group.wait(_ROOM_S):
         print(f"waiting for a node with {asked} to spare", file=sys.stderr)
-        while not place.wait(_ROOM_S):
+        while not group.wait(_ROOM_S):
             pass
-    remove_placement_group(place)
+    remove_placement_group(group)
     return room
 
 

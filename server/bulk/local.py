@@ -12,7 +12,7 @@ from server.bulk.ledger import Row, Task
 from server.bulk.segmenter import Options, Segmenter
 from server.settings import Settings
 
-__all__ = ["Place", "Record", "this_machine"]
+__all__ = ["Record", "Runner", "this_machine"]
 
 Record = Callable[[str, Row], None]
 """Called with a photo's path and row as soon as they are there."""
@@ -21,7 +21,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
-class Place:
+class Runner:
     """Where photos are segmented."""
 
     info: BackendInfo
@@ -33,7 +33,7 @@ class Place:
 
 
 @contextlib.contextmanager
-def this_machine(settings: Settings, options: Options, root: Path, masks: Path) -> Iterator[Place]:
+def this_machine(settings: Settings, options: Options, root: Path, masks: Path) -> Iterator[Runner]:
     """The network loaded here; arguments are those of `Segmenter`.
 
     Raises:
@@ -43,7 +43,7 @@ def this_machine(settings: Settings, options: Options, root: Path, masks: Path) 
     with asyncio.Runner() as runner:
         try:
             info = runner.run(segmenter.open())
-            yield Place(info, lambda tasks, record: runner.run(_run(segmenter, tasks, record)))
+            yield Runner(info, lambda tasks, record: runner.run(_run(segmenter, tasks, record)))
         finally:
             runner.run(segmenter.close())
 

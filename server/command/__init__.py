@@ -1,7 +1,7 @@
 """`slsnet`: one command for all that the project does.
 
-Each subcommand is the `main` of a module, which `python -m` runs too. It is imported only when it
-is asked for: serving must not load what training needs.
+Each subcommand is the `main` of a module, which `python -m` runs too. A module is imported only
+when its subcommand runs, so that serving does not load what training needs.
 """
 
 import argparse
@@ -20,10 +20,10 @@ class Command:
     """A subcommand."""
 
     module: str
-    """Whose `main` it is."""
+    """The module whose `main` it runs."""
     summary: str
     extra: str = ""
-    """What it needs beside the package's own: `requirements-train.txt` or the like."""
+    """The requirements that it needs beside the package's own, such as `requirements-train.txt`."""
 
 
 COMMANDS = {
@@ -39,7 +39,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand; gives the exit code."""
+    """Run a subcommand; return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
         prog="slsnet",
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         commands.add_parser(name, help=command.summary, add_help=False)
-    # What comes after the subcommand is the subcommand's own.
+    # The subcommand reads its own arguments.
     name = parser.parse_args(given[:1]).command
     command = COMMANDS[name]
     try:
@@ -63,6 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"slsnet {name} needs {error.name}: pip install -r requirements-{command.extra}.txt\n",
         )
     run: Callable[[], int | None] = module.main
-    # Each reads the command line itself and calls itself by its first word.
+    # Each subcommand takes its name in help and errors from the command line's first word.
     sys.argv = [f"slsnet {name}", *given[1:]]
     return run() or 0

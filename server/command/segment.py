@@ -31,7 +31,7 @@ from server.settings import Settings
 __all__ = ["main", "overlay"]
 
 _LARGEST_OVERLAY = 2048
-# Bluish green on black: told apart from skin by people who see red and green alike.
+# Bluish green on black: people who cannot tell red from green can tell it from skin.
 _LINE, _EDGE = (0, 235, 200), (0, 0, 0)
 
 
@@ -44,12 +44,12 @@ def overlay(data: bytes, width: int, height: int, outlines: Sequence[Rings]) -> 
         outlines: from `photos.masks.polygons`, in the photo's pixels.
 
     Returns:
-        At the photo's size, or with a longer side of 2048 pixels where that is less.
+        JPEG at the photo's size; a larger photo is reduced to a longer side of 2048 pixels.
     """
     scale = min(1.0, _LARGEST_OVERLAY / max(width, height))
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    # Through the square that the network's pixels come from too, so that every format, mode and
-    # orientation looks as it was segmented.
+    # It takes the way of the network's pixels, so that every format, mode and orientation looks
+    # as it was segmented.
     square = Image.fromarray(read_photo(data, size=max(size)).pixels)
     picture = square.resize(size, Image.Resampling.BOX)
     draw = ImageDraw.Draw(picture)
@@ -73,7 +73,7 @@ def _targets(photo: Path, folder: Path | None, *, with_overlay: bool) -> list[Pa
 def _segment(
     photo: Path, targets: Sequence[Path], backend: Backend, options: argparse.Namespace
 ) -> str:
-    """Write what belongs to one photo; gives the line that says what was found."""
+    """Write the files of one photo; return the line that says what was found."""
     started = time.perf_counter()
     data = photo.read_bytes()
     read = read_photo(data)
@@ -101,7 +101,7 @@ def _threshold(text: str) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; gives the exit code."""
+    """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(
         prog=program("server.command.segment"),
         description=__doc__,

@@ -1,1 +1,1 @@
-"""What people watch the server by: metrics, logs and traces."""
+"""Metrics, logs and traces of the server."""

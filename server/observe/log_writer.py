@@ -1,4 +1,8 @@
-"""Writes the log in a thread of its own, so that a reader who stalls holds up nobody else."""
+"""Writes the log in a thread of its own, so that a log reader that stalls holds up no request.
+
+It is hand-written because `logging.handlers.QueueHandler` bounds lines, not bytes, and its listener
+waits at exit without limit for a reader that stalls.
+"""
 
 import collections
 import contextlib
@@ -11,28 +15,28 @@ from collections.abc import Callable
 
 __all__ = ["LogWriter", "lost_lines"]
 
-# So much may wait to be written; what comes beyond it is lost.
+# So many bytes may wait to be written; lines beyond it are lost.
 _MAX_BYTES = 2**18
 
-# So long the end of the process waits for what is not written yet.
+# The end of the process waits so long for the last lines.
 _LAST_LINES_S = 1.0
 
 _lost = 0
 
 
 def lost_lines() -> int:
-    """The lines that this process has lost so far."""
+    """The number of lines that this process has lost so far."""
     return _lost
 
 
 class LogWriter(io.TextIOBase):
-    """A text stream that never blocks and never fails; lines that find no room are counted."""
+    """A text stream that never blocks and never fails; lines without room are lost and counted."""
 
     encoding = "utf-8"
     errors = "backslashreplace"
 
     def __init__(self, descriptor: int, describe_loss: Callable[[int], str]) -> None:
-        """Write to `descriptor`; `describe_loss` gives the line that tells how many were lost."""
+        """Write to `descriptor`; `describe_loss` makes the line that tells how many were lost."""
         self._descriptor = descriptor
         self._describe_loss = describe_loss
         self._waiting: collections.deque[bytes] = collections.deque()
@@ -42,7 +46,7 @@ class LogWriter(io.TextIOBase):
         threading.Thread(target=self._run, name="log", daemon=True).start()
 
     def write(self, text: str, /) -> int:
-        """Have it written, if there is room; it is not waited for."""
+        """Queue the text if there is room, and do not wait."""
         data = text.encode("utf-8", "backslashreplace")
         with self._changed:
             if self._bytes + len(data) > _MAX_BYTES:
@@ -54,15 +58,15 @@ class LogWriter(io.TextIOBase):
         return len(text)
 
     def writable(self) -> bool:
-        """It always is."""
+        """Always true."""
         return True
 
     def fileno(self) -> int:
-        """What it writes to."""
+        """The file descriptor that it writes to."""
         return self._descriptor
 
     def isatty(self) -> bool:
-        """Whether that is a terminal."""
+        """Whether it writes to a terminal."""
         return os.isatty(self._descriptor)
 
     def finish(self, patience_s: float = _LAST_LINES_S) -> None:
@@ -97,7 +101,7 @@ class LogWriter(io.TextIOBase):
                 self._changed.notify_all()
 
     def _write(self, data: bytes) -> bool:
-        """Whether all of it was taken; a full disk does not, and is not tried again."""
+        """Write, and tell whether all was taken. A full disk is not tried again."""
         with contextlib.suppress(OSError):
             while data:
                 try:

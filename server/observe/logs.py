@@ -1,4 +1,4 @@
-"""What the log looks like: a line of text for people, or of JSON for machines."""
+"""The form of the log: a line of text for people, or of JSON for machines."""
 
 import atexit
 import contextlib
@@ -38,10 +38,10 @@ class _Json(logging.Formatter):
 
 
 def silence_libtiff() -> None:
-    """Keep what libtiff says of each damaged photo from stderr, where the log's lines are.
+    """Keep libtiff's messages on damaged photos out of stderr, where the log is.
 
-    Whoever sent the photo is told what is wrong with it. To be called once Pillow is loaded; does
-    nothing where libtiff is not a library of its own.
+    The client is told what is wrong with its photo. Call it once Pillow is loaded; it does nothing
+    if libtiff is not a library of its own.
     """
     maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     for path in {line.split(maxsplit=5)[-1] for line in maps if "/libtiff" in line}:
@@ -54,13 +54,13 @@ def silence_libtiff() -> None:
 def configure(level: str, form: Literal["text", "json"], *, waits: bool = False) -> None:
     """Log to stderr from `level` on.
 
-    A server lets nobody wait for who reads its log; a command `waits`, as commands do. Of other
-    packages warnings alone: at debug level Pillow writes what a photo's EXIF says.
+    A server never waits for the reader of its log; a command `waits`. Other packages log only
+    warnings: at debug level Pillow writes a photo's EXIF.
     """
     formatter = _Json() if form == "json" else logging.Formatter(_TEXT)
     if waits:
-        # Unbuffered: what a full disk does not take must not be kept, nor tried once more at the
-        # end, where it would change the exit code.
+        # Unbuffered: lines that a full disk refuses must not be tried once more at the end, where
+        # they would change the exit code.
         sys.stderr = io.TextIOWrapper(
             io.FileIO(2, "w", closefd=False),
             encoding="utf-8",
@@ -84,11 +84,11 @@ def _let_nobody_wait(formatter: logging.Formatter) -> None:
         return formatter.format(logging.LogRecord(*arguments)) + "\n"
 
     atexit.register(finish)
-    # All of it, tracebacks too: whoever reads it must not be able to stop a thread.
+    # Tracebacks go this way too: a log reader must not be able to stop a thread.
     sys.stderr = LogWriter(2, describe_loss)
 
 
 def finish() -> None:
-    """Have written what was logged, as far as somebody takes it; for ends that are not orderly."""
+    """Write what is still queued, as far as the reader takes it, before an abrupt end."""
     if isinstance(sys.stderr, LogWriter):
         sys.stderr.finish()

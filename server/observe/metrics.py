@@ -1,4 +1,4 @@
-"""What Prometheus scrapes at `GET /metrics`."""
+"""The metrics that Prometheus scrapes at `GET /metrics`."""
 
 import os
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from server.backends import BackendInfo
 from server.observe.log_writer import lost_lines
-from server.observe.shared_metrics import PLACE, SHARED_FOLDER
+from server.observe.shared_metrics import SHARED_FOLDER, WORKER
 
 __all__ = ["SHARED", "Metrics"]
 
@@ -25,10 +25,10 @@ SHARED = SHARED_FOLDER in os.environ
 """Whether this process is one of several whose metrics are shown together."""
 
 if SHARED:
-    _place = os.environ.get(PLACE, str(os.getpid()))
-    values.ValueClass = values.MultiProcessValue(lambda: _place)  # type: ignore[no-untyped-call]
+    _worker = os.environ.get(WORKER, str(os.getpid()))
+    values.ValueClass = values.MultiProcessValue(lambda: _worker)  # type: ignore[no-untyped-call]
 
-# Their creation times would double the series and tell nothing that a scraper needs.
+# Creation times would double the series, and no scraper needs them.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 _STAGE_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
@@ -50,7 +50,7 @@ class Metrics:
         self._show_what_waits()
 
     def _count_requests(self) -> None:
-        """Answers, their times, and connections."""
+        """Make the metrics of answers, their times, and connections."""
         self.requests = Counter(
             "slsnet_requests",
             "Answers by path, status and, where it is an error, its reason",
@@ -90,7 +90,7 @@ class Metrics:
         )
 
     def _count_work(self) -> None:
-        """Batches, and what became of photos and networks."""
+        """Make the metrics of batches, photos and networks."""
         self.dropped = Counter(
             "slsnet_dropped",
             "Requests dropped before inference, by reason",
@@ -120,7 +120,7 @@ class Metrics:
             ["result"],
             registry=self.registry,
         )
-        # There from the start, or the first failure would not be seen as a rise.
+        # They exist from the start, so that the first failure shows as a rise.
         for result in ("succeeded", "failed"):
             self.reloads.labels(result)
 
@@ -200,11 +200,11 @@ class Metrics:
         )
 
     def observe(self, gauge: Gauge, read: Callable[[], float]) -> None:
-        """Let `gauge` show what `read` gives when the metrics are rendered."""
+        """Let `gauge` show the value that `read` returns when the metrics are rendered."""
         self._observed.append((gauge, read))
 
     def refresh(self) -> None:
-        """Read what is observed; where processes share their metrics, others show it from here."""
+        """Read the observed gauges, so that processes that share metrics can show them."""
         for gauge, read in self._observed:
             gauge.set(read())
         lost = lost_lines()
@@ -214,7 +214,7 @@ class Metrics:
     def serves(self, backend: BackendInfo) -> None:
         """`backend` serves from now on, and no other."""
         if self._serving is not None:
-            # Cleared alone it would stay in what processes share.
+            # Clearing alone would leave it in the shared files.
             self._serving.set(0)
             self.backend.clear()
         self._serving = self.backend.labels(
@@ -230,7 +230,7 @@ class Metrics:
         self._serving.set(1)
 
     def render(self) -> bytes:
-        """The exposition in Prometheus' text format, of all processes that share their metrics."""
+        """All metrics in Prometheus' text format, of all processes that share them."""
         self.refresh()
         if not SHARED:
             return generate_latest(self.registry)
@@ -239,7 +239,7 @@ class Metrics:
         return generate_latest(registry)
 
     def _observe_process(self) -> None:
-        """Memory, files, CPU and start of this process, under the names that are usual for them."""
+        """Make the metrics of this process (memory, files, CPU, start) under their usual names."""
         if not SHARED:
             ProcessCollector(registry=self.registry)
             return

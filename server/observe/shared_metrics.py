@@ -1,11 +1,10 @@
-"""Where `--workers` keep their metrics: a folder in memory, with files for each worker's place.
+"""The folder in memory where `--workers` keep their metrics, with files for each worker's number.
 
-A place's counters go on in the same file whoever fills it, so a worker that crashes again and again
-leaves no more files than one that does not. All of them are as large as they get from the start:
-what is written through a mapping has no other way to learn that the memory is full than SIGBUS.
-
-The folder is locked for as long as the supervisor or a worker lives. What is left where all of them
-were killed is removed by whoever starts next.
+`prometheus_client` writes and adds up the files. Three things it lacks are done here. Its files go
+by process id; here a new worker continues the files of the one it replaces, so that crashes do not
+fill the folder. The files have their full size from the start: a write to a mapping in full memory
+ends a process with SIGBUS. And the folder is locked while the supervisor or a worker lives, so that
+the next start can remove one that was left behind.
 """
 
 import contextlib
@@ -17,18 +16,18 @@ from pathlib import Path
 
 from prometheus_client.multiprocess import mark_process_dead
 
-__all__ = ["PLACE", "SHARED_FOLDER", "Folder"]
+__all__ = ["SHARED_FOLDER", "WORKER", "Folder"]
 
 SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
-"""Environment variable that the library reads when it is imported: where processes share."""
+"""Environment variable that the library reads when it is imported: the shared folder."""
 
-PLACE = "SLSNET_METRICS_PLACE"
-"""Environment variable: whose files are a process's own there."""
+WORKER = "SLSNET_METRICS_WORKER"
+"""Environment variable: the number of the worker, which names its files."""
 
 _PREFIX = "slsnet-metrics-"
 _LOCK = "lock"
 
-# One for each kind of metric that there is.
+# One file for each kind of metric.
 _FILES = (
     "counter",
     "histogram",
@@ -37,15 +36,15 @@ _FILES = (
     "gauge_livemin",
     "gauge_livesum",
 )
-# Several times what they come to hold.
+# Several times as much as they come to hold.
 _FILE_BYTES = 2**17
 
 
 class Folder:
-    """A new one, locked by this process and by those that inherit `lock`.
+    """A new folder, locked by this process and by those that inherit `lock`.
 
     Raises:
-        OSError: there is no room, or it may not be made.
+        OSError: there is no room, or no permission.
     """
 
     def __init__(self) -> None:
@@ -53,24 +52,24 @@ class Folder:
         parent = memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
         _sweep(parent)
         self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-        # Under its name once it is locked: until then the folder is nobody's to remove.
+        # The lock gets its name once it is held: until then nobody removes the folder.
         unlocked = self.path / "unlocked"
         self.lock = os.open(unlocked, os.O_RDWR | os.O_CREAT, 0o600)
         """File descriptor."""
         fcntl.flock(self.lock, fcntl.LOCK_EX)
         unlocked.rename(self.path / _LOCK)
 
-    def reserve(self, place: int) -> None:
-        """Make room for the metrics of whoever fills `place`; what was counted there stays.
+    def reserve(self, worker: int) -> None:
+        """Make the files of this worker's number, unless an earlier worker left them.
 
         Raises:
-            OSError: there is none.
+            OSError: there is no room.
         """
         for name in _FILES:
-            path = self.path / f"{name}_{place}.db"
+            path = self.path / f"{name}_{worker}.db"
             if path.exists():
                 continue
-            # Whoever is asked for the metrics reads all that have that name: it is whole by then.
+            # A process that renders the metrics reads every file with that name, so it is whole by then.
             begun = path.with_suffix(".begun")
             try:
                 with begun.open("w+b") as file:
@@ -80,18 +79,18 @@ class Folder:
                 begun.unlink(missing_ok=True)
                 raise
 
-    def vacate(self, place: int) -> None:
-        """Take away what is of a worker only while it lives."""
-        mark_process_dead(place, self.path)  # type: ignore[no-untyped-call]
+    def vacate(self, worker: int) -> None:
+        """Remove the metrics that a worker has only while it lives."""
+        mark_process_dead(worker, self.path)  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:
-        """Take it away with all there is in it."""
+        """Remove the folder with all its files."""
         shutil.rmtree(self.path, ignore_errors=True)
 
 
 def _sweep(parent: Path) -> None:
     for folder in parent.glob(f"{_PREFIX}*"):
-        # Another user's cannot be opened, or not be removed; and others look at the same time.
+        # Another user's folder cannot be opened or removed, and others sweep at the same time.
         with contextlib.suppress(OSError):
             if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
                 continue

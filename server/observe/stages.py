@@ -1,11 +1,11 @@
-"""Where a request's time goes: read, decode, queue, infer, encode."""
+"""The stages of a request and their times: read, decode, queue, infer, encode."""
 
 import time
 
 __all__ = ["STAGES", "Stages"]
 
 STAGES = ("read", "decode", "queue", "infer", "encode")
-"""In the order in which a request goes through them; together they are nearly all of its time."""
+"""In the order of a request's way; together they are nearly all of its time."""
 
 
 class Stages:
@@ -18,17 +18,17 @@ class Stages:
         self.notes: dict[str, str] = {}
 
     def end(self, stage: str, at: float | None = None) -> None:
-        """The stage that ran since the last call is over (now, or `at` by `perf_counter`)."""
+        """End the stage that ran since the last call (now, or `at` by `perf_counter`)."""
         now = time.perf_counter() if at is None else at
         self.seconds[stage] = now - self._lap
         self._lap = now
 
     def milliseconds(self) -> dict[str, float]:
-        """Of the stages that are over."""
+        """The times of the stages that are over."""
         return {stage: round(seconds * 1000, 3) for stage, seconds in self.seconds.items()}
 
     def header(self) -> str:
-        """`Server-Timing` (W3C): durations in milliseconds, and the total up to now."""
+        """`Server-Timing` (W3C): the stages' milliseconds, and the total up to now."""
         total = (time.perf_counter() - self.started) * 1000
         return ", ".join(
             [

@@ -1,9 +1,8 @@
-"""OpenTelemetry traces: a span a request and one for each of its stages.
+"""OpenTelemetry traces: one span for a request and one for each of its stages.
 
-They are made when an `OTEL_EXPORTER_OTLP_…` variable or `OTEL_TRACES_EXPORTER` is set, and then
-need requirements-otel.txt; otherwise nothing of OpenTelemetry is imported. All settings are
-OpenTelemetry's own variables. Spans are written when a request is over, from the stopwatch that it
-has anyway.
+They are made if an `OTEL_EXPORTER_OTLP_…` variable or `OTEL_TRACES_EXPORTER` is set, and then need
+requirements-otel.txt; otherwise OpenTelemetry is not imported. All settings are OpenTelemetry's own
+variables. Spans are written when a request is over, from its stopwatch.
 """
 
 import logging
@@ -22,15 +21,15 @@ __all__ = ["Record", "open_tracing"]
 log = logging.getLogger("slsnet.tracing")
 
 Record = Callable[[Stages, Mapping[str, str], str, Mapping[str, str | int]], None]
-"""Told of a request: its stages, its headers, the span's name, and its attributes."""
+"""Called for each request: its stages, its headers, the span's name, and its attributes."""
 
 
 def open_tracing() -> tuple[Record, Callable[[], None]] | None:
-    """What records a request, and what sends the last spans off; None where traces are not wanted.
+    """The function that records a request, and one that sends the last spans; None if switched off.
 
     Raises:
-        RuntimeError: they are wanted, and OpenTelemetry is not installed, or by another way than
-            OTLP over HTTP.
+        RuntimeError: traces are switched on, and OpenTelemetry is not installed or another exporter
+            than OTLP over HTTP is asked for.
     """
     exporter = os.environ.get("OTEL_TRACES_EXPORTER", "")
     wanted = exporter or any(name.startswith("OTEL_EXPORTER_OTLP_") for name in os.environ)
@@ -56,7 +55,7 @@ def open_tracing() -> tuple[Record, Callable[[], None]] | None:
     named = "OTEL_SERVICE_NAME" in os.environ
     provider = TracerProvider(
         resource=Resource.create({} if named else {"service.name": "slsnet"}),
-        # It is the server that ends it, and does not wait for ever.
+        # The server shuts it down itself, and does not wait for ever.
         shutdown_on_exit=False,
     )
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))

@@ -1,1 +1,1 @@
-"""The process that serves, several of them, and the connections that they hold."""
+"""The serving process, its supervisor, and the connections that it holds."""

@@ -1,12 +1,11 @@
 """One process that serves until SIGTERM or SIGINT, then finishes what is in flight and exits 0.
 
-The first signal turns readiness off; new requests are still served for a grace period, so that
-whoever routes them here can notice. Then the port closes and what is in flight is finished. A
-second signal ends at once, with what a shell says of a process ended by it. SIGHUP loads the
-network, and the TLS certificate, from their files again.
+The first signal turns readiness off. New requests are still served for a grace period, so that
+routers can notice. Then the port closes and what is in flight is finished. A second signal ends the
+process at once, with the exit code that a shell gives for that signal. SIGHUP loads the network and
+the TLS certificate from their files again.
 
-It is all there is, or one of several that a supervisor started on one port
-(`server.process.supervisor`).
+It may be the only process, or one of several on one port (`server.process.supervisor`).
 """
 
 import asyncio
@@ -42,27 +41,27 @@ __all__ = ["run"]
 
 log = logging.getLogger("slsnet.server")
 
-# As many are accepted before those that are in are heard again.
+# So many connections are accepted before the others are read again.
 _AT_ONCE = 4
 
-# Where files or memory are short, nobody is accepted for so long.
+# Seconds without accepting connections when files or memory are short.
 _PAUSE_S = 0.2
 
-# That the supervisor is gone. Not SIGTERM: the kernel says it once for every thread that the
-# supervisor had, and a second SIGTERM ends at once.
+# The signal that the supervisor is gone. SIGTERM would not do: the kernel sends one for every
+# thread that the supervisor had, and a second SIGTERM ends at once.
 _ORPHANED = signal.SIGUSR1
 
-# Who connected before the port closed may take this long to send what they connected for.
+# Clients that connected before the port closed have so many seconds to send their request.
 _LAST_REQUESTS_S = 0.5
 
-# And this long to agree on how to encrypt it.
+# And so many for the TLS handshake.
 _LAST_HANDSHAKES_S = 1.0
 
-# So long before the drain's timeout, photos of several that are not done yet are given up: their
-# request's answer can be ended as it should.
+# Seconds before the drain's timeout at which the unfinished photos of a request with several are
+# given up, so that its answer can end properly.
 _LAST_ANSWERS_S = 5.0
 
-# Beyond all of these and the drain's timeout, for what is closed after it.
+# Seconds beyond all of these and the drain's timeout, for what is closed after it.
 _MARGIN_S = 3.0
 
 
@@ -78,7 +77,7 @@ class _Server(uvicorn.Server):
         self._reloading: asyncio.Task[None] | None = None
 
     def warn_of_limit(self) -> None:
-        """Say so where fewer connections are held than were asked for."""
+        """Warn if fewer connections are held than the setting asks for."""
         most, asked = self._house.most, self._service.settings.max_connections
         if most < asked:
             files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -110,7 +109,7 @@ class _Server(uvicorn.Server):
         settings = self._service.settings
         if self.config.ssl is not None and settings.tls_cert is not None:
             try:
-                # Tried apart first: where it fails half of it would be in use.
+                # It is tried apart first: a failure would leave half of it in use.
                 for context in (ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), self.config.ssl):
                     context.load_cert_chain(settings.tls_cert, settings.tls_key)
             except OSError as error:
@@ -137,8 +136,7 @@ class _Server(uvicorn.Server):
             listener.setblocking(False)
             listener.listen(self.config.backlog)
             self._listen(listener)
-        # All that is there by now stays: no collection need go through it again, every time with
-        # everybody waiting.
+        # All objects made by now stay: no garbage collection need go through them again.
         gc.freeze()
         self.started = True
 
@@ -147,7 +145,7 @@ class _Server(uvicorn.Server):
             self._loop.add_reader(listener, self._accept, listener)
 
     def _accept(self, listener: socket.socket) -> None:
-        """Take in who has connected; asyncio's own server does not tell who is at a handshake."""
+        """Accept connections here: asyncio's own server does not show those at a TLS handshake."""
         for _ in range(_AT_ONCE):
             try:
                 connection, _ = listener.accept()
@@ -179,7 +177,7 @@ class _Server(uvicorn.Server):
         def arrived(_: asyncio.Task[Any]) -> None:
             self._house.arriving.pop(connection, None)
             if arrival.cancelled():
-                # If it had not begun, nobody else closes this.
+                # If the handshake had not begun, nobody else closes this.
                 accepted.close()
             elif error := arrival.exception():
                 accepted.close()
@@ -200,7 +198,7 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     async def _accept_backlog(self, listener: socket.socket) -> None:
-        """Take in who has connected already, then close: closing alone would reset them."""
+        """Accept waiting connections, then close the port: closing alone would reset them."""
         self._loop.remove_reader(listener)
         listener.setblocking(False)
         while True:
@@ -215,7 +213,7 @@ class _Server(uvicorn.Server):
                 log.error("who has connected last is not answered: %s", error)
                 break
         listener.close()
-        # All at once, for some may say nothing.
+        # Wait for all at once, since some may send nothing.
         if arrivals := set(self._house.arriving.values()):
             _, late = await asyncio.wait(arrivals, timeout=_LAST_HANDSHAKES_S)
             for arrival in late:
@@ -231,14 +229,14 @@ class _Server(uvicorn.Server):
 
 
 def _end_at_last() -> None:
-    """A thread that never comes back, say one in a driver, would hold up the end for ever."""
+    """End the process even if a thread never comes back, such as one in a driver."""
     log.error("something does not end: the process is ended")
     finish()
     os._exit(1)
 
 
 def _hold_signals() -> list[int]:
-    """Keep what is signalled until the server can heed it; by default it would end the process."""
+    """Keep signals until the server can handle them; by default they would end the process."""
     held: list[int] = []
 
     def hold(number: int, _: FrameType | None) -> None:
@@ -248,13 +246,13 @@ def _hold_signals() -> list[int]:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, _ORPHANED):
         signal.signal(number, hold)
-    # Blocked until there was something that could keep them.
+    # They were blocked until something could keep them.
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     return held
 
 
 def _allow_files(wanted: int) -> None:
-    """Raise the limit of open files as far as it may be and needs to be."""
+    """Raise the limit of open files as far as is needed and allowed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < wanted and soft != resource.RLIM_INFINITY:
         allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
@@ -266,12 +264,12 @@ def run(
     listener: socket.socket,
     on_reloaded: Callable[[], None] = lambda: None,
 ) -> int:
-    """Serve; gives the process's exit code.
+    """Serve; return the process's exit code.
 
     Args:
-        settings: all there is to set.
-        listener: accepts connections.
-        on_reloaded: called when an administrator has had the network loaded again.
+        settings: the server's settings.
+        listener: the socket to accept connections from.
+        on_reloaded: called when an administrator has reloaded the network.
     """
     held = _hold_signals()
     _allow_files(settings.max_connections + WANTED_ON_TOP)
@@ -314,7 +312,7 @@ def run(
     return 1 if failed else 0
 
 
-# Of prctl(2): the signal that this process gets when its parent ends.
+# prctl(2): sets the signal that this process gets when its parent ends.
 _PR_SET_PDEATHSIG = 1
 
 
@@ -333,7 +331,7 @@ def main() -> int:
         lambda: os.kill(supervisor, signal.SIGHUP),
     )
     if os.getppid() != supervisor:
-        # Nobody else is left to do it.
+        # No other process is left to remove it.
         shutil.rmtree(os.environ[SHARED_FOLDER], ignore_errors=True)
     return code
 
