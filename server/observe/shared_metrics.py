@@ -69,7 +69,7 @@ class Folder:
             path = self.path / f"{name}_{worker}.db"
             if path.exists():
                 continue
-            # A process that renders the metrics reads every file with that name, so it is whole by then.
+            # A process that renders the metrics reads every file with that name: it is whole then.
             begun = path.with_suffix(".begun")
             try:
                 with begun.open("w+b") as file:
