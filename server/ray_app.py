@@ -1,9 +1,9 @@
 """The service on Ray Serve: `serve run server.ray_app:app`, with settings as arguments.
 
-Two deployments. A `Segmenter` is the whole application, with its batching and its limits, in each
-replica. The `Gateway` in front of them takes a request in whole before it hands it on, so that it
-can hand it on once more: Ray answers 500 to whatever a replica was at work on when it died, and
-segmenting again does no harm.
+There are two deployments. Each replica of `Segmenter` is the whole application, with its batching
+and its limits. The `Gateway` in front reads a whole request before it hands it on, so that it can
+hand it on again: when a replica dies, Ray answers its requests with 500, and segmenting again does
+no harm.
 """
 
 import asyncio
@@ -36,15 +36,15 @@ __all__ = ["Gateway", "Segmenter", "app"]
 
 log = logging.getLogger("slsnet.ray")
 
-# A photo that kills whatever decodes it shall not go through all the replicas there are.
+# A photo that kills its decoder must not go through all replicas.
 _ATTEMPTS = 3
 
-# Beside those that Serve counts as being worked on here: health, metrics, pages.
+# Requests beside those that Serve counts as at work here: health, metrics, pages.
 _OTHER_REQUESTS = 32
 
 _RAYS_OWN = {"host", "port", "workers", "tls_cert", "tls_key", "tls_client_ca"}
 
-# What a form adds to its photos, generously.
+# Bytes that a form may add to its photos.
 _FORM_BYTES = 2**20
 
 _BATCH_PATHS = ("/segment/batch", "/segment/batch/json")
@@ -56,17 +56,17 @@ Answer = tuple[int, list[tuple[bytes, bytes]], bytes]
 
 
 class Segmenter:
-    """One replica: `server.http.app`'s application, asked without HTTP."""
+    """One replica: `server.http.app`'s application, called without HTTP."""
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
-        """Come up with the network loaded and warmed up.
+        """Start with the network loaded and warmed up.
 
         Raises:
             BackendError: it cannot be loaded.
         """
         resources: dict[str, float] = get_runtime_context().get_assigned_resources()  # type: ignore[no-untyped-call]
         cpus = max(1, int(resources.get("CPU", 1)))
-        # All cores of the machine are seen here, but other replicas have their share of them.
+        # The process sees all cores of the machine, but other replicas share them.
         settings = settings.model_copy(
             update={
                 "threads": settings.threads or cpus,
@@ -86,13 +86,13 @@ class Segmenter:
             await asyncio.sleep(_POLL_S)
 
     async def answer(self, scope: dict[str, Any], body: bytes) -> Answer:
-        """What the application says to a request; it has ASGI's `scope` but for its `state`."""
+        """The application's answer to a request; `scope` is ASGI's, without its `state`."""
         asked = False
 
         async def receive() -> Message:
             nonlocal asked
             if asked:
-                # A client that hangs up has this call cancelled.
+                # If the client hangs up, this call is cancelled.
                 await asyncio.Event().wait()
             asked = True
             return {"type": "http.request", "body": body}
@@ -112,12 +112,12 @@ class Segmenter:
         return start["status"], list(start["headers"]), b"".join(content)
 
     async def signed_answer(self, scope: dict[str, Any], body: bytes) -> tuple[str, Answer]:
-        """The same with the replica's name, where all replicas are asked."""
+        """The answer with the replica's name, when all replicas are asked."""
         name: str = serve.get_replica_context().replica_id.unique_id
         return name, await self.answer(scope, body)
 
     async def check_health(self) -> None:
-        """Serve puts another replica in the place of one that raises.
+        """Tell Serve whether to replace this replica.
 
         Raises:
             Unavailable: the network fails on everything.
@@ -125,7 +125,7 @@ class Segmenter:
         self._service.networks.check_works()
 
     async def __del__(self) -> None:
-        """Serve has let what was accepted be finished, and sends nothing more."""
+        """End: Serve has waited for accepted requests, and sends no more."""
         self._service.draining = True
         await self._lifespan.shutdown()
 
@@ -136,7 +136,7 @@ def _full(request: Request, why: str) -> Response:
 
 
 def _plain(scope: Scope) -> dict[str, Any]:
-    """What of a request's scope can travel and means something elsewhere."""
+    """The part of a request's scope that can travel to another process."""
     names = ("http_version", "method", "scheme", "query_string", "headers", "client", "server")
     path = scope["path"]
     return {
@@ -148,7 +148,7 @@ def _plain(scope: Scope) -> dict[str, Any]:
 
 
 def _together(texts: dict[str, str]) -> bytes:
-    """Figures of several replicas as one text, with a label that says whose each is."""
+    """Metrics of several replicas as one text, with a label that names the replica."""
     families: dict[str, Metric] = {}
     for replica, text in texts.items():
         for family in text_string_to_metric_families(text):
@@ -162,7 +162,7 @@ def _together(texts: dict[str, str]) -> bytes:
 
 
 class _Families(CollectorRegistry):
-    """A registry of what was collected elsewhere."""
+    """A registry of metrics that were collected elsewhere."""
 
     def __init__(self, families: Iterable[Metric]) -> None:
         super().__init__()
@@ -172,13 +172,13 @@ class _Families(CollectorRegistry):
         return self._families
 
 
-# Whatever the gateway uses is above: Serve takes a copy of it when it comes to the decorator.
+# All that the gateway uses is above: Serve copies it at the decorator.
 _web = FastAPI(openapi_url=None)
 
 
 @serve.ingress(_web)
 class Gateway:
-    """Takes requests in and hands them to replicas, again where one dies."""
+    """Reads requests and hands them to replicas, and to another one if a replica dies."""
 
     def __init__(self, segmenters: DeploymentHandle[Segmenter], settings: Settings) -> None:
         self._segmenters = segmenters
@@ -193,7 +193,7 @@ class Gateway:
         "/{path:path}", methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
     )
     async def forward(self, request: Request) -> Response:
-        """The answer of a replica to the request."""
+        """Hand the request to a replica, and return its answer."""
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await self._forward(request)
@@ -205,7 +205,7 @@ class Gateway:
                 {"Retry-After": "10"},
             )
         except (ObjectStoreFullError, OutOfDiskError):
-            # To a replica, or on the way back.
+            # It broke on the way to a replica, or back.
             return _full(request, "Ray's object store has no room for this request.")
         except RayActorError:
             return answer(
@@ -219,8 +219,8 @@ class Gateway:
         most_bytes = self._most_bytes_of_many if many else self._most_bytes
         with contextlib.ExitStack() as held:
             body = bytearray()
-            # Of what is too large nothing is read, if that is told: the replica refuses it by the
-            # same header, and says how many bytes are allowed.
+            # A body whose header says that it is too large is not read: the replica refuses it by
+            # that header, and says how many bytes are allowed.
             if int(request.headers.get("content-length", "0")) <= most_bytes:
                 async for chunk in request.stream():
                     if self._bytes_in_flight + len(chunk) > self._max_bytes_in_flight:
@@ -232,7 +232,7 @@ class Gateway:
                         break
             status, headers, content = await self._ask(_plain(request.scope), bytes(body))
         response = Response(content, status)
-        # Serve's proxy adds the request's id, which it made before and the replica took over.
+        # Serve's proxy adds the request's id, which it made and the replica took over.
         own = (b"content-length", b"x-request-id")
         response.raw_headers = [pair for pair in headers if pair[0] not in own]
         response.raw_headers.append((b"content-length", str(len(content)).encode()))
@@ -245,7 +245,7 @@ class Gateway:
         if scope["path"] in ("/metrics", "/admin/reload"):
             answers = await self._segmenters.broadcast("signed_answer", scope, body).results_async()
             none: Answer = (HTTPStatus.SERVICE_UNAVAILABLE, [(b"retry-after", b"10")], b"")
-            # One that failed speaks for all.
+            # The answer of one that failed is given for all.
             worst = max((found for _, found in answers), key=lambda found: found[0], default=none)
             if scope["path"] == "/metrics" and worst[0] == HTTPStatus.OK:
                 texts = {name: content.decode() for name, (_, _, content) in answers}
@@ -263,17 +263,16 @@ class Gateway:
 
 
 def app(args: dict[str, Any]) -> serve.Application:
-    """What `serve run server.ray_app:app` and configuration files deploy.
+    """Build what `serve run server.ray_app:app` and configuration files deploy.
 
     Args:
         args: settings by name, such as `max_pixels=20000000`; those of the environment count too.
 
     Raises:
-        ValueError: a value is out of range, or a setting is one of those that Ray takes the place
-            of.
+        ValueError: a value is out of range, or Ray takes care of that setting.
     """
     settings = Settings(**args)
-    # Of the environment, which containers have for the server without Ray, they mean nothing.
+    # Variables for these, which containers set for the server without Ray, are ignored.
     if given := _RAYS_OWN & args.keys():
         raise ValueError(
             f"{', '.join(sorted(given))}: set this where Ray Serve has it (docs/ray.md), as it is"

@@ -1,5 +1,5 @@
 """
-What runs the network: one small interface, and the choice of who implements it.
+Backends, which run the network: one small interface, and the choice of an implementation.
 
 A backend is loaded by its constructor. All its methods block, so the server calls them in threads,
 `infer` from at most `BackendInfo.slots` threads at a time.
@@ -19,7 +19,7 @@ __all__ = ["Backend", "BackendError", "BackendInfo", "Images", "open_backend"]
 
 log = logging.getLogger("slsnet.backends")
 
-# Read when the library is loaded: its switch at run time comes after the first events.
+# The library reads it when it is loaded; its switch at run time comes after the first events.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 
@@ -33,16 +33,16 @@ class BackendError(RuntimeError):
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """What a backend says of itself; `GET /model` shows all of it."""
+    """A backend's description; `GET /model` shows all of it."""
 
     name: str
-    """As the setting `backend` has it, such as `onnxruntime`."""
+    """Its name in the setting `backend`, such as `onnxruntime`."""
     version: str
-    """The runtime's."""
+    """The runtime's version."""
     device: str
-    """Such as `cpu`, or the GPU's name."""
+    """`cpu`, or the GPU's name."""
     precision: str
-    """Of the network's weights and most of its arithmetic: `fp32`, `fp16`, …"""
+    """The type of the network's weights and most of its arithmetic: `fp32`, `fp16`, …"""
     max_batch: int
     """Largest batch worth forming here."""
     slots: int = 1
@@ -53,14 +53,14 @@ class BackendInfo:
     model: Mapping[str, str] = field(default_factory=dict)
     """The ONNX file's metadata: `name`, `version`, `weights_sha256`, `training_data`, …"""
     file_sha256: str = ""
-    """Of the bytes that were loaded: which network it is, whatever its metadata says."""
+    """SHA-256 of the bytes that were loaded: it tells the network, whatever its metadata says."""
 
 
 class Backend(Protocol):
     """Runs the exported graph: uint8 pixels in, lesion probability out."""
 
     def describe(self) -> BackendInfo:
-        """What runs, and how it wants to be fed."""
+        """What runs, and the batches that it takes."""
 
     def warm_up(self) -> None:
         """
@@ -82,7 +82,7 @@ class Backend(Protocol):
         """
 
     def close(self) -> None:
-        """Give back what the backend holds; nothing is asked of it afterwards."""
+        """Free what the backend holds; it is not used afterwards."""
 
 
 def open_backend(name: str, model: Path, *, threads: int) -> Backend:
@@ -90,10 +90,11 @@ def open_backend(name: str, model: Path, *, threads: int) -> Backend:
     Load `model` (an ONNX file) into the backend called `name`.
 
     Args:
-        name: `torch` or `onnxruntime`; for `auto` and `tensorrt` this is what serves until an
-            engine does (`server.backends.engine_cache`): ONNX Runtime on CUDA, else on the CPU.
+        name: `torch` or `onnxruntime`. For `auto` and `tensorrt` this loads ONNX Runtime, on CUDA
+            or
+            else on the CPU, which serves until an engine does (`server.backends.engine_cache`).
         model: the ONNX file.
-        threads: CPU threads of an image that comes alone, and images that run at the same time.
+        threads: CPU threads of a lone photo, and photos that run at the same time.
 
     Raises:
         BackendError: the backend is unknown or cannot be loaded.

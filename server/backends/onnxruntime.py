@@ -14,22 +14,22 @@ from server.backends.model_file import ModelFile, read_model
 
 __all__ = ["OnnxRuntimeBackend", "check_contract"]
 
-# Each takes memory of its own: about 80 MiB with exact attention.
+# Each run takes memory of its own: about 80 MiB with exact attention.
 _MOST_TOGETHER = 8
 
 
 class OnnxRuntimeBackend:
     """The exported graph in ONNX Runtime's CPU provider.
 
-    An image that comes alone runs on all threads. Those that come together run on a thread each,
-    which does more in all: threads that share an image wait for each other after every layer.
+    A lone photo runs on all threads. Photos that come together run on one thread each, which does
+    more in all: threads that share a photo wait for each other after every layer.
 
     Args:
         model: the ONNX file.
-        threads: of an image that comes alone, and of all that run at the same time.
+        threads: of a lone photo, and of all that run at the same time.
 
     Raises:
-        BackendError: the file is no network, or not one of the served contract.
+        BackendError: the file is no network, or has other inputs or outputs than the server's.
     """
 
     def __init__(self, model: Path, *, threads: int) -> None:
@@ -38,7 +38,7 @@ class OnnxRuntimeBackend:
         self._slots = min(threads, _MOST_TOGETHER)
         onnxruntime.disable_telemetry_events()
         self._alone = _open(file, threads)
-        # Beside the threads that call it; with a slot for each thread that is none.
+        # The threads that call it count too; with a slot for each thread it needs none itself.
         helpers = threads - self._slots
         self._beside = _open(file, 1 + helpers) if threads > 1 else self._alone
         self._running = 0
@@ -50,7 +50,7 @@ class OnnxRuntimeBackend:
             version=onnxruntime.__version__,
             device="cpu",
             precision="fp32",
-            # Images one by one take as long as a batch of them; together they would only wait for
+            # Photos one by one take as long as a batch of them; in a batch they would only wait for
             # each other.
             max_batch=1,
             slots=self._slots,
@@ -59,7 +59,7 @@ class OnnxRuntimeBackend:
         )
 
     def warm_up(self) -> None:
-        # As many as ever run together take all the memory there will ever be.
+        # Run as many as ever run together, so that all memory is taken now.
         image = np.zeros((1, MODEL_SIZE, MODEL_SIZE, 3), np.uint8)
         self.infer(image)
         with ThreadPoolExecutor(self._slots) as threads:
@@ -88,7 +88,7 @@ class OnnxRuntimeBackend:
 def _open(file: ModelFile, threads: int) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # A plan for each size of batch, each with memory of its own, makes nothing faster here.
+    # A memory plan for each size of batch would make nothing faster here.
     options.enable_mem_pattern = False
     options.log_severity_level = 3
     # Between two layers threads wait awake for as long as most layers keep them waiting, and then
@@ -106,7 +106,7 @@ def _open(file: ModelFile, threads: int) -> onnxruntime.InferenceSession:
 
 
 def check_contract(session: onnxruntime.InferenceSession, model: Path) -> None:
-    """Raise BackendError unless `session` takes and gives what is served."""
+    """Raise BackendError unless `session` has the inputs and outputs that the server needs."""
     inputs = [(node.name, node.type, node.shape[1:]) for node in session.get_inputs()]
     outputs = [(node.name, node.type, node.shape[1:]) for node in session.get_outputs()]
     side = MODEL_SIZE

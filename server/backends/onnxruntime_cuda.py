@@ -1,8 +1,8 @@
-"""ONNX Runtime's CUDA provider: serves on a GPU at once, while or where TensorRT does not.
+"""ONNX Runtime's CUDA provider: serves on a GPU at once, until TensorRT does, or instead of it.
 
 The provider keeps its recorded graphs by thread, and records in CUDA's global mode: meanwhile no
 other thread may allocate on the GPU, or copy and wait (onnxruntime's `cuda_execution_provider.cc`
-and `cuda_graph.cc`). So one thread of the process loads, records and runs all there is.
+and `cuda_graph.cc`). So one thread of the process loads, records and runs all graphs.
 """
 
 import logging
@@ -37,7 +37,7 @@ _PROVIDER = "CUDAExecutionProvider"
 # The exported attention holds two float32 matrices of 67 MB an image: 2.1 GB at 16.
 _BUCKETS = (1, 2, 4, 8, 16)
 
-# A batch of 16 takes milliseconds: a thread that is busy for so long is in the driver for ever.
+# Seconds. A batch of 16 takes milliseconds: a thread busy for so long is stuck in the driver.
 _STUCK_S = 30.0
 
 
@@ -59,8 +59,8 @@ class OnnxRuntimeCudaBackend:
     Loading runs every bucket, so the first request is as fast as any.
 
     Raises:
-        BackendError: no CUDA provider, no driver, no GPU, a provider that does not load, or a GPU
-            that has not come back to the network from before.
+        BackendError: there is no CUDA provider, driver or GPU, the provider does not load, or the
+            previous network is still stuck on the GPU.
     """
 
     def __init__(self, model: Path) -> None:
@@ -70,7 +70,7 @@ class OnnxRuntimeCudaBackend:
             self._gpu = current_gpu()
         except NoGpuError as error:
             raise BackendError(f"ONNX Runtime cannot use CUDA: {error}") from error
-        # Finds CUDA and cuDNN where they were installed as wheels.
+        # It finds CUDA and cuDNN that were installed as wheels.
         onnxruntime.preload_dlls()
         self._file = read_model(model)
         try:
@@ -92,7 +92,7 @@ class OnnxRuntimeCudaBackend:
         )
 
     def warm_up(self) -> None:
-        """Nothing to do: loading ran every bucket."""
+        """Do nothing: loading ran every bucket."""
 
     def infer(self, batch: Images) -> NDArray[np.float32]:
         if len(batch) > _BUCKETS[-1]:
@@ -129,13 +129,13 @@ class OnnxRuntimeCudaBackend:
     def _open(self, *, graphs: bool) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        # TF32 would cost the channel attention's energies their last digits, for a fallback.
+        # TF32 would cost the channel attention's energies their last digits.
         cuda = {"enable_cuda_graph": str(int(graphs)), "use_tf32": "0"}
         with _as_backend_error(f"ONNX Runtime cannot load {self._file.path} on {self._gpu.name}"):
             self._session = onnxruntime.InferenceSession(
                 self._file.content, options, providers=[(_PROVIDER, cuda), "CPUExecutionProvider"]
             )
-        # It goes on with the CPU, and a line on stderr, where CUDA's libraries are missing.
+        # If CUDA's libraries are missing, the provider goes on with the CPU and a line on stderr.
         if self._session.get_providers()[0] != _PROVIDER:
             raise BackendError("ONNX Runtime's CUDA provider does not load: see its message above")
         check_contract(self._session, self._file.path)
@@ -144,7 +144,7 @@ class OnnxRuntimeCudaBackend:
         with _as_backend_error("the first runs failed"):
             for bucket in _BUCKETS:
                 image = np.zeros((bucket, MODEL_SIZE, MODEL_SIZE, 3), np.uint8)
-                # The second run replays what the first captured: what does not hold fails here.
+                # The second run replays what the first captured, so a bad graph fails here.
                 for _ in range(2):
                     self._run(image)
 
@@ -165,7 +165,7 @@ class OnnxRuntimeCudaBackend:
 
 
 class _Thread:
-    """Runs what it is given, in order; the end of the process does not wait for it."""
+    """A thread that runs calls in order; the end of the process does not wait for it."""
 
     def __init__(self) -> None:
         self._work: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
@@ -183,7 +183,7 @@ class _Thread:
                 future.set_result(work())
             except Exception as error:  # noqa: BLE001  # it goes to who waits
                 future.set_exception(error)
-            # Or the last batch would be held until the next one.
+            # Otherwise the last batch would stay in memory until the next one.
             del future, work
 
 

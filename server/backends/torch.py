@@ -1,4 +1,4 @@
-"""PyTorch: the reference that the exported graph is held against. The one backend with torch."""
+"""PyTorch: the reference for the exported graph. Only this backend needs torch."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -35,17 +35,17 @@ class _Lane:
 
 
 class TorchBackend:
-    """The generator itself, on the GPU where there is one.
+    """The generator itself, on the GPU if there is one.
 
     Args:
-        model: the ONNX file; the weights lie beside it as `.safetensors`. Where it is there, the
-            attention has its form; else it is exact, as trained.
+        model: the ONNX file; the weights lie beside it as `.safetensors`. If the ONNX file exists,
+            it tells the form of attention; otherwise that is exact, as trained.
         precision: of autocast; channel attention's energies are float32 in any.
-        run: on a GPU `graph` records one CUDA graph for each bucket; `compile` is `torch.compile`,
-            which takes minutes and answers only in the thread that first asked; `eager` is neither.
+        run: on a GPU `graph` records one CUDA graph for each bucket. `compile` is `torch.compile`,
+            which takes minutes and answers only in the thread that first called. `eager` is plain.
 
     Raises:
-        BackendError: no such weights, or not this network's.
+        BackendError: the weights are missing, or belong to another network.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class TorchBackend:
         aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
-            # Libraries choose and allocate in the first runs, which cannot be recorded.
+            # In the first runs libraries choose kernels and allocate, which cannot be recorded.
             for _ in range(3):
                 self._forward(image)
         torch.cuda.current_stream().wait_stream(aside)
@@ -146,7 +146,7 @@ class TorchBackend:
 
 
 def _attention(model: Path, generator: Generator) -> AttentionForm:
-    """The form that an exported file says it has; as it was trained where there is none."""
+    """The form of attention that an exported file names; exact if there is none."""
     if generator.config.pam_pool[0] > 1:
         return "pooled"
     said = onnx.load(model).metadata_props if model.exists() else ()

@@ -19,7 +19,7 @@ from server.bulk.sources import SUFFIXES, BulkError, Source, open_source
 from server.observe.logs import configure
 from server.settings import Settings, add_flags, settings_of
 
-# Those of the service that are not about HTTP.
+# The server's settings that do not concern HTTP.
 _SETTINGS = (
     "model",
     "backend",
@@ -52,7 +52,7 @@ signal's number if one stopped it.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run, or go on; gives the process's exit code."""
+    """Run, or continue; return the process's exit code."""
     parser = argparse.ArgumentParser(
         formatter_class=Help, prog=program("server.bulk"), description=_DESCRIPTION, epilog=_EPILOG
     )
@@ -149,14 +149,14 @@ def _run(
 
 
 def _take_stock(ledger: Ledger, source: Source, info: BackendInfo, options: Options) -> None:
-    """List what is to be done."""
+    """List the photos to be done."""
     weights = info.model.get("weights_sha256")
     if not weights:
         raise BulkError(
             "The network does not say which it is (weights_sha256 in its metadata), so results of"
             " it could not be told from another's. Export it with `python -m model.export`."
         )
-    # One file of weights gives other masks with another form of attention.
+    # The same weights give other masks with another form of attention.
     attention = info.model.get("attention", "unknown")
     ledger.begin(
         source=source.identity, weights_sha256=weights, attention=attention, **asdict(options)

@@ -1,8 +1,8 @@
 """The work on a Ray cluster (Ray Data): each of its actors loads the network once.
 
-Every node has this project, the network's file, the photos and the folder of masks under the same
-paths. Actors write the masks; paths and rows alone travel. Where one dies, Ray runs what it was
-given again, and its masks are replaced by the same ones.
+Every node has this project, the network file, the photos and the folder of masks under the same
+paths. Actors write the masks; only paths and rows travel. If an actor dies, Ray runs its photos
+again, and their masks are replaced by the same ones.
 """
 
 import asyncio
@@ -38,21 +38,21 @@ from server.settings import Settings
 
 __all__ = ["on_ray"]
 
-# What an actor is given at a time, and is run again with it.
+# Photos that an actor gets at a time. They are run again if it dies.
 _BLOCK = 16
 
-# Photos of one data set: it is held in memory, and setting one up takes seconds.
+# Photos of one data set: it is in memory, and setting one up takes seconds.
 _WINDOW = 50_000
 
-# Of a block, or a photo, whose actor died.
+# Attempts at a block, or a photo, whose actor died.
 _RETRIES = 2
 
-# Of a data set: beyond it something else is wrong than photos.
+# Failures of a data set: with more, something other than photos is wrong.
 _LOST_BLOCKS = 100
 
 _CONNECT_S = 10
 
-# After which it is said that there is no room.
+# Seconds after which it tells that there is no room.
 _ROOM_S = 5
 
 _PATH, _ROW, _STOP = "path", "row", "stop"
@@ -70,7 +70,7 @@ def on_ray(
         settings: `threads` is also how many CPUs an actor asks for; 0 is one.
         options, root, masks: as for `Segmenter`.
         address: `auto`, `local`, `HOST:PORT` or `ray://HOST:PORT`.
-        gpus: that an actor asks for.
+        gpus: GPUs that an actor asks for.
 
     Raises:
         BackendError: the network cannot be loaded.
@@ -110,30 +110,30 @@ def _describe(settings: Settings) -> BackendInfo:
 def _start(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
-        # Ray itself tries for minutes.
+        # Ray itself would try for minutes.
         try:
             socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
         except OSError as error:
             raise BulkError(f"There is no Ray cluster at {address}: {error}") from error
-    # Nothing is reported elsewhere, should the cluster be started here.
+    # A cluster that is started here reports nothing elsewhere.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     print(f"connecting to Ray ({address})", file=sys.stderr)
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
-    # RuntimeError: of another version, among others.
+    # RuntimeError: for example, the cluster has another version.
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         raise BulkError(f"Ray's cluster ({address}) cannot be used: {error}") from error
     context = ray.data.DataContext.get_current()
-    # Its bars and notes would be in the way of this program's own.
+    # Ray's bars and notes would disturb this program's own.
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    # What of them is missing is run again, photo by photo.
+    # Photos without a row are run again, one by one.
     context.max_errored_blocks = _LOST_BLOCKS
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def _actors(cpus: int, gpus: float) -> int:
-    """As many as the cluster has room for, whatever else runs on it; waits for the first."""
+    """The number of actors that the cluster has room for; wait until one fits."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     room = sum(
         int(min(node.get("CPU", 0) / cpus, node.get("GPU", 0) / gpus if gpus else math.inf))
@@ -168,10 +168,10 @@ def _run(
             signal.signal(each, handler)
 
     def go_through(window: list[Task], block: int, compute: ray.data.ActorPoolStrategy) -> None:
-        """Leave in `window` those that no row came of."""
+        """Run the photos in `window`, and leave in it those without a row."""
         left = {task.path: task for task in window}
         blocks = list(_blocks(iter(window), block))
-        # Told once more, or Ray puts small ones together, and refuses GPUs.
+        # It is told again: otherwise Ray joins small blocks, and refuses GPUs.
         rows = segmented(ray.data.from_arrow(blocks), compute=compute, batch_size=block)
         for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
             for path, row in _rows(batch):
@@ -186,7 +186,7 @@ def _run(
         while not signals and (window := list(itertools.islice(tasks, _WINDOW))):
             go_through(window, _BLOCK, pool())
             if window and not signals:
-                # One at a time, so that none dies of what another one does.
+                # One at a time, so that no photo fails for what another one does.
                 go_through(window, 1, pool(max_tasks_in_flight_per_actor=1))
             if not signals:
                 for task in window:
@@ -201,7 +201,7 @@ def _run(
 
 def _blocks(tasks: Iterator[Task], size: int) -> Iterator[pa.Table]:
     while block := list(itertools.islice(tasks, size)):
-        # As bytes: names need not be UTF-8.
+        # Paths travel as bytes, since names need not be UTF-8.
         yield pa.table(
             {
                 _PATH: [os.fsencode(task.path) for task in block],
@@ -218,12 +218,12 @@ def _rows(batch: pa.Table) -> Iterator[tuple[str, Row]]:
 
 
 class _Actor:
-    """What one actor runs; it is given a block of photos at a time."""
+    """Runs in one actor, which gets a block of photos at a time."""
 
     def __init__(
         self, settings: Settings, options: Options, root: Path, masks: Path, weights: str
     ) -> None:
-        # Ray calls from a thread of its own, the network's event loop runs in another.
+        # Ray calls from a thread of its own; the network's event loop runs in another.
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         self._segmenter = Segmenter(settings, options, root, masks)
@@ -256,10 +256,10 @@ class _Actor:
             try:
                 return await self._segmenter.segment(task)
             except BulkError as error:
-                # Handed over, or Ray would start others that fail as well.
+                # The error is handed over: otherwise Ray would start actors that fail too.
                 return error
             except Exception as error:  # noqa: BLE001
-                # Likewise: Ray would take it for an actor's death.
+                # It is handed over too: Ray would take it for an actor's death.
                 return BulkError(f"a fault of this program: {error!r}")
 
         return await asyncio.gather(*map(segment, tasks))

@@ -1,8 +1,8 @@
-"""What is done and what is not, in a database beside the masks that a kill cannot tear.
+"""The photos that are done, in a database beside the masks that survives a kill at any moment.
 
-A photo is marked as done by one transaction, after its mask is on the disk. Killed in between, it
-is run again and its mask replaced by the same one. A mask goes before its row does, so no kill
-leaves one that no row knows. The table is written from here, whole.
+One transaction marks a photo as done, after its mask is on the disk. After a kill in between, the
+photo is run again and its mask replaced by the same one. A mask is removed before its row, so no
+kill leaves a mask without a row. The table is written from the database, whole.
 """
 
 import os
@@ -25,12 +25,12 @@ STATE = "state.sqlite"
 
 _VERSION = 2
 
-# Listed in one transaction: one each is slow, all of them at once would need their whole size
-# again in the journal.
+# Photos listed in one transaction: one for each is slow, and a single one for all would need their
+# whole size again in the journal.
 _AT_ONCE = 10_000
 _PAGE = 1000
 
-# As `common.files.replacing` calls them.
+# The names that `common.files.replacing` gives.
 _LEFTOVER = re.compile(r"\..+\.png\.[a-z0-9_]{8}\.png")
 _LEFTOVER_TABLE = re.compile(rf"\.{re.escape(TABLE)}\.[a-z0-9_]{{8}}\.csv")
 
@@ -40,21 +40,22 @@ class Task:
     """A photo to be run."""
 
     path: str
-    """As it is listed."""
+    """Its path in the listing."""
     mask: str
-    """Where its mask goes, below the folder of masks."""
+    """The path of its mask, below the folder of masks."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What came of one photo; numbers are None where there is no mask, or no lesion in it."""
+    """The result for one photo; numbers are None if there is no mask, or no lesion in it."""
 
     status: Literal["ok", "unusable", "failed"]
-    """`unusable` is the photo's own fault and stays so until its file changes; `failed` (it could
-    not be read or its mask not written, or the network failed) is tried again the next time."""
+    """An `unusable` photo is at fault itself, and stays so until its file changes. A `failed` one
+    is tried again the next time: the photo could not be read, its mask not be written, or the
+    network failed."""
     error: str = ""
     width: int | None = None
-    """Pixels, of photo and mask."""
+    """Width of photo and mask, pixels."""
     height: int | None = None
     area: int | None = None
     """Pixels above the threshold."""
@@ -66,35 +67,35 @@ class Row:
     centroid_x: float | None = None
     centroid_y: float | None = None
     mean_probability: float | None = None
-    """Of the pixels above the threshold, at the network's 128×128."""
+    """Mean over the pixels above the threshold, at the network's 128×128."""
     max_probability: float | None = None
     backend: str | None = None
     precision: str | None = None
     milliseconds: float | None = None
-    """Of work on this photo; what a batch took is shared by its photos."""
+    """Time of work on this photo; the photos of a batch share its time."""
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What the source had."""
+    """Numbers of photos that the source had."""
 
     named: int
-    """Photos, those named more than once as often as they are."""
+    """Photos; a photo named twice counts twice."""
     repeated: int
-    """Of those: named before."""
+    """Of these, photos named before."""
     dropped: int
-    """Photos listed by an earlier run, and no longer."""
+    """Photos that an earlier run listed and this one does not."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Photos."""
+    """Numbers of photos."""
 
     listed: int
     done: int
-    """Of those: run already, well or not."""
+    """Of these, run already, with or without success."""
     unsuccessful: int
-    """Of the done: without a mask."""
+    """Of the done ones, without a mask."""
 
 
 _ROW = [field.name for field in fields(Row)]
@@ -109,8 +110,8 @@ CREATE INDEX pending ON photos (path) WHERE status IS NULL;
 CREATE INDEX unsuccessful ON photos (status) WHERE status IN ('unusable', 'failed');
 """
 
-# `seen` is the number of the listing that had the photo last; `waiting` are photos whose mask is
-# another one's that this listing has not had yet.
+# `seen` is the number of the last listing that had the photo. `waiting` holds photos whose mask
+# belongs to another photo that this listing has not had yet.
 _TO_2 = """
 ALTER TABLE photos ADD COLUMN seen INTEGER NOT NULL DEFAULT 0;
 CREATE TABLE waiting (
@@ -120,13 +121,13 @@ CREATE TABLE waiting (
 
 
 class Ledger:
-    """The state of one `DST`, which nobody else can open meanwhile."""
+    """The state of one `DST`, which no other process can open meanwhile."""
 
     def __init__(self, folder: Path) -> None:
         """Open the folder and lock it.
 
         Args:
-            folder: `DST`; made where it is missing.
+            folder: `DST`; made if it is missing.
 
         Raises:
             BulkError: it holds other things, or another process works on it.
@@ -149,7 +150,8 @@ class Ledger:
         self._database = sqlite3.connect(state, timeout=1, isolation_level=None)
         try:
             self._open()
-            # After the database: a folder with masks alone would be taken for somebody else's.
+            # Made after the database: a folder with masks alone would be taken for another
+            # program's.
             self.masks.mkdir(exist_ok=True)
         except OSError as error:
             self._database.close()
@@ -164,8 +166,8 @@ class Ledger:
             raise
 
     def _open(self) -> None:
-        # For one process at a time, also where a file system shares no memory. Synchronous as far
-        # as a kill goes; a power cut may cost the last rows, which are then run again.
+        # One process at a time, also on file systems without shared memory. It survives a kill; a
+        # power cut may lose the last rows, whose photos are then run again.
         for setting in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = NORMAL"):
             self._database.execute(f"PRAGMA {setting}")
         (version,) = self._database.execute("PRAGMA user_version").fetchone()
@@ -179,7 +181,7 @@ class Ledger:
                 f"{self.folder} was written by another version of this program. Choose a new"
                 " folder, or finish with that version."
             )
-        # Whether somebody else has it is known once it is written to.
+        # A write shows whether another process has it.
         self._database.execute("BEGIN EXCLUSIVE")
         self._database.execute("COMMIT")
 
@@ -187,17 +189,16 @@ class Ledger:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let others have it."""
-        # One that was refused has not removed what a killed one left.
+        """Close it, so that others can open it."""
         if self._begun:
             self._set("running", 0)
         self._database.close()
 
     def begin(self, **wanted: Any) -> None:
-        """Start, or go on with, a run of these settings, such as `threshold=0.5`.
+        """Start or continue a run with these settings, such as `threshold=0.5`.
 
         Raises:
-            BulkError: what is there was made with others.
+            BulkError: the earlier results were made with other settings.
         """
         for name, value in wanted.items():
             found = self._get(name)
@@ -214,7 +215,7 @@ class Ledger:
         self._begun = True
 
     def _remove_leftovers(self) -> None:
-        """What a killed process was about to write."""
+        """Remove files that a killed process had begun to write."""
         for parent, _, names in os.walk(self.masks):
             for name in filter(_LEFTOVER.fullmatch, names):
                 Path(parent, name).unlink(missing_ok=True)
@@ -223,13 +224,14 @@ class Ledger:
                 path.unlink(missing_ok=True)
 
     def list(self, photos: Iterable[Listed]) -> Listing:
-        """Take in what there is to do.
+        """Take in the photos to do.
 
-        Run again will be those that failed, and those whose file has changed or whose mask is gone.
-        Photos of earlier runs that are not among `photos` keep their mask, for they may have been
-        moved away because they were done. Those that have none are dropped, and those whose mask's
-        name another photo needs now; once all of `photos` is known, so that a listing that is
-        killed or fails drops none. Nor does one of no photos, as of a disk that is not mounted.
+        A photo is run again if it failed, its file has changed, or its mask is gone. Photos of
+        earlier runs that are not among `photos` keep their mask: they may have been moved away
+        because they were done. Those without a mask are dropped, and those whose mask's name
+        another
+        photo needs. That happens once all of `photos` is known, so that a listing that is killed or
+        fails drops none; an empty one, as of a disk that is not mounted, drops none either.
 
         Raises:
             BulkError: two photos would have the same mask.
@@ -258,13 +260,13 @@ class Ledger:
         return Listing(named, repeated, dropped)
 
     def _list(self, photo: Listed) -> bool:
-        """Whether it was not listed yet in this run."""
+        """List a photo; tell whether it is new in this run."""
         path = os.fsencode(photo.path)
         found = self._database.execute(
             "SELECT mask, status, size, modified_ns, seen FROM photos WHERE path = ?", (path,)
         ).fetchone()
         if found is None:
-            # What is no file has no mask, and is in no photo's way.
+            # An entry that is no file has no mask, and blocks no photo.
             name = mask_path(photo.path) if photo.is_file else f"{photo.path}/.png"
             return self._list_new(photo, path, name)
         mask, status, *stamp, seen = found
@@ -274,7 +276,7 @@ class Ledger:
         self._database.execute("UPDATE photos SET seen = ? WHERE path = ?", (self._listing, path))
         has_mask = self._has_mask(mask)
         if photo.size is None and status == "ok" and has_mask:
-            # Out of reach, or gone since: the mask is still that of the photo that was there.
+            # The file is out of reach or gone: the mask is still that of the earlier photo.
             return True
         done = (status == "ok" and has_mask) or (status == "unusable" and not has_mask)
         if not done or stamp != [photo.size, photo.modified_ns]:
@@ -304,14 +306,14 @@ class Ledger:
                 " one of them, or list them in manifests of their own, with a folder of results"
                 " for each."
             )
-        # Whether the other one is still there is known once all are listed.
+        # Once all are listed it is known whether the other one still exists.
         added = self._database.execute(
             "INSERT OR IGNORE INTO waiting VALUES (?, ?, ?)", (path, *stamp)
         )
         return added.rowcount == 1
 
     def _drop(self, which: str, *values: Any) -> int:
-        """Forget photos that this listing has not had, and their masks; gives how many."""
+        """Forget photos that this listing has not had, and their masks; return how many."""
         execute = self._database.execute
         these = f"FROM photos WHERE seen != ? AND {which}"
         values = (self._listing, *values)
@@ -321,11 +323,11 @@ class Ledger:
         return execute(f"DELETE {these}", values).rowcount
 
     def _has_mask(self, mask: str) -> bool:
-        # Not with pathlib, which raises where no file can have that name.
+        # pathlib would raise if no file can have that name.
         return os.path.isfile(self.masks / mask)  # noqa: PTH113
 
     def pending(self) -> Iterator[Task]:
-        """What is to be run, in the order of the paths; rows may be recorded meanwhile."""
+        """The photos to be run, in the order of their paths; rows may be recorded meanwhile."""
         last = b""
         while page := self._database.execute(
             "SELECT path, mask FROM photos WHERE status IS NULL AND path > ? ORDER BY path LIMIT ?",
@@ -336,7 +338,7 @@ class Ledger:
             last = page[-1][0]
 
     def record(self, done: Iterable[tuple[str, Row]]) -> None:
-        """Mark photos as done, all or none of them: path and what came of it."""
+        """Mark photos as done, all or none of them; each is a path and its result."""
         self._database.execute("BEGIN")
         self._database.executemany(
             f"UPDATE photos SET {', '.join(f'{name} = ?' for name in _ROW)} WHERE path = ?",
@@ -345,7 +347,7 @@ class Ledger:
         self._database.execute("COMMIT")
 
     def counts(self) -> Counts:
-        """How far it is."""
+        """The numbers of photos so far."""
         listed, pending, unsuccessful = (
             self._database.execute(f"SELECT count(*) FROM photos {condition}").fetchone()[0]
             for condition in (
@@ -357,7 +359,7 @@ class Ledger:
         return Counts(listed, listed - pending, unsuccessful)
 
     def write_table(self) -> None:
-        """Every photo once, by path; `status` is pending where it has not been run."""
+        """Write every photo once, by path; `status` is pending if it has not been run."""
         rows = self._database.execute(
             f"SELECT path, mask, {', '.join(_ROW)} FROM photos ORDER BY path"
         )
@@ -385,12 +387,12 @@ class Ledger:
 
 
 def mask_path(path: str) -> str:
-    """A photo's path below the folder of masks, as that of a PNG.
+    """The path of a photo's mask, a PNG, below the folder of masks.
 
-    Folders that are called as a mask might be have an underscore more: `a.png/b.jpg` has its mask
-    in `a.png_/b.png`, for `a.png` is that of `a.jpg`.
+    A folder whose name could be a mask's gets an underscore: the mask of `a.png/b.jpg` is
+    `a.png_/b.png`, since `a.png` is the mask of `a.jpg`.
     """
-    # Not with pathlib, which keeps every part of a path for a while.
+    # pathlib would keep every part of a path in memory for a while.
     *folders, name = path.lstrip("/").split("/")
     folders = [f"{each}_" if each.lower().endswith(".png") else each for each in folders]
     return "/".join([*folders, os.path.splitext(name)[0] + ".png"])  # noqa: PTH122

@@ -1,4 +1,4 @@
-"""All the work on this machine."""
+"""The work on this machine."""
 
 import asyncio
 import contextlib
@@ -15,26 +15,26 @@ from server.settings import Settings
 __all__ = ["Record", "Runner", "this_machine"]
 
 Record = Callable[[str, Row], None]
-"""Called with a photo's path and row as soon as they are there."""
+"""Called with each photo's path and row as soon as they are known."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
 class Runner:
-    """Where photos are segmented."""
+    """Segments photos, on this machine or on a cluster."""
 
     info: BackendInfo
-    """What runs the network there."""
+    """The backend that it uses."""
     run: Callable[[Iterator[Task], Record], int]
-    """Run the tasks, some at a time, gone through as there is room for more. Gives 0, or the signal
-    that stopped it: what was at work is finished then, and a second signal ends the process.
-    Raises BulkError where the network fails on every photo."""
+    """Run the tasks, some at a time. Returns 0, or the signal that stopped it: photos at work are
+    finished then, and a second signal ends the process. Raises BulkError if the network fails on
+    every photo."""
 
 
 @contextlib.contextmanager
 def this_machine(settings: Settings, options: Options, root: Path, masks: Path) -> Iterator[Runner]:
-    """The network loaded here; arguments are those of `Segmenter`.
+    """Load the network here; arguments are those of `Segmenter`.
 
     Raises:
         BackendError: it cannot be loaded.

@@ -1,4 +1,4 @@
-"""How far it is, how fast, and how long it will take; never whose photo it is."""
+"""The progress of an archive: how far, how fast, how long; it names no photo."""
 
 import sys
 import time
@@ -7,10 +7,10 @@ from typing import TextIO
 
 __all__ = ["Progress"]
 
-# Over which the pace is measured.
+# Seconds over which the pace is measured.
 _WINDOW_S = 30
 
-# Between two lines: one on a terminal is written over, others stay.
+# Seconds between two lines. On a terminal a line is overwritten, elsewhere it stays.
 _TERMINAL_S = 0.5
 _FILE_S = 10
 
@@ -22,9 +22,9 @@ class Progress:
         """Begin to count; nothing is written yet.
 
         Args:
-            total: photos in all.
-            done: of them, before this run.
-            unsuccessful: of those done, without a mask.
+            total: all photos.
+            done: photos done before this run.
+            unsuccessful: of these, photos without a mask.
             out: stderr by default.
         """
         self._out = out or sys.stderr
@@ -36,7 +36,7 @@ class Progress:
         self._marks = deque([(self._shown, done)])
 
     def add(self, *, successful: bool) -> None:
-        """One photo more is done."""
+        """Count one more photo as done."""
         self._done += 1
         self._unsuccessful += not successful
         now = time.monotonic()
@@ -47,7 +47,7 @@ class Progress:
             self._show(now)
 
     def end(self) -> None:
-        """The last line."""
+        """Write the last line."""
         self._show(time.monotonic())
         if self._terminal:
             print(file=self._out)

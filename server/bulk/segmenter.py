@@ -1,6 +1,6 @@
 """A photo's file → its mask's file and its row, with the server's decoding, batching and network.
 
-At most one photo's bytes for each thread are held, and pixels of 128×128 for those that wait.
+Memory holds at most one photo's bytes for each thread, and 128×128 pixels for each that waits.
 """
 
 import errno
@@ -30,13 +30,13 @@ from server.settings import Settings
 
 __all__ = ["Options", "Segmenter"]
 
-# Errors of writing that the next mask would have as well.
+# Errors of writing that the next mask would meet too.
 _ALL_FAIL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 @dataclass(frozen=True)
 class Options:
-    """What makes a mask of a probability."""
+    """How a probability becomes a mask."""
 
     threshold: float
     """Probability above which a pixel is lesion."""
@@ -48,10 +48,10 @@ class Segmenter:
     """The network, loaded once, for one event loop.
 
     Args:
-        settings: those of the service that are not about HTTP.
-        options: what makes a mask of a probability.
-        root: what the photos' paths are below.
-        masks: what the masks' paths are below.
+        settings: the server's; those of HTTP are not used.
+        options: how a probability becomes a mask.
+        root: folder of the photos' paths.
+        masks: folder of the masks' paths.
     """
 
     def __init__(self, settings: Settings, options: Options, root: Path, masks: Path) -> None:
@@ -71,19 +71,19 @@ class Segmenter:
         return await self._loader.load()
 
     async def close(self) -> None:
-        """Finish what is at work, then give everything back."""
+        """Finish the photos at work, then close the network."""
         await self._loader.close()
         await self._service.close()
 
     @property
     def at_work(self) -> int:
-        """Photos to be worked on at a time: some are decoded while a batch of others runs."""
+        """How many photos to work on at a time: some are decoded while a batch of others runs."""
         info, settings = self._service.backend, self._service.settings
         threads = settings.decode_threads or settings.cores
         return max(2 * (settings.max_batch or info.max_batch) * info.slots, 2 * threads)
 
     async def segment(self, task: Task) -> Row:
-        """Whatever is wrong with the photo is told in its row.
+        """Segment one photo; its row says what is wrong with it.
 
         Raises:
             BulkError: the network fails on every photo.
@@ -103,7 +103,7 @@ class Segmenter:
         except OSError as error:
             return Row("failed", error.strerror or repr(error))
         except ValueError as error:
-            # A path that no file can have, such as one with a NUL in it.
+            # No file can have this path, for example with a NUL in it.
             return Row("failed", str(error))
         except Unavailable:
             raise BulkError("The network fails on every photo, the log says why.") from None
@@ -111,7 +111,7 @@ class Segmenter:
             return Row("failed", "the network failed on this photo, in its batch and alone")
 
     def _read(self, path: Path) -> tuple[Photo, float]:
-        """In a thread: the photo, and the seconds that it took."""
+        """Run in a thread: the photo, and the seconds that it took."""
         started = time.perf_counter()
         settings = self._service.settings
         try:
@@ -120,7 +120,7 @@ class Segmenter:
             raise FileNotFoundError(0, "there is no such file") from None
         if not is_file:
             if path.is_dir():
-                # It is listed because it could not be read: say why that is.
+                # It was listed although it could not be read: say why it cannot.
                 os.scandir(path).close()
             raise OSError(0, "no file")
         with path.open("rb") as file:
@@ -140,7 +140,7 @@ class Segmenter:
         backend: BackendInfo,
         seconds: float,
     ) -> Row:
-        """In a thread: write the mask, and measure it."""
+        """Run in a thread: write the mask, and measure it."""
         started = time.perf_counter()
         width, height = photo.width, photo.height
         threshold = self._options.threshold

@@ -1,4 +1,4 @@
-"""Which photos there are: a folder's, or those that a manifest lists; of any number."""
+"""The photos of an archive: those of a folder, or those that a manifest lists; of any number."""
 
 import csv
 import os
@@ -12,16 +12,16 @@ from common.tables import from_cell
 __all__ = ["SUFFIXES", "BulkError", "Listed", "Source", "open_source"]
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".tif", ".tiff", ".bmp")
-"""Of files that are taken from a folder, in any case; a manifest's are taken whatever they are."""
+"""Suffixes of a folder's photos, in any case; a manifest's files may have any suffix."""
 
-# How a table of results begins.
+# The first columns of a table of results.
 _OURS = ("path", "mask", "status", "error")
 
 _TABLES = {".csv": ",", ".tsv": "\t"}
 
 
 class BulkError(Exception):
-    """Nothing can be done, or no more; the message says what to change."""
+    """The run cannot begin, or cannot go on; the message says what to change."""
 
 
 @dataclass(frozen=True)
@@ -29,39 +29,39 @@ class Listed:
     """A photo of the source."""
 
     path: str
-    """Below the source's folder where it lies there, else absolute. With surrogates where a name
-    is not UTF-8 (PEP 383)."""
+    """Relative to the source's folder if it lies there, else absolute. Names that are not UTF-8
+    have surrogates (PEP 383)."""
     size: int | None
-    """Bytes; None where there is no such file."""
+    """Bytes; None if there is no such file."""
     modified_ns: int | None
     is_file: bool = True
     """False for a folder that cannot be read and a link that leads nowhere: they have a row too."""
 
 
 class Source:
-    """A folder or a manifest, gone through without holding all of it."""
+    """A folder or a manifest, read without holding all of it in memory."""
 
     def __init__(self, root: Path, manifest: Path | None, results: Path) -> None:
         """Remember where the photos are; nothing is read yet.
 
         Args:
-            root: absolute; what relative paths are below.
-            manifest: its file, or None for all that lies in `root`.
-            results: absolute; where no photo may lie.
+            root: absolute; the folder of relative paths.
+            manifest: its file, or None for all photos in `root`.
+            results: absolute; no photo may lie in this folder.
         """
         self.root = root
         self.manifest = manifest
         self._results = results
         self.passed_over: Counter[str] = Counter()
-        """Files of a folder that are not photos, by suffix."""
+        """The number of a folder's files that are not photos, by suffix."""
 
     @property
     def identity(self) -> str:
-        """What makes it the same source the next time."""
+        """The name by which the same source is known the next time."""
         return str(self.manifest or self.root)
 
     def photos(self) -> Iterator[Listed]:
-        """Each photo; one that a manifest names twice comes twice.
+        """Yield each photo; one that a manifest names twice comes twice.
 
         Raises:
             BulkError: the manifest or a folder cannot be read, or a photo lies among the results.
@@ -90,7 +90,7 @@ class Source:
                 yield self._unreadable(folder, is_file=False)
 
     def _sort(self, entries: Iterable[os.DirEntry[str]], folders: list[Path]) -> Iterator[Listed]:
-        """The photos among a folder's entries; its folders are added to `folders`."""
+        """The photos among a folder's entries; add its folders to `folders`."""
         for entry in entries:
             if entry.name.startswith("."):
                 continue
@@ -102,10 +102,10 @@ class Source:
                     folders.append(path)
                     continue
                 if entry.is_dir():
-                    # Links to folders are not followed: they may lead round in circles.
+                    # Links to folders are not followed, since they may form a circle.
                     continue
             except OSError:
-                # Such as a link to itself.
+                # For example a link to itself.
                 yield self._unreadable(path, is_file=is_photo)
                 continue
             if is_photo:
@@ -126,7 +126,7 @@ class Source:
         return str(path.relative_to(self.root) if path.is_relative_to(self.root) else path)
 
     def _unreadable(self, path: Path, *, is_file: bool) -> Listed:
-        # Why is told in its row, when it is its turn.
+        # Its row will say why.
         return Listed(self._name(path), None, None, is_file)
 
     def _found(self, path: Path) -> Listed:
@@ -134,7 +134,7 @@ class Source:
         try:
             status = path.stat()
         except (OSError, ValueError):
-            # Told in its row, when it is its turn.
+            # Its row will say so.
             return Listed(name, None, None)
         return Listed(name, status.st_size, status.st_mtime_ns)
 
@@ -143,7 +143,7 @@ def open_source(path: Path, results: Path) -> Source:
     """`SRC` and `DST` of the command line.
 
     Raises:
-        BulkError: the source is neither a folder nor a file, or the one lies in the other.
+        BulkError: the source is neither a folder nor a file, or one lies in the other.
     """
     into = results.resolve()
     if path.is_dir():
@@ -161,7 +161,7 @@ def open_source(path: Path, results: Path) -> Source:
 
 
 def _entries(manifest: Path) -> Iterator[str]:
-    """A path a line, or a table's column `path`."""
+    """The paths of a manifest: one a line, or a table's column `path`."""
     delimiter = _TABLES.get(manifest.suffix.lower())
     with manifest.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         if delimiter is None:
@@ -174,7 +174,7 @@ def _entries(manifest: Path) -> Iterator[str]:
                 f"{manifest} has no column called path; its first line has: {', '.join(columns)}."
                 " Rename the column with the photos' paths."
             )
-        # Of a table of results, paths are written as spreadsheets may have them.
+        # A table of results has its paths in the form for spreadsheets.
         is_ours = columns[: len(_OURS)] == [*_OURS]
         for row in table:
             if path := row["path"]:
