@@ -1,8 +1,8 @@
 """
-Augmentation in batches, on whatever device the batch is on.
+Augmentation in batches, on the device of the batch.
 
 Parameters are drawn for the whole global batch from a seeded generator: a resumed run, and each of
-several data-parallel processes, see the very same images as one uninterrupted process does.
+several data-parallel processes, see the same images as one uninterrupted process does.
 
 Recipes: ``paper`` (Sarker et al. 2019, section 4: flips, gamma, CLAHE); ``strong``, which stands in
 for other cameras, framings, skin tones, illumination, optics, hair, rulers and compression; and
@@ -43,10 +43,10 @@ _JPEG_LUMINANCE = (  # ITU-T T.81, table K.1
 
 class Augmenter:
     """
-    Turns stored uint8 images and targets into a training batch.
+    Makes a training batch of stored uint8 images and targets.
 
     Args:
-        recipe: what is varied.
+        recipe: the variations.
         size: side of the batch that comes out, pixels; the stored images' side is a multiple of it.
         stored: side of the stored images, pixels.
         device: where the batches are.

@@ -1,4 +1,4 @@
-"""A run's folder: what is written into it, what is read from it, and what is refused."""
+"""A run's folder: writing it, reading it, and refusing one that does not fit."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def save_best(trainer: Trainer, row: Mapping[str, float]) -> None:
 
 
 def weights_metadata(scores: Mapping[str, float], origin: str, size: int) -> dict[str, str]:
-    """What a file of weights says of itself: scores (`score_selections`), origin, input's side."""
+    """The metadata of a file of weights: scores (`score_selections`), origin, input's side."""
     figures = {k: f"{v:.4f}" for k, v in scores.items() if k.endswith("jaccard")}
     return {**figures, "threshold": str(THRESHOLD), "training_data": origin, "size": str(size)}
 

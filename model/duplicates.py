@@ -1,4 +1,7 @@
-"""Photos that belong together: copies of one, in whatever file, and what a table says of them."""
+"""Photos that belong together: copies of one photo, and groups that a table gives.
+
+It is hand-written because the threshold was measured on ISIC's photos, and numpy needs few lines.
+"""
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 
@@ -9,10 +12,10 @@ from numpy.typing import NDArray
 __all__ = ["groups"]
 
 _SIDE = 16
-"""Of the thumbnails that are compared, pixels."""
+"""Side of the thumbnails that are compared, pixels."""
 
 _BLUR = 5
-"""Width of the mean that is taken off them, pixels: a dark patch amid skin is in every photo."""
+"""Width of the mean that is subtracted, pixels: every photo has a dark patch amid skin."""
 
 _LEAST_CORRELATION = 0.96
 """Between copies. Chosen on the ISIC photos of even id: 884 that 2017 and 2018 store each in its
@@ -20,16 +23,16 @@ own shape and quality correlate by 0.976 or more, the nearest photos of differen
 Of odd id, for which it was not chosen, it is 0.988 (907 photos) and 0.931."""
 
 _ROWS = 512
-"""Photos that are held against all others at a time: memory grows as their number alone."""
+"""Photos that are compared with all others at a time, which bounds memory."""
 
 
 def groups(images: Iterable[NDArray[np.uint8]], labels: Sequence[Hashable | None]) -> list[int]:
     """
-    For each photo the index of the first that it belongs together with; often its own.
+    For each photo, the index of the first one that it belongs together with; often its own.
 
-    Two photos are copies if their thumbnails, turned and mirrored as fits best, correlate: so other
-    sizes, formats, qualities, brightness and contrast of one photo are found. What belongs to one
-    third belongs together.
+    Two photos are copies if their thumbnails, turned and mirrored to fit best, correlate. So copies
+    of other size, format, quality, brightness and contrast are found. If two photos belong to the
+    same third one, they belong together.
 
     Args:
         images: n of uint8 [3, side, side], the whole frame squashed; the side a multiple of 16.

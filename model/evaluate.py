@@ -50,14 +50,14 @@ if TYPE_CHECKING:
 WEIGHTS = Path(__file__).parent / "weights" / "slsnet.onnx"
 
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
-"""Where the Jaccard is looked at besides the threshold asked for."""
+"""Thresholds at which the Jaccard is computed, beside the one asked for."""
 
 _BATCH = 16
 
 
 @dataclass(frozen=True)
 class Network:
-    """A trained network, whatever runs it."""
+    """A trained network, for any runtime."""
 
     path: Path
     size: int

@@ -7,9 +7,9 @@ The graph is the contract between training and serving: `image` uint8 [n, 128, 1
 `probability` float32 [n, 128, 128] out; normalisation, layout and sigmoid are inside.
 
 The two position attentions at half resolution are two thirds of the exact network's arithmetic.
-`pooled`, the default, averages their keys and values over 8×8 positions. For a network that was
-trained so, that is what it computes; for another it is an approximation, which has to be held
-against the exact graph on photos before it is served:
+`pooled`, the default, averages their keys and values over 8×8 positions. A network that was trained
+so computes just that. For any other network it is an approximation, to be compared with the exact
+graph on photos before it is served:
 
     python -m model.export --weights W --attention exact --output exact.onnx
     python -m trt_build.parity --onnx exact.onnx --candidate slsnet.onnx --images PHOTOS --masks M
@@ -71,7 +71,7 @@ def set_attention(generator: Generator, form: AttentionForm) -> None:
 
 
 class Contract(nn.Module):
-    """The generator as it is served: bytes in, probabilities out."""
+    """The generator in its served form: bytes in, probabilities out."""
 
     def __init__(self, generator: Generator) -> None:
         super().__init__()
@@ -155,13 +155,13 @@ def _contract(weights: Path, attention: AttentionForm) -> Contract:
 
 
 def _told(weights: Path) -> dict[str, str]:
-    """What the graph takes over of that which the weights say of themselves."""
+    """The part of the weights' metadata that the graph takes over."""
     metadata = load_metadata(weights)
     return {key: metadata[key] for key in METADATA if key in metadata}
 
 
 def _photos(size: int) -> NDArray[np.uint8]:
-    """Three images that stand for photos, uint8 [3, size, size, 3]."""
+    """Make three images like photos, uint8 [3, size, size, 3]."""
     rng = np.random.default_rng(0)
     # Smooth images: on white noise every activation is small and an error could hide.
     coarse = rng.integers(0, 256, (3, 8, 8, 3)).astype(np.float32)
@@ -186,7 +186,7 @@ def _graph(contract: Contract, images: NDArray[np.uint8]) -> onnx.ModelProto:
 
 
 def _difference(path: Path, contract: Contract, images: NDArray[np.uint8]) -> float:
-    """The largest one in probability between PyTorch and ONNX Runtime, for one image and all."""
+    """The largest difference in probability between PyTorch and ONNX Runtime."""
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
     with torch.inference_mode():
         expected = contract(torch.from_numpy(images)).numpy()
@@ -198,7 +198,7 @@ def _difference(path: Path, contract: Contract, images: NDArray[np.uint8]) -> fl
 
 
 def stamp(path: Path) -> None:
-    """Let an ONNX file say what its answers and bytes are (`common.stamp`), in place of before."""
+    """Write answers and digest into an ONNX file (`common.stamp`), in place of earlier ones."""
     content = path.read_bytes()
     session = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
 
@@ -218,7 +218,7 @@ def _name(weights: Path) -> str:
 
 
 def _forget_origin(model: onnx.ModelProto) -> None:
-    """Drop the exporter's notes: paths and source lines of the machine that exported."""
+    """Remove the exporter's notes: paths and source lines of the exporting machine."""
     graph = model.graph
     for field in (graph.node, graph.value_info, graph.input, graph.output, graph.initializer):
         for part in field:

@@ -1,4 +1,4 @@
-"""A run from its start, or from where it was left, to its end: epochs, validation, selection."""
+"""A run from its start or last checkpoint to its end: epochs, validation, selection."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ SAVE_EVERY_S = 15.0  # a checkpoint at every epoch's end, but not more often tha
 def train(
     config: TrainConfig, data: Path, out: Path, cache: Path, *, resume: bool = False
 ) -> Progress:
-    """Train in the folder `out`, from the start or from where it was left.
+    """Train in the folder `out`, from the start or the last checkpoint.
 
     Args:
-        config: what to do; a run that is resumed must have been started with the same.
+        config: the configuration; a resumed run must have been started with the same.
         data: folder of data sets.
         out: the run's folder.
         cache: folder of decoded pixels.
@@ -37,7 +37,7 @@ def train(
 
     Raises:
         ConfigError: the configuration does not fit, or `out` holds a run that is not resumed.
-        DataError: naming the file or id that cannot be used.
+        DataError: a file or id cannot be used; the message names it.
         TrainingError: there is nothing to resume, or a loss is not a number any more.
     """
     if not resume and (out / "last.pt").exists():
@@ -103,7 +103,7 @@ def _epoch(trainer: Trainer, log: RunLog | None) -> dict[str, float]:
     for i in range(trainer.steps_per_epoch):
         terms = trainer.step(order[i * config.batch_size : (i + 1) * config.batch_size])
         loss = terms["loss"] + terms.get("discriminator", 0)
-        # on the device, so that no step waits for the one before it
+        # kept on the device, so that no step waits for the one before it
         bad = torch.where((bad < 0) & ~loss.isfinite(), progress.step, bad)
         for name, value in terms.items():
             sums[name] = sums.get(name, 0) + value
@@ -124,7 +124,7 @@ def _epoch(trainer: Trainer, log: RunLog | None) -> dict[str, float]:
 
 
 def _refuse_nan(trainer: Trainer, bad: Tensor) -> None:
-    """Raise where a loss of this epoch was no number: `bad` is the first such step, or -1."""
+    """Raise if a loss of this epoch was no number: `bad` is the first such step, or -1."""
     # the last step's loss was a number before it; are the weights after it?
     finite = trainer.weights_are_finite()
     bad = torch.where((bad < 0) & ~finite, trainer.progress.step - 1, bad)

@@ -1,4 +1,4 @@
-"""What a run learns from and what it is chosen by: samples by split and fold, and their pixels."""
+"""The training and selection images of a run: samples by split and fold, and their pixels."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def prepare(
 def split_samples(
     config: TrainConfig, samples: list[Sample], cache: Path
 ) -> tuple[list[Sample], dict[str, list[Sample]]]:
-    """Training samples, and the named sets to select by.
+    """Split the samples into training samples and named selection sets.
 
     Copies of a photo are in one fold, as are photos of one group of `config.data.groups`. Training
-    photos that belong together with one of a validation or test set are left out. Both are told.
+    photos that belong together with one of a validation or test set are left out. Both are printed.
 
     Raises:
         DataError: there is nothing to select by, an id is in two splits, or a file cannot be used.
@@ -82,7 +82,7 @@ def split_samples(
 
 
 def _decode(config: TrainConfig, samples: list[Sample], split: Split, cache: Path) -> PixelSet:
-    """All of a split, whatever is trained on of it: so every fold finds it in the cache."""
+    """Decode all of a split, even if only a part is used, so that every fold finds it cached."""
     side = math.ceil(STORED_SIZE / config.size) * config.size
     # Nothing is learnt from a mask of the test set.
     uniform = config.data.allow_uniform_masks or split == "test"
@@ -126,7 +126,7 @@ def _grouped(config: TrainConfig, samples: list[Sample], cache: Path) -> list[Sa
 
 
 def _tell_pairs(what: str, pairs: list[tuple[str, str]]) -> None:
-    """Say which ids are so for the sake of which others."""
+    """Print which ids are treated so, and because of which others."""
     if pairs:
         more = ", …" if len(pairs) > 5 else ""
         shown = ", ".join(f"{one} = {other}" for one, other in pairs[:5])

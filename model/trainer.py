@@ -1,8 +1,8 @@
 """One training step and the state that it changes.
 
-Precision and data-parallel gradients are a few lines of `torch.autocast` and `all_reduce`: the
-whole step is captured as one CUDA graph, which the wrappers of a framework would stand in the way
-of. The weights' average is one fused call over tensors found once, and its decay warms up:
+Precision and data-parallel gradients are a few lines of `torch.autocast` and `all_reduce`. One CUDA
+graph captures the whole step, and the wrappers of Lightning Fabric or Accelerate would be in its
+way. The weights' average is one fused call, with a decay that warms up, since
 `torch.optim.swa_utils.AveragedModel` walks all modules at every step.
 """
 
@@ -39,7 +39,7 @@ class TrainingError(RuntimeError):
 
 @dataclass
 class Progress:
-    """Where a run stands; all of it is in the checkpoint."""
+    """How far a run is; the checkpoint has all of it."""
 
     epoch: int = 0
     step: int = 0
@@ -49,17 +49,17 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)
 
     def is_over(self, epochs: int) -> bool:
-        """Whether nothing is left to do of a schedule of so many epochs."""
+        """Whether a schedule of so many epochs is finished."""
         return self.stopped or self.epoch >= epochs
 
 
 class Trainer:
-    """One step of a run and all that it changes: networks, their average, optimisers, progress.
+    """One step of a run and its state: networks, their average, optimisers, progress.
 
     Args:
-        config: what to do.
+        config: the run's configuration.
         out: the run's folder.
-        training: what to learn from.
+        training: the training images.
         selections: named sets to choose by, the official validation set first if there is one.
         origin: what the training images are, in words, for the weights' metadata.
 
@@ -146,7 +146,7 @@ class Trainer:
         return terms
 
     def update(self, x: Tensor, truth: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """The update itself: nothing in it waits for the device, so that it can be captured."""
+        """Run the update. Nothing in it waits for the device, so that a graph can capture it."""
         weights = self.config.loss
         with autocast(self.config, self.device):
             logits = self.forward(x)
@@ -214,7 +214,7 @@ class Trainer:
         return config.learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
 
     def wake_or_sleep(self) -> bool:
-        """Half-resolution PAMs cost two thirds of a step; at η = 0 they are the identity."""
+        """Put half-resolution PAMs to sleep, which cost two thirds of a step, or wake them."""
         if not isinstance(self.network, Generator):
             return False
         asleep = self.progress.step < self.config.pam_wake * self.total_steps
@@ -236,9 +236,7 @@ class Trainer:
 
 
 class _StepGraph:
-    """One update as a CUDA graph: launching so light a network's kernels takes longer than
-    running them, several times over.
-    """
+    """One update as a CUDA graph: launching a light network's kernels takes longer than running."""
 
     WARM_UP_STEPS = 3  # real ones, run as they are, in which libraries allocate and choose kernels
 

@@ -1,9 +1,11 @@
-"""Rewrites the exported ONNX graph for TensorRT: attention form, then precision, both in the graph.
+"""Rewrites the exported ONNX graph for TensorRT: first the form of attention, then the precision.
 
-TensorRT 11 and TensorRT for RTX know strongly typed networks only: a tensor has the type that the
-ONNX file gives it. So precision is decided here, tensor by tensor, for every TensorRT alike.
+TensorRT 11 and TensorRT for RTX have strongly typed networks only: a tensor has the type that the
+ONNX file gives it. So precision is set here, tensor by tensor, for every TensorRT alike. It is
+hand-written because `onnxscript.rewriter` sets no types, and ModelOpt AutoCast chooses by operator
+or range, where one attention here needs both types (docs/decisions.md).
 
-Kept in float32 whatever is asked:
+In every precision these stay float32:
 
 - everything before the first convolution (normalisation and the area averages of three channels);
 - the channel attention's Gram matrix and softmax: its energies sum over up to 16,384 positions,

@@ -1,8 +1,9 @@
-"""A lean HTTP/1.1 client for load: one process, bare sockets, requests that are ready bytes.
+"""A lean HTTP/1.1 client for load: one process, bare sockets, requests prepared as bytes.
 
-Both cores are shared with the server, so every microsecond here is taken from it; and the same is
-taken from each. Answers are only looked at as far as HTTP needs it; every eighth is kept for
-whoever checks the masks.
+Client and server share both cores, so every microsecond here is taken from the server; it is the
+same for each server. Answers are parsed only as far as HTTP needs; every eighth is kept, and its
+mask is checked. It is hand-written because oha sends one body only and k6 runs JavaScript for each
+request (docs/decisions.md).
 """
 
 import asyncio

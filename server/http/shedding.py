@@ -1,14 +1,16 @@
-"""Too many are told so at the head of their request, before a task is made or the framework asked.
+"""A full server refuses a request at its head, before a task is made or the framework runs.
 
-What a refusal costs is taken from those that are served: by way of the framework it was nearly half
-of an answer. Here admission's counters alone decide (`Door`), and the answer is made by the
-layers around the framework, so that it is the framework's in all but its cost: keys, CORS,
-headers, metrics and log are theirs (`Shedding`). Whatever else may be wrong with a request that is
-refused so, its parameters or its type, it is told when it comes again.
+Refusals take time from the requests that are served: in the framework one cost nearly half of an
+answer. Here admission's counters alone decide (`Door`), and the layers around the framework answer
+(`Shedding`), with the same keys, CORS, headers, metrics and log. Other faults of a refused request,
+such as its parameters or type, are told when it comes again.
 
-Refusals in large numbers are still dear, and a client that is refused at once comes back at once.
-So they have a pace. A request that is too many for it waits, its body unread, which slows down its
-sender. Then it is checked once more, and let in if there is room by now.
+Many refusals still cost much, and a client that is refused at once comes back at once. So refusals
+have a pace. A request beyond it waits with its body unread, which slows its sender down. Then it is
+checked once more, and let in if there is room by now.
+
+It is hand-written because libraries for rate limits count requests and time, where this depends on
+the queue, the bytes in flight and the pace.
 """
 
 import asyncio

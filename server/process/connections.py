@@ -1,23 +1,24 @@
-"""A client's connection, held to limits: what it may send before it is heard, and how slowly.
+"""A client's connection, with limits on its time and its bytes.
 
-Uvicorn speaks HTTP; this adds what it leaves to a proxy. Whatever a client does or leaves undone,
-its connection is given back in bounded time and holds a bounded number of bytes:
+Uvicorn speaks HTTP. It has no limit on a slow head or body, and its `limit_concurrency` counts
+requests, not connections. So this is hand-written, as a class for uvicorn's setting `http`.
+Whatever a client does, its connection is closed in bounded time and holds a bounded number of
+bytes:
 
-- a request's head must be there within `head_timeout_s`, and be at most `max_header_bytes` long
-- a body that comes, and an answer that goes, slower than `min_bytes_per_s` for `stall_timeout_s` is
-  cut; the rest of a body that was refused is thrown away for no longer than that
-- `max_connections` are held; who comes on top is told so with 503 and let go, unless to ask for
-  health or metrics: a process that is full works, and is not to be killed for it
-- who has not agreed on how to encrypt counts, too; where there are too many, the oldest is cut
-- fewer are held where the system allows few open files, so that some are left for all that
+- a request's head must be there within `head_timeout_s`, with at most `max_header_bytes`
+- a body or an answer that is slower than `min_bytes_per_s` for `stall_timeout_s` is cut off; the
+  rest of a refused body is thrown away for at most as long
+- `max_connections` are held. Others are answered 503 and closed, unless they ask for health or
+  metrics: a full process works, and must not be killed for being full
+- connections in a TLS handshake count too; if there are too many, the oldest is closed
+- fewer are held where the system allows few open files, so that some files stay free
 
-And each request that came whole has its answer. An answer arrives although the client still sends
-(RFC 9112, 9.6): the connection is closed for writing first, and what comes is thrown away until the
-client has closed it, too, for a bounded time. What cannot be read as a request is refused behind
-the answers that are due. Who closes its side of the connection is answered still, but over TLS,
-where that ends it.
+Each request that came whole gets its answer, also while the client still sends (RFC 9112, 9.6): the
+server closes its own side first, and throws away what comes until the client closes too, for a
+bounded time. Bytes that are no request are refused after the answers that are due. A client that
+has closed its side is still answered, except over TLS, where that ends the connection.
 
-Who asks for another protocol (`Upgrade`) is answered in HTTP/1.1, as RFC 9110 (7.8) lets a server.
+A wish for another protocol (`Upgrade`) is answered in HTTP/1.1, as RFC 9110 (7.8) allows.
 """
 
 import asyncio
