@@ -1,9 +1,9 @@
 """Measures this server beside its peers: `make peers`, or `python -m benchmarks.peers`.
 
-Makes an environment for each peer, then in every turn starts each server with each network, loads
-it, looks at it and stops it. Writes report.html, report.md with its plots and report.json. Results
-are kept after each visit: run again, it goes on where it was interrupted. Server and load share the
-machine, so nothing else should run on it.
+It makes an environment for each peer. In every turn it starts each server with each network, loads
+it, measures it and stops it. It writes report.html, report.md with its plots and report.json. It
+keeps results after each visit, so that the next run continues. Server and load share the machine,
+so nothing else should run on it.
 """
 
 import argparse
@@ -60,7 +60,7 @@ _ROTATE = 3
 _OVERLOADED: tuple[Network, ...] = ("real", "stub 5 ms")
 """Networks with which servers are overloaded, in the first turn."""
 _TROUBLED: tuple[Network, ...] = ("stub 5 ms",)
-"""With which a bad photo comes, then SIGTERM."""
+"""Networks with which a bad photo comes, then SIGTERM."""
 
 
 Kind = Literal["visit", "bare", "stock", "path"]
@@ -70,7 +70,7 @@ Key = tuple[int, Network, str, Kind]
 
 @dataclass(frozen=True)
 class Job:
-    """What is saved as a whole."""
+    """A measurement that is saved as a whole."""
 
     turn: int
     network: Network
@@ -78,18 +78,18 @@ class Job:
     kind: Kind = "visit"
 
     def __str__(self) -> str:
-        """For whoever watches."""
+        """The job's name in the output."""
         kind = "" if self.kind == "visit" else f" {self.kind}"
         return f"turn {self.turn}, {self.network}, {self.entrant.name}{kind}"
 
     @property
     def key(self) -> Key:
-        """What tells it from others."""
+        """The job's key among the results."""
         return self.turn, self.network, self.entrant.name, self.kind
 
 
 def jobs(entrants: Sequence[Entrant], networks: Sequence[Network], turns: int) -> Iterator[Job]:
-    """All of them; each turn begins with another server."""
+    """All jobs; each turn begins with another server."""
     for turn in range(1, turns + 1):
         start = (turn - 1) * _ROTATE % len(entrants)
         order = [*entrants[start:], *entrants[:start]]
@@ -106,7 +106,7 @@ def jobs(entrants: Sequence[Entrant], networks: Sequence[Network], turns: int) -
 
 
 def done(comparison: Comparison) -> set[Key]:
-    """Keys of the jobs that have been; what was missing, or disturbed, is tried again."""
+    """Keys of the jobs that are done; those that failed or were disturbed are tried again."""
     found: set[Key] = {
         (v.turn, v.network, v.entrant, "visit") for v in comparison.visits if v.is_quiet
     }
@@ -119,7 +119,7 @@ def done(comparison: Comparison) -> set[Key]:
 
 
 class Run:
-    """Does jobs and keeps what they find."""
+    """Does jobs and keeps their results."""
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class Run:
         self._prepared: set[str] = set()
 
     def do(self, job: Job) -> None:
-        """One job; what cannot be measured is put down as missing."""
+        """Do one job; what cannot be measured is marked as missing."""
         comparison = self.comparison
         seconds, model = self._plan.bare_s, self._deck.model
         match job.kind:
@@ -169,7 +169,7 @@ class Run:
         except (Unavailable, OSError) as error:
             print(f"  {error}", file=sys.stderr)
             if isinstance(error, Unavailable):
-                # Nor would it start the next time, and each costs the whole wait.
+                # It would not start the next time either, and each try costs the whole wait.
                 self._unavailable[job.entrant.name] = str(error)
             reason = str(error).replace("|", "/")
             comparison.put(Missing(job.entrant.name, job.network, job.turn, reason))
@@ -326,7 +326,7 @@ def _setting(plan: Plan, photos: Sequence[bytes], source: str, model: Path) -> S
 
 
 def measured_commit() -> str:
-    """The last that touched what is measured or measures; with a + where it was changed since."""
+    """The last commit to the measured and measuring code; with a + if that has changed since."""
     git = ["git", "-C", str(ROOT)]
     watched = ["server", "model", "photos", "common", "trt_build", "benchmarks/peers"]
     log = [*git, "log", "-1", "--format=%h", "--", *watched]

@@ -1,8 +1,8 @@
 """The network in a loop, no server: `python -m benchmarks.peers.bare SECONDS FLAGS`.
 
-Takes the server's flags and runs what they choose as the server does: in as many processes, from as
-many threads at a time. With `--stock` it is ONNX Runtime with its own defaults, in one process.
-Prints images a second by batch size, as JSON.
+It takes the server's flags and runs the network as the server does: in as many processes, from as
+many threads at a time. With `--stock` it runs ONNX Runtime with its own defaults, in one process.
+It prints images a second by batch size, as JSON.
 """
 
 import json
@@ -41,7 +41,7 @@ def per_second(infer: Infer, slots: int, batch: int, seconds: float) -> float:
 
 
 def measure(settings: Settings, seconds: float) -> dict[str, float]:
-    """Of one process."""
+    """Images a second of one process, by batch size."""
     threads = settings.threads or settings.cores
     backend = open_backend(settings.backend, settings.model, threads=threads)
     backend.warm_up()
@@ -51,7 +51,7 @@ def measure(settings: Settings, seconds: float) -> dict[str, float]:
 
 
 def measure_stock(settings: Settings, seconds: float) -> dict[str, float]:
-    """Of ONNX Runtime as it comes, with as many threads."""
+    """Images a second of stock ONNX Runtime with as many threads, by batch size."""
     infer = stock(settings.model, settings.threads or settings.cores)
     return {str(batch): per_second(infer, 1, batch, seconds) for batch in _STOCK_BATCHES}
 

@@ -19,48 +19,48 @@ import uvloop
 __all__ = ["LOST", "Answer", "Load", "at_once", "closed_loop", "open_loop", "post", "until_closed"]
 
 LOST = 0
-"""Status of a request that was sent, or was due, and has had no whole answer."""
+"""Status of a request that was sent, or was due, and got no complete answer."""
 
 _KEEP_EVERY = 8
 _PAUSE_S = 0.05
-"""Of a client in a closed loop that was refused: none comes again at once for ever."""
+"""Pause of a client in a closed loop after a refusal, so that it does not come back at once."""
 
 
 @dataclass(slots=True)
 class Answer:
-    """What came of one request; seconds of `time.perf_counter`."""
+    """The answer to one request; times are seconds of `time.perf_counter`."""
 
     request: int
-    """Index into what was to be sent."""
+    """Index of the request."""
     due: float
-    """When it was sent, or in an open loop ought to have been."""
+    """When it was sent, or in an open loop should have been."""
     ended: float
     status: int
     body: bytes | None = None
     retry_after: bool = False
-    """Whether it said when to come again."""
+    """Whether it had `Retry-After`."""
 
 
 @dataclass
 class Load:
-    """A stretch of load, and everything that was answered in it."""
+    """A stretch of load, and all answers in it."""
 
     started: float = 0
     ended: float = 0
     cpu_s: float = 0
-    """What this process used meanwhile."""
+    """CPU time that this process used meanwhile."""
     unsent: int = 0
-    """Due in an open loop while all connections waited for answers."""
+    """Requests that were due in an open loop while all connections waited for answers."""
     answers: list[Answer] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
-        """How long it was."""
+        """How long the stretch was."""
         return self.ended - self.started
 
     @contextlib.contextmanager
     def measured(self) -> Iterator[None]:
-        """Around the stretch; what ends after it does not count."""
+        """Measure the block as the stretch; answers after it do not count."""
         cpu, self.started = time.process_time(), time.perf_counter()
         yield
         self.ended, self.cpu_s = time.perf_counter(), time.process_time() - cpu
@@ -117,12 +117,12 @@ class _Connection(asyncio.Protocol):
         return self._answered
 
     def close(self) -> None:
-        """At once, whatever is under way."""
+        """Close it at once, also during a request."""
         if self._transport is not None:
             self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's are not asyncio's by class, only by what they do.
+        # uvloop's transports have asyncio's methods, but not its class.
         self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
@@ -187,9 +187,8 @@ def closed_loop(
 ) -> Load:
     """Clients that send their next request once the last one is answered.
 
-    What is unanswered at the end belongs to the stretch neither as an answer nor as a loss. It is
-    waited for all the same: a server that works on for clients who have left would do so in the
-    next stretch.
+    A request that is unanswered at the end counts neither as an answer nor as a loss. It is waited
+    for: a server that goes on working for clients that left would do so in the next stretch.
 
     Args:
         port: on this machine.

@@ -1,4 +1,4 @@
-"""Who is compared: this server and its peers, how each is asked and how its answer is read."""
+"""The servers of the comparison: how each is asked, and how its answer is read."""
 
 import base64
 import json
@@ -12,7 +12,7 @@ from benchmarks.peers.client import post
 __all__ = ["ENTRANTS", "OURS", "Entrant"]
 
 OURS = "slsnet"
-"""This server, as it comes."""
+"""This server, with its defaults."""
 
 _QUIET = ("--log-level", "warning")
 
@@ -22,7 +22,7 @@ def _bare(photo: bytes) -> bytes:
 
 
 def _litserve(photo: bytes) -> bytes:
-    """A form: it takes nothing else but JSON."""
+    """The photo as a form: LitServe takes only forms and JSON."""
     boundary = "peers-boundary-5c4b1f"
     head = (
         f"--{boundary}\r\n"
@@ -42,7 +42,7 @@ def _torchserve(photo: bytes) -> bytes:
 
 
 def _triton(photo: bytes) -> bytes:
-    """Its binary tensor extension, in which a string has its length before it."""
+    """The photo in the binary tensor extension, where a string has its length before it."""
     data = struct.pack("<I", len(photo)) + photo
     wanted = {"name": "mask", "parameters": {"binary_data": True}}
     tensor = {
@@ -86,11 +86,11 @@ class Entrant:
 
     name: str
     label: str
-    """For the report."""
+    """Its name in the report."""
     settings: str
-    """Beside those that all have, as its documentation recommends or shows them."""
+    """Its settings beside those that all have, as its documentation recommends or shows them."""
     package: str = ""
-    """Whose version is the server's."""
+    """The package whose version is the server's."""
     source: str = ""
     """Where its documentation says so."""
     environment: str = ""

@@ -60,9 +60,9 @@ class Door:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._coming = [0, 0]
-        """Interactive and bulk requests that have been let pass and have no place yet."""
+        """Numbers of interactive and bulk requests that were let in and have no place yet."""
         self._last = -math.inf
-        """When by their pace the last refusal is due, second of `time.perf_counter`."""
+        """When the last refusal is due by their pace, second of `time.perf_counter`."""
 
     def refuses(self, scope: HTTPScope) -> float | None:
         """In how many seconds to refuse a request for a place, whose body has not come.
@@ -84,7 +84,7 @@ class Door:
         except ValueError:
             return None
         if asked_ms is not None and not 0 < asked_ms < math.inf:
-            # The framework says what is wrong with it.
+            # The framework will say what is wrong with it.
             return None
         settings = service.settings
         timeout_s = (settings.bulk_timeout_s if path == _BATCH else settings.timeout_s)(asked_ms)
@@ -100,13 +100,13 @@ class Door:
             scope["state"][_REFUSAL] = problem.with_traceback(None)
             return 0 if refused else self._wait_s(timeout_s * _PATIENCE)
         if not any(coming):
-            # When all that has come by now has run, up to its place or its own refusal.
+            # Once all requests that have come by now have a place, or are refused.
             asyncio.get_running_loop().call_soon(self._let_in)
         coming[bulk] += 1
         return None
 
     def _wait_s(self, most: float) -> float:
-        """Until the next refusal is due, but at most so many seconds."""
+        """Seconds until the next refusal is due, but at most so many."""
         now = time.perf_counter()
         due = max(self._last, now - _AT_ONCE / _PER_S) + 1 / _PER_S
         due = min(due, now + most)
@@ -118,7 +118,7 @@ class Door:
 
 
 class Shedding:
-    """ASGI layer that answers for the framework where the `Door` is closed."""
+    """ASGI layer that refuses requests for which the `Door` is closed."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -55,34 +55,34 @@ from server.settings import Settings
 
 __all__ = ["WANTED_ON_TOP", "Connection", "House"]
 
-# Who got its last answer may take this long to read it; closing at once would reset what it still
-# sends, and the answer with it. So may, in a drain, who is idle, to say goodbye over TLS.
+# A client may take this long to read its last answer: closing at once would reset the connection,
+# and the answer with it. In a drain an idle TLS client has as long to say goodbye.
 _FAREWELL_S = 2
 
-# Connections that have had their last answer; of more, the oldest is cut at once.
+# So many connections that have had their last answer are kept; of more, the oldest is cut at once.
 _FAREWELLS = 256
 
-# Of one connection, as much is thrown away; a client that reads its answer stops long before.
+# So much is thrown away of one connection; a client that reads its answer stops long before.
 _MOST_DISCARDED = 256 * 2**20
 
-# After so long, and again, a client that closed its side is sent a word to find out whether it is
-# gone: the first makes its system say so, the next then fails.
+# Every so many seconds a client that closed its side is sent an interim answer, to find out whether
+# it is gone: after the first its system says so, and the next fails.
 _PROBE_S = 0.25
 _PROBE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
-# Connections above the limit that may say what they want; of more, the oldest is refused.
+# So many connections above the limit may send a head; of more, the oldest is refused.
 _ASKED = 16
-# So many more at least may be arriving, that is, agreeing on how to encrypt.
+# At least so many more may be in their TLS handshake.
 _ARRIVING = 16
 
-# Files that are open beside connections, where there is no lack of them.
+# Open files beside the connections, if the system allows enough.
 _OTHER_FILES = 224
 
 _SOCKETS_ON_TOP = _FAREWELLS + _ASKED + _ARRIVING
 WANTED_ON_TOP = _SOCKETS_ON_TOP + _OTHER_FILES
-"""Files that a server wants beside those for the connections that it holds."""
+"""Files that a server needs beside those of the connections that it holds."""
 
-# What is answered on connections above the limit.
+# Paths that are answered on connections above the limit.
 _ALWAYS_ANSWERED = {
     "/health/live",
     "/health/ready",
@@ -91,22 +91,22 @@ _ALWAYS_ANSWERED = {
     "/metrics",
 }
 
-# Requests that a client may send without waiting for the answers to those before.
+# Requests that a client may send before the first of them is answered.
 _MAX_PIPELINE = 32
 
-# Bytes of a body that are thrown away so that its connection, refused one request, can stay.
+# Bytes of a refused body that are thrown away, so that its connection can stay.
 _MOST_THROWN_AWAY = 2**20
 
-# Where a head or a chunked body may end; the first bytes may be the end of what came before.
+# The possible ends of a head or a chunked body; their first bytes may have come before.
 _ENDS = re.compile(rb"\A(?:\n\r\n|\r?\n)|\r\n\r\n")
 
 
 class _Refused(Exception):
-    """The request is refused on the grounds of its head; it has been answered already."""
+    """The request is refused for its head; it has been answered already."""
 
 
 class _Transport:
-    """A connection's transport, but for how it is closed."""
+    """A connection's transport, which is closed in another way."""
 
     def __init__(self, connection: "Connection", transport: asyncio.Transport) -> None:
         self._connection = connection
@@ -165,24 +165,24 @@ class House:
         self.leaving: dict[Connection, None] = {}
         """Connections that have had their last answer and are not closed yet, the oldest first."""
         self.asked: dict[Connection, None] = {}
-        """Those on top of the limit that have not said yet what they want, the oldest first."""
+        """Connections above the limit that have not sent a head yet, the oldest first."""
         self.arriving: dict[Connection, asyncio.Task[Any]] = {}
-        """Those that have been accepted and are not ready to be heard, the oldest first."""
+        """Connections in their TLS handshake, the oldest first."""
         self.most = settings.max_connections
-        """Connections that are held."""
+        """The most connections that are held."""
         self._most_sockets = self.most + _SOCKETS_ON_TOP
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         if files != resource.RLIM_INFINITY and files < self.most + WANTED_ON_TOP:
-            # Where that is little, half of what is left.
+            # If files are short, half of those left.
             left = files - len(list(Path("/proc/self/fd").iterdir()))
             self._most_sockets = max(files - _OTHER_FILES, left // 2)
             on_top = min(_SOCKETS_ON_TOP, self._most_sockets // 2)
             self.most = min(self.most, max(1, self._most_sockets - on_top))
 
     def make_room(self, connections: int) -> None:
-        """Let one go where there are too many; of `connections` each has been made.
+        """Close a connection if there are too many; each of `connections` has been made.
 
-        Who has said least goes first, and of these the oldest.
+        The one that has sent least goes first, and of these the oldest.
         """
         held = connections - len(self.leaving) - len(self.asked)
         if len(self.arriving) > max(_ARRIVING, self.most - held):
@@ -254,7 +254,7 @@ class Connection(HttpToolsProtocol):
                 timer.cancel()
         self._house.leaving.pop(self, None)
         self._house.asked.pop(self, None)
-        # Uvicorn tells the last request only.
+        # Uvicorn tells only the last request.
         self._hang_up()
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
@@ -273,7 +273,7 @@ class Connection(HttpToolsProtocol):
                     HTTPStatus.BAD_REQUEST, "malformed", "What was sent is not an HTTP/1.1 request."
                 )
             return
-        # Of one header, or one piece of chunked encoding, that never ends.
+        # The bytes of one header, or one piece of chunked encoding, that never ends.
         if self._bytes_between_bodies > self._settings.max_header_bytes:
             self._refuse_head()
         elif not self._in_body and self._is_answered and self.timeout_keep_alive_task is None:
@@ -298,7 +298,7 @@ class Connection(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         running = self._running
-        # In HTTP/1.0 there is no such word, and within an answer it would be taken for a part.
+        # HTTP/1.0 has no interim answers, and within an answer it would be taken for a part of it.
         if running and not running.response_started and running.scope["http_version"] == "1.1":
             self.transport.write(_PROBE)
         self._probe_timer = self.loop.call_later(_PROBE_S, self._probe)
@@ -334,7 +334,7 @@ class Connection(HttpToolsProtocol):
 
     def _renew_parser(self) -> None:
         self.parser = httptools.HttpRequestParser(self)
-        # As uvicorn does.
+        # Uvicorn does the same.
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
 
     def _head_without_upgrade(self) -> bytes:
@@ -345,7 +345,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         if self.transport.is_closing():
-            # What came before in the same bytes has had the last answer.
+            # A request before it in the same bytes has had the last answer.
             raise _Refused
         if self._is_chunked:
             # Its parser may hold a trailer still.
@@ -375,7 +375,7 @@ class Connection(HttpToolsProtocol):
                     HTTPStatus.BAD_REQUEST, "malformed", "CONNECT is for proxies, this is none."
                 )
                 raise _Refused
-            # It comes again, without the wish.
+            # It is parsed again, without that header.
             return
         if len(self.pipeline) >= _MAX_PIPELINE:
             self._refuse(
@@ -421,7 +421,7 @@ class Connection(HttpToolsProtocol):
         super().on_message_complete()
         is_over = self.transport.is_closing() or self.timeout_keep_alive_task is not None
         if self._is_answered and not is_over:
-            # It was refused, and this was thrown away.
+            # The request was refused, and this body thrown away.
             self.timeout_keep_alive_task = self.loop.call_later(
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
             )
@@ -449,7 +449,7 @@ class Connection(HttpToolsProtocol):
             self._start_asgi_task(self._running, self.app)
 
     def _shed(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        """Let the application refuse without a task, and write what it says at once."""
+        """Let the application refuse without a task, and write its answer at once."""
         messages: list[Any] = []
 
         async def send(message: Any) -> None:
@@ -460,7 +460,7 @@ class Connection(HttpToolsProtocol):
             refusing.send(None)
         start, body = messages
         headers = [*cycle.default_headers, *start["headers"]]
-        # Whoever sends much more had better stop than have it thrown away.
+        # A client that sends much more should stop, so the connection is closed.
         goes_on = cycle.more_body and (self._is_chunked or self._content_length > _MOST_THROWN_AWAY)
         closing = (b"connection", b"close")
         cycle.keep_alive &= not goes_on and closing not in headers
@@ -484,7 +484,7 @@ class Connection(HttpToolsProtocol):
             self._send_refusal()
             return
         if self._in_body and self._is_answered:
-            # Nobody reads it any more.
+            # No client reads it any more.
             if self._body_timer is not None:
                 self._body_timer.cancel()
             self._body_timer = self.loop.call_later(
@@ -501,12 +501,12 @@ class Connection(HttpToolsProtocol):
             self._say_goodbye()
 
     def _close(self, transport: asyncio.Transport) -> None:
-        """End it in such a way that the client can read what it was sent."""
+        """Close it so that the client can read what it was sent."""
         if self._is_parting or transport.is_closing():
             return
         running = self._running
         if running and running.response_started and not running.response_complete:
-            # It was left off, which a chunk that is missing tells, or else only a reset.
+            # The answer was left unfinished: a missing chunk tells that, or else only a reset.
             if running.chunked_encoding is False:
                 transport.abort()
             else:
@@ -519,14 +519,14 @@ class Connection(HttpToolsProtocol):
             if transport.can_write_eof() and not self._is_half_closed:
                 transport.write_eof()
             else:
-                # Nothing more can come; or it is TLS, which does the same of itself.
+                # Nothing more can come; or it is TLS, which does the same by itself.
                 transport.close()
             if transport.get_write_buffer_size():
                 self._watch_writing()
             else:
                 self._say_goodbye()
         else:
-            # Idle: there is nothing to be lost.
+            # It is idle: nothing can be lost.
             transport.close()
 
     def _say_goodbye(self) -> None:
@@ -560,13 +560,13 @@ class Connection(HttpToolsProtocol):
 
     @property
     def _is_always_answered(self) -> bool:
-        """Whether it asks for what is told on connections above the limit, too."""
+        """Whether the request is answered also on connections above the limit."""
         path = self.url.partition(b"?")[0].decode("latin-1")
         return without_prefix(path, self._settings.root_path) in _ALWAYS_ANSWERED
 
     @property
     def _is_full(self) -> bool:
-        """Whether as many are held as may be, beside this one if it is held, too."""
+        """Whether the limit of connections is reached, without counting this one."""
         house = self._house
         held = len(self.connections) - len(house.leaving) - len(house.asked)
         return held > house.most - (self in house.asked)
@@ -606,7 +606,7 @@ class Connection(HttpToolsProtocol):
         )
 
     def _check_body(self, before: int) -> None:
-        # While reading is paused it is the server that does not want more.
+        # While reading is paused the server itself wants no more.
         if not self.flow.read_paused and self._is_too_slow(self._body_bytes - before):
             self._refuse(
                 HTTPStatus.REQUEST_TIMEOUT,
@@ -644,7 +644,7 @@ class Connection(HttpToolsProtocol):
 
     @property
     def _is_answered(self) -> bool:
-        """Whether all of the last answer has been handed over."""
+        """Whether the whole last answer has been handed to the transport."""
         return self._request is None or self._request.response_complete
 
     @property
@@ -662,7 +662,7 @@ class Connection(HttpToolsProtocol):
         self.transport.abort()
 
     def _hang_up(self) -> RequestResponseCycle | None:
-        """Tell the request that is being answered, if any, that nobody waits for it any more."""
+        """Tell the request that is being answered, if any, that its client has left."""
         running = self._running
         if running is None or running.response_complete:
             return None
@@ -674,7 +674,7 @@ class Connection(HttpToolsProtocol):
         return running
 
     def _drop_unfinished(self) -> RequestResponseCycle | None:
-        """Forget a request that has not come whole; gives the last whole one that has no answer."""
+        """Forget an incomplete request; return the last complete one that has no answer."""
         if self.pipeline:
             if self._in_body and self.pipeline[0][0] is self._request:
                 self.pipeline.popleft()
@@ -687,7 +687,7 @@ class Connection(HttpToolsProtocol):
         return None if running is None or running.response_complete else running
 
     def _refuse(self, status: HTTPStatus, reason: str, detail: str) -> None:
-        """Answer with a problem document, then close; a request that is not whole is over."""
+        """Answer with a problem document, then close; an incomplete request is over."""
         if self._refused or self.transport.is_closing():
             return
         self._refused = True
@@ -714,11 +714,12 @@ class Connection(HttpToolsProtocol):
         if self._in_body and self._is_answered:
             self.transport.close()
             return
-        # Those that are too many are all meant; else the answers that are due come first.
+        # With too many requests this answers them all; otherwise the answers that are due come
+        # first.
         if status == HTTPStatus.TOO_MANY_REQUESTS or self._drop_unfinished() is None:
             running = self._hang_up()
             if running is not None and running.response_started:
-                # Half an answer is out: a second one would be taken for its rest.
+                # Half an answer is sent: a second one would be taken for its rest.
                 self.transport.abort()
                 return
             self._send_refusal()
