@@ -3,6 +3,7 @@
 # make lint                                 format and types alone
 # make docs                                 the documentation as a site, in build/docs
 # make bare                                 make serve and make test in a bare Debian, as root; before a release
+# make wheels                               the compiled loops as wheels for all systems, in build/wheels; minutes
 # make audit                                known vulnerabilities of what is shipped, where they can be asked for
 # make bench [IMAGES=dir] [RESULTS=dir]     a short load test with its report (docs/benchmarks.md)
 # make peers [RESULTS=dir]                  this server beside others, 35 minutes (docs/benchmarks.md)
@@ -15,12 +16,13 @@ IMAGES ?=
 RESULTS ?= benchmarks/results
 
 VENV := .venv
+NATIVE := $(addprefix photos/native/,pyproject.toml backend.py meson.build slsnet_pixels/__init__.py slsnet_pixels/pixels.c)
 BIN := $(VENV)/bin
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: serve test lint docs bare audit bench peers clean
+.PHONY: serve test lint docs bare wheels audit bench peers clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.serving
@@ -43,6 +45,9 @@ docs: $(VENV)/.development
 bare:
 	docker/test/bare.sh
 
+wheels: $(VENV)/.development
+	$(BIN)/python photos/native/wheels.py build/wheels
+
 audit: $(VENV)/.development
 	$(BIN)/python -m docker.audit
 
@@ -61,19 +66,19 @@ $(BIN)/python:
 	@echo "== making $(VENV) with $(PYTHON)"
 	@$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.serving: requirements.txt | $(BIN)/python
+$(VENV)/.serving: requirements.txt $(NATIVE) | $(BIN)/python
 	@echo "== installing requirements.txt into $(VENV): what serving needs, a minute or less"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@echo "== installed"
 	@touch $@
 
-$(VENV)/.benchmarks: requirements.txt requirements-bench.txt | $(BIN)/python
+$(VENV)/.benchmarks: requirements.txt $(NATIVE) requirements-bench.txt | $(BIN)/python
 	@echo "== installing requirements-bench.txt into $(VENV): what the load tests need, a minute or two"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	@echo "== installed"
 	@touch $@ $(VENV)/.serving
 
-$(VENV)/.development: requirements.txt requirements-train.txt requirements-otel.txt requirements-ray.txt \
+$(VENV)/.development: requirements.txt $(NATIVE) requirements-train.txt requirements-otel.txt requirements-ray.txt \
 		requirements-bench.txt docker/requirements-tools.txt requirements-dev.txt requirements-scorer.txt | $(BIN)/python
 	@echo "== installing requirements-dev.txt into $(VENV): PyTorch, Ray and the development tools, some gigabytes, several minutes"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt

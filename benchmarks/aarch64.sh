@@ -29,7 +29,7 @@ fi
 if [ ! -d "$work/site/onnxruntime" ]; then
     "$here/.venv/bin/python" -m pip download -q --only-binary=:all: --python-version 3.11 \
         --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 \
-        --platform manylinux2014_aarch64 -d "$work/wheels" "onnxruntime==$runtime" numpy
+        --platform manylinux2014_aarch64 -d "$work/wheels" "onnxruntime==$runtime" numpy pillow
     for wheel in "$work"/wheels/*.whl; do python3 -m zipfile -e "$wheel" "$work/site"; done
 fi
 

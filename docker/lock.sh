@@ -5,11 +5,13 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 lock() { # SOURCE LOCK OPTION…
+    # What is of this tree has no hash, and is built of the image's own sources.
     uv pip compile --quiet --generate-hashes --no-annotate --upgrade \
-        --custom-compile-command docker/lock.sh "${@:3}" "$1" --output-file "$2"
+        --no-emit-package slsnet-pixels --custom-compile-command docker/lock.sh \
+        "${@:3}" "$1" --output-file "$2"
 }
 lock requirements.txt docker/requirements.lock --universal --python-version 3.11
-lock docker/requirements-sbom.in docker/requirements-sbom.lock --universal --python-version 3.11
+lock docker/requirements-build.in docker/requirements-build.lock --universal --python-version 3.11
 lock requirements-bench.txt docker/requirements-load.lock --universal --python-version 3.11
 # CUDA's wheels differ from platform to platform, TensorRT's from Python to Python.
 for image in gpu lean; do

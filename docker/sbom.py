@@ -2,7 +2,7 @@
 
     python docker/sbom.py /opt/venv/bin/python sbom.cdx.json
 
-CycloneDX 1.6. Needs cyclonedx-bom (requirements-sbom.lock) in the Python that runs it, and runs in
+CycloneDX 1.6. Needs cyclonedx-bom (requirements-build.lock) in the Python that runs it, and runs in
 the repository's root. The same image gives the same bytes: no time, no serial number.
 """
 

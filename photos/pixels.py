@@ -1,49 +1,43 @@
 """The loops over a photo that are compiled: the same bits as Pillow's and numpy's, sooner.
 
-`pixels.c` is in the tree as a library too, as users have no compiler, and is made by
-`model.build_pixels`. Where it does not load (another processor, another system) all
-functions give None.
+They are the package `slsnet_pixels` (photos/native), which is built as it is installed. Where it is
+not installed or does not load all functions give None, and the log says so once.
 """
 
 import ctypes
-import platform
-import sys
-from pathlib import Path
+import logging
+import threading
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, _imaging
 
-__all__ = ["LIBRARY", "mask", "scans", "squash"]
+try:
+    import slsnet_pixels
 
-LIBRARY = Path(__file__).parent / "pixels-x86_64.so"
+    _library = slsnet_pixels.library
+except (ImportError, OSError, AttributeError):  # not there; of another system; of another version
+    _library = None
+
+__all__ = ["mask", "scans", "squash"]
+
+log = logging.getLogger("slsnet.pixels")
 
 # Of an RGB picture in Pillow's memory.
 _PIXEL_BYTES = 4
 
-
-def _load() -> ctypes.CDLL | None:
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        return None
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    try:
-        library = ctypes.CDLL(str(LIBRARY))
-        library.pixels_squash.restype = None
-        library.pixels_squash.argtypes = [pointer, number, number, ctypes.c_int32, pointer, pointer]
-        library.pixels_mask.restype = None
-        library.pixels_mask.argtypes = [
-            *(pointer, number, number, number, number),
-            *(ctypes.c_float, pointer, pointer),
-        ]
-        library.pixels_scans.restype = number
-        library.pixels_scans.argtypes = [ctypes.c_char_p, number]
-    except (OSError, AttributeError):
-        # Of an older source, too: what builds it anew imports this.
-        return None
-    return library
+_said = threading.Lock()
 
 
-_library = _load()
+def _is_here() -> bool:
+    # Told at the first photo, not as this is imported: the log is not configured by then.
+    if _library is None and _said.acquire(blocking=False):
+        log.warning(
+            "the compiled loops are not installed: the same masks, slower;"
+            " pip install ./photos/native builds them"
+        )
+    return _library is not None
+
 
 _pointer_in = ctypes.pythonapi.PyCapsule_GetPointer
 _pointer_in.restype = ctypes.c_void_p
@@ -64,7 +58,7 @@ def squash(image: Image.Image, size: int) -> NDArray[np.uint8] | None:
         PILLOW_ALIGNMENT has it leave room between lines.
     """
     if (
-        _library is None
+        not _is_here()
         or _imaging.get_alignment() > _PIXEL_BYTES
         or 2 * image.width <= image.height + size
     ):
@@ -88,7 +82,7 @@ def mask(
     probability: NDArray[np.float32], width: int, height: int, threshold: float
 ) -> NDArray[np.uint8] | None:
     """What `photos.image.lesion_mask` gives, but for the padding bits; None where numpy has to."""
-    if _library is None:
+    if not _is_here():
         return None
     probability = np.ascontiguousarray(probability, np.float32)
     stride = -(-width // 8)
@@ -103,7 +97,7 @@ def mask(
 
 def scans(jpeg: bytes) -> int | None:
     """How many scans the picture has; None where numpy has to count them."""
-    if _library is None:
+    if not _is_here():
         return None
     count: int = _library.pixels_scans(jpeg, len(jpeg))
     return count

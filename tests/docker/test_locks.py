@@ -26,7 +26,7 @@ def _locked(name: str) -> dict[str, list[str]]:
         ("requirements.txt", "requirements.lock"),
         ("requirements-gpu.txt", "requirements-gpu.lock"),
         ("requirements-lean.txt", "requirements-lean.lock"),
-        ("docker/requirements-sbom.in", "requirements-sbom.lock"),
+        ("docker/requirements-build.in", "requirements-build.lock"),
         ("requirements-bench.txt", "requirements-load.lock"),
     ],
 )

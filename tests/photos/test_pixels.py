@@ -1,9 +1,9 @@
 """What is compiled gives the same bits as Pillow and numpy, which do it elsewhere."""
 
-import importlib.util
-import platform
+import os
 import subprocess
 import sys
+import threading
 from io import BytesIO
 from pathlib import Path
 
@@ -16,8 +16,10 @@ from photos import image, pixels
 from photos.image import MODEL_SIZE, lesion_mask, read_photo
 from tests.support import ROOT
 
+NATIVE = ROOT / "photos/native"
+
 runs_here = pytest.mark.skipif(
-    sys.platform != "linux" or platform.machine() != "x86_64", reason="built for Linux on x86-64"
+    pixels._library is None, reason="needs the compiled loops: pip install ./photos/native"
 )
 
 
@@ -120,17 +122,40 @@ def test_without_the_library_photos_and_masks_are_the_same(
     np.testing.assert_array_equal(plain.pixels, read.pixels)
 
 
-def test_a_library_that_does_not_load_is_done_without(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_that_it_is_slower_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "pixels.so").write_bytes(b"\x7fELF")
-    monkeypatch.setattr(pixels, "LIBRARY", tmp_path / "pixels.so")
-    # Private likewise.
-    assert pixels._load() is None
+    monkeypatch.setattr(pixels, "_library", None)
+    monkeypatch.setattr(pixels, "_said", threading.Lock())
+    for _ in range(3):
+        lesion_mask(np.ones((4, 4), np.float32), 9, 5)
+        assert image.jpeg_scans(b"\xff\xd8\xff\xda") == 1
+    assert ["pip install ./photos/native" in line for line in caplog.messages] == [True]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ziglang") is None, reason="ziglang is not installed")
-def test_the_library_in_the_tree_is_what_its_source_gives() -> None:
-    command = [sys.executable, "-m", "model.build_pixels", "--check"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
+@pytest.mark.parametrize("found", ["none", "another system's", "another version"])
+def test_a_command_without_the_library_gives_the_same_masks_and_says_so(
+    found: str, tmp_path: Path
+) -> None:
+    package = tmp_path / "first/slsnet_pixels"
+    package.mkdir(parents=True)
+    (package / "pixels.so").write_bytes(b"\x7fELF")
+    here = NATIVE / "slsnet_pixels/__init__.py"
+    texts = {"none": "raise ModuleNotFoundError", "another system's": here.read_text()}
+    (package / "__init__.py").write_text(texts.get(found, ""))
+    run = "import sys; from server.command import main; sys.exit(main())"
+    masks = []
+    for name, path in (("with", str(ROOT)), ("without", f"{tmp_path}/first{os.pathsep}{ROOT}")):
+        command = [sys.executable, "-c", run, "segment", str(ROOT / "docs/lesion.jpg")]
+        done = subprocess.run(
+            [*command, "-o", str(tmp_path / name)],
+            env={**os.environ, "PYTHONPATH": path},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        if name == "without":
+            assert done.stderr.count("pip install ./photos/native") == 1
+        masks.append((tmp_path / name / "lesion_mask.png").read_bytes())
+    assert masks[0] == masks[1]

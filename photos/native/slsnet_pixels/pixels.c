@@ -1,22 +1,31 @@
 /*
  * The loops over a photo that photos/image.py would leave to Pillow and numpy: `squash` is Pillow's
  * BOX to the bit, `mask` is what numpy computes there to the bit, `scans` counts as it does. Tests
- * hold them against each other; where this library does not load, Pillow and numpy run.
+ * hold them against each other; where this library is not installed, Pillow and numpy run.
  *
  * Pillow's BOX gives each of the averaged samples the same weight, so one multiplication of their
  * sum is enough. It averages along the rows, rounds, then along the columns; so does this, but a
  * row is added to its square's line at once: no picture is held in between.
  *
- * Built for x86-64-v2, below which numpy does not run either. It has no multiply-add in one step,
- * which would round otherwise than numpy.
+ * For any processor, by the vectors of gcc and clang. To be compiled with -ffp-contract=off: a
+ * multiply-add in one step rounds otherwise than numpy.
  */
 
 #include <stdint.h>
 #include <string.h>
 
-#include <smmintrin.h>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
+#ifdef _WIN32
+#define PUBLIC __declspec(dllexport)
+#else
 #define PUBLIC __attribute__((visibility("default")))
+#endif
+
+typedef uint32_t numbers __attribute__((vector_size(16)));
+typedef float floats __attribute__((vector_size(16)));
 
 /* Bits after the point of Pillow's weights (Resample.c: 32 − 8 bits of a sample − 2). */
 #define PRECISION 22
@@ -52,10 +61,27 @@ static uint32_t weight_of(int32_t count) {
     return count ? (uint32_t)(0.5 + 1.0 / count * (1 << PRECISION)) : 0;
 }
 
-static __m128i mean(__m128i sum, uint32_t weight) {
-    __m128i product = _mm_mullo_epi32(sum, _mm_set1_epi32((int)weight));
-    product = _mm_add_epi32(product, _mm_set1_epi32(1 << (PRECISION - 1)));
-    return _mm_min_epi32(_mm_srli_epi32(product, PRECISION), _mm_set1_epi32(255));
+static numbers load(const void *at) {
+    numbers four;
+    memcpy(&four, at, sizeof four);
+    return four;
+}
+
+static floats load_floats(const float *at) {
+    floats four;
+    memcpy(&four, at, sizeof four);
+    return four;
+}
+
+/* The four bytes of a pixel. */
+static numbers samples(const uint8_t *at) {
+    return (numbers){at[0], at[1], at[2], at[3]};
+}
+
+static numbers mean(numbers sum, uint32_t weight) {
+    numbers rounded = (sum * weight + (1 << (PRECISION - 1))) >> PRECISION;
+    numbers most = (numbers){0} + 255, over = (numbers)(rounded > most);
+    return (rounded & ~over) | (most & over);
 }
 
 /*
@@ -66,7 +92,8 @@ static __m128i mean(__m128i sum, uint32_t weight) {
 PUBLIC void pixels_squash(const struct arrow_array *image, int64_t width, int64_t height,
                           int32_t size, int32_t *scratch, uint8_t *square) {
     const uint8_t *pixels = image->children[0]->buffers[1];
-    int32_t *first = scratch, *count = scratch + size, *sums = scratch + 2 * size;
+    int32_t *first = scratch, *count = scratch + size;
+    uint32_t *sums = (uint32_t *)scratch + 2 * size;
     for (int32_t x = 0; x < size; ++x)
         count[x] = average_of(x, width, size, &first[x]);
     for (int32_t y = 0; y < size; ++y) {
@@ -76,19 +103,17 @@ PUBLIC void pixels_squash(const struct arrow_array *image, int64_t width, int64_
             const uint8_t *line = pixels + 4 * width * row;
             for (int32_t x = 0; x < size; ++x) {
                 const uint8_t *at = line + 4 * (int64_t)first[x];
-                __m128i sum = _mm_setzero_si128();
+                numbers sum = {0};
                 for (int32_t i = 0; i < count[x]; ++i, at += 4)
-                    sum = _mm_add_epi32(sum, _mm_cvtepu8_epi32(_mm_loadu_si32(at)));
-                __m128i *total = (__m128i *)(sums + 4 * x);
-                sum = mean(sum, weight_of(count[x]));
-                _mm_storeu_si128(total, _mm_add_epi32(_mm_loadu_si128(total), sum));
+                    sum += samples(at);
+                sum = load(sums + 4 * x) + mean(sum, weight_of(count[x]));
+                memcpy(sums + 4 * x, &sum, sizeof sum);
             }
         }
         for (int32_t x = 0; x < size; ++x, square += 3) {
-            __m128i rgb = mean(_mm_loadu_si128((__m128i *)(sums + 4 * x)), weight_of(rows));
-            rgb = _mm_packus_epi32(rgb, rgb);
-            int32_t bytes = _mm_cvtsi128_si32(_mm_packus_epi16(rgb, rgb));
-            memcpy(square, &bytes, 3);
+            numbers rgb = mean(load(sums + 4 * x), weight_of(rows));
+            for (int32_t i = 0; i < 3; ++i)
+                square[i] = (uint8_t)rgb[i];
         }
     }
 }
@@ -103,27 +128,35 @@ static int32_t position(int64_t index, int64_t length, int64_t source, float *sh
 }
 
 /* Eight pixels as bits, the leftmost highest. */
-static uint8_t pack(__m128 left, __m128 right, __m128 threshold) {
-    __m128 high = _mm_cmpgt_ps(left, threshold), low = _mm_cmpgt_ps(right, threshold);
+static uint8_t pack(floats left, floats right, float threshold) {
+#ifdef __SSE2__
+    __m128 limit = _mm_set1_ps(threshold);
+    __m128 high = _mm_cmpgt_ps((__m128)left, limit), low = _mm_cmpgt_ps((__m128)right, limit);
     return (uint8_t)(_mm_movemask_ps(_mm_shuffle_ps(high, high, 0x1B)) << 4 |
                      _mm_movemask_ps(_mm_shuffle_ps(low, low, 0x1B)));
+#else
+    floats limit = (floats){0} + threshold;
+    numbers bits = ((numbers)(left > limit) & (numbers){128, 64, 32, 16}) |
+                   ((numbers)(right > limit) & (numbers){8, 4, 2, 1});
+    return (uint8_t)(bits[0] | bits[1] | bits[2] | bits[3]);
+#endif
 }
 
 /* One row of the probability at the photo's width, and its mask. */
 static void widen(const float *row, int64_t columns, int64_t stride, const int32_t *left,
-                  const float *across, __m128 threshold, float *wide, uint8_t *packed) {
+                  const float *across, float threshold, float *wide, uint8_t *packed) {
     for (int64_t x = 0; x < 8 * stride; ++x) {
         float before = row[left[x]], after = row[left[x] + (left[x] + 1 < columns)];
         wide[x] = before + (after - before) * across[x];
     }
     for (int64_t byte = 0; byte < stride; ++byte)
         packed[byte] =
-            pack(_mm_loadu_ps(wide + 8 * byte), _mm_loadu_ps(wide + 8 * byte + 4), threshold);
+            pack(load_floats(wide + 8 * byte), load_floats(wide + 8 * byte + 4), threshold);
 }
 
-static __m128 between(const float *upper, const float *lower, __m128 share) {
-    __m128 above = _mm_loadu_ps(upper), step = _mm_sub_ps(_mm_loadu_ps(lower), above);
-    return _mm_add_ps(above, _mm_mul_ps(step, share));
+static floats between(const float *upper, const float *lower, float share) {
+    floats above = load_floats(upper);
+    return above + (load_floats(lower) - above) * share;
 }
 
 /*
@@ -137,7 +170,6 @@ PUBLIC void pixels_mask(const float *probability, int64_t rows, int64_t columns,
     float *across = scratch, *upper = scratch + wide, *lower = scratch + 2 * wide;
     int32_t *left = (int32_t *)(scratch + 3 * wide);
     uint8_t *above = (uint8_t *)(scratch + 4 * wide), *below = above + stride;
-    __m128 limit = _mm_set1_ps(threshold);
     for (int64_t x = 0; x < wide; ++x)
         left[x] = position(x, width, columns, &across[x]);
     for (int64_t y = 0; y < height; ++y, mask += stride) {
@@ -150,19 +182,19 @@ PUBLIC void pixels_mask(const float *probability, int64_t rows, int64_t columns,
                 upper = lower, lower = former;
                 above = below, below = packed;
             } else {
-                widen(probability + top * columns, columns, stride, left, across, limit, upper,
-                      above);
+                widen(probability + top * columns, columns, stride, left, across, threshold,
+                      upper, above);
             }
             int64_t next = top + 1 < rows ? top + 1 : top;
-            widen(probability + next * columns, columns, stride, left, across, limit, lower, below);
+            widen(probability + next * columns, columns, stride, left, across, threshold, lower,
+                  below);
             at = top;
         }
-        __m128 share = _mm_set1_ps(down);
         for (int64_t byte = 0; byte < stride; ++byte) {
             const float *a = upper + 8 * byte, *b = lower + 8 * byte;
             mask[byte] = above[byte] == below[byte]
                              ? above[byte]
-                             : pack(between(a, b, share), between(a + 4, b + 4, share), limit);
+                             : pack(between(a, b, down), between(a + 4, b + 4, down), threshold);
         }
     }
 }
