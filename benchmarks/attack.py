@@ -1,13 +1,13 @@
-"""What hostile photos cost the server, and those who send good ones meanwhile.
+"""What hostile photos cost the server, and how long good ones take meanwhile.
 
     python -m benchmarks.attack
     python -m benchmarks.attack --attackers 4 --seconds 30 -- --workers 2
 
-First every file that is made to cost much is sent alone, among them the largest sound ones that the
-limits allow: the server's CPU seconds and its answer are printed, the costliest first. Then one
-client sends a good photo again and again, alone and beside attackers who send the costliest files
-without a pause, in turns. Latencies beside the attack are set against those without, in the same
-run. Whatever follows `--` are flags of the server.
+First it sends each file that is made to cost much, and the largest sound ones that the limits
+allow, alone. It prints the server's CPU seconds and its answer, the costliest first. Then one
+client
+sends a good photo again and again, in turn alone and beside attackers who send the costliest files
+without a pause, and it compares the latencies. Flags of the server follow `--`.
 """
 
 import argparse

@@ -1,18 +1,17 @@
 r"""The CPU's backends beside stock ONNX Runtime: `python -m benchmarks.cpu_engine`.
 
-Prints Markdown: milliseconds an image for each size of batch, by the clock (least and median of the
-rounds) and of CPU time, with the ratio to stock, which is ONNX Runtime in float32 as it comes, with
-as many threads; and how far each one's masks are from stock's. The photos are those of `--data`, or
-generated. With
+It prints Markdown: milliseconds a photo for each size of batch, by the clock (least and median of
+the rounds) and of CPU time, with the ratio to stock, and how far the masks are from stock's. Stock
+is ONNX Runtime in float32 with its defaults and as many threads. The photos are those of `--data`,
+or generated. With
 
     --data ../shared/data/isic2017/ISIC-2017_Validation_Data \
     --masks ../shared/data/isic2017/ISIC-2017_Validation_Part1_GroundTruth
 
-the table of masks has the Jaccard index, too. Each engine has a process of its own, and runs a
-batch as the server does: as many runs at a time as the backend has slots. In every round each
-engine runs each size of batch once, in an order that rotates, so that what else the machine does
-hits all alike. It says how much that was, and warns where it was too much for the figures to count.
-`--busy 1` takes a core away on purpose.
+the table of masks also has the Jaccard index. Each backend has a process of its own, and runs a
+batch as the server does: as many runs at a time as it has slots. In every round each runs each size
+of batch once, in an order that rotates, so that other work on the machine hits all alike. It tells
+how much that was, and warns if it was too much. `--busy 1` takes a core away on purpose.
 """
 
 import argparse

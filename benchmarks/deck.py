@@ -1,7 +1,8 @@
-"""What the load test sends, and the mask that every photo has to come back with.
+"""The photos that the load test sends, and the right mask of each.
 
-Photos are generated in sizes and formats as clients have them, or read from a folder. Each is run
-through the network here first, without a server, and that mask is what each answer is held against.
+Photos are generated in sizes and formats that clients have, or read from a folder. Each is first
+run
+through the network here, without a server, and every answer is compared with that mask.
 """
 
 import random

@@ -1,4 +1,4 @@
-"""Hostile photos: real encodings, damaged at random, must decode or be refused, and nothing else.
+"""Hostile photos: real encodings, damaged at random, must either decode or be refused.
 
     python -m benchmarks.fuzz --images 20000 [--photos FOLDER]
 

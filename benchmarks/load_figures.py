@@ -1,4 +1,4 @@
-"""What a load test found: figures of each load, and what follows from them."""
+"""The figures of a load test: those of each load, and those that follow from them."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,9 +1,11 @@
-"""What a photo costs beside the network: `python -m benchmarks.path`.
+"""What a photo costs outside the network: `python -m benchmarks.path`.
 
-Bytes of a JPEG to the network's pixels, and its probability to a PNG of the photo's size, in one
-thread and without a server, next to what is usually written there: the whole photo decoded, the
-probability enlarged as floats, Pillow's default PNG. Both run in turn, on the same photo and the
-same probability; the table has medians of milliseconds by step, and the ratio of the sums.
+It times a JPEG's bytes to the network's pixels, and the probability to a PNG of the photo's size,
+in
+one thread and without a server. It compares that with the usual code, which decodes the whole
+photo,
+enlarges the probability as floats and writes Pillow's default PNG. Both run in turn on the same
+photo and probability. The table has medians of milliseconds by step, and the ratio of the sums.
 
 A second table has what the queue takes of the processor for a photo, in all threads: from its
 pixels to its own copy of the probability, with a backend that only copies, as one on a GPU does.

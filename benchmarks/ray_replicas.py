@@ -1,11 +1,12 @@
-"""`python -m benchmarks.ray_replicas`: what Ray's hops cost, and what more replicas bring here.
+"""`python -m benchmarks.ray_replicas`: the cost of Ray's hops, and the gain of more replicas.
 
 The same photos go to a server without Ray, then to 1, 2 and 4 replicas on a Ray cluster of two
-nodes on this machine, all with one thread for the network; then to the server again, as machines
-get faster and slower. CPU time is counted beside requests a second: replicas, clients and all of
-Ray share this machine's cores, so that seconds of CPU a request, unlike requests a second, hold
-for larger ones too. What Ray does beside the requests (raylets, GCS, Serve's controller, agents) is
-counted by the second.
+nodes
+on this machine, all with one thread for the network. Then they go to the server again, since a
+machine's speed varies. CPU time is counted beside requests a second: replicas, clients and Ray
+share
+this machine's cores, so only seconds of CPU a request hold for larger machines too. Ray's work
+beside the requests (raylets, GCS, Serve's controller, agents) is counted by the second.
 """
 
 import argparse

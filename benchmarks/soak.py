@@ -1,13 +1,13 @@
-"""A long run at more than the server can do: nothing may grow, and nobody may wait in vain.
+"""A long run at more than the server can do: nothing may grow, and no request may be lost.
 
     python -m benchmarks.soak --minutes 30
 
-Sends photos of many sizes and formats, one in eight as bulk, at 1.5 times the rate at which the
-server answers them, from clients that do not wait for each other. That rate is followed all the
-time, so that the load stays what it is meant to be when something else on the machine comes and
-goes. It passes if, of what was let in, nearly all was served within its deadline and the rest
-refused with 429; no answer is missing; every mask is its own photo's; and memory, files and threads
-stay as they were. `--output` gets soak.json and soak.md.
+It sends photos of many sizes and formats, one in eight as bulk, at 1.5 times the rate at which the
+server answers, from clients that do not wait for each other. The rate is measured all the time, so
+that the load stays right while other work on the machine comes and goes. It passes if nearly all
+requests that were let in were served within their deadline and the others refused with 429, no
+answer is missing, every mask is its own photo's, and memory, files and threads stay as they were.
+`--output` gets soak.json and soak.md.
 """
 
 import argparse

@@ -1,12 +1,12 @@
 """Training speed, beside a plain eager implementation: `python -m benchmarks.training`.
 
-Times whole steps (augmentation, forward, loss, backward, optimiser) of the shipped recipe as
-model.train takes them, and of the same network and losses written down plainly: float32, contiguous
-NCHW, the attentions' H·W × H·W matrices in memory, nothing asleep. The cases take turns, so that
-whatever else the machine does falls on all of them. The recipe's rate is that of its whole
-schedule: `pam_wake` of it with the half-resolution attention asleep, the rest with it awake. A
-case of its own has the keys and values at half resolution averaged over 8×8 positions and every
-attention awake.
+It times whole steps (augmentation, forward, loss, backward, optimiser) of the shipped recipe in
+model.train, and of a plain form of the same network and losses: float32, contiguous NCHW, the
+attentions' H·W × H·W matrices in memory, nothing asleep. The cases take turns, so that other work
+on
+the machine falls on all of them. The recipe's rate is that of its whole schedule: `pam_wake` of it
+with the half-resolution attention asleep, the rest with it awake. One more case has keys and values
+at half resolution averaged over 8×8 positions, and every attention awake.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@ what is installed beside them.
 
     python -m docker.audit
 
-`pip-audit` asks a service that is not there on every machine. Where it cannot be asked, or knows
-nothing of a package, that is said and is no failure; a known vulnerability is one.
+`pip-audit` asks a service that some machines cannot reach. If it cannot be asked, or does not know
+a
+package, this is printed and is no failure. A known vulnerability is a failure.
 """
 
 import json

@@ -2,8 +2,8 @@
 
 Reads `SLSNET_HOST` and `SLSNET_PORT`. With TLS the certificate is not verified: it is issued for
 the name that clients use, and this is the server's own loopback. Where clients have to show a
-certificate (`SLSNET_TLS_CLIENT_CA`) the server's own is shown. If that one does not open it,
-nothing here can ask for readiness, and a server that shakes hands counts as healthy.
+certificate (`SLSNET_TLS_CLIENT_CA`) this shows the server's own. If the server refuses that, its
+readiness cannot be asked, and a completed TLS handshake counts as healthy.
 """
 
 import contextlib

@@ -1,9 +1,9 @@
 """
-How well masks match the truth: counts once per image, every figure from them. Needs numpy only.
+How well masks match the truth: pixels are counted once per image, and give every figure.
 
 Figures are per image, then averaged over images (macro), as the ISIC challenges score them
-(PyPI `isic-challenge-scoring`; a test holds both against each other). Where a figure has nothing
-to divide by it is 1: nothing was there to be missed.
+(PyPI `isic-challenge-scoring`; a test compares both). A figure that would divide by 0 is 1. It is
+hand-written because that package needs a compiler and many others; this needs numpy only.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -1,6 +1,6 @@
 """How well a network's probabilities match the masks of a set that is held as pixels.
 
-Training, averaging and distillation ask here. `model.evaluate` scores files at their own sizes.
+Training, averaging and distillation use it. `model.evaluate` scores files at their own sizes.
 """
 
 from __future__ import annotations

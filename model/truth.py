@@ -1,6 +1,6 @@
-"""True masks: which file belongs to which photo, and what of it is lesion.
+"""True masks: which file belongs to which photo, and which of its pixels are lesion.
 
-Training, evaluation, calibration and parity all ask here, so that a folder means the same to each.
+Training, evaluation, calibration and parity use it, so that a folder means the same to each.
 """
 
 from collections.abc import Iterable
@@ -18,10 +18,10 @@ from photos.image import FORMATS
 __all__ = ["IMAGE_SUFFIXES", "DataError", "find_masks", "find_photos", "is_lesion", "read_truth"]
 
 LESION_ABOVE = 128
-"""Of 255: a mask's grey value above it is lesion, as the official scorer has it."""
+"""A mask's grey value (of 255) above this is lesion, as in the official scorer."""
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-"""Of photos and masks, in any case."""
+"""Suffixes of photos and masks, in any case."""
 
 _SURELY_A_MASK = "_segmentation"
 _MASK_ENDINGS = (_SURELY_A_MASK, "_lesion", "_mask")
@@ -123,7 +123,7 @@ def read_truth(path: Path) -> NDArray[np.bool_]:
 
 
 def is_lesion(grey: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """What of a mask is lesion: uint8 → bool, of the same shape."""
+    """The lesion's pixels of a mask: uint8 → bool, of the same shape."""
     return grey > LESION_ABOVE
 
 
@@ -142,7 +142,7 @@ def _levels(picture: Image.Image, grey: formats.Grey) -> NDArray[Any]:
 
 
 def _is_transparent(file: Image.Image) -> bool:
-    """Whether any pixel is; an alpha channel that is opaque throughout says nothing."""
+    """Whether any pixel is transparent; an alpha channel may be opaque throughout."""
     if not file.has_transparency_data:
         return False
     if file.mode.startswith("I"):  # has no way to RGBA

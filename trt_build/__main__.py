@@ -2,8 +2,8 @@
 
     python -m trt_build --onnx model/weights/slsnet.onnx --output slsnet.engine --precision fp16
 
-Writes the engine and, beside it, ``slsnet.engine.json``: what it was built for and what TensorRT
-made of it, layer by layer. Fails where the precision is not the one asked for.
+It writes the engine and, beside it, ``slsnet.engine.json``: what it was built for and what TensorRT
+made of it, layer by layer. It fails if the precision is not the one asked for.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Builds one engine from the exported ONNX file, and refuses it where it is not what was asked."""
+"""Builds one engine from the exported ONNX file, and refuses one that is not what was asked for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads TensorRT's own account of a built engine, and holds it against what was asked.
+"""Reads TensorRT's own report of a built engine, and compares it with what was asked for.
 
 TensorRT 10 writes a tensor's type as ``"Format/Datatype"``, 11 and RTX as ``"Datatype"``. Where no
 GPU can load the engine, the inspector cannot be asked, but the builder logs its text: the same

@@ -1,4 +1,4 @@
-"""Holds an engine, or any backend, against the float32 ONNX file on photos: the gate to serving.
+"""Compares an engine, or any backend, with the float32 ONNX file on photos: the gate to serving.
 
     python -m trt_build.parity --onnx model/weights/slsnet.onnx --engine slsnet.engine
     python -m trt_build.parity --onnx model/weights/slsnet.onnx --simulate fp16 bf16 int8

@@ -1,4 +1,4 @@
-"""What an engine file is good for: its key, and the sidecar JSON that lies beside it."""
+"""The description of an engine file: its key, and the JSON file beside it."""
 
 from __future__ import annotations
 

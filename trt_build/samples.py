@@ -1,4 +1,4 @@
-"""Photos to calibrate on and to hold an engine against, with their true masks where there are any.
+"""Photos for calibration and for the parity gate, with their true masks if there are any.
 
 A folder in the ISIC layout: ``NAME.jpg`` (or ``.png``), and the truth as ``NAME_segmentation.png``
 in the same folder or another; other names of masks are those of ``model.truth``.
