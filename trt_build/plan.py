@@ -32,10 +32,10 @@ class PlanKey:
     library: str
     """``tensorrt`` or ``tensorrt_rtx``, with its version: ``tensorrt 11.4.0.106``."""
     compute_capability: str
-    """``9.0``; ``any`` for an engine that TensorRT for RTX compiles further where it runs."""
+    """``9.0``, or ``any`` for an engine that TensorRT for RTX compiles where it runs."""
     device: str
-    """``trt_build.device.Gpu.model``; ``any`` where compute capability alone counts: engines built
-    hardware-compatible, and those of TensorRT for RTX."""
+    """``trt_build.device.Gpu.model``, or ``any`` if only the compute capability counts: for engines
+    built hardware-compatible, and those of TensorRT for RTX."""
     precision: Precision
     buckets: tuple[int, ...]
 
@@ -59,7 +59,7 @@ class Layer:
 
     name: str
     kind: str
-    """TensorRT's name of it: ``correlation`` (a convolution), ``gemm``, ``kgen``, …"""
+    """TensorRT's name for it: ``correlation`` (a convolution), ``gemm``, ``kgen``, …"""
     reads: tuple[str, ...]
     """Types of its inputs: ``fp32``, ``fp16``, ``bf16``, ``int8``, …"""
     writes: tuple[str, ...]
@@ -73,7 +73,7 @@ class PlanInfo:
 
     key: PlanKey
     gpu: str | None
-    """Name of the GPU it was built on; None where the builder had none."""
+    """Name of the GPU that it was built on; None if the builder had none."""
     attention: str
     """``fused``, ``chunked`` or ``plain``."""
     hardware_compatible: bool
@@ -102,7 +102,7 @@ class PlanInfo:
         return dict(Counter(layer.reads[0] for layer in self.layers if layer.reads).most_common())
 
     def write(self, engine: Path) -> None:
-        """Put the sidecar beside ``engine``, whole or not at all."""
+        """Write the sidecar beside ``engine`` atomically."""
         payload = dataclasses.asdict(self)
         payload["precisions"] = self.precisions()
         write_atomically(sidecar_path(engine), json.dumps(payload, indent=1).encode())
@@ -114,7 +114,7 @@ def sidecar_path(engine: Path) -> Path:
 
 
 def read_plan_info(engine: Path) -> PlanInfo:
-    """Read the sidecar of ``engine``. Raises PlanError where it is missing or not one."""
+    """Read the sidecar of ``engine``. Raises PlanError if it is missing or malformed."""
     path = sidecar_path(engine)
     try:
         payload: dict[str, Any] = json.loads(path.read_bytes())
@@ -146,7 +146,7 @@ def read_plan_info(engine: Path) -> PlanInfo:
 
 
 def read_engine(engine: Path, info: PlanInfo) -> bytes:
-    """Return the engine file's bytes. Raises PlanError where they are not what was built."""
+    """Return the engine file's bytes. Raises PlanError if they are not those that were built."""
     try:
         data = engine.read_bytes()
     except OSError as error:

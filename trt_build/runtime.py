@@ -4,8 +4,9 @@
 
 loads one and runs it once, in a process that it may end.
 
-Two slots, each with its own stream, buffers and contexts, so that one batch's copies hide behind
-the other's compute. The contexts of a slot never run at the same time and share its scratch memory.
+It has two slots, each with its own stream, buffers and contexts, so that one batch's copies hide
+behind the other's compute. A slot's contexts never run at the same time, and share its scratch
+memory.
 """
 
 from __future__ import annotations
@@ -29,19 +30,19 @@ from trt_build.tensorrt_api import RTX_PORTABLE, TensorRT, TensorRTError, find_t
 SLOTS = 2
 
 _MOST_GRAPH_DIFFERENCE = 1e-2
-"""Of probability, between an engine's answers recorded and not: kernels that sum in any order."""
+"""Largest difference in probability with and without a graph: kernels sum in any order."""
 
 log = logging.getLogger("slsnet.tensorrt")
 
 
 class EngineError(RuntimeError):
-    """An engine that cannot run here, or an inference that failed."""
+    """The engine cannot run here, or an inference failed."""
 
 
 def check_fits(info: PlanInfo, trt: TensorRT, gpu: Gpu) -> None:
-    """Raise PlanError where the engine is of another TensorRT version or GPU than these.
+    """Raise PlanError if the engine is of another TensorRT version or GPU.
 
-    TensorRTError where this TensorRT runs no engine on that GPU.
+    Raise TensorRTError if this TensorRT runs no engine on that GPU.
     """
     if not _same_library(info, trt):
         how = "with --version-compatible" if trt.is_lean else "again"
@@ -103,7 +104,7 @@ class EngineRunner:
         check_fits(self.info, trt, self.gpu)
         self.library = trt.library
         data = read_engine(engine, self.info)
-        # cuda-python is there, or current_gpu() would have said so.
+        # cuda-python is installed: current_gpu() would have failed otherwise.
         from trt_build import cuda
 
         self._cuda = cuda
@@ -205,7 +206,7 @@ class _Lane:
         done = done and context.set_tensor_address(probability, slot.device_probability.address)
         if not done:
             raise TensorRTError(f"TensorRT refuses a batch of {bucket}")
-        # The first run allocates and, in RTX, compiles: it must not be the one that is recorded.
+        # The first run allocates and, in RTX, compiles, so it must not be recorded.
         pixels = np.random.default_rng(0).integers(0, 256, slot.image.array.shape, np.uint8)
         expected = self._answer(pixels)
         self.graph = self._capture(trt)
@@ -223,8 +224,8 @@ class _Lane:
         return probability
 
     def _prove(self, pixels: NDArray[np.uint8], expected: NDArray[np.float32]) -> None:
-        """Drop the graph unless it gives, for ``pixels``, what the engine gave without it."""
-        # What a graph that did nothing would find on the GPU is then another batch's answer.
+        """Drop the graph unless it gives the engine's own answer for ``pixels``."""
+        # Run another batch first: a graph that did nothing would then leave that one's answer.
         self._slot.image.array[...] = 0
         self._enqueue()
         self._slot.stream.synchronize()
@@ -363,7 +364,7 @@ class _RtxRuntime:
         )
         if self._cache is None:
             self._cache = config.create_runtime_cache()
-            # Refused, and left empty, where driver, GPU or version are others.
+            # It is refused, and left empty, if driver, GPU or version differ.
             if self._path.exists() and not self._cache.deserialize(self._path.read_bytes()):
                 log.info("%s is of another GPU or driver: compiling kernels again", self._path)
         config.set_runtime_cache(self._cache)
@@ -379,7 +380,7 @@ class _RtxRuntime:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: the engine. Returns 1, with one line on stderr, where it does not run."""
+    """Run the engine once. Returns 1, with one line on stderr, if it does not run."""
     (engine,) = sys.argv[1:] if arguments is None else arguments
     try:
         runner = EngineRunner(Path(engine))

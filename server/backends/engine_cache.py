@@ -82,19 +82,19 @@ class EngineCache:
     """The engine for one key, in a folder that servers on one machine may share.
 
     Args:
-        folder: made where it is missing.
+        folder: made if it is missing.
         key: what the engine must have been built for.
         command: command line of the builder, given the engine's path; None where engines are built
             elsewhere, and only loaded here.
         load: opens the engine; raises BackendError.
         trial: command line that loads an engine and runs it once, given its path.
         on_event: told of each step; counts it.
-        engine: the file, where its name does not hold the key.
+        engine: the file, if its name does not hold the key.
         first_pause_s: before a failed build is tried again.
-        longest_pause_s: what the doubling stops at.
+        longest_pause_s: where the doubling stops.
         build_timeout_s: a build that takes longer is ended and counts as failed.
-        lull_s: without a photo, after which an engine that was built beside serving is built again.
-        look_s: how often it looks whether there is such a lull.
+        lull_s: seconds without a photo after which an engine built beside serving is built again.
+        look_s: seconds between two looks for such a lull.
     """
 
     def __init__(
@@ -126,11 +126,12 @@ class EngineCache:
         self._look_s = look_s
 
     def load(self) -> Backend | None:
-        """The engine, if one is there that fits, is whole, has passed the gate and loads.
+        """Load the engine, if there is one that fits, is whole and has passed the gate.
 
-        First in a process of its own: what ends a process in the driver, or leaves it without its
-        GPU, would do so to the server at every start. Such an engine is removed where it can be
-        built again.
+        It is first tried in a process of its own: an engine that crashes in the driver, or costs
+            the
+        process its GPU, would do so to the server at every start. It is removed if it can be built
+        again.
         """
         return self._open(tried=False)
 
@@ -167,17 +168,17 @@ class EngineCache:
     def obtain(self, stop: threading.Event) -> Backend | None:
         """Build until there is an engine that may be served, and load it. Blocks for minutes.
 
-        Where none is built, load the one that there is, until that works.
+        If engines are built elsewhere, try to load the one there until that works.
 
         Returns:
-            None once `stop` is set, or where the engine fails the parity gate: built again, it
-            would fail again.
+            None once `stop` is set, or if the engine fails the parity gate: built again, it would
+            fail again.
         """
         pause_s = self._first_pause_s
         while not stop.is_set():
             command = self._command
             if command is None or self._build(command, stop):
-                # A builder had it through the gate, in its own process.
+                # The builder's own process has tried it in the gate.
                 backend = self._open(tried=command is not None)
                 if backend is not None:
                     self._say("serving", f"{self.engine} takes over")
@@ -201,8 +202,8 @@ class EngineCache:
             idle_s: seconds since this process last ran a photo.
 
         Returns:
-            The new engine, whichever server built it; None where there is no need for one, `stop`
-            is set, or the build fails: the engine in use is a good one.
+            The new engine, whichever server built it. None if none is needed, `stop` is set, or the
+            build fails: the engine in use is good.
         """
         command = self._command
         if command is None or not self._was_built_beside_serving():
@@ -226,7 +227,7 @@ class EngineCache:
             return False
 
     def _idle_s(self, idle_s: Callable[[], float]) -> float:
-        """Of all servers that use the folder: they tell each other by the time of a file."""
+        """Seconds without a photo on all servers that use the folder; a file's time tells them."""
         used = self.engine.with_name(self.engine.name + ".used")
         mine = idle_s()
         if mine < 2 * self._look_s:
@@ -242,12 +243,12 @@ class EngineCache:
         stop: threading.Event,
         idle_s: Callable[[], float],
     ) -> bool:
-        """Whether to go on: false where it failed."""
+        """Build once more; tell whether to go on (false if it failed)."""
         with self._lock(stop) as lock:
             if lock is None or not self._was_built_beside_serving():
                 return True
             self._remove_leftovers()
-            # The present one stays until this one has passed the gate.
+            # The present engine stays until this one has passed the gate.
             anew = self.engine.with_name(f".{self.engine.name}.anew")
             started = time.monotonic()
 
@@ -276,7 +277,7 @@ class EngineCache:
         return info
 
     def _try(self) -> None:
-        """PlanError where the trial's process was killed; BackendError where it said why not."""
+        """Try the engine: PlanError if its process was killed, BackendError if it fails."""
         try:
             trial = subprocess.run(
                 self._trial(self.engine),
@@ -301,7 +302,7 @@ class EngineCache:
             return False
 
     def _build(self, command: Callable[[Path], Sequence[str]], stop: threading.Event) -> bool:
-        """Whether there is an engine now, built here or by another server meanwhile."""
+        """Build, and tell whether there is an engine now; another server may have built it."""
         try:
             self.engine.parent.mkdir(parents=True, exist_ok=True)
             with self._lock(stop) as lock:
@@ -323,7 +324,7 @@ class EngineCache:
 
     @contextlib.contextmanager
     def _lock(self, stop: threading.Event) -> Iterator[int | None]:
-        """The engine's lock, as a file descriptor; None where `stop` came first."""
+        """Take the engine's lock, a file descriptor; None if `stop` came first."""
         path = self.engine.with_name(self.engine.name + ".lock")
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         waiting = False
@@ -351,7 +352,7 @@ class EngineCache:
     def _run_builder(
         self, command: Sequence[str], lock: int, interrupted: Callable[[], str | None]
     ) -> EngineEvent:
-        """What became of it; `interrupted` says why it is to be ended, if so."""
+        """Run the builder and return the result; `interrupted` gives a reason to end it."""
         self._say("build_started", f"{self.engine}, in a process of its own")
         with tempfile.TemporaryFile() as output:
             builder = subprocess.Popen(
@@ -360,7 +361,7 @@ class EngineCache:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                # The builder holds the lock as well: it outlives a server that is killed.
+                # The builder holds the lock too, since it outlives a server that is killed.
                 pass_fds=[lock],
             )
             event, reason = self._wait(builder, interrupted)
@@ -380,7 +381,7 @@ class EngineCache:
     def _wait(
         self, builder: subprocess.Popen[bytes], interrupted: Callable[[], str | None]
     ) -> tuple[EngineEvent, str | None]:
-        """Wait for the builder; what a failure is called, and why it was ended, if it was."""
+        """Wait for the builder; return the name of a failure, and why it was ended, if it was."""
         deadline = time.monotonic() + self._build_timeout_s
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -429,7 +430,7 @@ def open_engine_cache(
 ) -> EngineCache:
     """The cache of engines of `model` (an ONNX file) for this process's GPU.
 
-    TensorRT's lean runtime builds none: it takes the best of those in the folder.
+    TensorRT's lean runtime cannot build: it takes the best engine in the folder.
 
     Args:
         folder: of the engine files.
@@ -439,7 +440,7 @@ def open_engine_cache(
         cores: this process's share of the machine.
 
     Raises:
-        BackendError: no TensorRT, no driver, no GPU, no such file, or no engine for a lean runtime.
+        BackendError: TensorRT, driver, GPU or file is missing, or a lean runtime has no engine.
     """
 
     def load(engine: Path) -> Backend:
@@ -498,9 +499,9 @@ def open_engine_cache(
 def _built_elsewhere(
     folder: Path, onnx_sha256: str, precision: Precision, trt: TensorRT, gpu: Gpu
 ) -> tuple[Path, PlanInfo]:
-    """The engine in `folder` that `trt`, which builds none, runs best on `gpu`.
+    """The engine in `folder` that the lean runtime `trt` runs best on `gpu`.
 
-    One for this very card rather than a portable one.
+    An engine for this very card goes before a portable one.
 
     Raises:
         PlanError: there is none; the message says of each file why not.
