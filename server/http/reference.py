@@ -105,7 +105,7 @@ _ANYWHERE = {
     ),
     503: (
         "The server has no connection left.",
-        "The server has 1024 connections, more are not held. Try again in a second.",
+        "The server has 1024 connections, and holds no more. Try again in a second.",
     ),
 }
 

@@ -127,7 +127,7 @@ class Loader:
                         await service.use(backend, self._failing)
                 return
             except BackendError as error:
-                log.error("no better: %s", error)
+                log.error("the backend still fails: %s", error)
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 

@@ -53,7 +53,7 @@ class Metrics:
         """Make the metrics of answers, their times, and connections."""
         self.requests = Counter(
             "slsnet_requests",
-            "Answers by path, status and, where it is an error, its reason",
+            "Answers by path, status and, for errors, the reason",
             ["path", "status", "reason"],
             registry=self.registry,
         )
@@ -73,19 +73,19 @@ class Metrics:
         )
         self.batch_size = Histogram(
             "slsnet_batch_size",
-            "Images that ran through the network together",
+            "Photos that ran through the network together",
             buckets=_BATCH_SIZES,
             registry=self.registry,
         )
         self.connections_refused = Counter(
             "slsnet_connections_refused",
-            "Connections that were refused or cut, by reason",
+            "Connections that were refused or cut off, by reason",
             ["reason"],
             registry=self.registry,
         )
         self.log_lines_lost = Counter(
             "slsnet_log_lines_lost",
-            "Lines of the log that nobody took in time, or the disk had no room for",
+            "Lines of the log that were lost: the reader was too slow, or the disk full",
             registry=self.registry,
         )
 
@@ -99,12 +99,12 @@ class Metrics:
         )
         self.batch_failures = Counter(
             "slsnet_batch_failures",
-            "Batches that the backend failed on",
+            "Batches on which the backend failed",
             registry=self.registry,
         )
         self.bulk_photos = Counter(
             "slsnet_bulk_photos",
-            "Photos of requests with several, by the status of each",
+            "Photos of requests with several photos, by status",
             ["status"],
             registry=self.registry,
         )
@@ -116,7 +116,7 @@ class Metrics:
         )
         self.reloads = Counter(
             "slsnet_reloads",
-            "Loads of the network, the first one among them, by result",
+            "Loads of the network, with the first one, by result",
             ["result"],
             registry=self.registry,
         )
@@ -133,7 +133,7 @@ class Metrics:
         )
         self.backend = Gauge(
             "slsnet_backend_info",
-            "What runs the network, and which network it is",
+            "The backend, and the network that it runs",
             [
                 "backend",
                 "runtime_version",
@@ -157,7 +157,7 @@ class Metrics:
         )
         self.bytes_in_flight = Gauge(
             "slsnet_bytes_in_flight",
-            "Bytes of request bodies held",
+            "Bytes of request bodies in memory",
             multiprocess_mode="livesum",
             registry=self.registry,
         )
@@ -169,7 +169,7 @@ class Metrics:
         )
         self.padding = Counter(
             "slsnet_batch_padding_images",
-            "Empty seats of batches that were filled up to a size that the backend is built for",
+            "Padding of batches up to a size that the backend is built for, in photos",
             registry=self.registry,
         )
         self.queue_depth = Gauge(
@@ -181,13 +181,13 @@ class Metrics:
         )
         self.queue_age_seconds = Gauge(
             "slsnet_queue_age_seconds",
-            "How long the photo has waited that has waited longest",
+            "The longest time that a photo in the queue has waited",
             multiprocess_mode="livemax",
             registry=self.registry,
         )
         self.expected_wait_seconds = Gauge(
             "slsnet_expected_wait_seconds",
-            "What a request that comes now would wait for its answer by expectation",
+            "The time that a new request is expected to wait for its answer",
             ["priority"],
             multiprocess_mode="livemax",
             registry=self.registry,

@@ -576,7 +576,7 @@ class Connection(HttpToolsProtocol):
         self._refuse(
             HTTPStatus.SERVICE_UNAVAILABLE,
             "too_many",
-            f"The server has {most} connections, more are not held. Try again in a second.",
+            f"The server has {most} connections, and holds no more. Try again in a second.",
         )
 
     def _refuse_head(self) -> None:

@@ -210,7 +210,7 @@ class _Server(uvicorn.Server):
                 # This one has given up.
                 continue
             except OSError as error:
-                log.error("who has connected last is not answered: %s", error)
+                log.error("the last connections are not answered: %s", error)
                 break
         listener.close()
         # Wait for all at once, since some may send nothing.
@@ -304,7 +304,7 @@ def run(
     try:
         config.load()
     except OSError as error:
-        log.error("TLS cannot be set up, look at --tls-cert and its kin: %s", error)
+        log.error("TLS cannot be set up, look at --tls-cert and the other --tls flags: %s", error)
         return 1
     server = _Server(config, service, held)
     server.warn_of_limit()
