@@ -14,6 +14,7 @@ from server.inference.errors import Unavailable
 from server.inference.networks import Networks
 from server.inference.proving import proved
 from server.inference.threads import Threads
+from server.inference.turns import Turns
 from server.observe.metrics import Metrics
 from server.settings import Settings
 
@@ -38,6 +39,8 @@ class Service:
         """Pixels of photos being decoded, and of probabilities being enlarged to a photo's size."""
         self.threads = Threads(settings.decode_threads or settings.cores)
         self.networks = Networks()
+        self.turns = {bulk: Turns(1) for bulk in (False, True)}
+        """Of interactive and bulk photos; of the size that suits the network in use."""
         self.bulk_photos = asyncio.Semaphore(settings.max_queue)
         """Photos that are at work for all requests with several photos together."""
         self._observe(metrics)
@@ -51,10 +54,17 @@ class Service:
         metrics.observe(metrics.admitted, lambda: gate.admitted)
         for priority, bulk in (("interactive", False), ("bulk", True)):
             depth = metrics.queue_depth.labels(priority)
-            metrics.observe(depth, partial(networks.waiting, bulk=bulk))
+            metrics.observe(depth, partial(self._waiting, bulk))
             expected = metrics.expected_wait_seconds.labels(priority)
             metrics.observe(expected, partial(gate.wait_s, bulk=bulk))
-        metrics.observe(metrics.queue_age_seconds, networks.longest_wait_s)
+        metrics.observe(metrics.queue_age_seconds, self._longest_wait_s)
+
+    def _waiting(self, bulk: bool) -> int:
+        return self.turns[bulk].waiting() + self.networks.waiting(bulk=bulk)
+
+    def _longest_wait_s(self) -> float:
+        waits = [turns.longest_wait_s() for turns in self.turns.values()]
+        return max(self.networks.longest_wait_s(), *waits)
 
     @property
     def is_ready(self) -> bool:
@@ -102,6 +112,10 @@ class Service:
         self.gate.expect(seconds_an_image, batcher.max_batch)
         self.metrics.serves(info)
         log.info("ready: %s %s on %s, %s", info.name, info.version, info.device, info.precision)
+        # While as many run as can, as many are ready to follow, and each thread decodes one.
+        decoders = self.settings.decode_threads or self.settings.cores
+        limit = 2 * info.slots * batcher.max_batch + decoders
+        self.turns = {bulk: Turns(limit) for bulk in (False, True)}
         await self.networks.swap(batcher)
 
     async def close(self) -> None:

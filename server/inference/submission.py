@@ -43,6 +43,9 @@ _SMALL_BYTES = 2**17
 # Larger photos have threads of their own, except for a JPEG of one scan, which decodes scaled down.
 _SLOW_PIXELS = 2**24
 
+# The event loop may be so early with what it was to do at a time.
+_COARSE_S = 0.01
+
 
 @dataclass(frozen=True)
 class Segmentation:
@@ -293,23 +296,14 @@ class Work:
             Problem: whatever is wrong with the request or its photo.
             ClientGone: the client hung up between two stages.
         """
-        is_gone = self._submission.is_gone
         try:
-            photo = self._decode_here(body.data) if bare and not self.bulk else None
-            if photo is None:
-                photo = await self.service.threads.run(self._decode, body, unpack, bulk=self.bulk)
-            if photo is None:
-                photo = await self.service.threads.run(self._decode_slowly, body, slow=True)
-            if is_gone():
-                raise ClientGone
-        except ClientGone:
-            self.service.metrics.dropped.labels("client_gone").inc()
-            raise
+            async with contextlib.AsyncExitStack() as turn:
+                await self._wait_for(turn)
+                photo = await self._photo(body, unpack, turn, bare=bare)
+                (inference,), backend = await self.infer([photo.pixels], network=network)
         finally:
             body.let_go()
-        self.stages.end("decode")
-        (inference,), backend = await self.infer([photo.pixels], network=network)
-        if is_gone():
+        if self._submission.is_gone():
             raise ClientGone
         return Segmentation(
             inference.probability,
@@ -319,6 +313,42 @@ class Work:
             inference.batch_size,
             backend,
         )
+
+    async def _wait_for(self, turn: contextlib.AsyncExitStack) -> None:
+        try:
+            await turn.enter_async_context(self.service.turns[self.bulk].turn())
+        except asyncio.CancelledError:
+            # Where it is not the deadline, another photo of the request failed.
+            is_late = self._submission.deadline.left_s < _COARSE_S
+            self.service.metrics.dropped.labels("deadline" if is_late else "abandoned").inc()
+            raise
+        self.stages.end("queue")
+
+    async def _photo(
+        self,
+        body: Body,
+        unpack: Callable[[bytes], bytes],
+        turn: contextlib.AsyncExitStack,
+        *,
+        bare: bool,
+    ) -> Photo:
+        """The decoded photo. If that takes seconds `turn` is given back; errors: see `segment`."""
+        try:
+            photo = self._decode_here(body.data) if bare and not self.bulk else None
+            if photo is None:
+                photo = await self.service.threads.run(self._decode, body, unpack, bulk=self.bulk)
+            if photo is None:
+                await turn.aclose()
+                photo = await self.service.threads.run(self._decode_slowly, body, slow=True)
+            if self._submission.is_gone():
+                raise ClientGone
+        except ClientGone:
+            self.service.metrics.dropped.labels("client_gone").inc()
+            raise
+        finally:
+            body.let_go()
+        self.stages.end("decode")
+        return photo
 
     async def infer(
         self, images: Sequence[NDArray[np.uint8]], *, network: str | None = None

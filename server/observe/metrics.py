@@ -174,7 +174,7 @@ class Metrics:
         )
         self.queue_depth = Gauge(
             "slsnet_queue_depth",
-            "Photos that are decoded and wait for the network",
+            "Photos that wait for the network, or to be decoded for it",
             ["priority"],
             multiprocess_mode="livesum",
             registry=self.registry,

@@ -20,12 +20,14 @@ class Stages:
     def end(self, stage: str, at: float | None = None) -> None:
         """End the stage that ran since the last call (now, or `at` by `perf_counter`)."""
         now = time.perf_counter() if at is None else at
-        self.seconds[stage] = now - self._lap
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._lap
         self._lap = now
 
     def milliseconds(self) -> dict[str, float]:
         """The times of the stages that are over."""
-        return {stage: round(seconds * 1000, 3) for stage, seconds in self.seconds.items()}
+        return {
+            stage: round(self.seconds[stage] * 1000, 3) for stage in STAGES if stage in self.seconds
+        }
 
     def header(self) -> str:
         """`Server-Timing` (W3C): the stages' milliseconds, and the total up to now."""

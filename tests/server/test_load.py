@@ -1,6 +1,7 @@
 """Many clients at once: nobody gets another's mask, and each photo runs once."""
 
-from concurrent.futures import ThreadPoolExecutor
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -103,3 +104,28 @@ def test_a_bad_photo_among_good_ones_fails_alone(
     for index in (2, 4):
         mask = read_png(answers[index].content)
         np.testing.assert_array_equal(mask, offline.mask(photos[index].data))
+
+
+def test_photos_are_not_decoded_long_before_the_network_can_run_them(
+    tmp_path: Path, photos: list[Sample]
+) -> None:
+    def sent(client: ThreadPoolExecutor, url: str, data: bytes) -> list[Future[httpx.Response]]:
+        return [client.submit(httpx.post, url, content=data, timeout=600) for _ in range(48)]
+
+    patient = ("--decode-threads", "1", "--request-timeout-ms", "600000", "--max-batch", "4")
+    with serve_held(tmp_path, *patient) as (server, hold), ThreadPoolExecutor(50) as client:
+        url = f"{server.url}/segment"
+        with hold():
+            good = sent(client, url, photos[0].data)
+            # The network has some, and as many as can follow are decoded; no thread does more.
+            until(lambda: figures(server)["slsnet_requests_in_flight"] == 48)
+            broken = client.submit(httpx.post, url, content=photos[0].data[:2000], timeout=600)
+            until(lambda: figures(server)["slsnet_requests_in_flight"] == 49)
+            assert figures(server)["slsnet_queue_depth"] > 24
+            assert figures(server)["slsnet_queue_age_seconds"] > 0
+            time.sleep(1)
+            # Nobody has come to look at it yet.
+            assert not broken.done()
+        assert {answer.result().status_code for answer in good} == {200}
+        assert broken.result().status_code == 422
+        assert figures(server)["slsnet_queue_depth"] == 0
