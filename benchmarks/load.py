@@ -52,7 +52,7 @@ RESULTS = Path(__file__).parent / "results"
 CLIENTS = (1, 2, 4, 8, 16, 32)
 OPEN_LOADS = (0.5, 0.8, 1.2)
 INTERACTIVE_LOAD = 0.25
-"""Of the ramp's best throughput, like `OPEN_LOADS`."""
+"""Share of the ramp's best throughput, like `OPEN_LOADS`."""
 BESIDE = 8
 """Clients in a loop beside the interactive ones."""
 
@@ -67,7 +67,7 @@ class Window:
     start: float
     end: float
     generator_cores: float
-    """What this process, not the server, used meanwhile."""
+    """CPU time that this process, not the server, used meanwhile."""
 
 
 class Users:
@@ -75,7 +75,7 @@ class Users:
 
     def __init__(self, host: str, *classes: type[locust.User]) -> None:
         self.answers: dict[type[locust.User], list[Answer]] = {user: [] for user in classes}
-        """By class of user; complete once they are stopped."""
+        """The answers by class of user; complete once they are stopped."""
         self._errors: list[Exception] = []
         by_name = {user.__name__: answers for user, answers in self.answers.items()}
 
@@ -95,7 +95,7 @@ class Users:
         self._runner.start(count, spawn_rate=100)
 
     def wait_for(self, count: int, user: type[locust.User]) -> None:
-        """Until so many answers more have come to users of this class.
+        """Wait until so many more answers have come to users of this class.
 
         Raises:
             Exception: what a user stumbled over.
@@ -107,7 +107,7 @@ class Users:
             gevent.sleep(0.01)
 
     def measure(self, seconds: float, user: type[locust.User]) -> Window:
-        """For so long, and until users of this class have had a few answers."""
+        """Wait so long, and until users of this class have had a few answers."""
         start, cpu, before = time.perf_counter(), time.process_time(), len(self.answers[user])
         gevent.sleep(seconds)
         self.wait_for(max(0, before + _FEWEST - len(self.answers[user])), user)
@@ -126,7 +126,7 @@ class Load:
         self.host = host
         self.step_s = step_s
         self.answers: list[Answer] = []
-        """Of all scenarios."""
+        """The results of all scenarios."""
 
     def warm_up(self) -> None:
         """Some load that is not measured."""
@@ -200,7 +200,7 @@ class Load:
 def run(
     deck: Deck, host: str, where: Machine, *, clients: Sequence[int], burst: int, step_s: float
 ) -> Report:
-    """All scenarios in turn.
+    """Run all scenarios in turn.
 
     Args:
         deck: what is sent.
@@ -374,7 +374,7 @@ def _per_s(answers: Sequence[Answer], window: Window) -> float:
 
 
 def _percentile(values: Sequence[float], percent: float) -> float:
-    """Of few values the one above, not a mean of two: never better than what happened."""
+    """A percentile; of few values it is the one above, so that it never looks too good."""
     return float(np.percentile(values, percent, method="higher"))
 
 

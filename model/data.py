@@ -3,7 +3,7 @@ Dermoscopic data sets: finding image and mask pairs, splitting them by id, cachi
 
 Official layouts (ISIC 2016, 2017, 2018, PH2) are recognised by their folder names; any other folder
 pair holds `X.jpg|png|bmp|...` and `X_segmentation.png` or the like (`model.truth`). The whole set
-is decoded once, by the very function that serving uses, and kept as uint8, so that an epoch never
+is decoded once, by the function that serving uses, and kept as uint8, so that an epoch never
 waits for the disk.
 """
 
@@ -71,7 +71,7 @@ class Sample:
     origin: str = "folder"
     split: Split = "training"
     group: str = ""
-    """What it shares with photos that must not be parted from it; its id if empty."""
+    """The lesion or patient that it shares with photos that stay with it; its id if empty."""
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -145,7 +145,7 @@ def find_samples(root: Path) -> list[Sample]:
 
 
 def _find_ph2(root: Path) -> list[Sample]:
-    """PH2: a folder a case; a collection for testing on, as its licence is not commercial."""
+    """PH2 has a folder for each case. It is for testing only: its licence is not commercial."""
     samples = []
     for case in sorted(p for p in root.iterdir() if re.fullmatch(r"IMD\d+", p.name)):
         image = case / f"{case.name}_Dermoscopic_Image" / f"{case.name}.bmp"
@@ -194,15 +194,15 @@ def refuse_leakage(splits: Mapping[str, Sequence[Sample]]) -> None:
 
 def read_groups(path: Path, column: str) -> dict[str, str]:
     """
-    What each id belongs to (a lesion, a patient), of a table as ISIC's metadata are.
+    Read the lesion or patient of each id from a table like ISIC's metadata.
 
     Args:
         path: CSV with a header; the id is in the first of its columns that is called `isic_id`,
             `image_id`, `image_name`, `image` or `id`, with or without the suffix of a file.
-        column: whose values are the groups; an id without one stands alone.
+        column: the column of the groups; an id without a group stands alone.
 
     Raises:
-        DataError: unreadable, or without these columns.
+        DataError: the table cannot be read, or lacks these columns.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -249,7 +249,7 @@ class PixelSet:
     masks: NDArray[np.uint8]
 
     def of(self, samples: Sequence[Sample]) -> PixelSet:
-        """Those of `samples`, in their order."""
+        """The pixels of `samples`, in their order."""
         if (wanted := tuple(s.id for s in samples)) == self.ids:
             return self
         row = {name: index for index, name in enumerate(self.ids)}
@@ -270,7 +270,7 @@ def read_mask(
         allow_uniform: whether a mask without lesion, or without skin, is accepted.
 
     Raises:
-        DataError: unreadable, of another size than its image, or uniform.
+        DataError: the mask cannot be read, has another size than its image, or is uniform.
     """
     mask = read_truth(path)
     if mask.shape != frame[::-1]:
