@@ -442,33 +442,21 @@ def open_engine_cache(
     Raises:
         BackendError: TensorRT, driver, GPU or file is missing, or a lean runtime has no engine.
     """
-
-    def load(engine: Path) -> Backend:
-        return TensorRtBackend(engine, spin=cores >= CORES_TO_SPIN)
-
-    def trial(engine: Path) -> list[str]:
-        return [sys.executable, "-m", "trt_build.runtime", str(engine)]
-
+    folder, model = folder.resolve(), model.resolve()
     try:
         gpu = current_gpu()
         trt = find_tensorrt()
         trt.check_runs_on(gpu)
         log.info("%s on %s, compute capability %s", trt.library, gpu.name, gpu.compute_capability)
         digest = file_sha256(model)
+        engine, command = None, None
         if trt.is_lean:
-            engine, info = _built_elsewhere(folder.resolve(), digest, precision, trt, gpu)
-            return EngineCache(
-                engine.parent,
-                info.key,
-                command=None,
-                load=load,
-                trial=trial,
-                on_event=on_event,
-                engine=engine,
-            )
-        portable = not trt.is_rtx or gpu.compute_capability in RTX_PORTABLE
-        target = None if portable else gpu.compute_capability
-        key = plan_key(digest, precision, BUCKETS, trt, compute_capability=target)
+            engine, key = _built_elsewhere(folder, digest, precision, trt, gpu)
+        else:
+            portable = not trt.is_rtx or gpu.compute_capability in RTX_PORTABLE
+            target = None if portable else gpu.compute_capability
+            key = plan_key(digest, precision, BUCKETS, trt, compute_capability=target)
+            command = _builder(model, key, target)
     except PlanError as error:
         on_event("miss")
         log.warning("engine miss: %s", error)
@@ -477,29 +465,35 @@ def open_engine_cache(
         raise BackendError(f"TensorRT cannot be used: {error}") from error
     except OSError as error:
         raise BackendError(f"{model} cannot be read: {error.strerror}") from error
+    return EngineCache(
+        folder,
+        key,
+        command=command,
+        load=lambda engine: TensorRtBackend(engine, spin=cores >= CORES_TO_SPIN),
+        trial=lambda engine: [sys.executable, "-m", "trt_build.runtime", str(engine)],
+        on_event=on_event,
+        engine=engine,
+    )
+
+
+def _builder(model: Path, key: PlanKey, target: str | None) -> Callable[[Path], list[str]]:
+    """The builder's command line, for an engine's path; `target` is a card to build for alone."""
 
     def command(engine: Path) -> list[str]:
         return [
             *("nice", "-n", "10", sys.executable, "-m", "trt_build"),
-            *("--onnx", str(model.resolve()), "--output", str(engine), "--parity"),
+            *("--onnx", str(model), "--output", str(engine), "--parity"),
             *("--precision", key.precision, "--buckets", ",".join(map(str, key.buckets))),
             *(("--compute-capability", target) if target is not None else ()),
         ]
 
-    return EngineCache(
-        folder.resolve(),
-        key,
-        command=command,
-        load=load,
-        trial=trial,
-        on_event=on_event,
-    )
+    return command
 
 
 def _built_elsewhere(
     folder: Path, onnx_sha256: str, precision: Precision, trt: TensorRT, gpu: Gpu
-) -> tuple[Path, PlanInfo]:
-    """The engine in `folder` that the lean runtime `trt` runs best on `gpu`.
+) -> tuple[Path, PlanKey]:
+    """The engine in `folder` that the lean runtime `trt` runs best on `gpu`, and its key.
 
     An engine for this very card goes before a portable one.
 
@@ -525,7 +519,8 @@ def _built_elsewhere(
             f"{folder} has no engine that {trt.library} can run here"
             + (f" ({'; '.join(others)})" if others else "")
         )
-    return min(fitting, key=lambda found: found[1].hardware_compatible)
+    engine, info = min(fitting, key=lambda found: found[1].hardware_compatible)
+    return engine, info.key
 
 
 def _gate_failures(info: PlanInfo) -> str:
