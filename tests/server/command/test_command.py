@@ -38,6 +38,12 @@ def test_what_there_is_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"{VERSION}\n"
 
 
+def test_it_runs_from_a_clone_that_is_not_installed() -> None:
+    asked = [sys.executable, "-m", "server.command", "segment", "--help"]
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: slsnet segment")
+
+
 def test_extras_are_the_requirement_files() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for name, pins in project["optional-dependencies"].items():
