@@ -122,7 +122,11 @@ def test_a_wheel_is_for_any_python_of_its_system(
     assert built.name.startswith("slsnet_pixels-") and "-py3-none-" in built.name
     assert tag in built.name
     with zipfile.ZipFile(built) as archive:
-        names = [name.split("/")[-1] for name in archive.namelist() if "dist-info" not in name]
+        names = [
+            name.split("/")[-1]
+            for name in archive.namelist()
+            if "dist-info" not in name and not name.endswith("/")
+        ]
     assert sorted(names) == ["__init__.py", library]
 
 
