@@ -66,7 +66,7 @@ PAPER = {
 
 @dataclass
 class Row:
-    """One preset: what was measured, per seed, in percent."""
+    """One preset and the figures of its runs, in percent, by seed."""
 
     preset: str
     scores: dict[int, dict[str, float]] = field(default_factory=dict)
@@ -78,7 +78,7 @@ class Row:
 
 
 def chosen(names: Sequence[str]) -> list[str]:
-    """Presets of groups and names, each once, in the order given.
+    """The presets that the names stand for, each once, in the order given.
 
     Raises:
         ConfigError: a name is neither a preset nor a group.
@@ -93,7 +93,7 @@ def chosen(names: Sequence[str]) -> list[str]:
 
 
 def held_out(config: TrainConfig, samples: list[Sample], split: str, cache: Path) -> list[Sample]:
-    """What the runs are scored on.
+    """The images that the runs are scored on.
 
     Raises:
         DataError: there is no such set.
@@ -122,7 +122,7 @@ def run_one(
 
 
 def markdown(rows: Sequence[Row], budget: str) -> str:
-    """The table, means ± standard deviations over seeds, beside the paper's figures."""
+    """The table as Markdown: means ± standard deviations over seeds, beside the paper's figures."""
     lines = [
         "# Ablation",
         "",
@@ -161,7 +161,7 @@ def _mean(values: Sequence[float]) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Jaccard of every run and its preset's mean, with the paper's figure beside."""
+    """Plot the Jaccard of every run, the mean of every preset, and the paper's figure."""
     figure = Figure(figsize=(7, 0.55 * len(rows) + 1.6), layout="constrained")
     axes = figure.subplots()
     for place, row in enumerate(rows):
@@ -212,7 +212,7 @@ def ablate(
 
     Raises:
         ConfigError: an unknown preset or key, or `out` holds runs of another budget.
-        DataError: naming the file or id that cannot be used.
+        DataError: a file or id cannot be used; the message names it.
     """
     presets = chosen(names)
     configs = {
@@ -234,7 +234,7 @@ def ablate(
     )
     out.mkdir(parents=True, exist_ok=True)
     rows = {preset: Row(preset) for preset in presets}
-    # seed by seed, so that what is interrupted has compared every preset
+    # One seed after another: an interrupted command has compared every preset.
     for seed in seeds:
         for preset in presets:
             print(f"{preset}, seed {seed}", file=sys.stderr, flush=True)
@@ -250,7 +250,7 @@ def _range(values: Sequence[int]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         prog="python -m model.ablate",
         description=__doc__,

@@ -79,8 +79,8 @@ class Augmenter:
             images: uint8 [n, 3, stored, stored].
             targets: uint8 [n, k, stored, stored]; 255 is lesion.
             seed: the same seed gives the same batch.
-            part, of: which part of a global batch of how many the images are, for data-parallel
-                training; by default they are all of it.
+            part: the images' place in the global batch, if data-parallel; None is all of it.
+            of: number of images in the global batch, where `part` is given.
 
         Returns:
             float32 images [n, 3, size, size] in [0, 1] and targets [n, k, size, size] in [0, 1].
@@ -95,7 +95,7 @@ class Augmenter:
         varied = self._strong(x, y, draw)
         if self.recipe == "strong":
             return varied
-        # numbers of its own: the strongly varied images are the same with either recipe
+        # It has random numbers of its own, so both recipes vary an image strongly in the same way.
         draw = _Draw(seed + 17, part, of, self.device)
         x, y = self._flip(*self._pool(x, y), draw)
         x = x.clamp(1e-4, 1) ** draw.log_uniform(0.85, 1.18)
@@ -117,17 +117,17 @@ class Augmenter:
         return self._optics(self._colour(x, draw), draw).clamp(0, 1), y
 
     def _paper(self, x: Tensor, y: Tensor, draw: _Draw) -> tuple[Tensor, Tensor]:
-        from kornia.enhance import equalize_clahe  # needed by this recipe alone
+        from kornia.enhance import equalize_clahe  # only this recipe needs it
 
         x, y = self._flip(x, y, draw)
         x = torch.where(draw.chance(0.5), x ** draw.log_uniform(0.7, 1.4), x)
-        # the clip limit is one value a call, so it varies over batches rather than images
+        # The clip limit is one value for a call, so it varies over batches rather than images.
         clip = 1 + 3 * float(draw.shared())
         equalised = equalize_clahe(x, clip_limit=clip, grid_size=(8, 8))
         return torch.where(draw.chance(0.5), equalised, x), y
 
     def _warp(self, x: Tensor, y: Tensor, draw: _Draw) -> tuple[Tensor, Tensor]:
-        """Flip, rotate, scale, stretch, shear, shift and bend, mirrored at the frame's edges."""
+        """Flip, rotate, scale, stretch, shear, shift and bend; the frame's edges are mirrored."""
         angle = draw.uniform(-math.pi, math.pi)[:, 0, 0, 0]
         zoom = draw.log_uniform(0.8, 1.45)[:, 0, 0, 0]
         stretch = draw.log_uniform(0.85, 1.18)[:, 0, 0, 0]
@@ -153,7 +153,7 @@ class Augmenter:
         return warped[:, :3], warped[:, 3:]
 
     def _artefacts(self, x: Tensor, y: Tensor, draw: _Draw) -> tuple[Tensor, Tensor]:
-        """Hair or ruler marks, uneven light, and the dark surround of a dermatoscope's tube."""
+        """Add hair or ruler marks, uneven light, and the dark surround of a dermatoscope's tube."""
         alpha = self.overlays[draw.index(len(self.overlays))].float() / 255
         alpha = alpha * draw.chance(0.3) * draw.uniform(0.3, 1)
         x = torch.lerp(x, draw.uniform(0, 0.45).expand_as(x), alpha)
@@ -165,10 +165,10 @@ class Augmenter:
         )
         tube = torch.sigmoid((draw.uniform(0.85, 1.3) - distance) * draw.log_uniform(8, 80))
         tube = torch.where(draw.chance(0.2), tube, 1)
-        return x * tube, y * (tube > 0.5)  # annotators outline what is seen
+        return x * tube, y * (tube > 0.5)  # annotators outline what they see
 
     def _colour(self, x: Tensor, draw: _Draw) -> Tensor:
-        """Skin tones, white balance and a camera's rendering: gamma, then an affine map of RGB."""
+        """Vary skin tone, white balance and rendering: a gamma, then an affine map of RGB."""
         x = x.clamp(1e-4, 1) ** draw.log_uniform(0.65, 1.5)
         luma = torch.tensor([0.299, 0.587, 0.114], device=self.device)
         eye = torch.eye(3, device=self.device)
@@ -182,7 +182,7 @@ class Augmenter:
         return (x - mean) * draw.log_uniform(0.65, 1.4) + mean + draw.uniform(-0.12, 0.12)
 
     def _optics(self, x: Tensor, draw: _Draw) -> Tensor:
-        """Defocus or sharpening, sensor noise, JPEG quantisation."""
+        """Add defocus or sharpening, sensor noise and JPEG quantisation."""
         blurred = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
         blurred = F.avg_pool2d(blurred, 3, 1, 1, count_include_pad=False)
         x = torch.where(draw.chance(0.4), torch.lerp(x, blurred, draw.uniform(-0.7, 1)), x)
@@ -198,10 +198,10 @@ class Augmenter:
 
 
 class _Draw:
-    """Random numbers for the global batch; a process takes its part of them, [n, 1, 1, 1]."""
+    """Random numbers [n, 1, 1, 1] for the global batch, of which a process takes its part."""
 
     def __init__(self, seed: int, part: slice, of: int, device: torch.device) -> None:
-        # on the CPU, so that a run does not depend on where it runs
+        # The CPU draws them, so that every device gets the same numbers.
         self.generator = torch.Generator().manual_seed(seed)
         self.part, self.of, self.device = part, of, device
 
@@ -231,10 +231,10 @@ class _Draw:
 
 
 def _draw_overlays(rng: np.random.Generator, side: int) -> np.ndarray:
-    """Opacities of hair (most) and ruler marks, uint8 [_OVERLAYS, 1, side, side]."""
+    """Draw hair (mostly) and ruler marks: opacities, uint8 [_OVERLAYS, 1, side, side]."""
     overlays = []
     for i in range(_OVERLAYS):
-        # drawn at twice the size, for smooth thin lines
+        # They are drawn at twice the size, so that thin lines are smooth.
         picture = Image.new("L", (2 * side, 2 * side))
         pen = ImageDraw.Draw(picture)
         if i % 8 == 0:

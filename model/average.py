@@ -32,10 +32,10 @@ from model.truth import DataError
 
 
 def mean_network(generators: list[Generator]) -> Generator:
-    """A generator whose weights and running statistics are the means of theirs.
+    """A generator whose weights and running statistics are the means of those of `generators`.
 
     Raises:
-        ConfigError: they are of different architectures.
+        ConfigError: the generators have different architectures.
     """
     first = generators[0]
     if any(generator.config != first.config for generator in generators):
@@ -51,21 +51,21 @@ def mean_network(generators: list[Generator]) -> Generator:
 
 
 def average(runs: list[Path], data: Path, out: Path, cache: Path) -> dict[str, float]:
-    """Write the mean of finished runs, with its score on what they were chosen by.
+    """Write the mean of finished runs, with its score on the sets that the runs selected by.
 
     Args:
-        runs: folders of `model.train`.
-        data: folder of data sets, the runs' own.
-        out: the `.safetensors` file.
+        runs: folders that `model.train` wrote.
+        data: the folder of data sets that the runs used.
+        out: the `.safetensors` file that is written.
         cache: folder of decoded pixels.
 
     Returns:
         Jaccard and threshold Jaccard of every selection set.
 
     Raises:
-        ConfigError: a run is unfinished, not of a generator, or differs from the first in
+        ConfigError: a run is unfinished or trains no generator, or it differs from the first in
             architecture, input size or split.
-        DataError: naming the file or id that cannot be used.
+        DataError: a file or id cannot be used; the message names it.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = [load_run(run, device) for run in runs]
@@ -87,7 +87,7 @@ def average(runs: list[Path], data: Path, out: Path, cache: Path) -> dict[str, f
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         prog="python -m model.average",
         description=__doc__,

@@ -1,4 +1,4 @@
-"""A run's folder: writing it, reading it, and refusing one that does not fit."""
+"""The folder of a run: its files are written and read here; one that does not fit is refused."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def save(trainer: Trainer) -> None:
 
 
 def load(trainer: Trainer) -> None:
-    """Continue from `last.pt`.
+    """Continue from the checkpoint `last.pt`.
 
     Raises:
-        TrainingError: there is none, or it is unreadable.
-        ConfigError: it belongs to another configuration, architecture or training set.
+        TrainingError: there is no checkpoint, or it is unreadable.
+        ConfigError: the checkpoint belongs to another configuration, architecture or training set.
     """
     path = trainer.out / "last.pt"
     try:
@@ -86,13 +86,15 @@ def save_best(trainer: Trainer, row: Mapping[str, float]) -> None:
 
 
 def weights_metadata(scores: Mapping[str, float], origin: str, size: int) -> dict[str, str]:
-    """The metadata of a file of weights: scores (`score_selections`), origin, input's side."""
+    """Metadata for a file of weights: the scores (`score_selections`), `origin`, input side."""
     figures = {k: f"{v:.4f}" for k, v in scores.items() if k.endswith("jaccard")}
     return {**figures, "threshold": str(THRESHOLD), "training_data": origin, "size": str(size)}
 
 
 def load_run(run: Path, device: torch.device) -> tuple[TrainConfig, nn.Module]:
-    """A finished run's configuration and averaged network at its end, in evaluation mode.
+    """The configuration of a finished run, and its averaged network as it was at the end.
+
+    The network is in evaluation mode.
 
     Raises:
         ConfigError: the folder holds no finished run.

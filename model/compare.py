@@ -42,20 +42,20 @@ from model.splits import split_samples
 from model.truth import DataError
 
 Scores = dict[str, list[float]]
-"""Jaccard by photo id; a value a run that has scored the photo."""
+"""Values of the Jaccard by photo id: one for each run that scored the photo."""
 
 
 @dataclass
 class Recipe:
-    """What the runs of one recipe scored."""
+    """The scores of one recipe's runs."""
 
     name: str
     scores: dict[str, Scores] = field(default_factory=dict)
-    """By set: `holdout` and, where there is one, `validation`."""
+    """Scores by set: `holdout` and, where there is one, `validation`."""
     without: dict[str, Scores] = field(default_factory=dict)
-    """The same with the half-resolution attention left out; empty where there is none."""
+    """Scores without the half-resolution attention; empty where the network has none."""
     eta: list[float] = field(default_factory=list)
-    """η of every half-resolution attention of every run."""
+    """Values of η: one for every half-resolution attention of every run."""
 
 
 def score(name: str, runs: Sequence[Path], samples: list[Sample], cache: Path) -> Recipe:
@@ -99,13 +99,13 @@ def _add(scores: Scores, photos: Sequence[Sample], values: Sequence[float]) -> N
 def difference(
     a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]]
 ) -> NDArray[np.float64]:
-    """Per-photo differences a - b, float64 [photos that both scored]."""
+    """Differences a - b, float64: one for each photo that both scored."""
     shared = [photo for photo in a if photo in b]
     return np.array([statistics.mean(a[photo]) - statistics.mean(b[photo]) for photo in shared])
 
 
 def markdown(recipes: Sequence[Recipe]) -> str:
-    """One table a set."""
+    """The comparison as Markdown: one table for each set."""
     first = recipes[0]
     lines: list[str] = []
     for which in first.scores:
@@ -132,7 +132,7 @@ def markdown(recipes: Sequence[Recipe]) -> str:
 
 
 def _figure(values: NDArray[np.float64], sign: str = "") -> str:
-    """Mean ± its standard error over photos."""
+    """The mean of the values and its standard error over photos, as text."""
     if not len(values):
         return "–"
     error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
@@ -140,7 +140,7 @@ def _figure(values: NDArray[np.float64], sign: str = "") -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         prog="python -m model.compare",
         description=__doc__,

@@ -1,7 +1,7 @@
 """
-What is trained and how: every choice that the paper leaves open or ablates, as frozen values.
+What is trained and how. Every choice that the paper leaves open or ablates is a frozen value.
 
-Presets are named configurations; `load_config` refuses keys that do not exist.
+Presets are named configurations. `load_config` refuses keys that do not exist.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ class ConfigError(ValueError):
 @dataclass(frozen=True)
 class GeneratorConfig:
     """
-    Architecture of the generator (Sarker et al. 2019, section 3; 2,347,900 parameters).
+    The architecture of the generator (Sarker et al. 2019, section 3; 2,347,900 parameters).
 
-    A field exists where the text is open or where Tables 4 and 5 vary the network.
+    A field exists where the text is open or where tables 4 and 5 vary the network.
     """
 
     __pydantic_config__ = _STRICT
 
     multiscale: bool = True  # four input scales averaged (Table 4: "w/o MS" is False)
     pam: bool = True  # position attention after every down- and up-sampling (Table 4)
-    # Keys and values of the position attention averaged over so many positions a side, at 1/2 and
-    # at 1/4 resolution (`model.layers.PositionAttention`); 1 is the paper's eqs. 3 and 4.
+    # At 1/2 and at 1/4 resolution: keys and values of the position attention are averaged over so
+    # many positions a side (`model.layers.PositionAttention`); 1 is the paper's eqs. 3 and 4.
     pam_pool: tuple[int, int] = (1, 1)
     cam: bool = True  # channel attention after every factorised layer (Table 4)
     cam_form: CamForm = "danet"  # eq. 1 saturates to an arg-max; see docs/training.md
@@ -59,7 +59,7 @@ class GeneratorConfig:
         if len(self.widths) != 4:
             raise ValueError(f"widths are four channel counts, not {self.widths}")
         if any(a >= b for a, b in itertools.pairwise(self.widths)):
-            # The down-sampler's convolution adds the channels its max-pool lacks.
+            # The down-sampler's convolution adds the channels that its max-pool lacks.
             raise ValueError(f"widths must grow, not {self.widths}")
         if any(pool not in (1, 2, 4, 8) for pool in self.pam_pool):
             raise ValueError(f"pam_pool is two of 1, 2, 4 and 8, not {self.pam_pool}")
@@ -67,7 +67,7 @@ class GeneratorConfig:
 
 @dataclass(frozen=True)
 class DiscriminatorConfig:
-    """Architecture of the discriminator (section 3.0.3; 715,075 parameters as it stands)."""
+    """The architecture of the discriminator (section 3.0.3; 715,075 parameters by default)."""
 
     __pydantic_config__ = _STRICT
 
@@ -79,7 +79,7 @@ class DiscriminatorConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of the terms of the generator's loss; a term of weight 0 is not computed."""
+    """Weights of the terms of the generator's loss. A term of weight 0 is not computed."""
 
     __pydantic_config__ = _STRICT
 
@@ -92,7 +92,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where images come from and which are held out."""
+    """The folders and tables that images come from, and which images are held out."""
 
     __pydantic_config__ = _STRICT
 
@@ -100,7 +100,7 @@ class DataConfig:
     folds: int = 0  # >0: hold out fold `fold` of so many of the training ids for selection
     fold: int = 0
     groups: str | None = None  # CSV of ids and of the lesion or patient that each belongs to
-    group_column: str = "lesion_id"  # of that file
+    group_column: str = "lesion_id"  # the column of `groups` that holds them
     teacher: str | None = None  # file written by model.distill
 
     def __post_init__(self) -> None:
@@ -110,7 +110,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run."""
+    """The configuration of one training run."""
 
     __pydantic_config__ = _STRICT
 
@@ -131,7 +131,7 @@ class TrainConfig:
     schedule: Literal["constant", "cosine"] = "cosine"
     warmup: float = 0.05  # share of the schedule with a rising rate; cosine only
     clip_norm: float = 1.0  # 0: no clipping
-    ema_decay: float = 0.998  # exponential average of the weights, which is what is kept; 0: none
+    ema_decay: float = 0.998  # of the weights' exponential average, which is kept; 0: none
     pam_wake: float = 0.6  # share of the schedule with the 1/2-resolution PAMs asleep at η = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the processor has it
     early_stop: int = 0  # epochs without a better validation Jaccard; 0: never
@@ -155,7 +155,7 @@ _ADAPTER = TypeAdapter(TrainConfig)
 
 
 def _paper() -> TrainConfig:
-    """Section 4: Adam 0.5/0.999, 2e-4, batch 8, λ 0.1, α 0.5; flips, gamma, CLAHE."""
+    """The preset of section 4: Adam 0.5/0.999, 2e-4, batch 8, λ 0.1, α 0.5; flips, gamma, CLAHE."""
     return TrainConfig(
         generator=GeneratorConfig(cam_form="eq1", decoder_dropout=0.1),
         discriminator=DiscriminatorConfig(cam_form="eq1"),
@@ -187,7 +187,7 @@ def _paper_with(**changes: Any) -> TrainConfig:
     )
 
 
-# The shipped weights add `data.teacher` and `loss.teacher=0.4` to it.
+# The shipped weights were trained with `data.teacher` and `loss.teacher=0.4` besides.
 _BEST = TrainConfig(
     generator=GeneratorConfig(encoder_dropout=(0.0, 0.1)),
     epochs=240,
@@ -199,7 +199,7 @@ _BEST = TrainConfig(
 
 PRESETS: dict[str, TrainConfig] = {
     "best": _BEST,
-    # validation Jaccard 0.76 in an afternoon on two cores, or in four minutes on a GPU
+    # It reaches a validation Jaccard of 0.76 in an afternoon on two cores, four minutes on a GPU.
     "quick": dataclasses.replace(_BEST, epochs=30, batch_size=16, learning_rate=1e-3),
     "paper": _paper(),
     # Table 4: the network's parts
@@ -214,7 +214,7 @@ PRESETS: dict[str, TrainConfig] = {
     "loss-bce": _paper_with(l1=0.0, jaccard=0.0),
     "loss-bce+l1": _paper_with(jaccard=0.0),
     "loss-bce+jaccard": _paper_with(l1=0.0),
-    # eq. 1 against DANet's form
+    # The form of eq. 1 against DANet's
     "cam-danet": _paper_with(cam_form="danet"),
 }
 
@@ -226,7 +226,7 @@ def config_dict(config: TrainConfig) -> dict[str, Any]:
 
 def parse_config(values: Mapping[str, Any]) -> TrainConfig:
     """
-    Build a configuration from plain values; what is not given keeps its default.
+    Build a configuration from plain values. A field that is not given keeps its default.
 
     Raises:
         ConfigError: a key does not exist or a value does not fit; the message names it.
@@ -250,11 +250,11 @@ def load_config(
     preset: str = "best", file: Path | None = None, overrides: Mapping[str, Any] | None = None
 ) -> TrainConfig:
     """
-    A preset, changed by a YAML file, changed by dotted `key: value` overrides.
+    Build a preset's configuration, changed by a YAML file, then by dotted `key: value` overrides.
 
     Raises:
-        ConfigError: no such preset, an unreadable file, an unknown key, or a value that does
-            not fit.
+        ConfigError: the preset does not exist, the file is unreadable, a key is unknown, or a
+            value does not fit.
     """
     if preset not in PRESETS:
         raise ConfigError(f"no preset {preset!r}; presets: {', '.join(PRESETS)}")
@@ -277,10 +277,10 @@ def load_config(
 
 def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
     """
-    `KEY=VALUE` flags as overrides; values are YAML.
+    Read `KEY=VALUE` flags as overrides. Values are YAML.
 
     Raises:
-        ConfigError: no `=`, or a value that is not YAML.
+        ConfigError: a flag has no `=`, or its value is not YAML.
     """
     overrides = {}
     for item in items:

@@ -23,10 +23,10 @@ Curve = tuple[list[float], list[float]]
 
 
 def read_history(path: Path) -> dict[str, Curve]:
-    """Columns of a `history.csv` by name: epochs and values, without the epochs that lack one.
+    """Columns of a `history.csv` by name. A column has epochs and values, but no empty cells.
 
     Raises:
-        DataError: not a file of model.train.
+        DataError: `model.train` did not write the file.
     """
     try:
         with path.open(newline="") as file:
@@ -46,12 +46,12 @@ def read_history(path: Path) -> dict[str, Curve]:
 
 
 def draw(files: Sequence[Path], out: Path) -> None:
-    """Write the picture; its suffix says the format.
+    """Draw the picture and write it; its suffix decides the format.
 
     Raises:
-        DataError: a file is not one of model.train.
+        DataError: `model.train` did not write one of the files.
     """
-    with rc_context({"svg.hashsalt": "slsnet"}):  # the same picture is the same file
+    with rc_context({"svg.hashsalt": "slsnet"}):  # the same curves give the same file
         figure = Figure(figsize=(7.5, 6.5), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True)
         for number, file in enumerate(files):
@@ -75,7 +75,7 @@ def draw(files: Sequence[Path], out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         prog="python -m model.curves",
         description=__doc__,

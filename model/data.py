@@ -1,5 +1,5 @@
 """
-Dermoscopic data sets: finding image and mask pairs, splitting them by id, caching them as pixels.
+Dermoscopic data sets: images and masks are paired, split by id, and cached as pixels.
 
 Official layouts (ISIC 2016, 2017, 2018, PH2) are recognised by their folder names; any other folder
 pair holds `X.jpg|png|bmp|...` and `X_segmentation.png` or the like (`model.truth`). The whole set
@@ -42,7 +42,7 @@ _PARTS_2017: tuple[tuple[Split, str], ...] = (
     ("test", "Test_v2"),
 )
 _PARTS_2018: tuple[tuple[Split, str], ...] = (*_PARTS_2017[:2], ("test", "Test"))
-# set, split, image folder, mask folder; a later set's masks are preferred where ids repeat
+# Set, split, image folder, mask folder. Where an id repeats, the later set's mask is taken.
 _ISIC_2016 = "ISBI2016_ISIC_Part1"
 _LAYOUTS: tuple[tuple[str, Split, str, str], ...] = (
     ("isic2016", "training", f"{_ISIC_2016}_Training_Data", f"{_ISIC_2016}_Training_GroundTruth"),
@@ -71,11 +71,11 @@ class Sample:
     origin: str = "folder"
     split: Split = "training"
     group: str = ""
-    """The lesion or patient that it shares with photos that stay with it; its id if empty."""
+    """The lesion or patient of this photo. Photos of one group stay together; empty: its id."""
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--data` (by default $SLSNET_DATA) and `--cache`, as every command that trains takes them."""
+    """Add `--data` (by default $SLSNET_DATA) and `--cache`, which every training command takes."""
     data = Path(os.environ.get("SLSNET_DATA", "../shared/data"))
     parser.add_argument("--data", type=Path, default=data, help="folder of data sets")
     parser.add_argument("--cache", type=Path, default=Path("runs/cache"), help="decoded pixels")
@@ -113,7 +113,7 @@ def find_pairs(
 
 def find_samples(root: Path) -> list[Sample]:
     """
-    Find every official data set at or below `root` (two levels), or else one plain folder pair.
+    Find every official data set at or up to two levels below `root`, or else one plain folder pair.
 
     Raises:
         DataError: nothing is found, or an image has no mask.
@@ -145,7 +145,10 @@ def find_samples(root: Path) -> list[Sample]:
 
 
 def _find_ph2(root: Path) -> list[Sample]:
-    """PH2 has a folder for each case. It is for testing only: its licence is not commercial."""
+    """Find the samples of PH2, which has a folder for each case.
+
+    They are for testing only, since the licence is not commercial.
+    """
     samples = []
     for case in sorted(p for p in root.iterdir() if re.fullmatch(r"IMD\d+", p.name)):
         image = case / f"{case.name}_Dermoscopic_Image" / f"{case.name}.bmp"
@@ -159,7 +162,7 @@ def _find_ph2(root: Path) -> list[Sample]:
 
 def select(samples: Iterable[Sample], split: Split) -> list[Sample]:
     """
-    The samples of one split, one an id, sorted by id.
+    The samples of one split, sorted by id; each id is there once.
 
     Where an id is in several data sets the newest set's mask is taken (ISIC 2018 redrew some).
     Ids of validation and test sets of any data set are kept out of training: 2018's training set
@@ -176,10 +179,10 @@ def select(samples: Iterable[Sample], split: Split) -> list[Sample]:
 
 def refuse_leakage(splits: Mapping[str, Sequence[Sample]]) -> None:
     """
-    Make sure that no id is in two splits.
+    Refuse an id that is in two splits.
 
     Raises:
-        DataError: naming the id and both splits.
+        DataError: an id is in two splits; the message names the id and both splits.
     """
     owner: dict[str, str] = {}
     for name, samples in splits.items():
@@ -197,9 +200,9 @@ def read_groups(path: Path, column: str) -> dict[str, str]:
     Read the lesion or patient of each id from a table like ISIC's metadata.
 
     Args:
-        path: CSV with a header; the id is in the first of its columns that is called `isic_id`,
-            `image_id`, `image_name`, `image` or `id`, with or without the suffix of a file.
-        column: the column of the groups; an id without a group stands alone.
+        path: CSV with a header. The first column called `isic_id`, `image_id`, `image_name`,
+            `image` or `id` holds the id, with or without a file's suffix.
+        column: name of the column of groups. An id without a group stands alone.
 
     Raises:
         DataError: the table cannot be read, or lacks these columns.
@@ -228,7 +231,7 @@ def read_groups(path: Path, column: str) -> dict[str, str]:
 
 
 def hold_out(samples: Sequence[Sample], fold: int, folds: int) -> tuple[list[Sample], list[Sample]]:
-    """Split by a hash of the id: everything but one of `folds` folds, and that fold.
+    """Split by a hash of the id: the first list has all folds but one, the second that fold.
 
     Samples of one group (`Sample.group`) stay together.
     """
@@ -261,12 +264,12 @@ def read_mask(
     path: Path, side: int, frame: tuple[int, int], allow_uniform: bool
 ) -> NDArray[np.uint8]:
     """
-    Read a ground-truth mask, area-averaged to side × side; uint8, 255 is lesion.
+    Read a true mask and average it to side × side; uint8, 255 is lesion.
 
     Args:
         path: a black and white image.
         side: side of the result, pixels.
-        frame: width and height of the image that it belongs to, pixels.
+        frame: width and height of the photo that the mask belongs to, pixels.
         allow_uniform: whether a mask without lesion, or without skin, is accepted.
 
     Raises:
@@ -291,7 +294,7 @@ def load_pixels(
     samples: Sequence[Sample], side: int, cache: Path | None = None, allow_uniform: bool = False
 ) -> PixelSet:
     """
-    Decode every sample once; from `cache`, a folder, when the same files were decoded before.
+    Decode every sample once. The folder `cache`, if given, keeps the pixels for the next run.
 
     Raises:
         DataError: an image or mask cannot be used; the message names the file.

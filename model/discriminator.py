@@ -1,5 +1,5 @@
 """
-SLSNet's discriminator: is this mask the annotator's or the generator's?
+SLSNet's discriminator: it judges whether a mask is the annotator's or the generator's.
 
 Source: Sarker et al. 2019, section 3.0.3; a PatchGAN (Isola et al. 2017) with PAM after its second
 and CAM after its third layer.
@@ -43,14 +43,14 @@ class Discriminator(nn.Module):
 
     def forward(self, image: Tensor, mask: Tensor) -> Tensor:
         """
-        Judge.
+        Judge a mask.
 
         Args:
             image: float [n, 3, H, W], RGB in [0, 1].
             mask: float [n, 1, H, W], lesion probability or ground truth in [0, 1].
 
         Returns:
-            Logits of "annotator's", [n, 1, H/16, W/16]; the paper's output is their sigmoid.
+            Logits of "the annotator's", [n, 1, H/16, W/16]; the paper's output is their sigmoid.
         """
-        # centred, so that image and mask weigh alike in the first layer
+        # centred on 0, so that image and mask weigh alike in the first layer
         return cast(Tensor, self.layers(torch.cat([image, mask], 1) * 2 - 1))

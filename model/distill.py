@@ -1,4 +1,4 @@
-r"""Soft targets from an ensemble that has not seen the image it judges.
+r"""Write soft targets: every image is judged by networks that were not trained on it.
 
     for f in 0 1 2 3 4; do python -m model.train --out runs/t$f --set network=teacher \
         --set data.folds=5 --set data.fold=$f; done
@@ -38,7 +38,7 @@ from photos.image import MODEL_SIZE
 
 @torch.inference_mode()
 def predict(network: nn.Module, images: Tensor, size: int, side: int) -> Tensor:
-    """Probability averaged over flips and quarter turns.
+    """Predict probabilities, averaged over flips and quarter turns.
 
     Args:
         network: images in [0, 1] → logits.
@@ -64,7 +64,7 @@ def predict(network: nn.Module, images: Tensor, size: int, side: int) -> Tensor:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         prog="python -m model.distill",
         description=__doc__,
@@ -81,10 +81,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def distil(data: Path, runs: list[Path], out: Path, cache: Path) -> None:
-    """Write every training id's held-out probability: `ids`, `probability` uint8 [n, 128, 128].
+    """Write held-out probabilities of all training ids: `ids`, `probability` uint8 [n, 128, 128].
 
     Raises:
-        ConfigError: a run is unfinished or held nothing out, or an id was held out by no run.
+        ConfigError: a run is unfinished or held nothing out, or no run held out some id.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     samples = find_samples(data)
@@ -92,7 +92,7 @@ def distil(data: Path, runs: list[Path], out: Path, cache: Path) -> None:
     row = {name: i for i, name in enumerate(pixels.ids)}
     total = np.zeros((len(row), STORED_SIZE, STORED_SIZE), np.float32)
     votes = np.zeros(len(row), np.int64)
-    used: set[str] = set()  # without copies of validation and test photos
+    used: set[str] = set()  # copies of validation and test photos are left out
     for run in runs:
         config, network = load_run(run, device)
         kept, held = split_samples(config, samples, cache)

@@ -12,31 +12,31 @@ from numpy.typing import NDArray
 __all__ = ["groups"]
 
 _SIDE = 16
-"""Side of the thumbnails that are compared, pixels."""
+"""The compared thumbnails have this side, in pixels."""
 
 _BLUR = 5
-"""Width of the mean that is subtracted, pixels: every photo has a dark patch amid skin."""
+"""A mean of this width, in pixels, is subtracted: every photo has a dark patch amid skin."""
 
 _LEAST_CORRELATION = 0.96
-"""Between copies. Chosen on the ISIC photos of even id: 884 that 2017 and 2018 store each in its
-own shape and quality correlate by 0.976 or more, the nearest photos of different lesions by 0.939.
-Of odd id, for which it was not chosen, it is 0.988 (907 photos) and 0.931."""
+"""Two photos are copies if they correlate by so much. It was chosen on ISIC photos of even id:
+the 884 that 2017 and 2018 store in different shapes and qualities correlate by 0.976 or more,
+photos of different lesions by 0.939 at most; for odd ids it is 0.988 (907 photos) and 0.931."""
 
 _ROWS = 512
-"""Photos that are compared with all others at a time, which bounds memory."""
+"""So many photos are compared with all others at a time, which bounds memory."""
 
 
 def groups(images: Iterable[NDArray[np.uint8]], labels: Sequence[Hashable | None]) -> list[int]:
     """
-    For each photo, the index of the first one that it belongs together with; often its own.
+    For each photo, give the index of the first one that it belongs together with, often its own.
 
-    Two photos are copies if their thumbnails, turned and mirrored to fit best, correlate. So copies
-    of other size, format, quality, brightness and contrast are found. If two photos belong to the
-    same third one, they belong together.
+    Two photos are copies if their thumbnails, turned and mirrored to fit best, correlate. It finds
+    copies of another size, format, quality, brightness and contrast. Two photos that belong
+    together with a third one belong together.
 
     Args:
-        images: n of uint8 [3, side, side], the whole frame squashed; the side a multiple of 16.
-        labels: one a photo; photos of equal labels belong together too, None is like no other.
+        images: uint8 [3, side, side] each, the whole frame squashed; the side is a multiple of 16.
+        labels: one for each photo. Photos of equal labels belong together; None equals no other.
     """
     first = list(range(len(labels)))
 
@@ -59,7 +59,7 @@ def groups(images: Iterable[NDArray[np.uint8]], labels: Sequence[Hashable | None
 
 
 def _copies(images: Iterable[NDArray[np.uint8]]) -> Iterator[tuple[int, int]]:
-    """Pairs of indices of copies."""
+    """Find the pairs of copies, as pairs of indices."""
     thumbnails = [_thumbnail(image) for image in images]
     if not thumbnails:
         return

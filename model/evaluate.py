@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 WEIGHTS = Path(__file__).parent / "weights" / "slsnet.onnx"
 
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
-"""Thresholds at which the Jaccard is computed, beside the one asked for."""
+"""The Jaccard is also computed at these thresholds."""
 
 _BATCH = 16
 
@@ -69,16 +69,16 @@ class Network:
 
 @dataclass(frozen=True)
 class Case:
-    """One image, what the network says about it and how large its truth is."""
+    """One image, its truth in figures, and the network's answer."""
 
     sample: Sample
     image_size: tuple[int, int]
     """Width and height, pixels."""
     mask_size: tuple[int, int]
     lesion_share: float
-    """Share of the frame that is lesion, by the mask."""
+    """Part of the frame that the mask calls lesion, 0 to 1."""
     probability: NDArray[np.float32]
-    """[size, size]; cleaned, if that was asked for."""
+    """The network's answer [size, size], cleaned if that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,13 @@ class Evaluation:
     threshold: float
     cases: list[Case]
     confusion: Confusion
-    """At `threshold`; arrays [images]."""
+    """Counts at `threshold`; arrays [images]."""
     sweep: dict[float, float]
     """Mean Jaccard by threshold."""
     calibration: Calibration
 
     def report(self) -> dict[str, Any]:
-        """The figures as they go into a JSON report."""
+        """The figures in the form of the JSON report."""
         figures = jaccard(self.confusion)
         spread = figures.std(ddof=1) / np.sqrt(len(figures)) if len(figures) > 1 else 0.0
         return {
@@ -110,11 +110,11 @@ class Evaluation:
         }
 
     def uniform_masks(self) -> list[str]:
-        """Ids whose mask is all lesion or has none: an oversight as a rule."""
+        """Ids whose mask is all lesion or has none. Such a mask is usually a mistake."""
         return [case.sample.id for case in self.cases if case.lesion_share in (0, 1)]
 
     def rows(self) -> Iterator[dict[str, str | int | float]]:
-        """One row a case, for a CSV."""
+        """Rows for a CSV, one for each case."""
         figures = {name: metric(self.confusion) for name, metric in METRICS.items()}
         for index, case in enumerate(self.cases):
             predicted = self.confusion.tp[index] + self.confusion.fp[index]
@@ -136,11 +136,11 @@ def load_network(path: Path, size: int | None = None) -> Network:
 
     Args:
         path: `.onnx` or `.safetensors`.
-        size: side of the input; needed only for safetensors that do not say theirs and were
-            not trained at 128.
+        size: side of the input, pixels. It is needed only for safetensors that do not say theirs
+            and were not trained at 128.
 
     Raises:
-        ValueError: not a file of these kinds, not a network of this project, or of another size.
+        ValueError: the file is of another kind, holds no network of this project, or another size.
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist: pass --model the file of a trained network")
@@ -165,17 +165,17 @@ def evaluate(
     progress: bool = False,
 ) -> Evaluation:
     """
-    Run the network on every image and count at every mask's size.
+    Run the network on every image, and count pixels at every mask's size.
 
     Args:
         samples: images with their masks, as `model.data.find_pairs` returns them.
-        network: from `load_network`.
+        network: the network, from `load_network`.
         threshold: probability above which a pixel is lesion.
         clean: count only the largest region, without its holes (`photos.regions`).
-        progress: whether to tell on stderr how far it is.
+        progress: whether progress is shown on stderr.
 
     Raises:
-        DataError: an image or a mask cannot be used; told before the network runs.
+        DataError: an image or a mask cannot be used. It is raised before the network runs.
     """
     with ThreadPoolExecutor() as pool, _progress(len(samples), progress) as step:
         tell = step("checked")
@@ -215,7 +215,7 @@ def evaluate(
 
 
 def _check(sample: Sample, size: int) -> Photo:
-    """Read the image and look at its mask, so that a bad file shows before the long part."""
+    """Read the image and its mask, so that a bad file shows before the long part."""
     try:
         photo = read_photo(sample.image.read_bytes(), size=size)
     except (ImageError, OSError) as error:
@@ -237,11 +237,11 @@ def _score(
     *,
     clean: bool,
 ) -> tuple[Case, list[Confusion], NDArray[np.float32]]:
-    """One case, its counts at each threshold, and its truth as shares at the network's size."""
+    """Give the case, its counts at each threshold, and the truth's shares at the network's size."""
     truth = read_truth(sample.mask)
     height, width = truth.shape
     packed = np.packbits(truth, axis=1)
-    # The first is that of the figures; the others are looked at besides.
+    # The first threshold gives the figures; the others give the sweep.
     drawn = [mask_of(probability, width, height, t, clean=clean) for t in thresholds]
     confusions = [count_packed(mask, packed, truth.size) for _, mask in drawn]
     grey = Image.fromarray(truth.astype(np.uint8) * 255)
@@ -288,7 +288,7 @@ def _load_onnx(path: Path) -> Network:
 
 
 def torch_network(path: Path, network: "nn.Module", size: int, metadata: dict[str, str]) -> Network:
-    """A PyTorch network (images in [0, 1] → logits) in evaluation mode, as `evaluate` takes it."""
+    """Wrap a PyTorch network in evaluation mode (images in [0, 1] → logits) for `evaluate`."""
     import torch
 
     def predict(batch: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -307,7 +307,7 @@ def _load_safetensors(path: Path, size: int | None) -> Network:
 
 @contextmanager
 def _progress(total: int, shown: bool) -> Iterator[Callable[[str], Callable[[], None]]]:
-    """Yields `step(verb)`: begins a stage, returns what to call after each of its images."""
+    """Yield `step(verb)`: it begins a stage, and returns what is called after each image of it."""
     live = sys.stderr.isatty()
 
     def step(verb: str) -> Callable[[], None]:
@@ -377,7 +377,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
+    """Run the command."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if not 0 <= options.threshold <= 1:
@@ -388,7 +388,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         for file in filter(None, (options.report, table)):
             file.parent.mkdir(parents=True, exist_ok=True)
-        # before the long part, as it needs more than serving does
+        # Imported before the long part, since it needs packages that serving does without.
         write_gallery = import_module("model.gallery").write_gallery if options.gallery else None
         network = load_network(options.model, options.size)
         samples = find_pairs(options.images, options.masks)

@@ -44,10 +44,10 @@ from photos.image import MODEL_SIZE
 
 OPSET = 20
 POOL = 8
-"""Positions a side that the pooled form averages: 64 keys are left of 4,096. On the shipped weights
-the masks stay alike at 2, 4 and 8; at quarter resolution they do not even at 2."""
+"""The pooled form averages so many positions a side: 64 keys are left of 4,096. The shipped
+network's masks stay alike at 2, 4 and 8; at quarter resolution even 2 changes them."""
 MAX_DIFFERENCE = 1e-4  # probability; float32 kernels of two libraries differ by about 1e-6
-METADATA = ("training_data", "validation_jaccard", "threshold")  # of the weights, if they say
+METADATA = ("training_data", "validation_jaccard", "threshold")  # copied from the weights
 
 
 AttentionForm = Literal["exact", "pooled"]
@@ -55,7 +55,7 @@ AttentionForm = Literal["exact", "pooled"]
 
 def set_attention(generator: Generator, form: AttentionForm) -> None:
     """
-    Let the attentions at half resolution compare all positions, or averages of keys and values.
+    Let attentions at half resolution compare all positions, or averages of keys and values.
 
     Raises:
         ValueError: `exact` is asked of a network that was trained pooled.
@@ -71,7 +71,7 @@ def set_attention(generator: Generator, form: AttentionForm) -> None:
 
 
 class Contract(nn.Module):
-    """The generator in its served form: bytes in, probabilities out."""
+    """The generator in its served form: bytes go in, probabilities come out."""
 
     def __init__(self, generator: Generator) -> None:
         super().__init__()
@@ -99,11 +99,11 @@ def export(
     Args:
         weights: safetensors, as `model.train` writes them.
         output: the ONNX file.
-        version: of the weights, for the model card; by default the start of their sha256.
-        licence: of the weights.
-        size: side of the input, for weights that do not say theirs.
-        name: for the model card; by default the run's or the file's.
-        attention: form of the attentions at half resolution; see the module.
+        version: version of the weights, for the model card; by default the start of their sha256.
+        licence: licence of the weights.
+        size: side of the input, pixels, for weights that do not say theirs.
+        name: name for the model card; by default that of the run or the file.
+        attention: form of the attentions at half resolution; the module describes both.
 
     Returns:
         The largest difference in probability between PyTorch and ONNX Runtime.
@@ -155,15 +155,15 @@ def _contract(weights: Path, attention: AttentionForm) -> Contract:
 
 
 def _told(weights: Path) -> dict[str, str]:
-    """The part of the weights' metadata that the graph takes over."""
+    """The entries of the weights' metadata that the graph takes over."""
     metadata = load_metadata(weights)
     return {key: metadata[key] for key in METADATA if key in metadata}
 
 
 def _photos(size: int) -> NDArray[np.uint8]:
-    """Make three images like photos, uint8 [3, size, size, 3]."""
+    """Make three images that resemble photos, uint8 [3, size, size, 3]."""
     rng = np.random.default_rng(0)
-    # Smooth images: on white noise every activation is small and an error could hide.
+    # They are smooth: on white noise every activation is small, and an error could hide.
     coarse = rng.integers(0, 256, (3, 8, 8, 3)).astype(np.float32)
     smooth = np.kron(coarse, np.ones((1, size // 8, size // 8, 1)))
     return np.clip(smooth + rng.normal(0, 12, smooth.shape), 0, 255).astype(np.uint8)
@@ -198,7 +198,7 @@ def _difference(path: Path, contract: Contract, images: NDArray[np.uint8]) -> fl
 
 
 def stamp(path: Path) -> None:
-    """Write answers and digest into an ONNX file (`common.stamp`), in place of earlier ones."""
+    """Write answers and digest into an ONNX file (`common.stamp`). Earlier ones are replaced."""
     content = path.read_bytes()
     session = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
 
@@ -206,13 +206,13 @@ def stamp(path: Path) -> None:
         probability: NDArray[np.float32] = session.run(["probability"], {"image": images})[0]
         return probability
 
-    # What is served takes images of this size; others cannot be asked.
+    # The server runs only networks of this size, so only they get answers.
     is_served = session.get_inputs()[0].shape[1] == MODEL_SIZE
     path.write_bytes(stamped(content, infer if is_served else None))
 
 
 def _name(weights: Path) -> str:
-    """`runs/a/best.safetensors` is of the run a; other files are called as they are."""
+    """The name for the model card: the run for `runs/a/best.safetensors` (a), else the file's."""
     path = weights.resolve()
     return path.parent.name if path.stem == "best" and path.parent.name else path.stem
 
@@ -229,7 +229,7 @@ def _forget_origin(model: onnx.ModelProto) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         prog=program("model.export"),
         description=__doc__,

@@ -1,9 +1,9 @@
 """
-An evaluation as a page: worst, median and best cases, and where the network is good or bad.
+An evaluation as a page: worst, median and best cases, and where the network does well or badly.
 
-`write_gallery` writes `index.html` and one PNG a case shown into a folder: plain files that open
-without a server. Truth is outlined in blue, the prediction in orange, which the
-colour-blind tell apart.
+`write_gallery` writes `index.html` and a PNG for each case shown into a folder. These are plain
+files that open without a server. The truth is outlined in blue and the prediction in orange, which
+the colour-blind tell apart.
 """
 
 import re
@@ -26,11 +26,11 @@ from model.truth import is_lesion, read_truth
 from photos.image import lesion_mask, read_photo, unpack_mask
 
 CASES_EACH = 6
-"""How many worst, median and best cases are shown."""
+"""So many worst, so many median and so many best cases are shown."""
 
 LESION_SHARES = (0, 0.02, 0.05, 0.1, 0.2, 0.4, 1)
 WIDTHS = (0, 256, 640, 1024, 2048, 4096, 1_000_000)
-"""Bins of lesion area (share of the frame) and of image width (pixels); the right end belongs."""
+"""Edges of the bins of lesion area (share of the frame) and width (pixels); right inclusive."""
 
 # Overlays are at most this wide and high, pixels.
 _OVERLAY = 480
@@ -57,11 +57,11 @@ def write_gallery(evaluation: Evaluation, folder: Path) -> Path:
     Write the page of an evaluation.
 
     Args:
-        evaluation: from `model.evaluate.evaluate`; its images and masks are read again.
-        folder: made where missing. Nothing is written elsewhere.
+        evaluation: result of `model.evaluate.evaluate`; its images and masks are read again.
+        folder: folder of the page; made if it is missing. Nothing is written elsewhere.
 
     Returns:
-        The page, `folder/index.html`.
+        The path of the page, `folder/index.html`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     scores = jaccard(evaluation.confusion)
@@ -101,7 +101,7 @@ def overlay(case: Case, threshold: float) -> Image.Image:
 
 
 def _outline(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Pixels on both sides of the mask's border; a mask that leaves the frame stays open there."""
+    """Pixels on both sides of the mask's border. A mask that leaves the frame stays open there."""
     border = np.zeros_like(mask)
     rows, columns = mask[1:] != mask[:-1], mask[:, 1:] != mask[:, :-1]
     border[1:] |= rows
@@ -184,7 +184,7 @@ Jaccard's standard error is {report["jaccard_standard_error"]:.4f}. On the overl
 def _bins(
     values: NDArray[Any], edges: Sequence[float], scores: NDArray[np.float64]
 ) -> list[NDArray[np.float64]]:
-    """The scores by the bin ]left, right] of their values; a value of 0 belongs to the first."""
+    """Sort the scores into bins ]left, right] of their values; the first bin takes 0 too."""
     where = np.searchsorted(edges, values, side="left")
     where = np.clip(where, 1, len(edges) - 1) - 1
     return [scores[where == index] for index in range(len(edges) - 1)]
@@ -213,9 +213,9 @@ def _axes() -> tuple[Figure, Any]:
 
 
 def _svg(figure: Figure, name: str) -> str:
-    """The plot as an element to put into the page; `name` keeps its ids apart from the others'."""
+    """The plot as an element of the page; `name` keeps its ids apart from those of other plots."""
     buffer = BytesIO()
-    # A fixed salt and no date: the same evaluation gives the same page.
+    # The salt is fixed and there is no date: the same evaluation gives the same page.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue().decode()

@@ -1,5 +1,5 @@
 """
-SLSNet's generator: RGB image in, lesion logits out, at the image's own resolution.
+SLSNet's generator: an RGB image goes in, lesion logits come out at the image's own resolution.
 
     multiscale block → 2 × down-sampling attention → 4 × FCM → down-sampling attention
     → 8 × dilated FCM → factorised layer → CAM ∥ PAM
@@ -32,17 +32,17 @@ from model.layers import (
 )
 from photos.image import MODEL_SIZE
 
-# Mean and deviation of RGB in [0, 1] over the ISIC 2017 and 2018 training images.
+# Mean and deviation of RGB in [0, 1] over the training images of ISIC 2017 and 2018.
 RGB_MEAN = (0.708, 0.582, 0.536)
 RGB_STD = (0.157, 0.166, 0.182)
 
 
 class Generator(nn.Module):
     """
-    The segmentation network.
+    The network that segments.
 
     Args:
-        config: the architecture; the default is the paper's (2,347,900 parameters).
+        config: the architecture; by default the paper's (2,347,900 parameters).
     """
 
     def __init__(self, config: GeneratorConfig | None = None) -> None:
@@ -82,7 +82,7 @@ class Generator(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """
-        Segment.
+        Segment a batch of images.
 
         Args:
             image: float [n, 3, H, W], RGB in [0, 1]; H and W are multiples of 8.
@@ -148,11 +148,11 @@ def input_size(path: Path, asked: int | None = None) -> int:
     The side of the input that weights were trained with, pixels.
 
     Args:
-        path: safetensors with a generator.
-        asked: what the caller wants; alone decides where the file does not say.
+        path: safetensors file with a generator.
+        asked: the side that the caller wants. It decides alone where the file says none.
 
     Raises:
-        ValueError: the file says another one than was asked for, or none that can be.
+        ValueError: the file says another side than was asked for, or an impossible one.
     """
     said = load_metadata(path).get("size")
     if said is None:

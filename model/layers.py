@@ -23,7 +23,7 @@ class BatchNorm(nn.BatchNorm2d):
     """
     Batch normalisation over the global batch, on CPU and GPU alike.
 
-    torch's SyncBatchNorm runs on accelerators only, and without statistics over all processes
+    torch's SyncBatchNorm runs on accelerators only. Without statistics over all processes,
     data-parallel training would follow another loss curve than one process does.
     """
 
@@ -64,9 +64,9 @@ class PositionAttention(nn.Module):
     average in the place of its pyramid; DANet's authors call it compact position attention (DRANet,
     Fu et al. 2020). p = 1 is the paper's own form.
 
-    ``mode`` says how the same function is computed: ``fused`` (scaled_dot_product_attention; memory
-    linear in H·W), ``plain`` (the H·W × H·W matrix as written in eq. 3: the form that exports to
-    MatMul-Softmax-MatMul), ``asleep`` (η is 0 and stays so: the identity, at no cost).
+    ``mode`` says how the same function is computed. ``fused`` is scaled_dot_product_attention,
+    whose memory is linear in H·W. ``plain`` is the H·W × H·W matrix as written in eq. 3, which
+    exports to MatMul-Softmax-MatMul. ``asleep`` is the identity, at no cost: η is 0 and stays so.
     """
 
     mode: Literal["fused", "plain", "asleep"]
@@ -100,7 +100,7 @@ class PositionAttention(nn.Module):
             y.flatten(2).transpose(1, 2) for y in (key, self.query(x), value)
         )  # queries [n, H·W, C]; keys and values [n, H·W / pool², C]
         if self.mode == "fused":
-            # unscaled, as in eq. 3; one head and contiguous rows select the fast kernel
+            # Unscaled, as in eq. 3. One head and contiguous rows select the fast kernel.
             out = F.scaled_dot_product_attention(
                 query.contiguous()[:, None],
                 key.contiguous()[:, None],
@@ -117,8 +117,8 @@ class ChannelAttention(nn.Module):
     """
     CAM, eqs. 1 and 2: every channel attends to every other; ``x + γ · attention``, γ = 0 at first.
 
-    ``eq1`` is softmax(A·Aᵀ) as printed; ``danet`` is softmax(max - A·Aᵀ), DANet's. Energies sum
-    over H·W positions and reach thousands: they and the softmax are float32 under any autocast.
+    ``eq1`` is softmax(A·Aᵀ) as printed; ``danet`` is DANet's softmax(max - A·Aᵀ). Energies sum over
+    H·W positions and reach thousands, so they and the softmax are float32 under any autocast.
     """
 
     def __init__(self, form: CamForm) -> None:
@@ -131,14 +131,14 @@ class ChannelAttention(nn.Module):
             a = x.float().flatten(2)  # [n, C, H·W]
             energy = a @ a.transpose(1, 2)  # [n, C, C]
             if self.form == "danet":
-                # The softmax of max - energy, too: a row's constant makes no difference to it.
+                # This is also the softmax of max - energy, which ignores a constant added to a row.
                 energy = -1.0 * energy
             out = self.gamma * (energy.softmax(-1) @ a)
         return x + out.view_as(x).to(x.dtype)
 
 
 class FactorisedLayer(nn.Module):
-    """Residual 1-D factorised layer, eqs. 5 and 6 (ERFNet's non-bottleneck-1D)."""
+    """The residual 1-D factorised layer of eqs. 5 and 6 (ERFNet's non-bottleneck-1D)."""
 
     def __init__(self, channels: int, dilation: int = 1, dropout: float = 0.0) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class FactorisedLayer(nn.Module):
 def factorised_attention(
     channels: int, cam: CamForm | None, dilation: int = 1, dropout: float = 0.0
 ) -> nn.Sequential:
-    """FCM (figure 4): a factorised layer, then CAM unless it is ablated."""
+    """Build an FCM (figure 4): a factorised layer, then CAM unless it is ablated."""
     layers: list[nn.Module] = [FactorisedLayer(channels, dilation, dropout)]
     if cam is not None:
         layers.append(ChannelAttention(cam))
@@ -174,7 +174,7 @@ def factorised_attention(
 
 
 class DownSampler(nn.Module):
-    """Half the resolution: stride-2 convolution beside max-pool (ERFNet's), BN, ReLU, then PAM."""
+    """Halves the resolution: stride-2 convolution beside max-pool (ERFNet's), BN, ReLU, PAM."""
 
     def __init__(self, inputs: int, outputs: int, pam: bool, pool: int = 1) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ class DownSampler(nn.Module):
 
 
 class UpSampler(nn.Module):
-    """Twice the resolution: stride-2 deconvolution, BN, ReLU, then PAM."""
+    """Doubles the resolution: stride-2 deconvolution, BN, ReLU, then PAM."""
 
     def __init__(self, inputs: int, outputs: int, pam: bool, pool: int = 1) -> None:
         super().__init__()
@@ -203,7 +203,7 @@ class UpSampler(nn.Module):
 
 
 class MultiscaleBlock(nn.Module):
-    """The stem: the image at 1, 1/2, 1/4 and 1/8, each convolved, then averaged at full size."""
+    """The stem: it convolves the image at 1, 1/2, 1/4 and 1/8, and averages them at full size."""
 
     def __init__(self, outputs: int, cam: CamForm | None, scales: tuple[int, ...]) -> None:
         super().__init__()

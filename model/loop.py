@@ -1,4 +1,4 @@
-"""A run from its start or last checkpoint to its end: epochs, validation, selection."""
+"""Takes a run from its start, or its last checkpoint, to its end: epochs, validation, selection."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def train(
     Raises:
         ConfigError: the configuration does not fit, or `out` holds a run that is not resumed.
         DataError: a file or id cannot be used; the message names it.
-        TrainingError: there is nothing to resume, or a loss is not a number any more.
+        TrainingError: there is nothing to resume, or a loss is no number any more.
     """
     if not resume and (out / "last.pt").exists():
         raise ConfigError(f"{out} holds a run: pass --resume, or another --out")
@@ -61,7 +61,7 @@ def run(trainer: Trainer) -> Progress:
     """Train to the end of the schedule, or to an early stop.
 
     Raises:
-        TrainingError: a loss is not a number any more.
+        TrainingError: a loss is no number any more.
     """
     config, progress = trainer.config, trainer.progress
     if progress.is_over(config.epochs):
@@ -86,13 +86,13 @@ def run(trainer: Trainer) -> Progress:
 
 
 def validate(trainer: Trainer) -> dict[str, float]:
-    """Scores of the averaged weights on every selection set (`score_selections`)."""
+    """Score the averaged weights on every selection set (`score_selections`)."""
     trainer.wake_or_sleep()
     return score_selections(trainer.average, trainer.selections, trainer.config, trainer.device)
 
 
 def _epoch(trainer: Trainer, log: RunLog | None) -> dict[str, float]:
-    """Take an epoch's steps; returns its row of the history, without scores."""
+    """Take the steps of one epoch; return its row of the history, without scores."""
     config, progress, device = trainer.config, trainer.progress, trainer.device
     begun = time.monotonic()
     order = torch.from_numpy(
@@ -124,8 +124,8 @@ def _epoch(trainer: Trainer, log: RunLog | None) -> dict[str, float]:
 
 
 def _refuse_nan(trainer: Trainer, bad: Tensor) -> None:
-    """Raise if a loss of this epoch was no number: `bad` is the first such step, or -1."""
-    # the last step's loss was a number before it; are the weights after it?
+    """Raise if a loss of this epoch was no number; `bad` is the first such step, or -1."""
+    # The loss of the last step came before its update, so the weights after it are checked too.
     finite = trainer.weights_are_finite()
     bad = torch.where((bad < 0) & ~finite, trainer.progress.step - 1, bad)
     if trainer.world > 1:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 def jaccard_loss(probability: Tensor, truth: Tensor) -> Tensor:
     """
-    Eq. 9, per image: ``1 - Σgp / (Σg² + Σp² - Σgp)``.
+    The loss of eq. 9, per image: ``1 - Σgp / (Σg² + Σp² - Σgp)``.
 
-    Where truth and prediction are both empty the ratio is 0/0: the loss is 0, as nothing is missed.
+    Where truth and prediction are both empty the ratio is 0/0. Nothing is missed: the loss is 0.
     """
     p, g = probability.flatten(1), truth.flatten(1)
     intersection = (g * p).sum(1)
@@ -26,7 +26,7 @@ def jaccard_loss(probability: Tensor, truth: Tensor) -> Tensor:
 
 
 def l1_loss(probability: Tensor, truth: Tensor) -> Tensor:
-    """The second term of eq. 7: mean absolute difference."""
+    """The second term of eq. 7: the mean absolute difference."""
     return F.l1_loss(probability, truth)
 
 
@@ -36,7 +36,7 @@ def adversarial_loss(fake_logits: Tensor) -> Tensor:
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Eq. 11: ``-log D(x, y) - log(1 - D(x, G(x, z)))``, averaged over D's map."""
+    """The loss of eq. 11: ``-log D(x, y) - log(1 - D(x, G(x, z)))``, averaged over D's map."""
     return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
 
 

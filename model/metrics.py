@@ -1,5 +1,5 @@
 """
-How well masks match the truth: pixels are counted once per image, and give every figure.
+How well masks match the truth. Pixels are counted once per image; all figures follow from that.
 
 Figures are per image, then averaged over images (macro), as the ISIC challenges score them
 (PyPI `isic-challenge-scoring`; a test compares both). A figure that would divide by 0 is 1. It is
@@ -34,13 +34,13 @@ Counts = NDArray[np.int64]
 Figures = NDArray[np.float64]
 
 THRESHOLD_JACCARD = 0.65
-"""A Jaccard below this counts as 0 in `threshold_jaccard` (ISIC 2018: about what two experts'
-outlines of one lesion share)."""
+"""In `threshold_jaccard`, a Jaccard below this counts as 0 (ISIC 2018: about the Jaccard of two
+experts' outlines of one lesion)."""
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """Pixels by truth and prediction; each int64, of one shape: a number for each image."""
+    """Pixels by truth and prediction: four int64 arrays of one shape, a number for each image."""
 
     tp: Counts
     fp: Counts
@@ -83,14 +83,14 @@ def count_packed(prediction: NDArray[np.uint8], truth: NDArray[np.uint8], pixels
 
     Args:
         prediction: uint8 [height, ceil(width / 8)], padding bits 0.
-        truth: the same.
-        pixels: width × height.
+        truth: the true mask, packed in the same way.
+        pixels: number of pixels in the mask, width × height.
     """
     return _confusion(_ones(prediction & truth), _ones(prediction), _ones(truth), pixels)
 
 
 def stack(images: Sequence[Confusion]) -> Confusion:
-    """Join the counts of images, or of several each, along the first axis."""
+    """Join counts along the first axis; each may hold one image or several."""
 
     def joined(counts: Iterable[Counts]) -> Counts:
         return np.concatenate([np.atleast_1d(np.asarray(n, np.int64)) for n in counts])
@@ -142,22 +142,22 @@ METRICS: dict[str, Callable[[Confusion], Figures]] = {
     "specificity": specificity,
     "threshold_jaccard": threshold_jaccard,
 }
-"""The figures of a report, by the keys that it has for them."""
+"""The figures of a report, by their keys in it."""
 
 
 def macro_average(c: Confusion) -> dict[str, float]:
-    """Each of `METRICS` per image, then the mean over the images."""
+    """The mean of each of `METRICS` over the images."""
     return {name: float(metric(c).mean()) for name, metric in METRICS.items()}
 
 
 class Calibration:
     """
-    Does a probability of 0.7 mean that 70 % of such pixels are lesion? Gathered image by image.
+    Tells whether a probability of 0.7 means that 70 % of such pixels are lesion.
 
-    Every image weighs the same, however many pixels it has.
+    Images are added one by one. Each weighs the same, however many pixels it has.
 
     Args:
-        bins: how many equal bins the probabilities 0…1 are sorted into.
+        bins: number of equal bins that the probabilities 0…1 are sorted into.
     """
 
     def __init__(self, bins: int = 15) -> None:
@@ -173,8 +173,8 @@ class Calibration:
         Add an image.
 
         Args:
-            probability: the network's, 0 to 1.
-            truth: the mask in the same shape, or each pixel's share of lesion, 0 to 1.
+            probability: the network's answer, 0 to 1.
+            truth: the mask in the same shape, or the share of lesion in each pixel, 0 to 1.
         """
         where = np.minimum((probability * self.bins).astype(np.intp), self.bins - 1).ravel()
         pixels = probability.size
@@ -184,7 +184,7 @@ class Calibration:
         self._lesion += np.bincount(where, truth.ravel(), self.bins) / pixels
 
     def curve(self) -> tuple[Figures, Figures, Figures]:
-        """Per bin that holds pixels: mean probability, share of lesion, share of all pixels."""
+        """For each bin with pixels: mean probability, share of lesion, share of all pixels."""
         held = self._weight > 0
         weight = self._weight[held]
         return (
@@ -194,7 +194,7 @@ class Calibration:
         )
 
     def error(self) -> float:
-        """Expected calibration error (Guo et al. 2017, eq. 3): 0 is perfect; NaN without images."""
+        """Expected calibration error (Guo et al. 2017, eq. 3): 0 is perfect; NaN: no images."""
         if not self._weight.any():
             return float("nan")
         confidence, lesion, share = self.curve()

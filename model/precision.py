@@ -1,4 +1,4 @@
-"""In which arithmetic a run computes: float32, or bf16 where the processor has it."""
+"""The arithmetic of a run: float32, or bf16 where the processor has it."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from model.config import TrainConfig
 
 @functools.cache
 def has_bf16(device: torch.device) -> bool:
-    """Whether the processor computes in bf16 itself; where it emulates it, it is slower."""
+    """Whether the processor computes in bf16 itself. Emulated bf16 is slower than float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
-    # x86 and Arm name them so
+    # Linux names them so, for x86 and for Arm.
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags.split())
 
 
 def chosen_precision(config: TrainConfig, device: torch.device) -> str:
-    """What `precision` means on `device`: itself, or for `auto` what is faster there."""
+    """The precision on `device`: what `config` names; for `auto` the one that is faster there."""
     if config.precision != "auto":
         return config.precision
     return "bf16" if has_bf16(device) else "fp32"

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: lines on stderr, and TensorBoard's events."""
+"""What a run reports while it goes: lines on stderr, and events for TensorBoard."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from model.trainer import Trainer
 
 
 class RunLog:
-    """Tells how far a run is. Of several processes one has it."""
+    """Reports the progress of a run. Of several processes, one has it."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         progress = trainer.progress
-        # a killed run may have logged steps that this one takes again
+        # This run repeats the steps after the last checkpoint; a killed one may have logged them.
         self._writer = SummaryWriter(str(trainer.out), purge_step=progress.epoch + 1)
         self._started, self._told = time.monotonic(), -math.inf
         self._first_epoch, self._first_step = progress.epoch, progress.step
         _announce(trainer.config, trainer.device, len(trainer.ids), trainer.steps_per_epoch)
 
     def step(self, index: int) -> None:
-        """Tell of a step, the `index`-th of its epoch from 1, if nothing was told for a while."""
+        """Report the `index`-th step of the epoch (from 1), if nothing was reported for a while."""
         if time.monotonic() - self._told <= TELL_EVERY_S:
             return
         self._told = time.monotonic()
@@ -42,7 +42,7 @@ class RunLog:
         )
 
     def epoch(self, row: dict[str, float]) -> None:
-        """Tell of an epoch that ended: its row of the history."""
+        """Report an epoch that has ended, with its row of the history."""
         epochs, epoch = self._trainer.config.epochs, int(row["epoch"])
         elapsed = time.monotonic() - self._started
         left = elapsed / (epoch - self._first_epoch) * (epochs - epoch)
@@ -76,7 +76,7 @@ class RunLog:
         self._writer.add_image("image, truth, prediction", grid.clamp(0, 1).cpu(), epoch)
 
     def flush(self) -> None:
-        """Write the events out, before a checkpoint: a resumed run does not log them again."""
+        """Write the events out. It comes before a checkpoint, so a resumed run logs none twice."""
         self._writer.flush()
 
     def close(self) -> None:

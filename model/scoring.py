@@ -1,4 +1,4 @@
-"""How well a network's probabilities match the masks of a set that is held as pixels.
+"""Scores of a network's probabilities against the masks of a set that is held as pixels.
 
 Training, averaging and distillation use it. `model.evaluate` scores files at their own sizes.
 """
@@ -26,7 +26,7 @@ def confusion(probability: NDArray[np.floating], grey: NDArray[np.uint8]) -> Con
 
     Args:
         probability: float [images, height, width], 0 to 1.
-        grey: the masks as they are stored, uint8 of the same shape.
+        grey: the stored masks, uint8 of the same shape; `model.truth` says which values are lesion.
 
     Returns:
         Counts of shape [images].
@@ -41,17 +41,17 @@ def confusion(probability: NDArray[np.floating], grey: NDArray[np.uint8]) -> Con
 def score_selections(
     network: nn.Module, selections: dict[str, PixelSet], config: TrainConfig, device: torch.device
 ) -> dict[str, float]:
-    """Per-image means on every selection set, at the stored masks' size.
+    """Score the network on every selection set, at the stored masks' size, by means over images.
 
     Args:
-        network: images in [0, 1] → logits, in evaluation mode, on `device`.
-        selections: named sets.
-        config: of the run, for its input size and precision.
-        device: where to compute.
+        network: turns images in [0, 1] into logits; in evaluation mode, on `device`.
+        selections: selection sets by name.
+        config: the run's configuration, for its input size and precision.
+        device: the device that computes.
 
     Returns:
-        `<set>_jaccard` and `<set>_threshold_jaccard`; `selection`, by which weights are kept, is
-        the Jaccard over the images of all of them.
+        `<set>_jaccard` and `<set>_threshold_jaccard` of every set, and `selection`, the Jaccard
+        over the images of all sets. The weights with the best `selection` are kept.
     """
     row: dict[str, float] = {}
     every: list[NDArray[np.float64]] = []

@@ -32,7 +32,7 @@ def prepare(
     """Find, split, check and decode a run's images: training pixels, named selection sets, origin.
 
     Raises:
-        DataError: naming the file or id that cannot be used.
+        DataError: a file or id cannot be used; the message names it.
     """
     samples = find_samples(data)
     training, selections = split_samples(config, samples, cache)
@@ -53,13 +53,14 @@ def split_samples(
 ) -> tuple[list[Sample], dict[str, list[Sample]]]:
     """Split the samples into training samples and named selection sets.
 
-    Copies of a photo are in one fold, as are photos of one group of `config.data.groups`. Training
-    photos that belong together with one of a validation or test set are left out. Both are printed.
+    Copies of a photo are in one fold, and so are the photos of one group of `config.data.groups`.
+    Training photos that belong together with a validation or test photo are left out. Both are
+    printed.
 
     Raises:
         DataError: there is nothing to select by, an id is in two splits, or a file cannot be used.
     """
-    # between data sets ids repeat and are sorted out by `select`; within one they are a mistake
+    # Between data sets ids repeat, and `select` sorts that out. Within one they are a mistake.
     for origin in {sample.origin for sample in samples}:
         splits: dict[str, list[Sample]] = {}
         for sample in samples:
@@ -82,7 +83,7 @@ def split_samples(
 
 
 def _decode(config: TrainConfig, samples: list[Sample], split: Split, cache: Path) -> PixelSet:
-    """Decode all of a split, even if only a part is used, so that every fold finds it cached."""
+    """Decode a whole split, even if only a part is used, so that every fold finds it cached."""
     side = math.ceil(STORED_SIZE / config.size) * config.size
     # Nothing is learnt from a mask of the test set.
     uniform = config.data.allow_uniform_masks or split == "test"
@@ -90,7 +91,7 @@ def _decode(config: TrainConfig, samples: list[Sample], split: Split, cache: Pat
 
 
 def _grouped(config: TrainConfig, samples: list[Sample], cache: Path) -> list[Sample]:
-    """The training samples with their groups, without those that are held out in another file."""
+    """Give the training samples their groups; leave out those that belong with held-out photos."""
     order: tuple[Split, ...] = ("training", "validation", "test")
     every = [sample for split in order for sample in select(samples, split)]
     images = (image for split in order for image in _decode(config, samples, split, cache).images)
@@ -126,7 +127,7 @@ def _grouped(config: TrainConfig, samples: list[Sample], cache: Path) -> list[Sa
 
 
 def _tell_pairs(what: str, pairs: list[tuple[str, str]]) -> None:
-    """Print which ids are treated so, and because of which others."""
+    """Print the ids that are treated so, each with the id that causes it."""
     if pairs:
         more = ", …" if len(pairs) > 5 else ""
         shown = ", ".join(f"{one} = {other}" for one, other in pairs[:5])

@@ -19,7 +19,7 @@ _WIDTHS = (32, 64, 128, 256, 512)
 
 
 class _Block(nn.Module):
-    """Two 3×3 convolutions, squeeze and excitation, and a shortcut."""
+    """A block of two 3×3 convolutions, squeeze and excitation, and a shortcut."""
 
     def __init__(self, inputs: int, outputs: int, dropout: float) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class _Block(nn.Module):
 
 
 class Teacher(nn.Module):
-    """Residual U-Net; same input and output as :class:`model.generator.Generator`."""
+    """The residual U-Net. Input and output are those of :class:`model.generator.Generator`."""
 
     def __init__(self, dropout: float = 0.2) -> None:
         super().__init__()

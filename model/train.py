@@ -6,8 +6,8 @@
     torchrun --nproc-per-node 4 -m model.train --out runs/best              # data-parallel
 
 A run's folder holds `config.yaml`, `last.pt` (all state, written atomically), `best.safetensors`
-(the weights with the best selection Jaccard), `history.csv` and TensorBoard's events. Everything
-random is a function of the seed and the step: a resumed run takes the very steps that it would have
+(the weights with the best selection Jaccard), `history.csv` and TensorBoard's events. All random
+numbers follow from the seed and the step: a resumed run takes exactly the steps that it would have
 taken.
 """
 
@@ -33,7 +33,7 @@ from model.truth import DataError
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         prog=program("model.train"),
         description=__doc__,

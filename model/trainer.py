@@ -39,17 +39,17 @@ class TrainingError(RuntimeError):
 
 @dataclass
 class Progress:
-    """How far a run is; the checkpoint has all of it."""
+    """How far a run is. The checkpoint holds all of it."""
 
     epoch: int = 0
     step: int = 0
     best: float = -1.0
     best_epoch: int = 0
-    stopped: bool = False  # early
+    stopped: bool = False  # the run was stopped early
     history: list[dict[str, float]] = field(default_factory=list)
 
     def is_over(self, epochs: int) -> bool:
-        """Whether a schedule of so many epochs is finished."""
+        """Whether a schedule of this many epochs is finished."""
         return self.stopped or self.epoch >= epochs
 
 
@@ -60,8 +60,8 @@ class Trainer:
         config: the run's configuration.
         out: the run's folder.
         training: the training images.
-        selections: named sets to choose by, the official validation set first if there is one.
-        origin: what the training images are, in words, for the weights' metadata.
+        selections: sets to select by, by name; the official validation set first if there is one.
+        origin: the training images in words, for the weights' metadata.
 
     Raises:
         ConfigError: the configuration does not fit the data or the number of processes.
@@ -94,7 +94,7 @@ class Trainer:
         )
         self.optimizer = _optimizer(self.network, config)
         self.discriminator_optimizer = _optimizer(self.discriminator, config)
-        # found once: walking hundreds of modules takes longer than averaging them
+        # Found once, since walking hundreds of modules takes longer than averaging them.
         self._averaged, self._averages = _floats(self.average), _floats(self.network)
         self.progress = Progress()
         captured = self.device.type == "cuda" and self.world == 1 and not config.compile
@@ -111,10 +111,10 @@ class Trainer:
         self.targets = torch.from_numpy(np.concatenate(targets, 1)).to(self.device)
 
     def step(self, batch: Tensor) -> dict[str, Tensor]:
-        """One update of the discriminator, if there is one, and one of the generator.
+        """Update the discriminator, if there is one, and the generator, once each.
 
         Args:
-            batch: indices of the global batch's images, int64 [batch_size].
+            batch: indices of the images of the global batch, int64 [batch_size].
 
         Returns:
             The loss and its terms, detached scalars.
@@ -146,7 +146,7 @@ class Trainer:
         return terms
 
     def update(self, x: Tensor, truth: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Run the update. Nothing in it waits for the device, so that a graph can capture it."""
+        """Run the update. Nothing in it waits for the device, so a graph can capture it."""
         weights = self.config.loss
         with autocast(self.config, self.device):
             logits = self.forward(x)
@@ -197,7 +197,7 @@ class Trainer:
 
     @torch.no_grad()
     def _average(self) -> None:
-        """Average weights and running statistics, the decay warmed up as timm does it."""
+        """Average weights and running statistics. The decay is warmed up as timm does it."""
         step = self.progress.step
         decay = min(self.config.ema_decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self._averaged, self._averages, 1 - decay)
@@ -214,7 +214,7 @@ class Trainer:
         return config.learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
 
     def wake_or_sleep(self) -> bool:
-        """Put half-resolution PAMs to sleep, which cost two thirds of a step, or wake them."""
+        """Put half-resolution PAMs to sleep, or wake them; awake they cost two thirds of a step."""
         if not isinstance(self.network, Generator):
             return False
         asleep = self.progress.step < self.config.pam_wake * self.total_steps
@@ -231,21 +231,21 @@ class Trainer:
         return value
 
     def weights_are_finite(self) -> Tensor:
-        """Whether all weights and running statistics are numbers: a bool on the device."""
+        """Whether all weights and running statistics are finite: a bool on the device."""
         return torch.stack([t.isfinite().all() for t in self._averages]).all()
 
 
 class _StepGraph:
-    """One update as a CUDA graph: launching a light network's kernels takes longer than running."""
+    """One update as a CUDA graph. A light network's kernels take longer to launch than to run."""
 
-    WARM_UP_STEPS = 3  # real ones, run as they are, in which libraries allocate and choose kernels
+    WARM_UP_STEPS = 3  # ordinary steps, in which libraries allocate and choose kernels
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.asleep: bool | None = None
 
     def __call__(self, x: Tensor, truth: Tensor, target: Tensor, asleep: bool) -> dict[str, Tensor]:
-        if asleep != self.asleep:  # the PAMs woke up: another graph
+        if asleep != self.asleep:  # the PAMs woke up, which needs another graph
             self.asleep, self.warm, self.graph = asleep, 0, None
         if self.warm < self.WARM_UP_STEPS:
             self.warm += 1
@@ -283,7 +283,7 @@ def _prepare_device(config: TrainConfig) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    # a graph can only be captured on a stream of its own, after warming up on the same one
+    # A graph can only be captured on its own stream, after warm-up steps on that stream.
     torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
     torch.backends.cudnn.benchmark = not config.deterministic
     return device
@@ -318,7 +318,7 @@ def _floats(network: nn.Module) -> list[Tensor]:
 
 
 def _optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    # neither biases, norms nor the attentions' η and γ are pulled to zero
+    # Weight decay spares biases, norms and the attentions' η and γ, which it would pull to zero.
     matrices = [p for p in network.parameters() if p.ndim > 1]
     others = [p for p in network.parameters() if p.ndim <= 1]
     groups = [

@@ -1,4 +1,4 @@
-"""Imported before PyTorch by the commands that train: says what to install where it is missing."""
+"""The commands that train import it before PyTorch. It says what to install if that is missing."""
 
 import sys
 from importlib.util import find_spec

@@ -25,15 +25,15 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 _SURELY_A_MASK = "_segmentation"
 _MASK_ENDINGS = (_SURELY_A_MASK, "_lesion", "_mask")
-"""Of a mask's name without its suffix, after its photo's, in any case."""
+"""What follows the photo's name in a mask's name, before the suffix, in any case."""
 
 
 class DataError(ValueError):
-    """The data cannot be used as it is; the message names the file or id, and the fix."""
+    """The data cannot be used as it is. The message names the file or id, and the fix."""
 
 
 def find_photos(folder: Path) -> list[Path]:
-    """The photos of a folder, sorted: all pictures but masks, superpixels and hidden files."""
+    """The photos of a folder, sorted: all pictures except masks, superpixels and hidden files."""
     pictures = [path for path in sorted(folder.iterdir()) if _is_picture(path)]
     stems = {path.stem for path in pictures}
     return [path for path in pictures if not _is_mask(path.stem, stems)]
@@ -41,13 +41,13 @@ def find_photos(folder: Path) -> list[Path]:
 
 def find_masks(photos: Iterable[Path], masks: Path) -> dict[Path, Path]:
     """
-    The mask of each photo in the folder `masks`, by its photo, where there is one.
+    Find the mask of each photo in the folder `masks`. Photos without a mask are left out.
 
-    It is named as the photo is with `_segmentation`, `_lesion` or `_mask` after it, or, in another
-    folder than the photo's, just as the photo is. Any suffix of a picture does.
+    A mask has the photo's name and then `_segmentation`, `_lesion` or `_mask`. In another folder
+    than the photo's it may have just the photo's name. The suffix may be that of any picture.
 
     Raises:
-        DataError: two files could be it.
+        DataError: two files could be the mask of one photo.
     """
     by_name: dict[str, list[Path]] = {}
     for path in sorted(masks.iterdir()):
@@ -79,12 +79,12 @@ def find_masks(photos: Iterable[Path], masks: Path) -> dict[Path, Path]:
 
 def read_truth(path: Path) -> NDArray[np.bool_]:
     """
-    Read a mask: bool [height, width], lesion above 128 as the official scorer has it. It is turned
-    by its EXIF orientation, as photos are.
+    Read a mask as bool [height, width]. Above 128 is lesion, as in the official scorer. The mask
+    is turned by its EXIF orientation, as photos are.
 
     Raises:
-        DataError: it does not decode or would be read wrongly, is transparent somewhere, or is no
-            black and white picture with lesion in white.
+        DataError: the file does not decode, would be read wrongly, is transparent somewhere, or is
+            no black and white picture with lesion in white.
     """
     try:
         data = path.read_bytes()
@@ -114,7 +114,7 @@ def read_truth(path: Path) -> NDArray[np.bool_]:
             f"{path} has no value above {LESION_ABOVE}, the brightest is {brightest}: store lesion"
             " as 255 and the rest as 0"
         )
-    if np.mean((grey > 63) & (grey < 192)) > 0.1:  # resizing leaves some at the border
+    if np.mean((grey > 63) & (grey < 192)) > 0.1:  # resizing leaves a few at the border
         raise DataError(
             f"{path} is not black and white, over 10 % of it is grey: a mask is expected,"
             " lesion 255 and the rest 0"
@@ -123,18 +123,18 @@ def read_truth(path: Path) -> NDArray[np.bool_]:
 
 
 def is_lesion(grey: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """The lesion's pixels of a mask: uint8 → bool, of the same shape."""
+    """Which pixels of a mask are lesion: uint8 → bool, of the same shape."""
     return grey > LESION_ABOVE
 
 
 def _is_rare(file: ImageFile.ImageFile, data: bytes) -> bool:
-    """Whether Pillow reads it wrongly, or 0 is white on a scale that has no black."""
+    """Whether Pillow reads the file wrongly, or 0 is white on a scale that has no black."""
     deep = file.mode in ("I", "F") or file.mode.startswith("I;16")
     return formats.refusal(file, data) is not None or (deep and formats.Grey.of(file).inverted)
 
 
 def _levels(picture: Image.Image, grey: formats.Grey) -> NDArray[Any]:
-    """0 to 255; what is brighter is 255."""
+    """The grey values, 0 to 255. Brighter values become 255."""
     if picture.mode in ("I", "F"):
         values: NDArray[Any] = np.nan_to_num(grey.values(picture))
         return values.clip(0, 255)
@@ -142,10 +142,10 @@ def _levels(picture: Image.Image, grey: formats.Grey) -> NDArray[Any]:
 
 
 def _is_transparent(file: Image.Image) -> bool:
-    """Whether any pixel is transparent; an alpha channel may be opaque throughout."""
+    """Whether any pixel is transparent. An alpha channel may be opaque throughout."""
     if not file.has_transparency_data:
         return False
-    if file.mode.startswith("I"):  # has no way to RGBA
+    if file.mode.startswith("I"):  # Pillow does not convert it to RGBA
         return True
     return int(np.asarray(file.convert("RGBA").getchannel("A")).min()) < 255
 
@@ -155,7 +155,7 @@ def _is_picture(path: Path) -> bool:
 
 
 def _is_mask(stem: str, stems: set[str]) -> bool:
-    """Whether a picture is a mask, or ISIC's superpixels, of another in its folder."""
+    """Whether a picture is the mask of another in its folder, or ISIC's superpixels of it."""
     lower = stem.lower()
     return lower.endswith((_SURELY_A_MASK, "_superpixels")) or any(
         lower.endswith(ending) and stem[: -len(ending)] in stems for ending in _MASK_ENDINGS
