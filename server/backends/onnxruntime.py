@@ -93,7 +93,7 @@ def _open(file: ModelFile, threads: int) -> onnxruntime.InferenceSession:
     options.log_severity_level = 3
     # Between two layers threads wait awake for as long as most layers keep them waiting, and then
     # sleep: longer would take the cores from others, shorter costs a wake-up after each layer.
-    options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "50")
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         session = onnxruntime.InferenceSession(
