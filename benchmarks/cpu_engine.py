@@ -47,7 +47,7 @@ STOCK = "stock ONNX Runtime"
 WARM_UP = 3
 
 _REST_S = 0.2
-"""Between two runs: stock's threads spin for some 30 ms after each, on the cores of the next one."""
+"""Between two runs: stock's threads spin for some 30 ms after each, on the cores of the next."""
 _QUIET = 0.1
 """Of a core; what other work may take before the figures are of another machine."""
 _PROC_STAT = Path("/proc/stat")
