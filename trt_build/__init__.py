@@ -1,5 +1,5 @@
-"""From the exported ONNX file to a TensorRT engine, and its description.
+"""Turns the exported ONNX file into a TensorRT engine and its description.
 
-`plan`, `device` and `tensorrt_api` import neither onnx nor TensorRT until asked: the server reads
-engines with them. `convert`, `calibrate`, `build` and `parity` are for the machine that builds.
+The server reads engines with `plan`, `device` and `tensorrt_api`, which import neither onnx nor
+TensorRT until a function needs it. `convert`, `calibrate`, `build` and `parity` build engines.
 """

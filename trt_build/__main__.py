@@ -26,12 +26,12 @@ from trt_build.samples import REFERENCE, load_samples
 from trt_build.tensorrt_api import TensorRTError, find_tensorrt
 
 GATE_FAILED = 3
-"""Exit code where the engine was built, but its masks differ too much to be served."""
+"""Exit code where the engine was built, but its masks differ too much for it to be served."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line. Returns 1, with one line on stderr, where no engine was made, and
-    GATE_FAILED where it must not be served.
+    """Run the command. Returns 1, with one line on stderr, where no engine was made, and
+    GATE_FAILED where the engine must not be served.
     """
     parser = argparse.ArgumentParser(
         prog=program("trt_build"),
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         if args.parity:
-            # It needs one, which is to be told before the minutes that a build takes.
+            # The gate needs a GPU. That is said now, before a build that takes minutes.
             trt = find_tensorrt()
             trt.check_builds()
             trt.check_runs_on(current_gpu())

@@ -1,4 +1,4 @@
-"""Builds one engine from the exported ONNX file, and refuses one that is not what was asked for."""
+"""Builds one engine from the exported ONNX file, and refuses a result that was not asked for."""
 
 from __future__ import annotations
 
@@ -26,38 +26,38 @@ from trt_build.plan import (
 from trt_build.tensorrt_api import TensorRT, TensorRTError, find_tensorrt, plan_key
 
 _NO_KERNEL = "not supported by a dedicated kernel"
-"""What TensorRT says of an attention that it cannot fuse."""
+"""TensorRT says this of an attention that it cannot fuse."""
 
 DEFAULT_WORKSPACE_BYTES = 4 << 30
 
 
 class BuildError(RuntimeError):
-    """No engine was made, or not the one that was asked for."""
+    """No engine was made, or it is not the one that was asked for."""
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How to build; what an engine's key holds, and what only changes how it is made."""
+    """How to build. Some options are part of an engine's key; others only change how it is made."""
 
     precision: Precision = "fp16"
     buckets: tuple[int, ...] = BUCKETS
     attention: AttentionForm | None = None
-    """None takes the form that needs the least memory at this precision."""
+    """Form of attention. None takes the form that needs the least memory at this precision."""
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
-    """Most scratch memory that one fused part of the network may need. What needs more does not
-    build: 2.1 GB for the chunked float32 attention at batch 64, 0.3 GB for the fused one."""
+    """The most scratch memory that a fused part of the network may use. A part that needs more does
+    not build: the chunked float32 attention needs 2.1 GB at batch 64, the fused one 0.3 GB."""
     timing_cache: Path | None = None
-    """Read where it exists, and rewritten with what this build timed (TensorRT; RTX times none)."""
+    """File of kernel times: read where it exists, then rewritten (TensorRT; RTX times nothing)."""
     beside_serving: bool = False
-    """The GPU serves meanwhile: what is timed goes into no cache, and the sidecar says so."""
+    """The GPU serves meanwhile. So its times go into no cache, and the sidecar says so."""
     hardware_compatible: bool = False
-    """Run on any GPU from Ampere on, with some loss of speed (TensorRT alone; RTX always does)."""
+    """The engine runs on any GPU from Ampere on, but slower (TensorRT only; RTX always does)."""
     version_compatible: bool = False
-    """Run under later TensorRT versions of the same major number, and their lean runtimes
-    (TensorRT alone)."""
+    """The engine runs under later TensorRT versions of the same major number, and their lean
+    runtimes (TensorRT only)."""
     compute_capability: str | None = None
-    """Build for this GPU alone, such as ``8.9``, or ``current`` for the machine's own (TensorRT for
-    RTX; its engines run on any RTX GPU otherwise)."""
+    """The one GPU to build for: ``8.9``, or ``current`` for this machine's own (TensorRT for RTX;
+    its engines run on any RTX GPU otherwise)."""
 
     def __post_init__(self) -> None:
         check_buckets(self.buckets)
@@ -75,11 +75,11 @@ def build(
 ) -> PlanInfo:
     """Build ``output`` and its sidecar from the exported ``onnx_path``; both whole or not at all.
 
-    ``ranges``: for int8, from ``trt_build.calibrate``. ``progress`` gets one line a step.
+    ``ranges`` come from ``trt_build.calibrate``, for int8. ``progress`` gets a line for each step.
     ``gated``: the parity gate comes next. Then a few layers of another type than asked are noted
     and left to it: TensorRT takes a cast into the layer behind it, which reads what the cast read.
 
-    Raises BuildError (the engine is not what was asked), ConversionError (the graph is not the
+    Raises BuildError (the engine is not the one asked for), ConversionError (the graph is not the
     exported one), TensorRTError, NoGpuError, OSError (the disk).
     """
     started = time.monotonic()
@@ -107,8 +107,8 @@ def build(
             serialised = _serialise(trt, logger, messages, model, options, progress)
             break
         except BuildError as error:
-            # Which shapes and types have a fused kernel is the card's and the version's affair.
-            # The ONNX parser gives no hold of IAttention, whose `decomposable` would say so.
+            # The card and the version decide which shapes and types have a fused kernel. The ONNX
+            # parser gives no access to IAttention, whose `decomposable` would tell.
             asked_for = options.attention is not None
             if asked_for or attention != "fused" or _NO_KERNEL not in str(error):
                 raise
@@ -174,13 +174,13 @@ def _serialise(
     config = builder.create_builder_config()
     config.set_memory_pool_limit(module.MemoryPoolType.WORKSPACE, options.workspace_bytes)
     config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
-    # In fp16 and bf16 the float32 islands read 16-bit values, which TF32 holds exactly.
+    # In fp16 and bf16 the float32 parts read 16-bit values, which TF32 holds exactly.
     if options.precision == "fp32":
         config.clear_flag(module.BuilderFlag.TF32)
     else:
         config.set_flag(module.BuilderFlag.TF32)
     if trt.is_rtx:
-        # Memory of its own, allocated while it runs, cannot be recorded in a CUDA graph.
+        # Memory that RTX allocates while it runs cannot be recorded in a CUDA graph.
         config.set_flag(module.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if options.version_compatible:
         if trt.is_rtx:
@@ -191,7 +191,7 @@ def _serialise(
     if options.compute_capability is not None:
         trt.target(config, options.compute_capability)
     _add_profiles(builder, network, config, options.buckets)
-    # TensorRT for RTX times nothing when it builds, and deprecates these calls.
+    # TensorRT for RTX times nothing during a build, and deprecates these calls.
     timing_cache = None if trt.is_rtx else options.timing_cache
     cache = _load_timing_cache(config, timing_cache)
     monitor = _progress_monitor(module, progress)
@@ -201,7 +201,7 @@ def _serialise(
     serialised = builder.build_serialized_network(network, config)
     if serialised is None:
         errors = [text for severity, text in messages if severity in ("ERROR", "INTERNAL_ERROR")]
-        # Without a driver every build logs that; it is never what stopped this one.
+        # Without a driver every build logs this error, and it never stops one.
         errors = [e for e in errors if "cudaError 35" not in e] or ["it gives no reason"]
         hint = "; allow more --workspace-mib" if "OutOfMemory" in errors[-1] else ""
         raise BuildError(f"{trt.library} did not build the engine: {errors[-1]}{hint}")
@@ -215,8 +215,8 @@ def _add_profiles(builder: Any, network: Any, config: Any, buckets: tuple[int, .
     rest = tuple(image.shape)[1:]
     for bucket in buckets:
         profile = builder.create_optimization_profile()
-        # A profile of batch 1 alone makes every shape static, and then the fused attention kernel
-        # does not take the smaller maps ("not supported by a dedicated kernel"); 1 to 2 does.
+        # A profile of batch 1 alone makes every shape static. Then the fused attention kernel
+        # refuses small maps ("not supported by a dedicated kernel"); with 1 to 2 it takes them.
         most = max(bucket, 2)
         profile.set_shape(image.name, (bucket, *rest), (bucket, *rest), (most, *rest))
         if config.add_optimization_profile(profile) < 0:
@@ -228,7 +228,7 @@ def _load_timing_cache(config: Any, path: Path | None) -> Any:
         return None
     data = path.read_bytes() if path.exists() else b""
     cache = config.create_timing_cache(data)
-    # One of another TensorRT version or GPU is refused: then start an empty one.
+    # A cache of another TensorRT version or GPU is refused: then start an empty one.
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, ignore_mismatch=False)
@@ -237,7 +237,7 @@ def _load_timing_cache(config: Any, path: Path | None) -> Any:
 
 def _progress_monitor(module: Any, progress: Callable[[str], None]) -> Any:
     class Monitor(module.IProgressMonitor):  # type: ignore[misc]
-        """Reports the outermost phase only: the inner ones are hundreds."""
+        """Reports the outermost phase only, since there are hundreds of inner ones."""
 
         def __init__(self) -> None:
             module.IProgressMonitor.__init__(self)
@@ -263,7 +263,7 @@ def _read_back(
 ) -> tuple[tuple[Any, ...], str, list[int]]:
     """Return the engine's layers, where they were read, and its scratch memory by profile.
 
-    ``host_code``: it carries code for the host, as a version-compatible one does.
+    ``host_code``: the engine carries code for the host, as a version-compatible one does.
     """
     try:
         current_gpu()

@@ -2,8 +2,8 @@
 
     python -m trt_build.calibrate --onnx model/weights/slsnet.onnx --images FOLDER
 
-writes ``model/weights/slsnet.calibration.json``, which an int8 build reads. It belongs to that one
-ONNX file and says so.
+writes ``model/weights/slsnet.calibration.json``, which an int8 build reads. The file belongs to
+that one ONNX file and says so.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from trt_build.plan import file_sha256
 from trt_build.samples import Sample, batches, load_samples
 
 PERCENTILE = 99.99
-"""Of an activation's magnitudes in a batch. The largest of all are clipped: one bright pixel would
-make every other step coarser."""
+"""A range covers this share of an activation's magnitudes in a batch. Larger ones are clipped:
+one bright pixel would make every other step coarser."""
 
 DEFAULT_IMAGES = 256
 
@@ -35,19 +35,19 @@ class CalibrationError(ValueError):
 
 
 def calibration_path(onnx_path: Path) -> Path:
-    """Return where the ranges of an ONNX file lie."""
+    """Return the path of the ranges of an ONNX file."""
     return onnx_path.with_suffix(".calibration.json")
 
 
 def measure_ranges(
     onnx_path: Path, samples: Sequence[Sample], percentile: float = PERCENTILE
 ) -> dict[str, float]:
-    """Return, by tensor name, the magnitude that int8's 127 is to stand for.
+    """Return, by tensor name, the magnitude that int8's 127 stands for.
 
-    The largest ``percentile`` of any batch, over all convolutions' inputs.
+    It is the largest ``percentile`` of any batch; the tensors are all convolutions' inputs.
     """
     model = onnx.load(onnx_path)
-    # A convolution that only moved data separates from another one sees the same values.
+    # Where another operator only moves the data between two inputs, both get the same range.
     names = sorted({node.input[0] for node in model.graph.node if node.op_type == "Conv"})
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     options = onnxruntime.SessionOptions()
@@ -67,7 +67,7 @@ def _percentile(value: NDArray[np.float32], percentile: float) -> float:
 
 
 def write_ranges(onnx_path: Path, output: Path, ranges: Mapping[str, float], images: int) -> None:
-    """Write the ranges with the ONNX file they belong to."""
+    """Write the ranges, with the ONNX file that they belong to."""
     payload = {
         "onnx_sha256": file_sha256(onnx_path),
         "images": images,
@@ -78,7 +78,7 @@ def write_ranges(onnx_path: Path, output: Path, ranges: Mapping[str, float], ima
 
 
 def read_ranges(onnx_path: Path, calibration: Path | None = None) -> dict[str, float]:
-    """Read the ranges that lie beside ``onnx_path``. Raises CalibrationError."""
+    """Read the ranges beside ``onnx_path``, or from ``calibration``. Raises CalibrationError."""
     path = calibration or calibration_path(onnx_path)
     how = f"python -m trt_build.calibrate --onnx {onnx_path} --images FOLDER"
     try:
@@ -95,7 +95,7 @@ def read_ranges(onnx_path: Path, calibration: Path | None = None) -> dict[str, f
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         formatter_class=Help, prog="python -m trt_build.calibrate", description=__doc__
     )

@@ -1,7 +1,7 @@
 """Rewrites the exported ONNX graph for TensorRT: first the form of attention, then the precision.
 
-TensorRT 11 and TensorRT for RTX have strongly typed networks only: a tensor has the type that the
-ONNX file gives it. So precision is set here, tensor by tensor, for every TensorRT alike. It is
+TensorRT 11 and TensorRT for RTX have only strongly typed networks: a tensor has the type that the
+ONNX file gives it. So precision is set here, tensor by tensor, for every TensorRT alike. This is
 hand-written because `onnxscript.rewriter` sets no types, and ModelOpt AutoCast chooses by operator
 or range, where one attention here needs both types (docs/decisions.md).
 
@@ -11,8 +11,8 @@ In every precision these stay float32:
 - the channel attention's Gram matrix and softmax: its energies sum over up to 16,384 positions,
   which passes float16's 65,504 and leaves bfloat16 with two or three digits;
 - the position attention's logits and softmax. The fused kernel sums in float16 unless its queries,
-  keys and values are cast to float32 before it (TensorRT's release notes of 11.3); it takes those
-  casts in and reads 16 bits as before;
+  keys and values are cast to float32 before it (TensorRT's release notes of 11.3). It absorbs those
+  casts and reads 16 bits as before;
 - the last sigmoid.
 """
 
@@ -33,13 +33,13 @@ from trt_build.plan import Precision
 AttentionForm = Literal["fused", "chunked", "plain"]
 
 OPSET = 23
-"""First opset with ``Attention``; convolution and pooling take bfloat16 since 22."""
+"""The first opset with ``Attention``; convolution and pooling take bfloat16 since 22."""
 
 MMA_DEPTH = 16
-"""Terms that a tensor core sums in one instruction on 16-bit types (PTX: mma.m16n8k16)."""
+"""A tensor core sums so many terms in one instruction on 16-bit types (PTX: mma.m16n8k16)."""
 
 CHUNK_ELEMENTS = 1 << 19
-"""Logits of one image that the chunked form holds at a time: 128 MiB in float32 at batch 64."""
+"""The chunked form holds so many logits of an image at a time: 128 MiB in float32 at batch 64."""
 
 INT8_MIN_CHANNELS = 32
 """Convolutions that read fewer channels stay in float16: the stem and the last stage are a small
@@ -54,11 +54,11 @@ _MOVES = frozenset(
     {"Concat", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze"}
     | {"Transpose", "Unsqueeze", "MaxPool", "Relu"}
 )
-"""Operators that only give back values they were given: no rounding is needed after them."""
+"""Operators that return values they were given, so no rounding is needed after them."""
 
 
 class ConversionError(ValueError):
-    """The graph cannot be put into the form asked for; the message says where and what to do."""
+    """The graph cannot be put into this form. The message says where, and what to do."""
 
 
 def default_attention(precision: Precision) -> AttentionForm:
@@ -79,18 +79,18 @@ def convert(
     simulate: bool = False,
     half_sums: bool = False,
 ) -> onnx.ModelProto:
-    """Return a copy of the exported float32 ``model`` with ``precision`` and attention form in it.
+    """Return a copy of the exported float32 ``model`` in this precision and form of attention.
 
     ``ranges``: largest magnitude of each convolution's input by tensor name, for ``int8``
     (``trt_build.calibrate``).
 
-    ``simulate``: keep float32 arithmetic and round every value that the engine would store in a
+    ``simulate``: keep float32 arithmetic, and round every value that the engine would store in a
     16-bit type (int8 keeps its quantise/dequantise pairs). Such a graph runs on any ONNX Runtime
-    and shows what the types do to the masks; it says nothing of TensorRT's own kernels, and its
+    and shows what the types do to the masks. It shows nothing of TensorRT's kernels, and its
     attention is the plain form. Run it without graph optimisation, which may remove the rounding.
 
-    ``half_sums``: simulate position attention as a kernel computes it that sums in 16 bits: logits,
-    softmax and both products are rounded after every ``MMA_DEPTH`` terms. No engine is built so.
+    ``half_sums``: simulate position attention in a kernel that sums in 16 bits. Logits, softmax
+    and both products are rounded after every ``MMA_DEPTH`` terms. No engine is built so.
 
     Raises ConversionError.
     """
@@ -115,7 +115,7 @@ def convert(
     if precision in _LOW_TYPES:
         low = _LOW_TYPES[precision]
         if precision == "bf16":
-            # TensorRT for RTX 1.7 has no bfloat16 deconvolution; the three are 1 % of the work.
+            # TensorRT for RTX 1.7 has no bfloat16 deconvolution. The three are 1 % of the work.
             fragile |= {n.output[0] for n in graph.nodes if n.op_type == "ConvTranspose"}
         quantised = graph.quantisable(pams) if precision == "int8" else frozenset[str]()
         graph.lower(low, fragile, quantised, ranges or {}, simulate=simulate)
@@ -124,7 +124,7 @@ def convert(
 
 @dataclass(frozen=True)
 class _PositionAttention:
-    """One MatMul–Softmax–MatMul over positions. Names of nodes by their first output."""
+    """One MatMul–Softmax–MatMul over positions. Nodes are named by their first output."""
 
     energy: str
     softmax: str
@@ -142,7 +142,7 @@ class _Graph:
         self.model.CopyFrom(model)
         for imported in self.model.opset_import:
             if imported.domain in ("", "ai.onnx"):
-                # Nothing this network uses changed its meaning between 20 and 23: types were added.
+                # From 20 to 23 no operator of this network changed its meaning. Types were added.
                 if not 20 <= imported.version <= OPSET:
                     raise ConversionError(f"opset {imported.version}: export with 20 to {OPSET}")
                 imported.version = OPSET
@@ -183,7 +183,7 @@ class _Graph:
         return [node for node in self.nodes if tensor in node.input]
 
     def cast_input_first(self) -> None:
-        """Move the cast of the uint8 image to the front: TensorRT lets nothing else read uint8."""
+        """Move the cast of the uint8 image to the front. TensorRT lets no other node read uint8."""
         movers: list[onnx.NodeProto] = []
         tensor = self.input
         while True:
@@ -241,7 +241,7 @@ class _Graph:
             yield softmax, next(iter(energies.values())), between
 
     def position_attentions(self) -> list[_PositionAttention]:
-        """Find the attentions over positions; a Gram matrix (one tensor times itself) is none."""
+        """Find the attentions over positions. A Gram matrix (a tensor times itself) is not one."""
         producers = self._producers()
         found = []
         for softmax, energy, between in self._softmaxes():
@@ -302,7 +302,7 @@ class _Graph:
         self.floats.update(name for node in new for name in node.output)
 
     def fuse(self, pams: Iterable[_PositionAttention]) -> None:
-        """Use opset 23's ``Attention`` with one head and scale 1: TensorRT has a kernel for it."""
+        """Use opset 23's ``Attention``, with one head and scale 1. TensorRT has a kernel for it."""
         axis = "attention_head_axis"
         self._constant(axis, np.array([1], np.int64))
         for pam in pams:
@@ -322,7 +322,7 @@ class _Graph:
         return frozenset(n.output[0] for n in self.nodes if n.op_type == "Attention")
 
     def sum_in_steps(self, pams: Iterable[_PositionAttention]) -> None:
-        """Break the two products into sums of at most ``MMA_DEPTH`` terms, each a node."""
+        """Break the two products into sums of at most ``MMA_DEPTH`` terms, with a node for each."""
         for pam in pams:
             logits = self._stepwise(pam.queries, pam.keys, f"{pam.output}_qk")
             weights = helper.make_node("Softmax", [pam.energy], [pam.softmax], axis=-1)
@@ -386,11 +386,11 @@ class _Graph:
             self._replace(pam, new)
 
     def quantisable(self, pams: Iterable[_PositionAttention]) -> frozenset[str]:
-        """Convolutions (by output) to run in int8: not those of few channels, nor a PAM's three.
+        """Convolutions (by output) to run in int8: those of many channels, except a PAM's three.
 
-        Position attention's logits are unscaled products of queries and keys, so an int8 step there
-        would be a step of several units in the exponent; and its values are spread over the whole
-        map. Keeping the three takes a third off the difference in masks, for 1×1 convolutions.
+        Position attention's logits are unscaled products of queries and keys. An int8 step would
+        be several units in the exponent, and the attention spreads its values over the whole map.
+        Keeping the three in float16 takes a third off the difference in masks; they are only 1×1.
         """
         producers = self._producers()
         sensitive: set[str] = set()
@@ -418,12 +418,12 @@ class _Graph:
         *,
         simulate: bool,
     ) -> None:
-        """Give every float tensor its type, with casts (or rounding) where the two meet."""
+        """Give every float tensor its type, with casts (or rounding) where two types meet."""
         typing = _Typing(self, low, simulate=simulate)
         for node in self.nodes:
             wanted = TensorProto.FLOAT if node.output[0] in fragile else low
             if node.op_type == "Cast" or not any(name in self.floats for name in node.output):
-                typing.emit(node, TensorProto.FLOAT)  # uint8 → float32, or a shape
+                typing.emit(node, TensorProto.FLOAT)  # a cast of uint8, or a shape
                 continue
             for i, name in enumerate(node.input):
                 if name in self.floats and not (node.op_type == "Resize" and i > 0):
@@ -449,7 +449,7 @@ class _Graph:
 
 
 class _Typing:
-    """Emits nodes with every float tensor in a known type."""
+    """Emits nodes, with every float tensor in a known type."""
 
     def __init__(self, graph: _Graph, low: int, *, simulate: bool) -> None:
         self.graph = graph
@@ -518,9 +518,9 @@ class _Typing:
         return self.versions[key]
 
     def _scale(self, name: str, value: NDArray[np.float32]) -> str:
-        """Store a scale in the type that the dequantised tensor is to have."""
+        """Store a scale in the type of the tensor after dequantisation."""
         kind = np.float32 if self.simulate else np.float16
-        # Smallest normal float16: a channel that is all zeros would divide by zero.
+        # The smallest normal float16: a channel of zeros would divide by zero.
         self.graph.constants[name] = np.maximum(value, 6.2e-5).astype(kind)
         return name
 

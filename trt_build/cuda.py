@@ -1,6 +1,6 @@
-"""Streams, memory and graphs through cuda-python, with errors as exceptions.
+"""Streams, memory and graphs through cuda-python; errors are raised as exceptions.
 
-Every call is one of CUDA's runtime API; numbers are addresses, sizes are bytes.
+Every call is one of CUDA's runtime API. Addresses are integers, sizes are bytes.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ class CudaError(RuntimeError):
 
 
 class CudaMemoryError(CudaError):
-    """The GPU, or the host's page-locked memory, has not enough left."""
+    """The GPU, or the host's page-locked memory, has not enough room left."""
 
 
 def _call(function: Callable[..., Any], *arguments: Any) -> Any:
     status, *results = function(*arguments)
     if status != runtime.cudaError_t.cudaSuccess:
-        # Clears the error where it is not a lasting one, so that the next call does not see it.
+        # Clears an error that does not last, so that the next call does not report it.
         runtime.cudaGetLastError()
         kind = (
             CudaMemoryError
@@ -39,53 +39,53 @@ def _call(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def free_memory() -> int:
-    """Return the bytes of GPU memory that nobody has."""
+    """Return the bytes of GPU memory that nobody uses."""
     status, free, _ = runtime.cudaMemGetInfo()
     return int(free) if status == runtime.cudaError_t.cudaSuccess else 0
 
 
 def wait_by_spinning(spin: bool) -> None:
-    """Say how threads of this process wait for the GPU from now on: by spinning, or asleep.
+    """Set how threads of this process wait for the GPU from now on: by spinning, or asleep.
 
-    CUDA's own choice counts the machine's processors, not those that a container may use, and so
-    spins (``cudaDeviceScheduleAuto``).
+    CUDA's own choice (``cudaDeviceScheduleAuto``) counts the machine's processors rather than
+    those that a container may use, and so spins.
     """
     how = runtime.cudaDeviceScheduleSpin if spin else runtime.cudaDeviceScheduleBlockingSync
     _call(runtime.cudaSetDeviceFlags, how)
 
 
 class Stream:
-    """A stream of its own, independent of the default one (which cannot be captured)."""
+    """A stream of its own. It is independent of the default stream, which cannot be captured."""
 
     def __init__(self) -> None:
         self._stream = _call(runtime.cudaStreamCreateWithFlags, runtime.cudaStreamNonBlocking)
 
     @property
     def handle(self) -> int:
-        """What TensorRT takes as ``stream_handle``."""
+        """The value that TensorRT takes as ``stream_handle``."""
         return int(self._stream)
 
     def synchronize(self) -> None:
-        """Wait until all that was queued is done; other Python threads run meanwhile."""
+        """Wait until all queued work is done. Other Python threads run meanwhile."""
         _call(runtime.cudaStreamSynchronize, self._stream)
 
     def copy(self, target: int, source: int, size: int) -> None:
-        """Queue a copy; CUDA tells host from device by the addresses."""
+        """Queue a copy. CUDA tells host from device by the addresses."""
         kind = runtime.cudaMemcpyKind.cudaMemcpyDefault
         _call(runtime.cudaMemcpyAsync, target, source, size, kind, self._stream)
 
     def capture(self, enqueue: Callable[[], None]) -> Graph:
         """Record what ``enqueue`` queues on this stream, without running it.
 
-        Raises CudaError where something in it cannot be recorded.
+        Raises CudaError where some of the work cannot be recorded.
         """
-        # Thread-local: another thread may allocate at the same time without breaking the capture.
+        # Thread-local, so that another thread may allocate without breaking the capture.
         mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         _call(runtime.cudaStreamBeginCapture, self._stream, mode)
         try:
             enqueue()
         except BaseException:
-            # Leaves the stream usable; the broken recording is of no use.
+            # This leaves the stream usable; the broken recording is thrown away.
             _, broken = runtime.cudaStreamEndCapture(self._stream)
             if broken is not None and int(broken):
                 runtime.cudaGraphDestroy(broken)
@@ -110,7 +110,7 @@ class Graph:
         self._stream = stream
 
     def launch(self) -> None:
-        """Queue it on the stream it was recorded on."""
+        """Queue the work on the stream that it was recorded on."""
         _call(runtime.cudaGraphLaunch, self._executable, self._stream)
 
     def close(self) -> None:
@@ -126,12 +126,12 @@ class DeviceMemory:
         self.address = int(_call(runtime.cudaMalloc, max(size, 1)))
 
     def close(self) -> None:
-        """Give it back."""
+        """Give the memory back."""
         runtime.cudaFree(self.address)
 
 
 class PinnedArray:
-    """A numpy array in page-locked memory, which copies to the GPU at full speed and in a graph."""
+    """A numpy array in page-locked memory: it copies to the GPU at full speed, also in a graph."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         size = int(np.prod(shape)) * dtype.itemsize
@@ -141,5 +141,5 @@ class PinnedArray:
         self.array[...] = 0
 
     def close(self) -> None:
-        """Give it back; ``array`` must not be touched afterwards."""
+        """Give the memory back; ``array`` must not be touched afterwards."""
         runtime.cudaFreeHost(self.address)

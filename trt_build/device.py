@@ -1,4 +1,4 @@
-"""The GPU of this process, asked of CUDA through cuda-python."""
+"""The GPU of this process, as CUDA describes it through cuda-python."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 class NoGpuError(RuntimeError):
-    """No GPU can be used here; the message says what is missing."""
+    """No GPU can be used here. The message says what is missing."""
 
 
 @dataclass(frozen=True)
@@ -15,16 +15,16 @@ class Gpu:
 
     name: str
     compute_capability: str
-    """``9.0``"""
+    """Such as ``9.0``."""
     memory_bytes: int
     multiprocessors: int
-    """Of a MIG slice, its own."""
+    """Number of multiprocessors; on a MIG slice, those of the slice."""
 
     @property
     def model(self) -> str:
-        """Which cards are as this one: an engine's kernels are chosen by how long they take on it.
+        """A name that equal cards share: an engine's kernels are chosen by their times on the card.
 
-        Compute capability does not tell an L4 from an RTX 4090, nor a MIG slice from its H100.
+        Compute capability does not tell an L4 from an RTX 4090, or a MIG slice from its H100.
         """
         return f"{self.name}, {self.multiprocessors} multiprocessors"
 

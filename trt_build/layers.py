@@ -1,8 +1,8 @@
-"""Reads TensorRT's own report of a built engine, and compares it with what was asked for.
+"""Reads TensorRT's report of a built engine, and compares it with the types that were asked for.
 
 TensorRT 10 writes a tensor's type as ``"Format/Datatype"``, 11 and RTX as ``"Datatype"``. Where no
-GPU can load the engine, the inspector cannot be asked, but the builder logs its text: the same
-fields, one layer a line.
+GPU can load the engine, the inspector cannot be used. But the builder logs its text: the same
+fields, one layer on each line.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def type_name(text: str) -> str:
 def from_inspector(text: str) -> tuple[Layer, ...]:
     """Read ``EngineInspector.get_engine_information`` in JSON, of TensorRT 10 or 11.
 
-    Raises ValueError where it holds no details (the engine was built without
-    ``ProfilingVerbosity.DETAILED``).
+    Raises ValueError where it holds no details: then the engine was built without
+    ``ProfilingVerbosity.DETAILED``.
     """
     layers = json.loads(text)["Layers"]
     if any(isinstance(layer, str) for layer in layers):
@@ -77,7 +77,7 @@ def _tensor_type(tensor: Mapping[str, Any]) -> str:
 
 
 def from_build_log(messages: Iterable[str]) -> tuple[Layer, ...]:
-    """Read the layers that the builder logs, verbosely, when it has finished an engine."""
+    """Read the layers that a verbose builder logs when it has finished an engine."""
     layers = []
     for message in messages:
         for line in message.splitlines():
@@ -96,7 +96,7 @@ def from_build_log(messages: Iterable[str]) -> tuple[Layer, ...]:
 
 
 def scratch_from_build_log(messages: Iterable[str]) -> list[int]:
-    """Bytes of activation memory by optimisation profile, as the builder logs them."""
+    """Read activation memory in bytes, by optimisation profile, as the builder logs it."""
     found = (re.search(r"Total Activation Memory: (\d+) bytes", message) for message in messages)
     return [int(match[1]) for match in found if match]
 
@@ -104,9 +104,9 @@ def scratch_from_build_log(messages: Iterable[str]) -> list[int]:
 def expected_types(model: onnx.ModelProto) -> dict[str, frozenset[str]]:
     """By name, the types in which every convolution, product and attention of ``model`` may read.
 
-    A convolution behind a dequantisation is expected in int8: TensorRT takes the pair in. A
-    deconvolution or an attention between casts may have taken those in and read the type before
-    them.
+    A convolution after a dequantisation is expected in int8, since TensorRT merges the pair into
+    it. A deconvolution or an attention between casts may have absorbed them, and then reads the
+    type before them.
     """
     inferred = onnx.shape_inference.infer_shapes(model).graph
     types = {v.name: v.type.tensor_type.elem_type for v in [*inferred.value_info, *inferred.input]}
@@ -129,10 +129,10 @@ def expected_types(model: onnx.ModelProto) -> dict[str, frozenset[str]]:
 
 
 def disagreements(expected: Mapping[str, frozenset[str]], layers: Iterable[Layer]) -> list[str]:
-    """Say which nodes the engine does not compute in a type that the graph gives them.
+    """Name the nodes that the engine computes in another type than the graph gives them.
 
-    A node agrees where one of the layers made of it reads that type. What TensorRT merged away, so
-    that no layer names it, cannot be judged; it is an error only if it is most.
+    A node agrees where one of the layers made of it reads that type. A node that TensorRT merged
+    away, so that no layer names it, cannot be judged. It is an error only if most nodes are such.
     """
     reads: dict[str, set[str]] = {}
     for layer in layers:

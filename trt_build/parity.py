@@ -3,10 +3,10 @@
     python -m trt_build.parity --onnx model/weights/slsnet.onnx --engine slsnet.engine
     python -m trt_build.parity --onnx model/weights/slsnet.onnx --simulate fp16 bf16 int8
 
-``--simulate`` runs on CPU without TensorRT: float32 arithmetic with every value rounded as the
-engine would store it; ``fp16-sums`` also rounds every step of position attention's sums, as a
-kernel does that sums in float16. Exits with 1 where the gate is not passed, with 2 where
-nothing could be compared.
+``--simulate`` runs on the CPU without TensorRT, in float32 arithmetic; every value is rounded as
+the engine would store it. ``fp16-sums`` also rounds every step of position attention's sums, as a
+kernel that sums in float16 does. The command exits with 1 where the gate is not passed, and with 2
+where nothing could be compared.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ Infer = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class Gate:
-    """What a precision may change at most."""
+    """The most that a precision may change."""
 
     mask_iou: float
-    """Least mean overlap between its masks and those of float32."""
+    """The least mean overlap between the candidate's masks and those of float32."""
     jaccard: float
-    """Most loss of mean Jaccard against the true masks."""
+    """The largest loss of mean Jaccard against the true masks."""
 
 
 GATES: Mapping[Precision, Gate] = {
@@ -62,19 +62,19 @@ class Parity:
     precision: Precision
     photos: int
     source: str
-    """Folder that the photos came from."""
+    """The folder that the photos came from."""
     max_difference: float
-    """Of probability, over all pixels."""
+    """The largest difference of probability, over all pixels."""
     mean_difference: float
     mask_iou_mean: float
-    """Overlap of the two masks at the photos' own size; 1 where both are empty."""
+    """Mean overlap of the two masks at the photos' own size; 1 where both are empty."""
     mask_iou_min: float
     jaccard_reference: float | None
-    """Mean over photos, against the truth; None without true masks."""
+    """Mean Jaccard over photos, against the truth; None without true masks."""
     jaccard_candidate: float | None
 
     def failures(self) -> list[str]:
-        """Say what the gate of this precision finds wrong; empty where it passes."""
+        """List what the gate of this precision finds wrong. The list is empty where it passes."""
         gate = GATES[self.precision]
         found = []
         if not np.isfinite(self.max_difference):
@@ -98,7 +98,7 @@ def compare(
     source: str,
     threshold: float = THRESHOLD,
 ) -> Parity:
-    """Run both on ``samples`` and compare probabilities and masks."""
+    """Run both backends on ``samples``, and compare probabilities and masks."""
     differences: list[float] = []
     means: list[float] = []
     overlaps: list[float] = []
@@ -150,7 +150,9 @@ def onnx_runner(
     *,
     exact: bool = False,
 ) -> Infer:
-    """Return what runs an ONNX file; ``exact`` without optimisation, which may drop rounding."""
+    """Return a function that runs an ONNX file; ``exact`` turns off optimisation, which may drop
+    rounding.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if exact:
@@ -165,9 +167,9 @@ def onnx_runner(
 
 
 def simulated_runner(onnx_path: Path, precision: Precision, *, half_sums: bool = False) -> Infer:
-    """Return what runs ``precision`` on CPU: float32 arithmetic, values rounded as stored.
+    """Return a function that runs ``precision`` on the CPU: float32, values rounded as stored.
 
-    ``half_sums``: of position attention as well (``trt_build.convert.convert``).
+    ``half_sums`` also rounds position attention's sums (``trt_build.convert.convert``).
     """
     import onnx
 
@@ -182,9 +184,9 @@ def simulated_runner(onnx_path: Path, precision: Precision, *, half_sums: bool =
 
 
 def gate_engine(onnx_path: Path, engine: Path, samples: Sequence[Sample], source: str) -> Parity:
-    """Hold an engine against its ONNX file on this machine's GPU, and note it in the sidecar.
+    """Compare an engine with its ONNX file on this machine's GPU; note the result in the sidecar.
 
-    Raises what trt_build.runtime.EngineRunner does.
+    Raises the errors of trt_build.runtime.EngineRunner.
     """
     from trt_build.runtime import EngineRunner
 
@@ -229,7 +231,7 @@ def table(results: Sequence[Parity]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         prog="python -m trt_build.parity",
         description=__doc__,
@@ -285,7 +287,7 @@ def _results(args: argparse.Namespace) -> list[Parity]:
         raise RuntimeError("--cuda: this ONNX Runtime has no CUDA (requirements-gpu.txt)")
     samples = load_samples(args.images, args.masks, args.limit)
     source = GENERATED if args.images == REFERENCE else args.images.name
-    # First: that there is no GPU for it is told before the minutes that the rest may take.
+    # The engine comes first: a missing GPU is reported before the rest, which may take minutes.
     engines = [gate_engine(args.onnx, args.engine, samples, source)] if args.engine else []
     candidates: list[tuple[str, Precision, Infer]] = [
         _simulated(args.onnx, name) for name in args.simulate

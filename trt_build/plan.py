@@ -17,35 +17,35 @@ Precision = Literal["fp32", "tf32", "fp16", "bf16", "int8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
-"""Batch sizes that an engine is built for: one optimisation profile each."""
+"""Batch sizes that an engine is built for, with one optimisation profile each."""
 
 
 class PlanError(ValueError):
-    """An engine file or its sidecar cannot be used; the message says why and what to do."""
+    """An engine file or its sidecar cannot be used. The message says why, and what to do."""
 
 
 @dataclass(frozen=True)
 class PlanKey:
-    """All that an engine depends on. Another value of any field needs another engine."""
+    """All that an engine depends on. Another value in any field needs another engine."""
 
     onnx_sha256: str
     library: str
-    """``tensorrt`` or ``tensorrt_rtx``, with its version: ``tensorrt 11.4.0.106``."""
+    """``tensorrt`` or ``tensorrt_rtx`` with its version, such as ``tensorrt 11.4.0.106``."""
     compute_capability: str
-    """``9.0``, or ``any`` for an engine that TensorRT for RTX compiles where it runs."""
+    """Such as ``9.0``; ``any`` for an engine that TensorRT for RTX compiles where it runs."""
     device: str
-    """``trt_build.device.Gpu.model``, or ``any`` if only the compute capability counts: for engines
-    built hardware-compatible, and those of TensorRT for RTX."""
+    """``trt_build.device.Gpu.model``; ``any`` where only the compute capability counts, as for
+    hardware-compatible engines and those of TensorRT for RTX."""
     precision: Precision
     buckets: tuple[int, ...]
 
     def digest(self) -> str:
-        """Return a name for the engine's file: the same key gives the same on every machine."""
+        """Return a name for the engine's file. A key gives the same name on every machine."""
         text = json.dumps(dataclasses.asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
     def differences(self, other: PlanKey) -> list[str]:
-        """Say, field by field, how ``other`` (what is wanted) differs from this key."""
+        """Describe, field by field, how ``other`` (the wanted key) differs from this key."""
         return [
             f"{f.name} is {getattr(self, f.name)}, wanted {getattr(other, f.name)}"
             for f in dataclasses.fields(self)
@@ -59,12 +59,12 @@ class Layer:
 
     name: str
     kind: str
-    """TensorRT's name for it: ``correlation`` (a convolution), ``gemm``, ``kgen``, …"""
+    """TensorRT's word for the layer: ``correlation`` (a convolution), ``gemm``, ``kgen``, …"""
     reads: tuple[str, ...]
-    """Types of its inputs: ``fp32``, ``fp16``, ``bf16``, ``int8``, …"""
+    """Types of the layer's inputs: ``fp32``, ``fp16``, ``bf16``, ``int8``, …"""
     writes: tuple[str, ...]
     nodes: tuple[str, ...] = ()
-    """The ONNX nodes that went into it."""
+    """The ONNX nodes that the layer was made of."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ class PlanInfo:
 
     key: PlanKey
     gpu: str | None
-    """Name of the GPU that it was built on; None if the builder had none."""
+    """Name of the GPU that the engine was built on; None if the builder had none."""
     attention: str
-    """``fused``, ``chunked`` or ``plain``."""
+    """The form of attention: ``fused``, ``chunked`` or ``plain``."""
     hardware_compatible: bool
     version_compatible: bool
     build_seconds: float
@@ -85,16 +85,16 @@ class PlanInfo:
     """Activation memory of one execution context, by bucket."""
     layers: tuple[Layer, ...]
     layers_from: str
-    """``inspector``, or ``build log``: its text as the builder logs it, where no GPU can load the
-    engine."""
+    """``inspector``, or ``build log`` where no GPU can load the engine: the builder logs the same
+    text."""
     disagreements: tuple[str, ...] = ()
-    """Nodes that the engine computes in another type than asked; the parity gate judges them."""
+    """Nodes that the engine computes in another type than asked. The parity gate judges them."""
     model: Mapping[str, str] = field(default_factory=dict)
-    """The ONNX file's metadata: name, version, weights' sha256, training data, …"""
+    """Metadata of the ONNX file: name, version, weights' sha256, training data, …"""
     beside_serving: bool = False
-    """Its kernels were chosen by their times on a GPU that served meanwhile."""
+    """Whether the kernels were chosen by their times on a GPU that served meanwhile."""
     parity: Mapping[str, Any] | None = None
-    """Result of the parity gate, once it has run: ``trt_build.parity.Parity``, and ``failures``,
+    """Result of the parity gate once it has run: ``trt_build.parity.Parity``, and ``failures``,
     which is empty where the engine may be served."""
 
     def precisions(self) -> dict[str, int]:
@@ -109,7 +109,7 @@ class PlanInfo:
 
 
 def sidecar_path(engine: Path) -> Path:
-    """Return where the sidecar of ``engine`` lies."""
+    """Return the path of the sidecar of ``engine``."""
     return engine.with_name(engine.name + ".json")
 
 
@@ -146,7 +146,7 @@ def read_plan_info(engine: Path) -> PlanInfo:
 
 
 def read_engine(engine: Path, info: PlanInfo) -> bytes:
-    """Return the engine file's bytes. Raises PlanError if they are not those that were built."""
+    """Return the engine file's bytes. Raises PlanError if they are not the built ones."""
     try:
         data = engine.read_bytes()
     except OSError as error:
@@ -165,7 +165,7 @@ def file_sha256(path: Path) -> str:
 
 
 def parse_buckets(text: str) -> tuple[int, ...]:
-    """Read ``1,2,4,8``. Raises ValueError unless the sizes are positive and ascend."""
+    """Read text such as ``1,2,4,8``. Raises ValueError unless the sizes are positive and ascend."""
     buckets = tuple(int(part) for part in text.split(","))
     check_buckets(buckets)
     return buckets

@@ -2,11 +2,11 @@
 
     python -m trt_build.runtime slsnet.engine
 
-loads one and runs it once, in a process that it may end.
+loads an engine and runs it once, in a process of its own, since a bad engine may end the process.
 
-It has two slots, each with its own stream, buffers and contexts, so that one batch's copies hide
-behind the other's compute. A slot's contexts never run at the same time, and share its scratch
-memory.
+An engine has two slots, each with its own stream, buffers and contexts, so that the copies of one
+batch hide behind the compute of the other. A slot's contexts never run at the same time, and share
+its scratch memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from trt_build.tensorrt_api import RTX_PORTABLE, TensorRT, TensorRTError, find_t
 SLOTS = 2
 
 _MOST_GRAPH_DIFFERENCE = 1e-2
-"""Largest difference in probability with and without a graph: kernels sum in any order."""
+"""The largest difference in probability that a graph may make, since kernels sum in any order."""
 
 log = logging.getLogger("slsnet.tensorrt")
 
@@ -40,7 +40,7 @@ class EngineError(RuntimeError):
 
 
 def check_fits(info: PlanInfo, trt: TensorRT, gpu: Gpu) -> None:
-    """Raise PlanError if the engine is of another TensorRT version or GPU.
+    """Raise PlanError if the engine is for another TensorRT version or GPU.
 
     Raise TensorRTError if this TensorRT runs no engine on that GPU.
     """
@@ -91,10 +91,10 @@ def _version(text: str) -> tuple[int, ...]:
 class EngineRunner:
     """An engine file, loaded and ready. ``infer`` may be called from any number of threads.
 
-    Raises PlanError (file missing, truncated, of another version or GPU), NoGpuError,
+    Raises PlanError (file missing, truncated, for another version or GPU), NoGpuError,
     TensorRTError, EngineError (out of memory).
 
-    ``spin``: wait for the GPU by asking it all the time, which takes a core for each slot.
+    ``spin``: threads wait for the GPU by asking it all the time, which takes a core for each slot.
     """
 
     def __init__(self, engine: Path, *, spin: bool = False) -> None:
@@ -141,13 +141,13 @@ class EngineRunner:
 
     @property
     def graphs(self) -> int:
-        """How many of the contexts run as a captured CUDA graph."""
+        """The number of contexts that run as a captured CUDA graph."""
         return sum(lane.graph is not None for slot in self._opened for lane in slot.lanes)
 
     def infer(self, batch: NDArray[np.uint8] | Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
         """N × uint8 [128, 128, 3] → float32 [n, 128, 128]; any n, in steps of the largest bucket.
 
-        Each image is copied once, to where the GPU reads it.
+        Each image is copied once, to the place where the GPU reads it.
 
         Raises EngineError.
         """
@@ -164,7 +164,7 @@ class EngineRunner:
             self._slots.put(slot)
 
     def close(self) -> None:
-        """Free contexts, graphs and memory. No ``infer`` may be running or follow."""
+        """Free contexts, graphs and memory. No call of ``infer`` may be running or follow."""
         for slot in self._opened:
             slot.close()
         self._opened.clear()
@@ -206,7 +206,7 @@ class _Lane:
         done = done and context.set_tensor_address(probability, slot.device_probability.address)
         if not done:
             raise TensorRTError(f"TensorRT refuses a batch of {bucket}")
-        # The first run allocates and, in RTX, compiles, so it must not be recorded.
+        # The first run allocates and, on RTX, compiles. So it must not be recorded.
         pixels = np.random.default_rng(0).integers(0, 256, slot.image.array.shape, np.uint8)
         expected = self._answer(pixels)
         self.graph = self._capture(trt)
@@ -224,8 +224,8 @@ class _Lane:
         return probability
 
     def _prove(self, pixels: NDArray[np.uint8], expected: NDArray[np.float32]) -> None:
-        """Drop the graph unless it gives the engine's own answer for ``pixels``."""
-        # Run another batch first: a graph that did nothing would then leave that one's answer.
+        """Drop the graph unless it gives the same answer for ``pixels`` as the engine alone."""
+        # Run another batch first: after it, a graph that does nothing gives the wrong answer.
         self._slot.image.array[...] = 0
         self._enqueue()
         self._slot.stream.synchronize()
@@ -344,10 +344,10 @@ def _tensor_names(trt: TensorRT, engine: Any) -> tuple[str, str]:
 
 
 class _RtxRuntime:
-    """Contexts of TensorRT for RTX, which compiles its kernels here, at the first run.
+    """The contexts of TensorRT for RTX, which compiles its kernels here, at the first run.
 
-    They are compiled at once rather than lazily (a kernel swapped in later would miss the recorded
-    graph) and kept beside the engine, so that the next start finds them.
+    Kernels are compiled at once rather than lazily: one that is swapped in later would miss the
+    recorded graph. They are kept beside the engine, so that the next start finds them.
     """
 
     def __init__(self, trt: TensorRT, engine_path: Path) -> None:
@@ -364,7 +364,7 @@ class _RtxRuntime:
         )
         if self._cache is None:
             self._cache = config.create_runtime_cache()
-            # It is refused, and left empty, if driver, GPU or version differ.
+            # If driver, GPU or version differ, the cache is refused and left empty.
             if self._path.exists() and not self._cache.deserialize(self._path.read_bytes()):
                 log.info("%s is of another GPU or driver: compiling kernels again", self._path)
         config.set_runtime_cache(self._cache)
@@ -375,7 +375,7 @@ class _RtxRuntime:
             return
         try:
             write_atomically(self._path, bytes(memoryview(self._cache.serialize())))
-        except OSError as error:  # the kernels still run; only the next start compiles again
+        except OSError as error:  # the kernels still run; the next start compiles again
             log.warning("%s could not be written: %s", self._path, error.strerror)
 
 

@@ -1,7 +1,7 @@
 """Photos for calibration and for the parity gate, with their true masks if there are any.
 
-A folder in the ISIC layout: ``NAME.jpg`` (or ``.png``), and the truth as ``NAME_segmentation.png``
-in the same folder or another; other names of masks are those of ``model.truth``.
+A folder has the ISIC layout: ``NAME.jpg`` (or ``.png``), and the true mask as
+``NAME_segmentation.png`` in the same folder or another. ``model.truth`` lists other names of masks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from model.truth import find_masks, find_photos, read_truth
 from photos.image import read_photo
 
 REFERENCE = Path(__file__).parent / "reference"
-"""Generated lesions with their masks, shipped: the gate runs on them where no folder is given."""
+"""Generated lesions with their masks, which are shipped. The gate uses them by default."""
 
 BATCH = 8
 
@@ -29,19 +29,19 @@ class Sample:
 
     name: str
     pixels: NDArray[np.uint8]
-    """[128, 128, 3], RGB."""
+    """The pixels [128, 128, 3], RGB."""
     width: int
-    """Of the photo, pixels."""
+    """Width of the photo; like ``height``, in pixels."""
     height: int
     truth: NDArray[np.bool_] | None
-    """[height, width], lesion true."""
+    """The true mask [height, width], lesion true; None if there is none."""
 
 
 def load_samples(images: Path, masks: Path | None = None, limit: int | None = None) -> list[Sample]:
     """Read up to ``limit`` photos of a folder, spread evenly over its sorted names.
 
-    Raises FileNotFoundError where the folder holds none, photos.image.ImageError for a bad one and
-    model.truth.DataError for a bad mask.
+    Raises FileNotFoundError where the folder holds none, photos.image.ImageError for a bad photo
+    and model.truth.DataError for a bad mask.
     """
     files = find_photos(images) if images.is_dir() else []
     if not files:

@@ -18,7 +18,8 @@ MODULES = (
     "tensorrt_lean",
     "tensorrt_lean_bindings",
 )
-"""Tried in this order. The plain wheels of RTX and of the lean runtime install ``…_bindings``."""
+"""Modules, tried in this order. The plain wheels of RTX and of the lean runtime install
+``…_bindings``."""
 
 _NEEDED = {
     "ICudaEngine": ("device_memory_size_v2", "get_device_memory_size_for_profile_v2"),
@@ -33,21 +34,21 @@ _NEEDED_RTX = {
     "BuilderFlag": ("REQUIRE_USER_ALLOCATION",),
     "IExecutionContext": ("is_stream_capturable",),
 }
-"""What CUDA graphs of TensorRT for RTX need (its release notes of 1.2)."""
+"""CUDA graphs of TensorRT for RTX need these (its release notes of 1.2)."""
 
 
 RTX_PORTABLE = ("8.6", "8.9", "12.0")
-"""Compute capabilities that an engine of TensorRT for RTX runs on unless it is built for one alone
-(NVIDIA's support matrix of TensorRT for RTX, the same from 1.0 to 1.5)."""
+"""An engine of TensorRT for RTX runs on these compute capabilities, unless it is built for one
+alone (NVIDIA's support matrix of TensorRT for RTX, the same from 1.0 to 1.5)."""
 
 
 class TensorRTError(RuntimeError):
-    """TensorRT is missing, too old, or refused; the message carries its own words."""
+    """TensorRT is missing, too old, or refused. The message quotes its own words."""
 
 
 @dataclass(frozen=True)
 class TensorRT:
-    """An imported TensorRT module. Typed ``Any``: none of them ships types."""
+    """An imported TensorRT module. Its type is ``Any``, since none of the modules ships types."""
 
     module: Any
 
@@ -71,7 +72,7 @@ class TensorRT:
 
     @property
     def version(self) -> str:
-        """Such as ``11.4.0.106``."""
+        """The version, such as ``11.4.0.106``."""
         return str(self.module.__version__)
 
     @property
@@ -81,12 +82,12 @@ class TensorRT:
 
     @property
     def is_lean(self) -> bool:
-        """Whether it is the lean runtime, which only runs version-compatible engines."""
+        """Whether it is the lean runtime, which runs only version-compatible engines."""
         return "lean" in str(self.module.__name__)
 
     @property
     def library(self) -> str:
-        """Name and version, as an engine's key has them."""
+        """Name and version, in the form that an engine's key has."""
         kind = "_rtx" if self.is_rtx else "_lean" if self.is_lean else ""
         return f"tensorrt{kind} {self.version}"
 
@@ -108,23 +109,23 @@ class TensorRT:
         return Logger()
 
     def check_builds(self) -> None:
-        """Raise TensorRTError where it runs engines, but builds none."""
+        """Raise TensorRTError where this module runs engines but builds none."""
         if self.is_lean:
             raise TensorRTError(f"{self.library} builds no engines: install tensorrt-cu13 for that")
 
     def create_network(self, builder: Any) -> Any:
-        """Return an empty strongly typed network: the only kind that 11 and RTX have, and the one
-        in which 10 cannot choose another precision than the ONNX file's.
+        """Return an empty strongly typed network: the only kind of TensorRT 11 and RTX. In it
+        TensorRT 10, too, must keep the ONNX file's precision.
         """
         flag = self.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED
         return builder.create_network(1 << int(flag))
 
     def can_be_recorded(self, context: Any, stream: int) -> bool:
-        """Whether the work of ``context`` may go into a CUDA graph: RTX alone has to be asked."""
+        """Whether the work of ``context`` may go into a CUDA graph. Only RTX has to be asked."""
         return not self.is_rtx or bool(context.is_stream_capturable(stream))
 
     def check_runs_on(self, gpu: Gpu) -> None:
-        """Raise TensorRTError where no engine runs on ``gpu``: RTX leaves out what is not RTX."""
+        """Raise TensorRTError where no engine runs on ``gpu``: RTX runs on RTX GPUs only."""
         if self.is_rtx and gpu.compute_capability not in self._targets():
             raise TensorRTError(
                 f"{self.library} does not run on {gpu.name}, whose compute capability is"
@@ -138,7 +139,7 @@ class TensorRT:
         return [f"{major}.{minor}" for major, minor in sorted(versions)]
 
     def target(self, config: Any, compute_capability: str) -> None:
-        """Build for one GPU alone, this machine's (``current``) or another: RTX alone can.
+        """Build for one GPU alone, this machine's (``current``) or another. Only RTX can do that.
 
         Raises TensorRTError.
         """
@@ -156,7 +157,7 @@ class TensorRT:
 
 
 def find_tensorrt() -> TensorRT:
-    """Import TensorRT, whichever is installed. Raises TensorRTError."""
+    """Import the TensorRT that is installed. Raises TensorRTError."""
     reasons = []
     for name in MODULES:
         try:
@@ -183,9 +184,9 @@ def plan_key(
 ) -> PlanKey:
     """Return the key of the engine that would be built here.
 
-    ``compute_capability`` is that of another GPU to build for, or ``current`` for this one alone.
+    ``compute_capability`` is that of another GPU to build for, or ``current`` for this GPU alone.
 
-    Raises NoGpuError where TensorRT needs a GPU to build for and there is none.
+    Raises NoGpuError where TensorRT needs a GPU to build for, and there is none.
     """
     device = "any"
     if compute_capability is not None and compute_capability != "current":
