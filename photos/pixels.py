@@ -1,7 +1,7 @@
-"""The loops over a photo that are compiled: the same bits as Pillow's and numpy's, sooner.
+"""The compiled loops over a photo: the same bits as Pillow's and numpy's, in less time.
 
-They are the package `slsnet_pixels` (photos/native), which is built as it is installed. Where it is
-not installed or does not load all functions give None, and the log says so once.
+They are the package `slsnet_pixels` (photos/native), which pip builds on installation. Where it
+is missing or does not load, all functions return None, and the log says so once.
 """
 
 import ctypes
@@ -16,21 +16,21 @@ try:
     import slsnet_pixels
 
     _library = slsnet_pixels.library
-except (ImportError, OSError, AttributeError):  # not there; of another system; of another version
+except (ImportError, OSError, AttributeError):  # missing, or for another system or version
     _library = None
 
 __all__ = ["mask", "scans", "squash"]
 
 log = logging.getLogger("slsnet.pixels")
 
-# Of an RGB picture in Pillow's memory.
+# Bytes of one pixel of an RGB picture in Pillow's memory.
 _PIXEL_BYTES = 4
 
 _said = threading.Lock()
 
 
 def _is_here() -> bool:
-    # Told at the first photo, not as this is imported: the log is not configured by then.
+    # The log is not configured while this is imported, so the first photo says it.
     if _library is None and _said.acquire(blocking=False):
         log.warning(
             "the compiled loops are not installed: the same masks, slower;"
@@ -46,16 +46,16 @@ _pointer_in.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
 def squash(image: Image.Image, size: int) -> NDArray[np.uint8] | None:
     """
-    What `image.resize((size, size), Image.Resampling.BOX)` gives, uint8 [size, size, 3].
+    Shrink as `image.resize((size, size), Image.Resampling.BOX)` does; uint8 [size, size, 3].
 
     Args:
-        image: RGB.
+        image: an RGB picture.
         size: side of the square, pixels.
 
     Returns:
-        None where Pillow has to do it: also for a large picture, which it holds in several pieces,
-        a tall one, of which it averages columns first and rounds otherwise, and where
-        PILLOW_ALIGNMENT has it leave room between lines.
+        None where Pillow has to do it. That is so for a large picture, which Pillow holds in
+        several pieces; for a tall one, whose columns Pillow averages first, with other rounding;
+        and where PILLOW_ALIGNMENT leaves room between lines.
     """
     if (
         not _is_here()
@@ -64,7 +64,7 @@ def squash(image: Image.Image, size: int) -> NDArray[np.uint8] | None:
     ):
         return None
     try:
-        # Its own memory, not a copy: held as long as the capsule is.
+        # This is Pillow's own memory, not a copy. The capsule keeps it alive.
         _, array = image.__arrow_c_array__()
     except (AttributeError, ValueError):
         return None
@@ -81,7 +81,7 @@ def squash(image: Image.Image, size: int) -> NDArray[np.uint8] | None:
 def mask(
     probability: NDArray[np.float32], width: int, height: int, threshold: float
 ) -> NDArray[np.uint8] | None:
-    """What `photos.image.lesion_mask` gives, but for the padding bits; None where numpy has to."""
+    """Do what `photos.image.lesion_mask` does, except padding bits; None where numpy has to."""
     if not _is_here():
         return None
     probability = np.ascontiguousarray(probability, np.float32)
@@ -96,7 +96,7 @@ def mask(
 
 
 def scans(jpeg: bytes) -> int | None:
-    """How many scans the picture has; None where numpy has to count them."""
+    """Count the scans of the picture; None where numpy has to count them."""
     if not _is_here():
         return None
     count: int = _library.pixels_scans(jpeg, len(jpeg))
