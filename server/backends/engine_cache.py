@@ -1,9 +1,9 @@
-"""Engines that build and heal themselves while something else serves.
+"""Engines that are built, and mended where damaged, while another backend serves.
 
-An engine file's name holds its key (ONNX file, TensorRT version, GPU, precision, buckets), so one
-that does not fit is never found. What is missing or damaged is built again by a process of its own,
-under a lock that the builder holds too: two servers never build the same engine, not even where the
-one that began it is gone. A failed build is tried again, each time after twice the pause.
+An engine file's name holds its key (ONNX file, TensorRT version, GPU, precision, buckets). So an
+engine that does not fit is never found. A missing or damaged one is built in a process of its own,
+under a lock that the builder holds too. Two servers never build the same engine, even where the
+server that began the build is gone. After each failed build, the pause before the next doubles.
 
 TensorRT chooses kernels by their times, which mean little on a GPU that serves meanwhile. So an
 engine that was built beside serving is marked, and built again once no photo has come for a while.
@@ -64,7 +64,7 @@ EngineEvent = Literal[
     "serving",
     "lost",
 ]
-"""Each is one log line and one count of the metric."""
+"""Events. Each is one log line, and one count of the metric."""
 
 ENGINE_EVENTS: tuple[EngineEvent, ...] = get_args(EngineEvent)
 
@@ -73,25 +73,25 @@ _POLL_S = 0.2
 _TERMINATION_S = 5
 _TRIAL_S = 300
 
-# Threads that wait for the GPU spin, one for each slot, where they leave three quarters of the
-# cores: it answers sooner. With less they would take the time that decoding needs.
+# Spinning threads get the GPU's answer sooner, but each slot's takes a core. They spin only where
+# that leaves three quarters of the cores; with fewer, decoding would lack the time.
 CORES_TO_SPIN = 4 * SLOTS
 
 
 class EngineCache:
-    """The engine for one key, in a folder that servers on one machine may share.
+    """The engine of one key, in a folder that servers on one machine may share.
 
     Args:
-        folder: made if it is missing.
+        folder: folder of the engine; made if it is missing.
         key: what the engine must have been built for.
-        command: command line of the builder, given the engine's path; None where engines are built
-            elsewhere, and only loaded here.
+        command: gives the builder's command line for the engine's path; None where engines are
+            built elsewhere, and only loaded here.
         load: opens the engine; raises BackendError.
-        trial: command line that loads an engine and runs it once, given its path.
-        on_event: told of each step; counts it.
-        engine: the file, if its name does not hold the key.
-        first_pause_s: before a failed build is tried again.
-        longest_pause_s: where the doubling stops.
+        trial: gives the command line that loads the engine at a path and runs it once.
+        on_event: called with every event; it counts them.
+        engine: path of the engine file, if its name does not hold the key.
+        first_pause_s: pause after the first failed build; it doubles after each further one.
+        longest_pause_s: the longest such pause.
         build_timeout_s: a build that takes longer is ended and counts as failed.
         lull_s: seconds without a photo after which an engine built beside serving is built again.
         look_s: seconds between two looks for such a lull.
@@ -128,10 +128,9 @@ class EngineCache:
     def load(self) -> Backend | None:
         """Load the engine, if there is one that fits, is whole and has passed the gate.
 
-        It is first tried in a process of its own: an engine that crashes in the driver, or costs
-            the
-        process its GPU, would do so to the server at every start. It is removed if it can be built
-        again.
+        A process of its own tries the engine first: one that crashes in the driver, or costs the
+        process its GPU, would do so to the server at every start. Such an engine is removed, if it
+        can be built again.
         """
         return self._open(tried=False)
 
@@ -166,19 +165,19 @@ class EngineCache:
         return backend
 
     def obtain(self, stop: threading.Event) -> Backend | None:
-        """Build until there is an engine that may be served, and load it. Blocks for minutes.
+        """Build until an engine exists that may be served, and load it. This blocks for minutes.
 
-        If engines are built elsewhere, try to load the one there until that works.
+        If engines are built elsewhere, try to load the present one until that works.
 
         Returns:
-            None once `stop` is set, or if the engine fails the parity gate: built again, it would
-            fail again.
+            The backend; None once `stop` is set, or if the engine fails the parity gate, which it
+            would fail again after another build.
         """
         pause_s = self._first_pause_s
         while not stop.is_set():
             command = self._command
             if command is None or self._build(command, stop):
-                # The builder's own process has tried it in the gate.
+                # The builder's own process has tried the engine in the gate.
                 backend = self._open(tried=command is not None)
                 if backend is not None:
                     self._say("serving", f"{self.engine} takes over")
@@ -193,17 +192,17 @@ class EngineCache:
         return None
 
     def rebuild(self, stop: threading.Event, idle_s: Callable[[], float]) -> Backend | None:
-        """Build the engine again at the next lull if it was built beside serving. Blocks till then.
+        """At the next lull, build the engine again if it was built beside serving. Blocks.
 
-        A photo that comes meanwhile ends the build, which begins anew at the next lull.
+        A photo that comes meanwhile ends the build. It begins anew at the next lull.
 
         Args:
-            stop: gives up.
-            idle_s: seconds since this process last ran a photo.
+            stop: ends the wait, and the build.
+            idle_s: gives the seconds since this process last ran a photo.
 
         Returns:
-            The new engine, whichever server built it. None if none is needed, `stop` is set, or the
-            build fails: the engine in use is good.
+            The new engine, whichever server built it. None if no new one is needed, `stop` is set,
+            or the build fails, since the engine in use is good.
         """
         command = self._command
         if command is None or not self._was_built_beside_serving():
@@ -227,7 +226,7 @@ class EngineCache:
             return False
 
     def _idle_s(self, idle_s: Callable[[], float]) -> float:
-        """Seconds without a photo on all servers that use the folder; a file's time tells them."""
+        """Seconds without a photo on all servers that use the folder, by the time of a file."""
         used = self.engine.with_name(self.engine.name + ".used")
         mine = idle_s()
         if mine < 2 * self._look_s:
@@ -243,12 +242,12 @@ class EngineCache:
         stop: threading.Event,
         idle_s: Callable[[], float],
     ) -> bool:
-        """Build once more; tell whether to go on (false if it failed)."""
+        """Build once more; return whether to go on, which is false after a failure."""
         with self._lock(stop) as lock:
             if lock is None or not self._was_built_beside_serving():
                 return True
             self._remove_leftovers()
-            # The present engine stays until this one has passed the gate.
+            # The present engine stays until the new one has passed the gate.
             anew = self.engine.with_name(f".{self.engine.name}.anew")
             started = time.monotonic()
 
@@ -277,7 +276,7 @@ class EngineCache:
         return info
 
     def _try(self) -> None:
-        """Try the engine: PlanError if its process was killed, BackendError if it fails."""
+        """Try the engine. Raises PlanError if its process was killed, BackendError if it fails."""
         try:
             trial = subprocess.run(
                 self._trial(self.engine),
@@ -302,7 +301,7 @@ class EngineCache:
             return False
 
     def _build(self, command: Callable[[Path], Sequence[str]], stop: threading.Event) -> bool:
-        """Build, and tell whether there is an engine now; another server may have built it."""
+        """Build; return whether an engine exists now. Another server may have built it."""
         try:
             self.engine.parent.mkdir(parents=True, exist_ok=True)
             with self._lock(stop) as lock:
@@ -324,7 +323,7 @@ class EngineCache:
 
     @contextlib.contextmanager
     def _lock(self, stop: threading.Event) -> Iterator[int | None]:
-        """Take the engine's lock, a file descriptor; None if `stop` came first."""
+        """Take the engine's lock, and yield its file descriptor; None if `stop` came first."""
         path = self.engine.with_name(self.engine.name + ".lock")
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         waiting = False
@@ -342,7 +341,7 @@ class EngineCache:
                     return
             yield descriptor
         finally:
-            # Releases the lock unless a builder that outlived its server still holds it.
+            # This releases the lock, unless a builder that outlived its server still holds it.
             os.close(descriptor)
 
     def _remove_leftovers(self) -> None:
@@ -371,7 +370,7 @@ class EngineCache:
             self._say("build_succeeded", last_lines[-1] if last_lines else str(self.engine))
             return "build_succeeded"
         if reason is None and self._failed_gate():
-            return "gate_failed"  # `load` says so
+            return "gate_failed"  # `load` reports it
         if reason is None:
             code = builder.returncode
             reason = f"the builder was killed by signal {-code}" if code < 0 else f"exit {code}"
@@ -381,7 +380,7 @@ class EngineCache:
     def _wait(
         self, builder: subprocess.Popen[bytes], interrupted: Callable[[], str | None]
     ) -> tuple[EngineEvent, str | None]:
-        """Wait for the builder; return the name of a failure, and why it was ended, if it was."""
+        """Wait for the builder; return the name of a failure, and why it was ended, or None."""
         deadline = time.monotonic() + self._build_timeout_s
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -428,16 +427,16 @@ def open_engine_cache(
     *,
     cores: int = 1,
 ) -> EngineCache:
-    """The cache of engines of `model` (an ONNX file) for this process's GPU.
+    """Open the cache of engines of `model` for this process's GPU.
 
-    TensorRT's lean runtime cannot build: it takes the best engine in the folder.
+    TensorRT's lean runtime cannot build. It takes the best engine in the folder.
 
     Args:
-        folder: of the engine files.
-        model: the ONNX file.
-        precision: of the engine.
-        on_event: told of each step.
-        cores: this process's share of the machine.
+        folder: folder of the engine files.
+        model: path of the ONNX file.
+        precision: precision of the engine.
+        on_event: called with every event.
+        cores: number of cores that this process may use.
 
     Raises:
         BackendError: TensorRT, driver, GPU or file is missing, or a lean runtime has no engine.
@@ -477,7 +476,7 @@ def open_engine_cache(
 
 
 def _builder(model: Path, key: PlanKey, target: str | None) -> Callable[[Path], list[str]]:
-    """The builder's command line, for an engine's path; `target` is a card to build for alone."""
+    """Give the builder's command line for a path; `target` is the only card to build for."""
 
     def command(engine: Path) -> list[str]:
         return [
@@ -493,12 +492,12 @@ def _builder(model: Path, key: PlanKey, target: str | None) -> Callable[[Path], 
 def _built_elsewhere(
     folder: Path, onnx_sha256: str, precision: Precision, trt: TensorRT, gpu: Gpu
 ) -> tuple[Path, PlanKey]:
-    """The engine in `folder` that the lean runtime `trt` runs best on `gpu`, and its key.
+    """Find the engine in `folder` that the lean runtime `trt` runs best on `gpu`, and its key.
 
     An engine for this very card goes before a portable one.
 
     Raises:
-        PlanError: there is none; the message says of each file why not.
+        PlanError: there is no such engine; the message says for each file why not.
     """
     fitting: list[tuple[Path, PlanInfo]] = []
     others: list[str] = []
