@@ -5,9 +5,8 @@
 
 First it sends each file that is made to cost much, and the largest sound ones that the limits
 allow, alone. It prints the server's CPU seconds and its answer, the costliest first. Then one
-client
-sends a good photo again and again, in turn alone and beside attackers who send the costliest files
-without a pause, and it compares the latencies. Flags of the server follow `--`.
+client sends a good photo again and again, in turn alone and beside attackers who send the costliest
+files without a pause. It compares the latencies. Flags of the server follow `--`.
 """
 
 import argparse
@@ -37,7 +36,7 @@ def largest_sound() -> dict[str, bytes]:
     """Photos at the default limit of pixels, in the forms that cost a decoder most."""
     small = np.random.default_rng(0).integers(0, 256, (500, 500, 3), np.uint8)
     picture = Image.fromarray(small).resize((8000, 8000), Image.Resampling.BICUBIC)
-    # Sixteen levels: else it has more bytes than a body may.
+    # Only sixteen levels, since with more its bytes would pass the limit of a body.
     coarse = picture.point(lambda value: value & 0xF0)
     files = {}
     for name, photo, form, options in (
@@ -60,7 +59,7 @@ def _cpu_s(server: ServerProcess) -> float:
 
 
 def costs(server: ServerProcess, files: dict[str, bytes]) -> list[tuple[float, str, int]]:
-    """CPU seconds, name and status of each file, sent alone; the costliest first."""
+    """CPU seconds, name and status of each file when it is sent alone; the costliest first."""
     found = []
     with httpx.Client(base_url=server.url, timeout=_TIMEOUT_S) as client:
         for name, data in files.items():
@@ -71,7 +70,7 @@ def costs(server: ServerProcess, files: dict[str, bytes]) -> list[tuple[float, s
 
 
 def latencies_ms(server: ServerProcess, photo: bytes, seconds: float) -> tuple[list[float], int]:
-    """Of good photos, one after the other; and how many were not answered with a mask."""
+    """Latencies of good photos, one after the other, and how many got no mask."""
     taken, failed = [], 0
     until = time.perf_counter() + seconds
     with httpx.Client(base_url=server.url, timeout=_TIMEOUT_S) as client:
@@ -99,7 +98,7 @@ def _percentile(values: list[float], share: float) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; gives the exit code: 1 if a good photo was not answered with its mask."""
+    """Run the command; return its exit code, which is 1 if a good photo did not get its mask."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.attack",
         description=__doc__,

@@ -10,8 +10,9 @@ or generated. With
 
 the table of masks also has the Jaccard index. Each backend has a process of its own, and runs a
 batch as the server does: as many runs at a time as it has slots. In every round each runs each size
-of batch once, in an order that rotates, so that other work on the machine hits all alike. It tells
-how much that was, and warns if it was too much. `--busy 1` takes a core away on purpose.
+of batch once, in an order that rotates, so that other work on the machine hits all alike. The
+report says how much other work there was, and warns of too much. `--busy 1` takes a core away on
+purpose.
 """
 
 import argparse
@@ -47,14 +48,14 @@ STOCK = "stock ONNX Runtime"
 WARM_UP = 3
 
 _REST_S = 0.2
-"""Between two runs: stock's threads spin for some 30 ms after each, on the cores of the next."""
+"""Pause between two runs: stock's threads spin for 30 ms after one, on the cores of the next."""
 _QUIET = 0.1
-"""Of a core; what other work may take before the figures are of another machine."""
+"""The most of a core that other work may take, before the figures are of another machine."""
 _PROC_STAT = Path("/proc/stat")
 
 
 def stock(model: Path, threads: int) -> Infer:
-    """ONNX Runtime with its own defaults."""
+    """Open ONNX Runtime with its own defaults."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
@@ -67,7 +68,7 @@ def stock(model: Path, threads: int) -> Infer:
 
 
 def as_served(name: str, model: Path, threads: int) -> tuple[BackendInfo, Infer]:
-    """A backend that is warm, and a batch run by it as the server's queue would be."""
+    """Open and warm a backend; return it, and a function that runs a batch as the queue does."""
     backend = open_backend(name, model, threads=threads)
     backend.warm_up()
     info = backend.describe()
@@ -83,25 +84,25 @@ def as_served(name: str, model: Path, threads: int) -> tuple[BackendInfo, Infer]
 
 @dataclass(frozen=True)
 class Run:
-    """What an engine took for an image, seconds by the clock and of its process's CPU time."""
+    """What a backend took for an image: seconds by the clock, and CPU seconds of its process."""
 
     wall_s: float
     cpu_s: float
 
 
 class Contender:
-    """An engine in a process of its own."""
+    """A backend in a process of its own."""
 
     def __init__(self, backend: str | None, model: Path, threads: int) -> None:
-        """Start the process and wait until the engine is loaded.
+        """Start the process, and wait until the backend is loaded.
 
         Args:
-            backend: its name; None for stock.
-            model: the ONNX file.
-            threads: of the engine.
+            backend: name of the backend; None for stock.
+            model: path of the ONNX file.
+            threads: number of the backend's threads.
 
         Raises:
-            BackendError: it does not run here.
+            BackendError: the backend does not run here.
         """
         spawning = multiprocessing.get_context("spawn")
         self._pipe, other = spawning.Pipe()
@@ -116,17 +117,17 @@ class Contender:
 
     @property
     def pid(self) -> int:
-        """Of its process."""
+        """The id of its process."""
         assert self._process.pid is not None
         return self._process.pid
 
     def infer(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """What it says of a batch."""
+        """The backend's answer for a batch."""
         probability: NDArray[np.float32] = self._ask(batch)[0]
         return probability
 
     def run(self, batch: NDArray[np.uint8]) -> Run:
-        """What it takes for an image of a batch."""
+        """The time that an image of a batch takes."""
         run: Run = self._ask(batch)[1]
         return run
 
@@ -169,15 +170,15 @@ def _contend(pipe: Connection, backend: str | None, model: Path, threads: int) -
 
 
 class OtherWork:
-    """How much of a core other processes took, those that were asked for apart."""
+    """The share of cores that other processes took, apart from those of the measurement."""
 
     def __init__(self, own: Sequence[int]) -> None:
-        """`own`: processes that count as the measurement's, beside this one."""
+        """`own` has the processes that count as the measurement's, besides this one."""
         self._own = [os.getpid(), *own]
         self._before = self._now()
 
     def cores(self) -> float | None:
-        """Since it was asked last; None where the system does not tell (it is Linux that does)."""
+        """Cores taken since the last call; None on systems other than Linux, which do not tell."""
         before, self._before = self._before, self._now()
         if before is None or self._before is None:
             return None
@@ -188,7 +189,7 @@ class OtherWork:
         if not _PROC_STAT.exists():
             return None
         ticks = os.sysconf("SC_CLK_TCK")
-        # From user to steal (proc(5)); the fourth and fifth are idle and waiting for a disk.
+        # From user to steal (proc(5)). The fourth and fifth are idle, and waiting for a disk.
         times = [int(n) for n in _PROC_STAT.read_text(encoding="ascii").split("\n")[0].split()[1:9]]
         busy = sum(times) - times[3] - times[4]
         for pid in self._own:
@@ -199,20 +200,20 @@ class OtherWork:
 
 @dataclass
 class Figures:
-    """What was measured."""
+    """The results of the measurement."""
 
     runs: dict[tuple[str, int], list[Run]] = field(default_factory=dict)
-    """By engine and size of batch."""
+    """Runs by backend and size of batch."""
     others: list[float] = field(default_factory=list)
-    """Cores that other work took, by round; empty where the system does not tell."""
+    """Cores that other work took, by round; empty where the system does not say."""
 
     def wall_ms(self, name: str, size: int) -> tuple[float, float]:
-        """Least and median milliseconds an image."""
+        """Least and median milliseconds for an image, by the clock."""
         times = [1000 * run.wall_s for run in self.runs[name, size]]
         return min(times), statistics.median(times)
 
     def cpu_ms(self, name: str, size: int) -> float:
-        """Median milliseconds of CPU time an image."""
+        """Median milliseconds of CPU time for an image."""
         return 1000 * statistics.median(run.cpu_s for run in self.runs[name, size])
 
 
@@ -223,14 +224,14 @@ def measure(
     rounds: int,
     other_work: OtherWork,
 ) -> Figures:
-    """Time each engine on each size of batch.
+    """Time each backend on each size of batch.
 
     Args:
-        engines: what runs a batch, by name.
+        engines: the backends to time, by name.
         pixels: uint8 [count, 128, 128, 3], taken in turn.
-        batches: sizes.
-        rounds: measured, after `WARM_UP` that are not.
-        other_work: asked after each round.
+        batches: sizes of batch.
+        rounds: number of measured rounds, after `WARM_UP` others.
+        other_work: asked after each round how much other work there was.
     """
     figures = Figures()
     names = list(engines)
@@ -249,7 +250,7 @@ def measure(
 
 
 def speed_table(figures: Figures, names: Sequence[str], batches: Sequence[int]) -> str:
-    """Milliseconds an image, and the ratio to stock, as Markdown."""
+    """Milliseconds for an image, and the ratio to stock, as Markdown."""
     lines = [
         "| engine | batch | ms an image, least | median | × stock, least | median | CPU, ms |",
         "|---|--:|--:|--:|--:|--:|--:|",
@@ -265,7 +266,7 @@ def speed_table(figures: Figures, names: Sequence[str], batches: Sequence[int]) 
 
 
 def disturbance(others: Sequence[float]) -> str:
-    """What to say of other work."""
+    """A sentence about other work on the machine."""
     if not others:
         return "Other work on the machine: this system does not tell."
     median, most = statistics.median(others), max(others)
@@ -275,7 +276,7 @@ def disturbance(others: Sequence[float]) -> str:
 
 @contextmanager
 def taken(cores: int) -> Iterator[list[int]]:
-    """Processes that each keep a core busy; their ids."""
+    """Start processes that each keep a core busy; yield their ids."""
     burners = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(cores)]
     try:
         yield [burner.pid for burner in burners]
@@ -286,7 +287,7 @@ def taken(cores: int) -> Iterator[list[int]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; 1 where an engine's masks do not pass its gate."""
+    """Run the command; return 1 where a backend's masks do not pass its gate."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.cpu_engine",
         description=__doc__,

@@ -1,7 +1,6 @@
 """The photos that the load test sends, and the right mask of each.
 
-Photos are generated in sizes and formats that clients have, or read from a folder. Each is first
-run
+Photos are generated in sizes and formats that clients have, or read from a folder. Each first runs
 through the network here, without a server, and every answer is compared with that mask.
 """
 
@@ -28,8 +27,8 @@ __all__ = ["Card", "Deck", "Expected", "Verdict", "bare_network_ms", "deal", "ge
 
 Verdict = Literal["identical", "rounding", "wrong"]
 
-# Width, height, format, and how many of the 24 cards: mostly JPEG, mostly small, as photos of
-# dermatoscopes and the copies of them that applications send are.
+# Width, height, format, and how many of the 24 cards: mostly small JPEGs, as are the photos of
+# dermatoscopes, and the copies that applications send of them.
 MIX = (
     (600, 450, "JPEG", 6),
     (1024, 768, "JPEG", 5),
@@ -43,11 +42,11 @@ MIX = (
 )
 
 _MOST_GIVEN = 48
-"""Of a folder's images; each is held in memory twice."""
+"""The most images that are taken from a folder, since each is held in memory twice."""
 
 _ROUNDING = {"fp32": 1e-4, "bf16": 0.02}
-"""Far more than a probability changes by: in float32 because sums are in another order in another
-batch, in bfloat16 because values have 8 bits (0.01 at most on ISIC's validation photos)."""
+"""Rounding changes a probability by far less. In float32 it comes from sums in another order in
+another batch, in bfloat16 from values of 8 bits (0.01 at most on ISIC's validation photos)."""
 
 _BOUNDARY = "slsnet-boundary-5c4b1f"
 
@@ -59,8 +58,9 @@ class Expected:
         """Make the mask and its PNG from the network's answer.
 
         Args:
-            probability: float32 [128, 128].
-            width, height: the photo's, pixels.
+            probability: the network's answer, float32 [128, 128].
+            width: width of the photo, pixels.
+            height: height of the photo, pixels.
         """
         self.png = encode_png(lesion_mask(probability, width, height), width, height)
         self._probability = probability
@@ -68,11 +68,11 @@ class Expected:
         self._verdicts: dict[tuple[bytes, str], Verdict] = {}
 
     def verdict(self, answer: bytes, precision: str) -> Verdict:
-        """How a server's PNG compares.
+        """Compare a server's PNG with this mask.
 
-        In fp32 and bf16 a pixel may differ where the probability lies so near to the threshold that
-        rounding explains it (`_ROUNDING`). An engine of less precision than fp32 may also overlap
-        as much as its own gate asks (`trt_build.parity`).
+        In fp32 and bf16 a pixel may differ where the probability is so near to the threshold that
+        rounding explains it (`_ROUNDING`). At less precision than fp32, a mask also passes if it
+        overlaps as much as that precision's gate asks (`trt_build.parity`).
         """
         if answer == self.png:
             return "identical"
@@ -109,7 +109,7 @@ class Card:
     """One request of the deck."""
 
     kind: str
-    """Size and format, which is all that a report says of a photo."""
+    """Size and format of the photo; a report says no more of it."""
     body: bytes
     content_type: str
     expected: Expected
@@ -117,21 +117,21 @@ class Card:
 
 @dataclass(frozen=True)
 class Deck:
-    """The requests that are sent, over and over."""
+    """The requests that are sent, again and again."""
 
     cards: Sequence[Card]
     source: str
-    """For the report: never a path, nor a name."""
+    """Where the photos are from, for the report: never a path or a name."""
     model: Path
     pixels: NDArray[np.uint8]
-    """Of the photos, uint8 [count, 128, 128, 3]."""
+    """Pixels of the photos, uint8 [count, 128, 128, 3]."""
     kinds: dict[str, int] = field(default_factory=dict)
-    """Cards by kind."""
+    """Number of cards by kind."""
 
 
 def generated(model: Path) -> Deck:
-    """Generated photos in `MIX`'s sizes and formats."""
-    # Only where it is asked for: it draws what the tests draw.
+    """Make a deck of generated photos in `MIX`'s sizes and formats."""
+    # Imported here, since it is needed only where photos are generated.
     from tests.support.lesions import encode_photo, lesion_photo
 
     photos = []
@@ -142,10 +142,10 @@ def generated(model: Path) -> Deck:
 
 
 def given(folder: Path, model: Path) -> Deck:
-    """The images that lie in `folder`, as they are.
+    """Make a deck of the images that lie in `folder`, as they are.
 
     Raises:
-        ValueError: none of them is a photo that is served.
+        ValueError: the folder holds no photo that the server accepts.
     """
     photos = []
     for file in sorted(path for path in folder.iterdir() if path.is_file()):
@@ -159,13 +159,13 @@ def given(folder: Path, model: Path) -> Deck:
             break
     if not photos:
         raise ValueError(f"{folder} holds no image in one of the formats {', '.join(FORMATS)}.")
-    # Each as a form and bare, so that both ways are gone with each of them.
+    # Each is sent as a form and bare, so that every photo takes both ways.
     twice = [(data, 2) for data in photos]
     return _deck(twice, model, f"{len(photos)} given photos")
 
 
 def bare_network_ms(deck: Deck, backend: str) -> float:
-    """One image through the network that `backend` runs, median: no server, nothing else."""
+    """Median time of one image through the network of `backend` alone, without a server."""
     network = open_backend(backend, deck.model, threads=available_cores())
     try:
         network.warm_up()
@@ -180,7 +180,7 @@ def bare_network_ms(deck: Deck, backend: str) -> float:
 
 
 def deal(cards: Sequence[Card]) -> Iterator[Card]:
-    """All cards in an arbitrary order, then again in another, without end; always the same."""
+    """All cards in an arbitrary order, then in another, without end. It is the same each time."""
     order = random.Random(0)
     while True:
         yield from order.sample(cards, len(cards))
@@ -196,7 +196,7 @@ def _deck(photos: Sequence[tuple[bytes, int]], model: Path, source: str) -> Deck
         kind = f"{photo.width}×{photo.height} {_format(data)}"
         expected = Expected(infer(photo.pixels[None])[0], photo.width, photo.height)
         for _ in range(count):
-            # In turn as browsers send it and as programs do.
+            # They alternate between the form of browsers and the bare body of programs.
             wrapped = len(cards) % 2 == 0
             body, content_type = _form(data) if wrapped else (data, _content_type(data))
             cards.append(Card(kind, body, content_type, expected))
@@ -216,7 +216,7 @@ def _content_type(data: bytes) -> str:
 
 
 def _form(data: bytes) -> tuple[bytes, str]:
-    """A form with one file, whose name says nothing."""
+    """Make a form with one file. The file's name says nothing about it."""
     head = (
         f"--{_BOUNDARY}\r\n"
         f'Content-Disposition: form-data; name="{FIELD}"; filename="photo"\r\n'

@@ -3,12 +3,12 @@
     python -m benchmarks.fuzz --images 20000 [--photos FOLDER]
 
 Seeds are photos in all formats and many modes, generated ones and those of a folder. Each image is
-one of them with bytes flipped, cut, repeated, exchanged or spliced with another's. It passes if
-`read_photo` gives the network's pixels or raises an ImageError, within two seconds of CPU; memory
+one of them, with bytes flipped, cut, repeated, exchanged or spliced with another's. It passes if
+`read_photo` gives the network's pixels or raises an ImageError within two seconds of CPU. Memory
 must be back where it was after the first tenth. Before them come files that are made to ask a
-decoder for minutes or gigabytes: each has to be refused within those seconds, and none may raise
-the process's peak by more than 256 MiB. A crash of the process ends the run with its signal, a
-hang with a traceback; `--seed` and the number printed make an image again.
+decoder for minutes or gigabytes. Each has to be refused within those seconds, and none may raise
+the process's peak by more than 256 MiB. A crash of the process ends the run with its signal, and a
+hang ends it with a traceback. `--seed` and the printed number make an image again.
 """
 
 import argparse
@@ -44,22 +44,22 @@ _INTERESTING = (b"\x00", b"\xff", b"\x7f", b"\x80", b"\xff\xff\xff\xff", b"\x00\
 
 
 class Report:
-    """What became of the images."""
+    """The outcome of the run."""
 
     def __init__(self) -> None:
         self.outcomes: Counter[str] = Counter()
         self.wrong: list[str] = []
         self.slowest_s = 0.0
-        """Of CPU, that one image took."""
+        """CPU seconds of the image that took longest."""
         self.growth_mib = 0.0
-        """Of the process's memory after the first tenth."""
+        """Growth of the process's memory after the first tenth."""
 
 
 def seeds(folder: Path | None = None) -> list[bytes]:
-    """Small photos, in every format that is served and in unusual modes of each.
+    """Make small photos in every format that is served, and in unusual modes of each.
 
     Args:
-        folder: of JPEG photos that are taken too: the files themselves, and made small.
+        folder: folder of JPEG photos that are taken too, as they are and made small.
     """
     photos = [lesion_photo(seed, 96, 80).pixels for seed in range(2)]
     files = sorted(folder.glob("*.jpg"))[:8] if folder else []
@@ -87,7 +87,7 @@ def _made_small(file: Path) -> NDArray[np.uint8]:
 
 
 def mutated(originals: list[bytes], choose: random.Random) -> Iterator[bytes]:
-    """Endlessly many damaged images."""
+    """Yield damaged images without end."""
     while True:
         data = bytearray(choose.choice(originals))
         for _ in range(choose.choice((1, 1, 2, 4, 16))):
@@ -98,7 +98,7 @@ def mutated(originals: list[bytes], choose: random.Random) -> Iterator[bytes]:
 def _damage(data: bytearray, originals: list[bytes], choose: random.Random) -> None:
     if not data:
         return
-    # Headers decide more than pixels do.
+    # The start of a file is damaged more often, since headers decide more than pixels do.
     reach = choose.choice((64, 512, len(data)))
     at = choose.randrange(min(reach, len(data)))
     kind = choose.randrange(6)
@@ -121,7 +121,7 @@ def _damage(data: bytearray, originals: list[bytes], choose: random.Random) -> N
 
 
 def fuzz(images: int, seed: int, folder: Path | None = None) -> Report:
-    """Try so many images; what went wrong is in the report."""
+    """Try this many images. The report says what went wrong."""
     choose = random.Random(seed)
     report = Report()
     source = mutated(seeds(folder), choose)
@@ -177,7 +177,7 @@ def _attack(report: Report) -> None:
 
 
 def _memory_mib() -> float:
-    """Of this process, now, without what it only has not given back yet."""
+    """Memory of this process now, without what it merely has not given back yet."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
@@ -185,7 +185,7 @@ def _memory_mib() -> float:
 
 
 def main() -> int:
-    """The command; gives its exit code."""
+    """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(formatter_class=Help, prog="python -m benchmarks.fuzz")
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=1)

@@ -1,12 +1,12 @@
 """Images a second and latency on a GPU, by batch size: `python -m benchmarks.gpu`.
 
-PyTorch eager, PyTorch with CUDA graphs, `torch.compile`, ONNX Runtime's CUDA provider and TensorRT,
-one after another in one process, each from bytes in host memory to probabilities in host memory,
-and each held against float32 ONNX Runtime on the CPU first. What is not installed or does not run
-is skipped, with the reason printed.
+It measures PyTorch eager, PyTorch with CUDA graphs, `torch.compile`, ONNX Runtime's CUDA provider
+and TensorRT, one after another in one process, each from bytes in host memory to probabilities in
+host memory. Each is first compared with float32 ONNX Runtime on the CPU. A candidate that is not
+installed or does not run is skipped, with the reason printed.
 
-Writes Markdown to standard output and, with `--output NAME`, NAME.json and NAME.md. "Share of the
-roofline" is images/s × GFLOP an image (`FLOP_PER_IMAGE`) over the GPU's dense peak in that
+It writes Markdown to standard output and, with `--output NAME`, NAME.json and NAME.md. "Share of
+the roofline" is images/s × GFLOP an image (`FLOP_PER_IMAGE`) over the GPU's dense peak in that
 precision.
 """
 
@@ -40,11 +40,11 @@ from trt_build.samples import REFERENCE, load_samples
 MODEL = Path(__file__).parent.parent / "model/weights/slsnet.onnx"
 
 FLOP_PER_IMAGE = {"exact": 2 * 2.97e9, "pooled": 2 * 1.38e9}
-"""By the graph's attention: two for each multiplication in its convolutions and products."""
+"""FLOP by the graph's attention: two for each multiplication in convolutions and products."""
 
 PEAK_TFLOPS: dict[str, dict[str, float]] = {
-    # Dense tensor-core peaks from NVIDIA's data sheets (of H100 and H200: SXM); float32 outside the
-    # tensor cores.
+    # NVIDIA's data sheets have these dense tensor-core peaks (H100 and H200: SXM). Float32 is that
+    # outside the tensor cores.
     "H100": {"fp32": 67, "tf32": 495, "fp16": 989, "bf16": 989, "int8": 1979},
     "H200": {"fp32": 67, "tf32": 495, "fp16": 989, "bf16": 989, "int8": 1979},
     "A100": {"fp32": 19.5, "tf32": 156, "fp16": 312, "bf16": 312, "int8": 624},
@@ -58,27 +58,27 @@ PAPER = "The paper: 110 images/s (8 ms) at 128×128 on a GTX 1080 Ti."
 
 @dataclass(frozen=True)
 class Figure:
-    """One candidate at one batch size."""
+    """The figures of one candidate at one batch size."""
 
     batch: int
     images_per_s: float
-    """With as many batches in flight as the candidate takes."""
+    """Throughput with as many batches in flight as the candidate takes."""
     p50_ms: float
-    """Of a lone batch, host to host."""
+    """Median latency of a lone batch, from host memory to host memory."""
     p99_ms: float
     roofline_share: float | None
-    """None where the GPU's peak is not in the table."""
+    """Share of the GPU's peak; None where `PEAK_TFLOPS` does not have it."""
 
 
 @dataclass
 class Result:
-    """A candidate: its figures, or why there are none."""
+    """A candidate with its figures, or the reason why there are none."""
 
     name: str
     precision: str
     skipped: str = ""
     ready_s: float = 0.0
-    """From nothing to warm on every batch size: building or compiling included."""
+    """Seconds from nothing to warm on every batch size, building or compiling included."""
     mask_iou: float | None = None
     """Mean overlap with float32's masks, on the shipped generated lesions."""
     figures: list[Figure] = field(default_factory=list)
@@ -88,7 +88,7 @@ Open = Callable[[], Backend]
 
 
 def candidates(model: Path, work: Path, buckets: tuple[int, ...]) -> Iterator[tuple[Result, Open]]:
-    """Every candidate, and what opens it."""
+    """Yield every candidate, with a function that opens it."""
     for precision in ("fp32", "fp16"):
         for run, name in (
             ("eager", "PyTorch eager"),
@@ -144,7 +144,7 @@ def _tensorrt(model: Path, work: Path, buckets: tuple[int, ...], precision: Prec
         options = BuildOptions(precision=precision, buckets=buckets)
         try:
             if find_tensorrt().is_rtx:
-                # A portable engine does not run on every data-centre GPU; one built for it may.
+                # A portable engine does not run on every data-centre GPU. One built for it may.
                 options = replace(options, compute_capability="current")
             build(model, engine, options, ranges=ranges, gated=True)
         except (BuildError, TensorRTError) as error:
@@ -171,7 +171,7 @@ def measure(
     model: Path,
     note: Callable[[], None],
 ) -> None:
-    """Fill `result` in, or say why it is skipped; `note` is told of each figure."""
+    """Fill `result` in, or record why it is skipped. `note` is called after each figure."""
     started = time.perf_counter()
     try:
         with _closing(opened()) as backend:
@@ -193,7 +193,7 @@ def measure(
             for bucket in buckets:
                 result.figures.append(_figure(backend, bucket, slots, seconds, gpu, result))
                 note()
-    except Exception as error:  # noqa: BLE001  # the others are still to be measured
+    except Exception as error:  # noqa: BLE001  # the other candidates are still to be measured
         result.skipped = " ".join(str(error).split()) or type(error).__name__
     note()
 
@@ -228,7 +228,7 @@ def _figure(
 
 
 def peak_tflops(gpu: Gpu) -> dict[str, float]:
-    """Dense TFLOPS by precision; empty for a card, or a part of one, that the table has not."""
+    """Dense TFLOPS by precision; empty for a card, or part of a card, that the table lacks."""
     words = re.split(r"[\s-]+", gpu.name)  # such as NVIDIA A100-SXM4-80GB
     if {"MIG", "NVL", "PCIe"}.intersection(words):
         return {}
@@ -236,7 +236,7 @@ def peak_tflops(gpu: Gpu) -> dict[str, float]:
 
 
 def _together(backend: Backend, pixels: NDArray[np.uint8], slots: int, seconds: float) -> float:
-    """Images a second with one thread for each slot."""
+    """Images a second, with one thread for each slot."""
     counts = [0] * slots
     until = time.perf_counter() + seconds
 
@@ -276,7 +276,7 @@ def report(results: Sequence[Result], environment: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
         description=__doc__,
@@ -301,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results: list[Result] = []
 
     def save() -> None:
-        # After each figure: what is cut off has what it measured.
+        # Written after each figure, so that an interrupted run keeps what it has measured.
         if args.output:
             payload = {"environment": environment, "results": [asdict(r) for r in results]}
             text = json.dumps(payload, indent=1)

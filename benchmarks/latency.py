@@ -1,10 +1,10 @@
 """Where a lone request's time goes, by photo size: `python -m benchmarks.latency`.
 
-Starts real servers, sends one photo at a time over HTTP, and prints Markdown tables:
+It starts real servers, sends one photo at a time over HTTP, and prints Markdown tables:
 
-- p50 of the whole request as the client sees it, split by the server's own stages, and everything
-  that is not the network, which is the whole less `infer`;
-- a lone request with batching on and off (`--max-batch 1`), two servers asked in turn;
+- p50 of the whole request as the client sees it, split into the server's own stages, and everything
+  but the network: the whole less `infer`;
+- a lone request with batching on and off (`--max-batch 1`), with two servers asked in turn;
 - time from process start to ready, whether torch was loaded for it, and the most memory (proc(5):
   VmHWM) with eight photos at once.
 
@@ -36,34 +36,34 @@ SIZES = ((600, 450), (1024, 768), (3024, 2016), (6000, 4000))
 JPEG_QUALITY = 92
 _TOGETHER = 8
 SENSOR_NOISE = 3
-"""Standard deviation of a sample, of 255."""
+"""Standard deviation of the noise in a sample, of 255."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One request: milliseconds as the client saw it, and by stage as the server did."""
+    """One request: milliseconds as the client saw it, and those of the server's stages."""
 
     whole: float
     stages: dict[str, float]
 
     @property
     def not_network(self) -> float:
-        """Everything but inference, the way over the loopback included."""
+        """Milliseconds of everything but inference; the way over the loopback is included."""
         return self.whole - self.stages["infer"]
 
 
 class Client:
-    """One connection that is kept, posting the raw image."""
+    """One connection that is kept open. It posts the raw image."""
 
     def __init__(self, server: ServerProcess) -> None:
         self._connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self._connection.close()
 
     def segment(self, photo: bytes) -> Timing:
-        """Send one photo and read its whole mask."""
+        """Send one photo, and read its whole mask."""
         started = time.perf_counter()
         self._connection.request("POST", "/segment", photo, {"Content-Type": "image/jpeg"})
         response = self._connection.getresponse()
@@ -77,7 +77,7 @@ class Client:
 
 
 def photos_at_all_sizes(image: Path | None) -> dict[tuple[int, int], bytes]:
-    """One JPEG for each of `SIZES`: this image resized, or a generated one."""
+    """Make a JPEG for each of `SIZES`: the image resized, or a generated one."""
     photos = {}
     source = Image.open(image).convert("RGB") if image else None
     for width, height in SIZES:
@@ -87,8 +87,8 @@ def photos_at_all_sizes(image: Path | None) -> dict[tuple[int, int], bytes]:
             picture = Image.fromarray(lesion_photo(3, width, height).pixels)
         else:
             picture = source.resize((width, height), Image.Resampling.LANCZOS)
-        # An enlarged picture is smoother than what a sensor of that size gives and its JPEG quicker
-        # to decode: noise brings it nearer to a camera's bytes a pixel.
+        # An enlarged picture is smoother than one from a sensor of that size, and its JPEG decodes
+        # faster. Noise brings it nearer to a camera's bytes a pixel.
         noise = np.random.default_rng(0).normal(0, SENSOR_NOISE, (height, width, 1))
         grainy = np.clip(np.asarray(picture) + noise, 0, 255).astype(np.uint8)
         buffer = BytesIO()
@@ -98,7 +98,7 @@ def photos_at_all_sizes(image: Path | None) -> dict[tuple[int, int], bytes]:
 
 
 def stage_table(server: ServerProcess, photos: dict[tuple[int, int], bytes], count: int) -> str:
-    """p50 by photo size and stage, as Markdown."""
+    """Make a Markdown table of p50 by photo size and stage."""
     client = Client(server)
     lines = [
         f"| photo | JPEG, MB | whole | {' | '.join(STAGES)} | not the network | of the whole |",
@@ -119,7 +119,7 @@ def stage_table(server: ServerProcess, photos: dict[tuple[int, int], bytes], cou
 
 
 def batching_table(flags: Sequence[str], photo: bytes, count: int) -> str:
-    """A lone request with batching on and off, asked in turn, as Markdown."""
+    """Make a Markdown table of a lone request with batching on and off, asked in turn."""
     with serve(*flags) as batching, serve(*flags, "--max-batch", "1") as single:
         clients = {"on": Client(batching), "off": Client(single)}
         timings: dict[str, list[Timing]] = {name: [] for name in clients}
@@ -138,7 +138,7 @@ def batching_table(flags: Sequence[str], photo: bytes, count: int) -> str:
 
 
 def start_table(flags: Sequence[str], photo: bytes, count: int) -> str:
-    """Process start to ready, what was loaded, and what eight photos at once take, as Markdown."""
+    """Make a table of start to ready, what was loaded, and what eight photos at once take."""
     seconds = []
     torch_loaded = False
     peak_mib = 0
@@ -165,12 +165,12 @@ def start_table(flags: Sequence[str], photo: bytes, count: int) -> str:
 
 
 def has_torch(maps: str) -> bool:
-    """Whether a process with these memory maps (proc(5)) has PyTorch's libraries in it."""
+    """Whether memory maps (proc(5)) show that a process has PyTorch's libraries in it."""
     return any(line.rpartition("/")[2].startswith("libtorch") for line in maps.splitlines())
 
 
 def machine() -> str:
-    """What the figures were measured on."""
+    """Describe the machine of the figures."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -181,7 +181,7 @@ def machine() -> str:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, and print the tables."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.latency",
         description=__doc__,
@@ -213,7 +213,7 @@ def main() -> None:
 
 
 def largest(folder: Path) -> Path | None:
-    """The JPEG of a folder that has most bytes; None if it has none."""
+    """The JPEG of a folder with the most bytes; None if there is none."""
     return max(folder.glob("*.jpg"), key=lambda file: file.stat().st_size, default=None)
 
 

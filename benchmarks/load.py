@@ -1,16 +1,16 @@
 """A short load test with its report: `make bench`, or `python -m benchmarks.load`.
 
-Starts a server, sends it generated photos or those of `--images`, holds every mask against a
+It starts a server, sends it generated photos or those of `--images`, compares every mask with a
 prediction made without a server, and writes report.html, report.md and report.json. In turn:
 
-- ramp: closed-loop clients, twice as many at each step, until more of them only wait longer;
-- open loop at 0.5, 0.8 and 1.2 of the throughput that the ramp found, latency from when a photo
-  was due;
+- ramp: closed-loop clients, twice as many at each step, until further ones only wait longer;
+- open loop at 0.5, 0.8 and 1.2 of the throughput that the ramp found; latency counts from when a
+  photo was due;
 - bursts: photos that come all at once;
 - interactive photos alone, beside clients in a loop, and beside clients that say `Priority: bulk`.
 
-Ends with 1 if a mask is wrong or a request failed otherwise than by being refused (429). Client and
-server share the machine: figures hold for it, and for what else it was doing.
+It ends with 1 if a mask is wrong, or a request failed otherwise than by a refusal (429). Client and
+server share the machine: the figures hold for it, and for its other work at that time.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import gevent
-import locust  # before anything that opens connections: it makes them gevent's
+import locust  # first, since it turns all connections into gevent's
 import numpy as np
 from locust.env import Environment
 from locust.runners import LocalRunner
@@ -52,22 +52,22 @@ RESULTS = Path(__file__).parent / "results"
 CLIENTS = (1, 2, 4, 8, 16, 32)
 OPEN_LOADS = (0.5, 0.8, 1.2)
 INTERACTIVE_LOAD = 0.25
-"""Share of the ramp's best throughput, like `OPEN_LOADS`."""
+"""Share of the ramp's best throughput, as in `OPEN_LOADS`."""
 BESIDE = 8
-"""Clients in a loop beside the interactive ones."""
+"""Number of clients in a loop beside the interactive ones."""
 
 _FEWEST = 5
-"""Answers that a step takes to say anything: on a slow machine it lasts longer."""
+"""Answers that a step needs to say anything. On a slow machine it lasts longer for them."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of the run, seconds of `time.perf_counter`."""
+    """A stretch of the run, in seconds of `time.perf_counter`."""
 
     start: float
     end: float
     generator_cores: float
-    """CPU time that this process, not the server, used meanwhile."""
+    """Cores that this process, rather than the server, used meanwhile."""
 
 
 class Users:
@@ -75,7 +75,7 @@ class Users:
 
     def __init__(self, host: str, *classes: type[locust.User]) -> None:
         self.answers: dict[type[locust.User], list[Answer]] = {user: [] for user in classes}
-        """The answers by class of user; complete once they are stopped."""
+        """Answers by class of user. They are complete once the users are stopped."""
         self._errors: list[Exception] = []
         by_name = {user.__name__: answers for user, answers in self.answers.items()}
 
@@ -91,14 +91,14 @@ class Users:
         self._runner: LocalRunner = environment.create_local_runner()
 
     def start(self, count: int) -> None:
-        """Let so many run in all, at once."""
+        """Let this many users run in all, from now on."""
         self._runner.start(count, spawn_rate=100)
 
     def wait_for(self, count: int, user: type[locust.User]) -> None:
-        """Wait until so many more answers have come to users of this class.
+        """Wait until users of this class have had this many more answers.
 
         Raises:
-            Exception: what a user stumbled over.
+            Exception: a user met an error, which is raised again.
         """
         enough = len(self.answers[user]) + count
         while len(self.answers[user]) < enough:
@@ -107,7 +107,7 @@ class Users:
             gevent.sleep(0.01)
 
     def measure(self, seconds: float, user: type[locust.User]) -> Window:
-        """Wait so long, and until users of this class have had a few answers."""
+        """Wait this long, and until users of this class have had a few answers."""
         start, cpu, before = time.perf_counter(), time.process_time(), len(self.answers[user])
         gevent.sleep(seconds)
         self.wait_for(max(0, before + _FEWEST - len(self.answers[user])), user)
@@ -115,7 +115,7 @@ class Users:
         return Window(start, end, (time.process_time() - cpu) / (end - start))
 
     def stop(self) -> None:
-        """Once all that was sent is answered."""
+        """Stop the users once everything that was sent is answered."""
         self._runner.quit()
 
 
@@ -126,16 +126,16 @@ class Load:
         self.host = host
         self.step_s = step_s
         self.answers: list[Answer] = []
-        """The results of all scenarios."""
+        """Answers of all scenarios."""
 
     def warm_up(self) -> None:
-        """Some load that is not measured."""
+        """Send some load that is not measured."""
         with self._users(ClosedLoop) as users:
             users.start(4)
             users.wait_for(8, ClosedLoop)
 
     def ramp(self, clients: Sequence[int]) -> tuple[list[Step], list[Kind]]:
-        """Ever more clients in a closed loop; each step counts once all of them had an answer."""
+        """Add clients to a closed loop; each step counts once all of them have had an answer."""
         windows = []
         with self._users(ClosedLoop) as users:
             for count in clients:
@@ -150,7 +150,7 @@ class Load:
         return steps, _kinds(_answered(answers, windows[0]))
 
     def open_loop(self, load: float, best_per_s: float) -> Step:
-        """Photos at a fixed rate, whatever becomes of those before."""
+        """Send photos at a fixed rate, whatever becomes of the earlier ones."""
         OpenLoop.rate = load * best_per_s
         with self._users(OpenLoop) as users:
             users.start(1)
@@ -159,7 +159,7 @@ class Load:
         return _step("open loop", name, window, users.answers[OpenLoop], load=load)
 
     def bursts(self, size: int) -> Step:
-        """Photos that come all at once, some times over."""
+        """Send photos all at once, some times over."""
         Burst.size = size
         with self._users(Burst) as users:
             users.start(1)
@@ -169,13 +169,13 @@ class Load:
     def interactive(
         self, best_per_s: float, beside: type[ClosedLoop] | None = None, called: str = ""
     ) -> Step:
-        """A light open loop, alone or beside clients that never rest."""
+        """Send a light open loop, alone or beside clients that never rest."""
         Interactive.rate = INTERACTIVE_LOAD * best_per_s
         with self._users(Interactive, *([beside] if beside else [])) as users:
             users.start(1 + BESIDE if beside else 1)
             if beside:
                 users.wait_for(BESIDE, beside)
-            # Twice as long, as a light load has few requests.
+            # Twice as long, because a light load has few requests.
             window = users.measure(2 * self.step_s, Interactive)
         return _step(
             "priority",
@@ -203,12 +203,12 @@ def run(
     """Run all scenarios in turn.
 
     Args:
-        deck: what is sent.
+        deck: photos that are sent.
         host: URL of a ready server.
-        where: this machine.
-        clients: of the ramp, rising from 1.
-        burst: photos at once.
-        step_s: seconds measured of each load.
+        where: the machine of the test.
+        clients: numbers of clients in the ramp, rising from 1.
+        burst: photos that a burst sends at once.
+        step_s: measured seconds of each load.
     """
     card = prepare(deck, host)
     load = Load(host, step_s)
@@ -247,7 +247,7 @@ def run(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.load",
         description=__doc__,
@@ -293,7 +293,7 @@ def _step(
     load: float = 0,
 ) -> Step:
     seconds = window.end - window.start
-    # In a closed loop what is due near the end falls to the next step, which has more clients.
+    # In a closed loop, photos due near the end belong to the next step, which has more clients.
     counted = _answered(answers, window) if clients else _due(answers, window)
     served = [answer for answer in counted if answer.verdict]
     if not served:
@@ -304,8 +304,8 @@ def _step(
         for stage in STAGES
     }
     mean = statistics.fmean(latency)
-    # A run of n photos is told of in n answers, so each stands for 1/n run; and runs are shared
-    # with those beside.
+    # A run of n photos comes back in n answers, so each answer stands for 1/n of a run. Runs are
+    # shared with the clients beside.
     ran = [answer.batch for answer in (*served, *_due(others, window)) if answer.batch]
     return Step(
         scenario=scenario,
@@ -360,8 +360,8 @@ def _answered(answers: Sequence[Answer], window: Window) -> list[Answer]:
 def _per_s(answers: Sequence[Answer], window: Window) -> float:
     """Masks a second, whenever their photos were due.
 
-    A photo that was in the network at an edge of the window counts for its part: a batch is
-    answered all at once, and would make a short window's count jump by its whole size.
+    A photo that was in the network at an edge of the window counts in part. A batch is answered
+    all at once, which would make the count of a short window jump by the batch's size.
     """
     masks = 0.0
     for answer in answers:
@@ -374,7 +374,7 @@ def _per_s(answers: Sequence[Answer], window: Window) -> float:
 
 
 def _percentile(values: Sequence[float], percent: float) -> float:
-    """A percentile; of few values it is the one above, so that it never looks too good."""
+    """A percentile. Of few values it is the next higher one, so that it never looks too good."""
     return float(np.percentile(values, percent, method="higher"))
 
 

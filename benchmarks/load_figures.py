@@ -10,7 +10,7 @@ Scenario = Literal["ramp", "open loop", "burst", "priority"]
 
 @dataclass(frozen=True)
 class Step:
-    """One stretch of one load, and the photos that were due in it or, in a closed loop, answered.
+    """One stretch of one load, with the photos due in it or, in a closed loop, answered in it.
 
     Latencies are in ms.
     """
@@ -18,37 +18,37 @@ class Step:
     scenario: Scenario
     name: str
     clients: int
-    """In a closed loop; 0 in an open one."""
+    """Number of clients in a closed loop; 0 in an open one."""
     load: float
-    """Of an open loop, aimed at: share of the ramp's best throughput; 0 in a closed one."""
+    """Load that an open loop aims at: share of the ramp's best throughput; 0 in a closed one."""
     seconds: float
     requests: int
     offered_per_s: float
     answered_per_s: float
-    """With a mask."""
+    """Masks a second."""
     others_per_s: float
-    """Masks for clients in a loop beside the ones that the rest of this is about."""
+    """Masks a second for clients in a loop beside the ones of this step."""
     mean_ms: float
     p50_ms: float
     p95_ms: float
     p99_ms: float
     max_ms: float
     late_p99_ms: float
-    """How much later than due a photo was sent: what latency from sending would leave out."""
+    """How much later than due a photo was sent. Latency from sending would leave this out."""
     stages_ms: dict[str, float]
-    """Means by `Server-Timing`, and `outside`: the rest of the latency."""
+    """Mean times by `Server-Timing`, and `outside`, which is the rest of the latency."""
     batch: float
-    """Photos a run of the network, mean over runs."""
+    """Photos in a run of the network, mean over runs."""
     refused: int
-    """429."""
+    """Answers with status 429."""
     failed: int
-    """Neither a mask nor refused."""
+    """Requests with neither a mask nor a refusal."""
     generator_cores: float
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Photos of one size and format with a lone client. Medians, ms."""
+    """Photos of one size and format with a lone client. Medians, in ms."""
 
     name: str
     requests: int
@@ -60,37 +60,37 @@ class Kind:
 
 @dataclass(frozen=True)
 class Machine:
-    """What client and server ran on."""
+    """The machine that client and server ran on."""
 
     name: str
-    """With its cores and its load average before the test."""
+    """Description of it, with its cores and its load average before the test."""
     was_quiet: bool
-    """Whether it had work for at most half of its cores before the test."""
+    """Whether other work took at most half of its cores before the test."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that is written down."""
+    """Everything that the report files hold."""
 
     machine: Machine
     model: str
     backend: str
     photos: str
     cards: dict[str, int]
-    """Requests of the deck by kind of photo."""
+    """Requests of the deck, by kind of photo."""
     network_ms: float
-    """One image through the bare network, the server's backend without the server."""
+    """Time of one image through the bare network: the server's backend without the server."""
     steps: list[Step]
     kinds: list[Kind]
     masks: dict[str, int]
-    """Answers by verdict."""
+    """Number of answers, by verdict."""
     failures: dict[str, int]
-    """Statuses other than 200 and 429; 0 is no answer."""
+    """Number of answers by status, other than 200 and 429; status 0 is no answer."""
     burst: int
-    """Photos at once."""
+    """Photos that a burst sends at once."""
 
     def of(self, scenario: Scenario) -> list[Step]:
-        """The steps of one scenario, in their order."""
+        """The steps of one scenario, in order."""
         return [step for step in self.steps if step.scenario == scenario]
 
     @property
@@ -100,10 +100,11 @@ class Report:
 
     @property
     def knee_clients(self) -> float:
-        """Clients at which the ramp's two asymptotes cross.
+        """The number of clients at which the ramp's two asymptotes cross.
 
-        Below it each further client adds throughput, above it only waiting: the best throughput ×
-        the mean latency of a lone client (Denning and Buzen 1978, doi:10.1145/356733.356735).
+        Below it each further client adds throughput, above it only waiting. It is the best
+        throughput × the mean latency of a lone client (Denning and Buzen 1978,
+        doi:10.1145/356733.356735).
         """
         return self.best_per_s * self.of("ramp")[0].mean_ms / 1000
 

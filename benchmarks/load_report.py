@@ -1,4 +1,4 @@
-"""The load test's report: one set of tables and plots as Markdown and as a page of its own."""
+"""The load test's report: the same tables and plots as Markdown and as a page."""
 
 import json
 from collections.abc import Callable
@@ -300,7 +300,7 @@ def _stages(report: Report, axes: Axes) -> None:
     labels = [str(step.clients) for step in ramp]
     below = [0.0] * len(ramp)
     for stage in (*STAGES, "outside"):
-        # As shares: a queue of seconds would hide everything else.
+        # Plotted as shares, since a queue of seconds would hide everything else.
         heights = [100 * step.stages_ms[stage] / step.mean_ms for step in ramp]
         axes.bar(labels, heights, bottom=below, color=_STAGE_COLOURS[stage], label=stage)
         below = [one + other for one, other in zip(below, heights, strict=True)]

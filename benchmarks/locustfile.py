@@ -1,4 +1,4 @@
-"""Users of the server, for locust: name one, or several, and how many.
+"""Users of the server for locust. Name one class or several, and how many users.
 
     python -m locust -f benchmarks/locustfile.py --host http://127.0.0.1:8000 ClosedLoop
     python -m locust -f benchmarks/locustfile.py --host http://127.0.0.1:8000 \
@@ -6,13 +6,13 @@
     python -m locust -f benchmarks/locustfile.py --host http://127.0.0.1:8000 \
         --headless --users 9 --run-time 60s --rate 5 Interactive Bulk
 
-ClosedLoop   sends its next photo when the last one's mask is there; more users, more load
-OpenLoop     sends photos at `--rate`, whether or not those before have been answered
+ClosedLoop   sends its next photo when it has the mask of the last one; more users, more load
+OpenLoop     sends photos at `--rate`, whether or not the earlier ones have been answered
 Burst        sends `--burst` photos at once, waits for all masks, pauses, and again
 Interactive  an open loop: people who wait for their mask
 Bulk         a closed loop that says `Priority: bulk`
 
-Every mask is held against a prediction made without a server; one that is wrong is a failure.
+Every mask is compared with a prediction made without a server. A wrong one is a failure.
 """
 
 import itertools
@@ -41,38 +41,38 @@ _BLOCK = 4
 
 @dataclass(frozen=True)
 class Answer:
-    """One request and what became of it. Times are seconds of `time.perf_counter`."""
+    """One request and its outcome. Times are seconds of `time.perf_counter`."""
 
     user: str
     """Name of the user's class."""
     kind: str
-    """Of the photo: size and format."""
+    """Size and format of the photo."""
     due: float
-    """When it was meant to be sent: latency counts from here."""
+    """When the request should have been sent. Latency counts from here."""
     sent: float
     answered: float
     status: int
-    """0: no answer."""
+    """HTTP status; 0 if there was no answer."""
     verdict: Verdict | None
-    """None without a mask."""
+    """Verdict on the mask; None without one."""
     stages_ms: Mapping[str, float]
-    """`Server-Timing`, durations only."""
+    """Durations in `Server-Timing`, by stage."""
     batch: int
-    """Photos that ran through the network together; 0 if it did not run."""
+    """Photos that ran through the network together; 0 if the request did not run."""
 
     @property
     def latency_ms(self) -> float:
-        """From when it was meant to be sent, so a client that is held up cannot hide a wait."""
+        """Time since the request was due, so that a delayed client cannot hide its wait."""
         return (self.answered - self.due) * 1000
 
     @property
     def service_ms(self) -> float:
-        """From when it was sent."""
+        """Time since the request was sent."""
         return (self.answered - self.sent) * 1000
 
 
 class SegmentUser(FastHttpUser):
-    """Sends the deck's photos and checks the masks; in what rhythm, the classes below say."""
+    """Sends the deck's photos, and checks the masks. The classes below decide the rhythm."""
 
     abstract = True
     network_timeout = 120.0
@@ -81,13 +81,13 @@ class SegmentUser(FastHttpUser):
 
     cards: ClassVar[Iterator[Card]]
     precision: ClassVar[str] = "fp32"
-    """Of the server's network: what its masks may differ by."""
+    """Precision of the server's network, which decides how much its masks may differ."""
 
     def send(self, due: float | None = None) -> float:
-        """Send the next photo; returns how many seconds the server asks to stay away.
+        """Send the next photo; return how many seconds the server asks the client to stay away.
 
         Args:
-            due: when it was meant to be sent, `time.perf_counter`; now if None.
+            due: when it should have been sent, in `time.perf_counter`'s seconds; None means now.
         """
         card = next(self.cards)
         sent = time.perf_counter()
@@ -125,16 +125,16 @@ class SegmentUser(FastHttpUser):
 
 
 class ClosedLoop(SegmentUser):
-    """Sends its next photo when the last one's mask is there, like a program in a loop."""
+    """Sends its next photo when it has the last one's mask, as a program in a loop does."""
 
     @task
     def segment(self) -> None:
-        """One photo, and the pause that a full server asks for."""
+        """Send one photo, then pause for as long as a full server asks."""
         gevent.sleep(self.send())
 
 
 class Bulk(ClosedLoop):
-    """A closed loop that nobody waits for, and that says so."""
+    """A closed loop that nobody waits for. Its requests say so."""
 
     default_headers = {"Accept": "image/png", "Priority": "bulk"}  # noqa: RUF012
 
@@ -142,14 +142,14 @@ class Bulk(ClosedLoop):
 class OpenLoop(SegmentUser):
     """Photos at a fixed rate, as from many people who know nothing of each other.
 
-    A late answer holds nothing back, and latency counts from when a photo was due, so what a stall
-    of server or client costs is all there (no coordinated omission).
+    A late answer holds no photo back, and latency counts from when a photo was due. So the cost of
+    a stall of server or client is all there (no coordinated omission).
     """
 
     fixed_count = 1
     concurrency = 4096
     rate: ClassVar[float] = 5.0
-    """Photos a second."""
+    """Photos sent in a second."""
 
     def on_start(self) -> None:
         self._due = arrivals(self.rate, time.perf_counter())
@@ -164,7 +164,7 @@ class OpenLoop(SegmentUser):
         self._in_flight.spawn(self.send, due)
 
     def on_stop(self) -> None:
-        """Send what is overdue and wait for the slowest: to leave them out would be to omit too."""
+        """Send what is overdue, and wait for the slowest: the figures must not omit them."""
         now = time.perf_counter()
         for due in itertools.takewhile(lambda due: due <= now, self._due):
             self._in_flight.spawn(self.send, due)
@@ -176,7 +176,7 @@ class Interactive(OpenLoop):
 
 
 class Burst(SegmentUser):
-    """Photos that come all at once, as when a device comes back on line."""
+    """Photos that come all at once, as from a device that is back online."""
 
     fixed_count = 1
     concurrency = 4096
@@ -185,7 +185,7 @@ class Burst(SegmentUser):
 
     @task
     def burst(self) -> None:
-        """Send all, then wait for all."""
+        """Send all photos, then wait for all masks."""
         due = time.perf_counter()
         together = Group()
         for _ in range(self.size):
@@ -194,10 +194,10 @@ class Burst(SegmentUser):
 
 
 def arrivals(rate: float, start: float) -> Iterator[float]:
-    """When the photos of an open loop are due, seconds of the clock of `start`.
+    """When the photos of an open loop are due, in seconds of the clock of `start`.
 
-    At random, as from people who know nothing of each other, but four in every 4/`rate` seconds,
-    so that a short run too has the rate it names. The same each time.
+    They are at random, as from people who know nothing of each other, but four in every 4/`rate`
+    seconds, so that even a short run has the rate that it names. They are the same each time.
     """
     chance = random.Random(0)
     while True:
@@ -206,7 +206,7 @@ def arrivals(rate: float, start: float) -> Iterator[float]:
 
 
 def prepare(deck: Deck, host: str) -> dict[str, Any]:
-    """Let all users send `deck` to `host`; returns its model card."""
+    """Let all users send `deck` to `host`; return the host's model card."""
     with urllib.request.urlopen(f"{host}/model", timeout=30) as response:
         card: dict[str, Any] = json.load(response)
     SegmentUser.cards = deal(deck.cards)
@@ -215,7 +215,7 @@ def prepare(deck: Deck, host: str) -> dict[str, Any]:
 
 
 def _server_timing(header: str) -> tuple[dict[str, float], int]:
-    """Durations (ms) and size of the batch."""
+    """Durations (ms) and size of the batch, as the header has them."""
     stages_ms: dict[str, float] = {}
     batch = 0
     for entry in filter(None, header.split(", ")):
@@ -242,7 +242,7 @@ def _set_up(environment: Environment, **_: object) -> None:
     OpenLoop.rate, Burst.size = options.rate, options.burst
     model = Path(options.model)
     deck = given(Path(options.images), model) if options.images else generated(model)
-    # Its clock stood still meanwhile, and would cut the run time short by as much.
+    # The loop's clock stood still meanwhile, and would shorten the run time by as much.
     gevent.get_hub().loop.update_now()
 
     def ask_for_the_model(**_: object) -> None:

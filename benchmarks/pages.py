@@ -1,4 +1,4 @@
-"""Reports: the same headings, paragraphs, tables and plots as Markdown and as a page of its own."""
+"""Reports: the same headings, paragraphs, tables and plots as Markdown and as a page."""
 
 import html
 import re
@@ -15,7 +15,7 @@ __all__ = ["Block", "Heading", "Plot", "Table", "write_pages"]
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells, the first column to the left, the others to the right."""
+    """Rows of cells. The first column is aligned to the left, the others to the right."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -23,18 +23,18 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture, and what it shows in a sentence."""
+    """A picture, and a sentence about what it shows."""
 
     name: str
     caption: str
     draw: Callable[[Figure], None]
     size: tuple[float, float] = (7.2, 4)
-    """Inches."""
+    """Width and height in inches."""
 
 
 @dataclass(frozen=True)
 class Heading:
-    """Of a section."""
+    """Heading of a section."""
 
     text: str
 
@@ -43,7 +43,7 @@ Block = Heading | Table | Plot | str
 
 
 def write_pages(title: str, blocks: Sequence[Block], folder: Path) -> str:
-    """Write report.html, and report.md with its plots; returns the Markdown without the title."""
+    """Write report.html, and report.md with its plots; return the Markdown without the title."""
     folder.mkdir(parents=True, exist_ok=True)
     plots = {block.name: _svg(block) for block in blocks if isinstance(block, Plot)}
     for name, svg in plots.items():
@@ -104,7 +104,7 @@ def _html(block: Block, plots: dict[str, str]) -> str:
 
 
 def _inline(text: str) -> str:
-    """The Markdown that is used within a line: bold and code."""
+    """Turn the Markdown within a line, which is bold and code, into HTML."""
     text = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", html.escape(text))
     return re.sub(r"`(.+?)`", r"<code>\1</code>", text)
 

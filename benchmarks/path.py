@@ -1,14 +1,13 @@
 """What a photo costs outside the network: `python -m benchmarks.path`.
 
 It times a JPEG's bytes to the network's pixels, and the probability to a PNG of the photo's size,
-in
-one thread and without a server. It compares that with the usual code, which decodes the whole
-photo,
-enlarges the probability as floats and writes Pillow's default PNG. Both run in turn on the same
-photo and probability. The table has medians of milliseconds by step, and the ratio of the sums.
+in one thread and without a server. It compares that with the usual code, which decodes the whole
+photo, enlarges the probability as floats and writes Pillow's default PNG. Both run in turn on the
+same photo and probability. The table has medians of milliseconds by step, and the ratio of the
+sums.
 
-A second table has what the queue takes of the processor for a photo, in all threads: from its
-pixels to its own copy of the probability, with a backend that only copies, as one on a GPU does.
+A second table shows the processor time that the queue takes for a photo, in all threads: from its
+pixels to its own copy of the probability. The backend only copies, as one on a GPU does.
 
 The photo is the largest of `--images`, resized, or a generated one (see `benchmarks.latency`).
 """
@@ -39,10 +38,10 @@ from trt_build.parity import Infer, onnx_runner
 __all__ = ["ARRIVALS", "STEPS", "Comparison", "compare", "queue_us"]
 
 STEPS = ("decode", "mask", "encode")
-"""Bytes → pixels for the network; its probability → mask of the photo's size; mask → PNG."""
+"""Bytes → network's pixels; network's probability → mask of the photo's size; mask → PNG."""
 
 ARRIVALS = ((1, 1), (40, 1), (128, 1), (1, 64))
-"""How photos come to the queue: clients at the same time, and photos in each one's request."""
+"""How photos come to the queue: number of clients, and photos in each client's request."""
 
 _BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -63,12 +62,12 @@ class Comparison:
 
 
 def compare(photo: bytes, infer: Infer, turns: int) -> Comparison:
-    """Run both ways in turn, once more than `turns`: the first is not counted.
+    """Run both ways in turn, once more than `turns`. The first turn is not counted.
 
     Args:
-        photo: a JPEG.
-        infer: the network, whose time is not.
-        turns: that medians are of.
+        photo: bytes of a JPEG.
+        infer: the network, whose own time is left out.
+        turns: number of turns that the medians are of.
     """
     pixels = read_photo(photo).pixels
     probability = infer(pixels[None])[0]
@@ -123,7 +122,7 @@ def _usual(data: bytes, probability: NDArray[np.float32], lap: Callable[[str], N
 
 
 class _Copies:
-    """Takes pixels to where a GPU would read them, and gives what it would have written."""
+    """A backend that copies pixels to where a GPU would read them, and copies back the answer."""
 
     def __init__(self) -> None:
         self._pixels = np.zeros((_BUCKETS[-1], MODEL_SIZE, MODEL_SIZE, 3), np.uint8)
@@ -143,12 +142,12 @@ class _Copies:
 
 
 async def queue_us(clients: int, photos: int, turns: int) -> float:
-    """Microseconds of CPU time that a photo takes in the queue, the median of so many turns.
+    """Microseconds of CPU time that a photo takes in the queue: the median over the turns.
 
     Args:
-        clients: that wait for their answer at the same time.
-        photos: in each one's request.
-        turns: that the median is of; each is 20 requests of every client.
+        clients: number of clients that wait for an answer at the same time.
+        photos: number of photos in each client's request.
+        turns: number of turns that the median is of; each has 20 requests of every client.
     """
     batcher = Batcher(_Copies(), Metrics())
     images = [np.zeros((MODEL_SIZE, MODEL_SIZE, 3), np.uint8) for _ in range(photos)]
@@ -176,7 +175,7 @@ def _rows(size: tuple[int, int], comparison: Comparison) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and print."""
+    """Measure, and print the tables."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.path",
         description=__doc__,

@@ -23,10 +23,10 @@ __all__ = ["GATEWAY", "PROXY", "SEGMENTER", "RayService", "ray_service", "wait_f
 _ROOT = Path(__file__).parent.parent
 _CONFIG = _ROOT / "docker/ray/serve.yaml"
 
-# Of each node: CPUs as it tells Ray, whatever the machine has, and memory for what travels.
+# Each node has these CPUs, whatever the machine has, and this memory for what travels.
 _NODE: dict[str, Any] = {"num_cpus": 4, "object_store_memory": 128 * 2**20}
 
-# How Ray's workers call themselves.
+# Ray's workers have this process name.
 SEGMENTER = "ray::ServeReplica:slsnet:Segmenter"
 GATEWAY = "ray::ServeReplica:slsnet:Gateway"
 PROXY = "ray::ProxyActor"
@@ -37,19 +37,19 @@ class RayService:
     """The service on the cluster."""
 
     address: str
-    """Of the cluster."""
+    """Address of the cluster."""
     url: str
-    """Of the service, without a slash at the end."""
+    """URL of the service, without a slash at the end."""
     _config: dict[str, Any]
     _cluster: Cluster
 
     def deploy(self, replicas: int, **autoscaling: float) -> None:
-        """Have so many replicas, all else as shipped; those that are too many are let finish what
-        they have.
+        """Deploy so many replicas, with all else as shipped. Replicas that are removed finish
+        their requests.
 
         Args:
-            replicas: from the start.
-            autoscaling: other values than those shipped, such as `max_replicas=2`.
+            replicas: number of replicas at the start.
+            autoscaling: settings that differ from the shipped ones, such as `max_replicas=2`.
         """
         config = copy.deepcopy(self._config)
         deployments = {each["name"]: each for each in config["applications"][0]["deployments"]}
@@ -62,7 +62,7 @@ class RayService:
 
     @contextlib.contextmanager
     def another_node(self, **resources: float) -> Iterator[psutil.Process]:
-        """One more node meanwhile; gives what its workers are the children of."""
+        """Add a node for the block; yield the process that its workers are children of."""
         node = self._cluster.add_node(**(_NODE | resources))
         try:
             yield psutil.Process(node.all_processes["raylet"][0].process.pid)
@@ -70,7 +70,7 @@ class RayService:
             self._cluster.remove_node(node)
 
     def processes(self, kind: str = "") -> list[psutil.Process]:
-        """Processes of this cluster, and of no other, whose name begins so."""
+        """Processes of this cluster, and of no other, whose name starts with `kind`."""
         found = []
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -83,7 +83,7 @@ def wait_for(condition: Callable[[], object], timeout_s: float = 120) -> None:
     """Ask again and again until the condition is true.
 
     Raises:
-        TimeoutError: it does not come true.
+        TimeoutError: the condition does not come true.
     """
     give_up = time.monotonic() + timeout_s
     while not condition():
@@ -94,7 +94,7 @@ def wait_for(condition: Callable[[], object], timeout_s: float = 120) -> None:
 
 @contextlib.contextmanager
 def ray_service() -> Iterator[RayService]:
-    """Two nodes, and two replicas as the shipped configuration has them."""
+    """Start two nodes, and two replicas in the shipped configuration."""
     environment = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_automatic_object_spilling_enabled": "0",
@@ -107,7 +107,7 @@ def ray_service() -> Iterator[RayService]:
         cluster.add_node(**_NODE)
         ray.init(cluster.address, log_to_driver=False)
         config = yaml.safe_load(_CONFIG.read_text())
-        # One proxy: the nodes have one machine, and so one port, in common.
+        # There is one proxy, because both nodes share this machine and its port.
         config["proxy_location"] = "HeadOnly"
         config["http_options"] |= {"host": "127.0.0.1", "port": free_port()}
         serve.start(http_options=config["http_options"], proxy_location="HeadOnly")

@@ -1,12 +1,10 @@
 """`python -m benchmarks.ray_replicas`: the cost of Ray's hops, and the gain of more replicas.
 
 The same photos go to a server without Ray, then to 1, 2 and 4 replicas on a Ray cluster of two
-nodes
-on this machine, all with one thread for the network. Then they go to the server again, since a
-machine's speed varies. CPU time is counted beside requests a second: replicas, clients and Ray
-share
-this machine's cores, so only seconds of CPU a request hold for larger machines too. Ray's work
-beside the requests (raylets, GCS, Serve's controller, agents) is counted by the second.
+nodes on this machine, all with one thread for the network. Then they go to the server again, since
+a machine's speed varies. CPU time is counted beside requests a second: replicas, clients and Ray
+share this machine's cores, so only seconds of CPU a request hold for larger machines too. Ray's
+work beside the requests (raylets, GCS, Serve's controller, agents) is counted by the second.
 """
 
 import argparse
@@ -39,27 +37,27 @@ REPLICAS = (1, 2, 4)
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one way to serve."""
+    """The figures of one way to serve."""
 
     name: str
     requests_per_s: float
-    """With all clients."""
+    """Requests a second with all clients."""
     lone_ms: float
-    """Median of a lone client."""
+    """Median latency of a lone client."""
     cpu_ms: dict[str, float]
-    """A request's, by kind of process, with all clients."""
+    """CPU time of a request by kind of process, with all clients."""
     rest_cpu: float
     """Cores that Ray's other processes kept busy meanwhile."""
     failed: int
 
 
 class NothingAnsweredError(Exception):
-    """There is nothing to measure."""
+    """No request was answered, so there is nothing to measure."""
 
 
 @dataclass(frozen=True)
 class Watched:
-    """Processes whose CPU time counts."""
+    """Processes whose CPU time is counted."""
 
     serving: dict[str, list[psutil.Process]]
     rest: list[psutil.Process]
@@ -67,18 +65,18 @@ class Watched:
 
 @dataclass(frozen=True)
 class Load:
-    """What became of the requests of some clients."""
+    """The outcome of the requests of some clients."""
 
     taken_s: list[float]
-    """Of each that was answered with its mask."""
+    """Latency of each request that was answered with its mask."""
     requests_per_s: float
     took_s: float
-    """Until the last was answered."""
+    """Seconds until the last answer."""
     failed: int
 
 
 def main() -> int:
-    """Measure, and print a table; gives the process's exit code."""
+    """Measure, and print a table; return the process's exit code."""
     parser = argparse.ArgumentParser(
         formatter_class=Help,
         prog="python -m benchmarks.ray_replicas",
@@ -168,7 +166,7 @@ def measure(
 
 
 def _cpu_s(processes: Sequence[psutil.Process]) -> dict[int, float]:
-    """Of each that still runs: an agent of Ray's may end at any time."""
+    """CPU time of each process that still runs, since an agent of Ray's may end at any time."""
     found = {}
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -182,8 +180,8 @@ def _more(before: dict[int, float], after: dict[int, float]) -> float:
 
 
 def _load(url: str, cards: Sequence[Card], clients: int, seconds: float) -> Load:
-    """Send for so long. What is under way then is waited for and counts, with its time: a client's
-    pace is its answers over the time until its own last one.
+    """Send for so long. Requests under way at the end are awaited, and count with their time: a
+    client's pace is its answers over the time until its own last one.
     """
     with urllib.request.urlopen(f"{url}/model", timeout=60) as answer:
         precision = json.load(answer)["backend"]["precision"]
@@ -227,7 +225,7 @@ def _load(url: str, cards: Sequence[Card], clients: int, seconds: float) -> Load
 
 
 def report(rows: Sequence[Figures], clients: int) -> str:
-    """A table in Markdown; ratios are to the mean of the runs without Ray."""
+    """A table in Markdown. Its ratios are to the mean of the runs without Ray."""
     bare = [row for row in rows if "server" in row.cpu_ms]
     requests_per_s = statistics.mean(row.requests_per_s for row in bare)
     lone_ms = statistics.mean(row.lone_ms for row in bare)

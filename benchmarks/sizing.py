@@ -3,9 +3,9 @@
     python -m benchmarks.latency --cores 1 > latency.md
     python -m benchmarks.sizing latency.md --photos-per-s 50 --core-price 0.045
 
-Reads the table of `benchmarks.latency` in a Markdown file (default: docs/benchmarks.md) and prints
-those of docs/operations.md. The whole of a lone request on one core is what a photo costs that
-core; less the network, what it costs one beside a GPU. The client shared that core, so both are a
+It reads the table of `benchmarks.latency` in a Markdown file (default: docs/benchmarks.md) and
+prints those of docs/operations.md. A photo costs a core the whole of a lone request on one core;
+beside a GPU, the network's time is subtracted. The client shared that core, so both costs are a
 little too high.
 """
 
@@ -20,7 +20,7 @@ from common.program import Help
 __all__ = ["Cost", "Prices", "read_costs", "tables"]
 
 HEADROOM = 0.7
-"""Share of what a server can do at which it still answers about as fast as an idle one."""
+"""Share of a server's throughput at which it still answers about as fast as an idle one."""
 
 _ROW = re.compile(r"^\| (\d+×\d+) \|[^|]*\| *([\d.]+) \|.*\| *\*\*([\d.]+)\*\* \|[^|]*\|$")
 
@@ -40,23 +40,23 @@ class Cost:
 
     @property
     def per_s_beside_gpu(self) -> float:
-        """The same where the network runs on a GPU."""
+        """Photos a second on one core, where the network runs on a GPU."""
         return 1000 / self.not_network_ms
 
 
 @dataclass(frozen=True)
 class Prices:
-    """Dollars an hour, and what for."""
+    """Prices in dollars an hour, and what is bought for them."""
 
     core: float
     gpu: float
     gpu_cores: int
     use: float
-    """Mean share of what is paid for that is used."""
+    """Mean share of the paid time that is used."""
 
 
 def read_costs(markdown: str) -> list[Cost]:
-    """Rows of the first such table; raises ValueError where there is none."""
+    """Read the rows of the first such table. Raises ValueError where there is none."""
     rows = [_ROW.match(line) for line in markdown.splitlines()]
     costs = [Cost(row[1], float(row[2]), float(row[3])) for row in rows if row]
     if not costs:
@@ -65,7 +65,7 @@ def read_costs(markdown: str) -> list[Cost]:
 
 
 def tables(costs: Sequence[Cost], photos_per_s: float, prices: Prices) -> str:
-    """Both tables, as Markdown."""
+    """Make both tables, as Markdown."""
     return "\n".join([*_sizing(costs, photos_per_s), "", *_costs(costs, prices)])
 
 
@@ -105,7 +105,7 @@ def _costs(costs: Sequence[Cost], prices: Prices) -> Iterator[str]:
 
 
 def main() -> None:
-    """Read, compute, print."""
+    """Read, compute and print."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.sizing",
         description=__doc__,

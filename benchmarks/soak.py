@@ -1,13 +1,13 @@
-"""A long run at more than the server can do: nothing may grow, and no request may be lost.
+"""A long run at more than the server's throughput: nothing may grow, no request may be lost.
 
     python -m benchmarks.soak --minutes 30
 
 It sends photos of many sizes and formats, one in eight as bulk, at 1.5 times the rate at which the
 server answers, from clients that do not wait for each other. The rate is measured all the time, so
 that the load stays right while other work on the machine comes and goes. It passes if nearly all
-requests that were let in were served within their deadline and the others refused with 429, no
-answer is missing, every mask is its own photo's, and memory, files and threads stay as they were.
-`--output` gets soak.json and soak.md.
+admitted requests were served within their deadline and the others refused with 429, no answer is
+missing, every mask is its own photo's, and memory, files and threads stay as they were. `--output`
+gets soak.json and soak.md.
 """
 
 import argparse
@@ -42,64 +42,64 @@ CLIENTS = 128
 _LIMITS = httpx.Limits(max_connections=CLIENTS, max_keepalive_connections=CLIENTS)
 _BULK_SHARE = 8
 
-# Memory, files and threads settle in the first part, but not for longer than the first minutes.
+# Memory, files and threads settle in the first part, but in no more than the first minutes.
 _SETTLING = 0.25
 _SETTLING_S = 180.0
 
-# Files, and threads, that there may be more in the end.
+# Files, and threads, may be so many more at the end.
 _GROWTH = 2
 
-# Parts of the rest whose medians are compared: single seconds differ by what is being decoded.
+# Parts of the rest, whose medians are compared: single seconds differ by what is decoded.
 _PARTS = 9
 
-# The rate that load goes by: the best of the last paces, each over a few seconds. The last one
-# alone would follow every dip, and load with it.
+# The load follows the best of the last rates, each measured over a few seconds. Following the last
+# one alone, the load would drop with every dip.
 _PACE_S = 5.0
 _PACES = 30
 
-# Of what was let in, so much may miss its deadline when the machine was slower than it had been.
+# So much of what was admitted may miss its deadline, as the machine's speed varies.
 _LATE = 0.01
 
 
 @dataclass
 class Soak:
-    """What was seen."""
+    """The observations of a run."""
 
     seconds: float = 0
     pace_per_s: list[float] = field(default_factory=list)
-    """Answers a second, each second."""
+    """Answers in each second."""
     statuses: Counter[str] = field(default_factory=Counter)
-    """Or the error's name, where there was no answer."""
+    """Number of answers by status, or by the error's name where there was no answer."""
     refusals: Counter[str] = field(default_factory=Counter)
-    """429 without, and with, Retry-After."""
+    """Number of 429s, with and without Retry-After."""
     verdicts: Counter[str] = field(default_factory=Counter)
-    """Of the masks."""
+    """Number of masks by verdict."""
     served_ms: list[float] = field(default_factory=list)
-    """By the server's clock, from the request's head to its answer; bulk is apart."""
+    """Time from a request's head to its answer, by the server's clock; bulk is apart."""
     bulk_ms: list[float] = field(default_factory=list)
     client_ms: list[float] = field(default_factory=list)
-    """As `served_ms` by the client's clock."""
+    """The same times as `served_ms`, by the client's clock."""
     memory_mib: list[float] = field(default_factory=list)
-    """Of the server, each second, as the lists below."""
+    """The server's memory in each second; the lists below are by the second too."""
     files: list[int] = field(default_factory=list)
     threads: list[int] = field(default_factory=list)
     in_flight_after: float = 0
     sockets_left: int = 0
-    """More than before the load, once the clients are gone."""
+    """How many more sockets there are than before the load, once the clients are gone."""
 
     @property
     def late(self) -> float:
-        """Share of what was let in that missed its deadline."""
+        """Share of the admitted requests that missed their deadline."""
         admitted = self.statuses["200"] + self.statuses["504"]
         return self.statuses["504"] / admitted if admitted else 0.0
 
     @property
     def p99_ms(self) -> float:
-        """Of the served, by the server's clock, bulk apart."""
+        """The p99 of the served requests by the server's clock, without bulk."""
         return _quantile(self.served_ms, 0.99)
 
     def settled(self, values: Sequence[float]) -> list[float]:
-        """Medians of the parts after the first minutes."""
+        """Medians of the parts that follow the first minutes."""
         start = round(min(len(values) * _SETTLING, _SETTLING_S))
         rest = values[start:]
         edges = [len(rest) * part // _PARTS for part in range(_PARTS + 1)]
@@ -112,11 +112,11 @@ class Soak:
         return max(abs(part - middle) for part in parts) / middle
 
     def faults(self, *, memory: float = 0.03, late: float = _LATE) -> list[str]:
-        """What must not have been.
+        """The faults of the run; none if it passes.
 
         Args:
-            memory: how far memory may be from its median once it has settled, a fraction.
-            late: share of what was let in that may miss its deadline.
+            memory: how far memory may be from its median once it has settled, as a fraction.
+            late: share of the admitted requests that may miss their deadline.
         """
         faults = []
         if lost := {n: count for n, count in self.statuses.items() if n not in _ALLOWED}:
@@ -146,7 +146,7 @@ class Soak:
         return faults
 
     def markdown(self) -> str:
-        """The result as a table."""
+        """The result as a Markdown table."""
         sent = self.statuses.total()
         parts = self.settled(self.memory_mib)
         rows = [
@@ -179,7 +179,7 @@ _ALLOWED = ("200", "429", "504")
 
 
 def soak(seconds: float, overload: float = OVERLOAD) -> Soak:
-    """Start a server and send `overload` times what it serves for so long."""
+    """Start a server, and send `overload` times its throughput for so long."""
     result = Soak(seconds)
     cards = generated(Settings().model).cards
     flags = ("--request-timeout-ms", str(BULK_DEADLINE_MS), "--log-level", "warning")
@@ -201,7 +201,7 @@ def soak(seconds: float, overload: float = OVERLOAD) -> Soak:
 
 
 class _Load:
-    """Clients that do not wait for each other."""
+    """Sends photos from clients that do not wait for each other."""
 
     def __init__(
         self, server: ServerProcess, client: httpx.Client, cards: Sequence[Card], result: Soak
@@ -230,11 +230,11 @@ class _Load:
                 clients.submit(self._send, card, bulk=number % _BULK_SHARE == 0)
                 due += 1 / (overload * max(self._paces))
                 time.sleep(max(0.0, due - time.perf_counter()))
-                # What was missed while this thread had no core is not made up for by a burst.
+                # Photos that this thread missed while it had no core are not sent in a burst.
                 due = max(due, time.perf_counter() - 1)
 
     def _closed_loop(self, seconds: float) -> None:
-        """Clients that wait for each answer, for a first pace to go by."""
+        """Run clients that wait for each answer, to find a first rate."""
         started = time.perf_counter()
 
         def keep_sending(card: Card) -> int:
@@ -249,12 +249,12 @@ class _Load:
         self._paces.append(count / (time.perf_counter() - started))
 
     def _look(self) -> None:
-        """Once a second."""
+        """Record memory, files and threads. This runs once a second."""
         result = self._result
         with self._process.oneshot():
             result.memory_mib.append(self._process.memory_info().rss / 2**20)
             result.threads.append(self._process.num_threads())
-        # Connections come and go with what the load needs; none may be left in the end.
+        # Connections come and go with the load. None may be left at the end.
         files, _ = _count_files(self._process)
         result.files.append(files)
         now = time.perf_counter()
@@ -298,12 +298,12 @@ def _headers(card: Card) -> dict[str, str]:
 
 
 def _total_ms(answer: httpx.Response) -> float:
-    """From `Server-Timing`."""
+    """The whole time in `Server-Timing`."""
     return float(answer.headers["server-timing"].rpartition("total;dur=")[2])
 
 
 def _count_files(process: psutil.Process) -> tuple[int, int]:
-    """Open files that are no sockets, and sockets."""
+    """Number of open files that are not sockets, and of sockets."""
     files = sockets = 0
     for entry in Path(f"/proc/{process.pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
@@ -333,7 +333,7 @@ def _range(parts: Sequence[float]) -> str:
 
 
 def main() -> int:
-    """The command; gives its exit code."""
+    """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(formatter_class=Help, prog="python -m benchmarks.soak")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))

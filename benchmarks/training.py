@@ -3,10 +3,9 @@
 It times whole steps (augmentation, forward, loss, backward, optimiser) of the shipped recipe in
 model.train, and of a plain form of the same network and losses: float32, contiguous NCHW, the
 attentions' H·W × H·W matrices in memory, nothing asleep. The cases take turns, so that other work
-on
-the machine falls on all of them. The recipe's rate is that of its whole schedule: `pam_wake` of it
-with the half-resolution attention asleep, the rest with it awake. One more case has keys and values
-at half resolution averaged over 8×8 positions, and every attention awake.
+on the machine falls on all of them. The recipe's rate is that of its whole schedule: the
+half-resolution attention is asleep for `pam_wake` of it, and awake for the rest. One more case
+averages keys and values at half resolution over 8×8 positions, with every attention awake.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ Step = Callable[[], float]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.training",
         description=__doc__,
@@ -121,7 +120,7 @@ def _plain(config: TrainConfig, pixels: PixelSet) -> Step:
 
 
 def _take_turns(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each case's steps, one of each a round; reading the loss waits for the device."""
+    """Seconds of each case's steps, one in each round; reading the loss waits for the device."""
     for step in steps.values():
         for _ in range(6 if torch.cuda.is_available() else 1):  # graphs are captured meanwhile
             step()
