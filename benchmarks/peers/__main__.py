@@ -56,15 +56,16 @@ QUICK = Plan(
 _COMPARISON = TypeAdapter(Comparison)
 _PHOTOS = 8
 _ROTATE = 3
-"""Servers by which each turn begins later than the one before."""
+"""Each turn begins so many servers later in the list than the one before."""
 _OVERLOADED: tuple[Network, ...] = ("real", "stub 5 ms")
 """Networks with which servers are overloaded, in the first turn."""
 _TROUBLED: tuple[Network, ...] = ("stub 5 ms",)
-"""Networks with which a bad photo comes, then SIGTERM."""
+"""Networks with which a bad photo is sent, and then SIGTERM."""
 
 
 Kind = Literal["visit", "bare", "stock", "path"]
-"""A server's visit; without one: its bare loop, stock ONNX Runtime's, a large photo's path."""
+"""A visit to a server, or a measurement without one: its bare loop, stock ONNX Runtime's, a large
+photo's path."""
 Key = tuple[int, Network, str, Kind]
 
 
@@ -106,7 +107,7 @@ def jobs(entrants: Sequence[Entrant], networks: Sequence[Network], turns: int) -
 
 
 def done(comparison: Comparison) -> set[Key]:
-    """Keys of the jobs that are done; those that failed or were disturbed are tried again."""
+    """Keys of finished jobs. Those that failed or were disturbed are not among them."""
     found: set[Key] = {
         (v.turn, v.network, v.entrant, "visit") for v in comparison.visits if v.is_quiet
     }
@@ -138,7 +139,7 @@ class Run:
         self._prepared: set[str] = set()
 
     def do(self, job: Job) -> None:
-        """Do one job; what cannot be measured is marked as missing."""
+        """Do one job. A measurement that is impossible is marked as missing."""
         comparison = self.comparison
         seconds, model = self._plan.bare_s, self._deck.model
         match job.kind:
@@ -169,7 +170,7 @@ class Run:
         except (Unavailable, OSError) as error:
             print(f"  {error}", file=sys.stderr)
             if isinstance(error, Unavailable):
-                # It would not start the next time either, and each try costs the whole wait.
+                # It would not start the next time either, and each try takes the whole wait.
                 self._unavailable[job.entrant.name] = str(error)
             reason = str(error).replace("|", "/")
             comparison.put(Missing(job.entrant.name, job.network, job.turn, reason))
@@ -188,7 +189,7 @@ class Run:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.peers",
         description=__doc__,
@@ -286,15 +287,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def generated() -> list[bytes]:
-    """Photos of 600×450, as JPEG."""
+    """Make photos of 600×450, as JPEG."""
     return [drawn_photo(seed) for seed in range(_PHOTOS)]
 
 
 def given(folder: Path) -> list[bytes]:
-    """The first JPEG photos of a folder.
+    """Read the first JPEG photos of a folder.
 
     Raises:
-        ValueError: it holds none.
+        ValueError: the folder holds none.
     """
     photos = []
     for file in sorted(path for path in folder.iterdir() if path.is_file()):
@@ -326,7 +327,7 @@ def _setting(plan: Plan, photos: Sequence[bytes], source: str, model: Path) -> S
 
 
 def measured_commit() -> str:
-    """The last commit to the measured and measuring code; with a + if that has changed since."""
+    """The last commit to the measured and measuring code; with + at its end if that has changed."""
     git = ["git", "-C", str(ROOT)]
     watched = ["server", "model", "photos", "common", "trt_build", "benchmarks/peers"]
     log = [*git, "log", "-1", "--format=%h", "--", *watched]
@@ -338,6 +339,6 @@ def measured_commit() -> str:
 
 
 if __name__ == "__main__":
-    # A server under test is ended with this process, not left behind.
+    # This process ends a server under test with itself, so that none is left behind.
     end_on_signals()
     sys.exit(main())

@@ -1,7 +1,7 @@
 """The network in a loop, no server: `python -m benchmarks.peers.bare SECONDS FLAGS`.
 
-It takes the server's flags and runs the network as the server does: in as many processes, from as
-many threads at a time. With `--stock` it runs ONNX Runtime with its own defaults, in one process.
+It takes the server's flags, and runs the network as the server does: in as many processes, from
+as many threads at a time. With `--stock` it runs ONNX Runtime with its own defaults in one process.
 It prints images a second by batch size, as JSON.
 """
 
@@ -23,7 +23,7 @@ _STOCK_BATCHES = (1, 8)
 
 
 def per_second(infer: Infer, slots: int, batch: int, seconds: float) -> float:
-    """Images a second, from so many threads."""
+    """Images a second, from `slots` threads."""
     pixels = np.random.default_rng(0).integers(0, 256, (batch, MODEL_SIZE, MODEL_SIZE, 3), np.uint8)
     infer(pixels)
     started = time.perf_counter()

@@ -1,9 +1,9 @@
 """A lean HTTP/1.1 client for load: one process, bare sockets, requests prepared as bytes.
 
-Client and server share both cores, so every microsecond here is taken from the server; it is the
-same for each server. Answers are parsed only as far as HTTP needs; every eighth is kept, and its
-mask is checked. It is hand-written because oha sends one body only and k6 runs JavaScript for each
-request (docs/decisions.md).
+Client and server share both cores, so every microsecond here is taken from the server. It is the
+same for each server. Answers are parsed only as far as HTTP needs. Every eighth is kept, and its
+mask is checked. The client is hand-written because oha sends one body only, and k6 runs JavaScript
+for each request (docs/decisions.md).
 """
 
 import asyncio
@@ -19,11 +19,11 @@ import uvloop
 __all__ = ["LOST", "Answer", "Load", "at_once", "closed_loop", "open_loop", "post", "until_closed"]
 
 LOST = 0
-"""Status of a request that was sent, or was due, and got no complete answer."""
+"""Status of a request that was sent, or was due, but got no complete answer."""
 
 _KEEP_EVERY = 8
 _PAUSE_S = 0.05
-"""Pause of a client in a closed loop after a refusal, so that it does not come back at once."""
+"""Pause of a client in a closed loop after a refusal, so that it does not ask again at once."""
 
 
 @dataclass(slots=True)
@@ -33,12 +33,12 @@ class Answer:
     request: int
     """Index of the request."""
     due: float
-    """When it was sent, or in an open loop should have been."""
+    """When the request was sent or, in an open loop, should have been."""
     ended: float
     status: int
     body: bytes | None = None
     retry_after: bool = False
-    """Whether it had `Retry-After`."""
+    """Whether the answer had `Retry-After`."""
 
 
 @dataclass
@@ -48,14 +48,14 @@ class Load:
     started: float = 0
     ended: float = 0
     cpu_s: float = 0
-    """CPU time that this process used meanwhile."""
+    """CPU time that this process used meanwhile, seconds."""
     unsent: int = 0
     """Requests that were due in an open loop while all connections waited for answers."""
     answers: list[Answer] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
-        """How long the stretch was."""
+        """Length of the stretch."""
         return self.ended - self.started
 
     @contextlib.contextmanager
@@ -66,7 +66,7 @@ class Load:
         self.ended, self.cpu_s = time.perf_counter(), time.process_time() - cpu
 
     def add(self, request: int, due: float, reply: "_Reply") -> None:
-        """Unless the stretch has not begun, or is over and the reply is one."""
+        """Record a reply. Before the stretch none counts; after it, only a lost one does."""
         if not self.started or (self.ended and reply.status != LOST):
             return
         kept = reply.body if len(self.answers) % _KEEP_EVERY == 0 else None
@@ -100,29 +100,29 @@ class _Connection(asyncio.Protocol):
 
     @classmethod
     async def open(cls, port: int) -> "_Connection":
-        """Raises OSError where nobody listens."""
+        """Open a connection. Raises OSError where nobody listens."""
         _, connection = await asyncio.get_running_loop().create_connection(cls, "127.0.0.1", port)
         return connection
 
     @property
     def is_open(self) -> bool:
-        """Whether another request can be sent."""
+        """Whether the connection can send another request."""
         return self._transport is not None and not self._transport.is_closing()
 
     def ask(self, request: bytes) -> "asyncio.Future[_Reply]":
-        """Send it; the reply has status `LOST` if the connection ends before it is whole."""
+        """Send a request. The reply has status `LOST` if the connection ends before it is whole."""
         assert self._transport is not None
         self._answered = asyncio.get_running_loop().create_future()
         self._transport.write(request)
         return self._answered
 
     def close(self) -> None:
-        """Close it at once, also during a request."""
+        """Close the connection at once, even during a request."""
         if self._transport is not None:
             self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's transports have asyncio's methods, but not its class.
+        # uvloop's transports have the methods of asyncio's class, but do not inherit from it.
         self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
@@ -185,21 +185,21 @@ def closed_loop(
     give_up_s: float = 30,
     drain_s: float = 10,
 ) -> Load:
-    """Clients that send their next request once the last one is answered.
+    """Run clients that send their next request once the last one is answered.
 
-    A request that is unanswered at the end counts neither as an answer nor as a loss. It is waited
-    for: a server that goes on working for clients that left would do so in the next stretch.
+    A request that is unanswered at the end counts neither as an answer nor as a loss. It is
+    awaited, since a server that works on for clients that left would do so in the next stretch.
 
     Args:
-        port: on this machine.
-        requests: as `post` makes them; sent in turn.
-        clients: connections.
-        seconds: how long at least.
-        lead_s: load before that, until which no answer counts: batches then end at any moment
-            of the stretch, and its edges favour nobody.
-        fewest: answers to wait for beyond that.
-        give_up_s: how much longer at most.
-        drain_s: how long to wait then for what is not answered.
+        port: port of the server on this machine.
+        requests: requests that `post` made; sent in turn.
+        clients: number of clients, each with one connection.
+        seconds: least length of the stretch.
+        lead_s: seconds of load before the stretch, whose answers do not count. So batches end at
+            any moment of the stretch, and its edges favour nobody.
+        fewest: least number of answers, for which the stretch goes on.
+        give_up_s: most seconds by which the stretch goes on.
+        drain_s: seconds to wait for the last answers.
     """
 
     async def run() -> Load:
@@ -211,7 +211,7 @@ def closed_loop(
         with load.measured():
             await asyncio.sleep(seconds)
             give_up = load.started + seconds + give_up_s
-            # Looked at now and then: an event for each answer would cost the server's time.
+            # Checked now and then, since an event for each answer would cost the server's time.
             while len(load.answers) < fewest and time.perf_counter() < give_up:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         await asyncio.wait(tasks, timeout=drain_s)
@@ -230,14 +230,14 @@ def until_closed(
     stop: Callable[[], None],
     seconds: float,
 ) -> Load:
-    """Clients in a closed loop against a server that is told to stop under them.
+    """Run clients in a closed loop against a server that is stopped under them.
 
-    A client is done when it finds the port closed; every answer until then counts.
+    A client ends when it finds the port closed. Every answer until then counts.
 
     Args:
-        after_s: when `stop` is called.
-        stop: sends SIGTERM, say.
-        seconds: how long to wait for all clients to be done after that.
+        after_s: seconds until `stop` is called.
+        stop: stops the server; it sends SIGTERM, for example.
+        seconds: time after that in which all clients should end.
     """
 
     async def run() -> Load:
@@ -296,13 +296,13 @@ def open_loop(
     connections: int = 1000,
     drain_s: float = 10,
 ) -> Load:
-    """Requests at a fixed rate, whatever becomes of those before.
+    """Send requests at a fixed rate, whatever becomes of the earlier ones.
 
     Args:
-        per_s: requests a second, evenly.
-        seconds: how long.
-        connections: at most; where all wait for answers, what is due is not sent.
-        drain_s: how long to wait then for what is not answered; what is not by then is lost.
+        per_s: requests in a second, evenly spread.
+        seconds: length of the load.
+        connections: most connections. Where all wait for answers, due requests are not sent.
+        drain_s: seconds to wait for the last answers; requests without one are lost.
     """
 
     async def run() -> Load:
@@ -348,7 +348,7 @@ def open_loop(
 
 
 def at_once(port: int, requests: Sequence[bytes], timeout_s: float = 30) -> list[Answer]:
-    """Each request on a connection of its own, all at the same moment; answers in their order."""
+    """Send each request on its own connection, all at one moment; return answers in their order."""
 
     async def run() -> list[Answer]:
         connections = [await _Connection.open(port) for _ in requests]
@@ -370,7 +370,7 @@ def at_once(port: int, requests: Sequence[bytes], timeout_s: float = 30) -> list
 
 
 async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:
-    """Cancel those that still run; raise what one of them stumbled over."""
+    """Cancel the tasks that still run; raise the error that one of them met."""
     tasks = list(tasks)
     for task in tasks:
         task.cancel()

@@ -1,4 +1,4 @@
-"""The servers of the comparison: how each is asked, and how its answer is read."""
+"""The servers of the comparison: how a request is made for each, and how its answer is read."""
 
 import base64
 import json
@@ -22,7 +22,7 @@ def _bare(photo: bytes) -> bytes:
 
 
 def _litserve(photo: bytes) -> bytes:
-    """The photo as a form: LitServe takes only forms and JSON."""
+    """Wrap the photo in a form, since LitServe takes only forms and JSON."""
     boundary = "peers-boundary-5c4b1f"
     head = (
         f"--{boundary}\r\n"
@@ -42,7 +42,7 @@ def _torchserve(photo: bytes) -> bytes:
 
 
 def _triton(photo: bytes) -> bytes:
-    """The photo in the binary tensor extension, where a string has its length before it."""
+    """Wrap the photo in the binary tensor extension, where a string's length comes before it."""
     data = struct.pack("<I", len(photo)) + photo
     wanted = {"name": "mask", "parameters": {"binary_data": True}}
     tensor = {
@@ -60,7 +60,7 @@ def _triton(photo: bytes) -> bytes:
 
 
 def _triton_mask(body: bytes) -> bytes:
-    # The JSON's length is in a header; PNG's signature is where the mask begins.
+    # The JSON's length is in a header. The mask begins at PNG's signature.
     return body[body.index(b"\x89PNG") :]
 
 
@@ -88,30 +88,30 @@ class Entrant:
     label: str
     """Its name in the report."""
     settings: str
-    """Its settings beside those that all have, as its documentation recommends or shows them."""
+    """Settings beyond those that all have, as the server's documentation recommends or shows."""
     package: str = ""
-    """The package whose version is the server's."""
+    """The package whose version is the server's version."""
     source: str = ""
-    """Where its documentation says so."""
+    """Address of the documentation with these settings."""
     environment: str = ""
-    """Whose requirements it takes; this server's own Python where there is none."""
+    """Name of the requirements; empty means this server's own Python."""
     script: str = ""
-    """Of `servers/`."""
+    """Name of the script in `servers/`."""
     flags: tuple[str, ...] = ()
-    """Of this server."""
+    """Flags for this server's own command line."""
     ask: Callable[[bytes], bytes] = _bare
-    """A photo → the whole request."""
+    """Turns a photo into the whole request."""
     mask: Callable[[bytes], bytes] = bytes
-    """An answer's body → the PNG in it."""
+    """Turns an answer's body into the PNG in it."""
     batches: bool = True
     waits: bool = False
-    """Whether a batch waits some milliseconds, as configured, for more to come."""
+    """Whether a batch waits some milliseconds, as configured, for more photos."""
     is_python: bool = True
-    """Whether its front end is."""
+    """Whether the front end is written in Python."""
     needs: str = ""
-    """A program beside Python."""
+    """A program that the server needs besides Python."""
     stubs: bool = True
-    """Whether a stub in the network's place tells anything of it."""
+    """Whether a stub in the network's place tells anything about the server."""
     one_process: bool = False
     """Whether one process runs the network with the threads of all."""
 
@@ -122,12 +122,12 @@ class Entrant:
 
     @property
     def requirements(self) -> Path:
-        """Its pinned packages."""
+        """File of the server's pinned packages."""
         return Path(__file__).parent / "requirements" / f"{self.environment}.txt"
 
     @property
     def version(self) -> str:
-        """Of its package, as pinned."""
+        """Version of the server's package, as pinned."""
         if self.is_ours:
             return ""
         pins = self.requirements.read_text(encoding="utf-8").splitlines()

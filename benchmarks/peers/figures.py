@@ -1,4 +1,4 @@
-"""What was measured of each server, and what follows from it."""
+"""The measurements of each server, and what follows from them."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -36,12 +36,12 @@ __all__ = [
 
 Network = Literal["real", "stub 0 ms", "stub 5 ms"]
 CLIENTS = (1, 8, 32, 128)
-"""In a closed loop."""
+"""Numbers of clients in a closed loop."""
 NETWORKS: tuple[Network, ...] = get_args(Network)
 STOCK = "stock"
-"""What runs as it comes in the bare loop: ONNX Runtime."""
+"""Entrant in the bare loop that is ONNX Runtime with its own defaults."""
 STOP_S = 12
-"""Waited for a server to end after SIGTERM."""
+"""Seconds to wait for a server to end after SIGTERM."""
 LARGE = (6000, 4000)
 """Width and height of the photo whose path is measured."""
 
@@ -50,65 +50,65 @@ _QUIET_CORES = 0.25
 
 @dataclass(frozen=True)
 class Step:
-    """Clients in a closed loop. Latencies in ms, of answers with a mask."""
+    """Clients in a closed loop. Latencies are in ms, of answers with a mask."""
 
     clients: int
     requests: int
     per_s: float
-    """Masks a second."""
+    """Masks in a second."""
     p50_ms: float
     p99_ms: float
     failed: int
-    """Answers without a mask."""
+    """Number of answers without a mask."""
     generator_cores: float
 
 
 @dataclass(frozen=True)
 class Overload:
-    """An open loop at twice the best throughput. Latencies in ms, from when a request was due."""
+    """An open loop at twice the best throughput. Latencies (ms) count from when a photo was due."""
 
     offered_per_s: float
     seconds: float
     served: int
-    """With a mask, however late."""
+    """Answers with a mask, however late."""
     served_per_s: float
-    """While the load lasted."""
+    """Masks in a second while the load lasted."""
     p50_ms: float
     p99_ms: float
     refused: dict[str, int]
-    """By status."""
+    """Number of refusals by status."""
     with_retry_after: int
-    """Of those refused."""
+    """Number of refusals with `Retry-After`."""
     lost: int
-    """Sent and never answered, within ten seconds after the load."""
+    """Requests that were sent and had no answer within ten seconds after the load."""
     unsent: int
-    """Due while a thousand connections waited for answers."""
+    """Requests that were due while a thousand connections waited for answers."""
     drained_s: float
-    """From the end of the load to the last answer."""
+    """Seconds from the end of the load to the last answer."""
 
 
 @dataclass(frozen=True)
 class BadPhoto:
-    """A truncated photo sent at the same moment as seven good ones, some times over."""
+    """A truncated photo, sent some times over at the same moment as seven good ones."""
 
     times: int
     good_failed: int
     statuses: dict[str, int]
-    """Of the bad one."""
+    """Number of answers to the bad photo, by status."""
 
 
 @dataclass(frozen=True)
 class Stop:
-    """SIGTERM under eight clients in a closed loop."""
+    """SIGTERM sent to a server with eight clients in a closed loop."""
 
     answered_after: int
     """Masks that came after the signal."""
     refused: int
-    """Answered without a mask."""
+    """Answers without a mask."""
     lost: int
-    """Sent on an open connection and never answered."""
+    """Requests that were sent on an open connection and never answered."""
     seconds: float | None
-    """To the end of the process that got the signal; None if it was still there."""
+    """Seconds until the process that got the signal ended; None if it did not."""
     exit_code: int | None
     survivors: int
     """Processes that it left behind."""
@@ -125,16 +125,16 @@ class Visit:
     turn: int
     seconds_to_ready: float
     memory_mib: float
-    """After the loads, of all its processes, shared pages counted once."""
+    """Memory of all its processes after the loads, with shared pages counted once."""
     backend: str
-    """What this server says it runs; peers run ONNX Runtime."""
+    """The backend that this server reports; peers run ONNX Runtime."""
     others_cores: float
-    """Used meanwhile by neither the server nor the load on it."""
+    """Cores that were used meanwhile by neither the server nor its load."""
     steps: list[Step]
     masks_checked: int
     masks_wrong: int
     least_iou: float
-    """Of the masks checked with those predicted without a server."""
+    """Least overlap of the checked masks with those predicted without a server."""
     idle_cores: float | None = None
     overload: Overload | None = None
     bad_photo: BadPhoto | None = None
@@ -157,14 +157,14 @@ class Visit:
 
 @dataclass(frozen=True)
 class Bare:
-    """The network of this server, or `STOCK`, in a loop, without a server."""
+    """The network of this server, or `STOCK`, in a loop without a server."""
 
     turn: int
     entrant: str
     per_s: dict[str, float]
-    """Images a second by batch size."""
+    """Images in a second, by batch size."""
     others_cores: float
-    """Used meanwhile by anything else."""
+    """Cores that other work used meanwhile."""
 
     @property
     def is_quiet(self) -> bool:
@@ -173,20 +173,20 @@ class Bare:
 
     @property
     def best_per_s(self) -> float:
-        """With the batch size that is best."""
+        """Images in a second at the best batch size."""
         return max(self.per_s.values())
 
 
 @dataclass(frozen=True)
 class PhotoPath:
-    """What a photo of 6000×4000 costs beside the network, in milliseconds."""
+    """The cost of a photo of 6000×4000 beside the network, in milliseconds."""
 
     turn: int
     ours: float
     usual: float
-    """Full decode, enlarged floats, Pillow's default PNG."""
+    """Cost of the usual way: full decode, enlarged floats, Pillow's default PNG."""
     others_cores: float
-    """Used meanwhile by anything else."""
+    """Cores that other work used meanwhile."""
 
     @property
     def is_quiet(self) -> bool:
@@ -196,7 +196,7 @@ class PhotoPath:
 
 @dataclass(frozen=True)
 class Missing:
-    """A server that was not measured, with a network, and why."""
+    """A server that was not measured with a network, and the reason."""
 
     entrant: str
     network: str
@@ -211,17 +211,17 @@ class Aim:
     measure: str
     ratio: float
     found: float | None
-    """None if it was not measured."""
+    """The measured ratio; None if it was not measured."""
     at_most: bool = False
 
     @property
     def wanted(self) -> str:
-        """For people."""
+        """The aim in words."""
         return f"{'≤' if self.at_most else '≥'} {self.ratio:.2f}"
 
     @property
     def is_met(self) -> bool:
-        """By what was found."""
+        """Whether the measured ratio meets the aim."""
         if self.found is None:
             return False
         return self.found <= self.ratio if self.at_most else self.found >= self.ratio
@@ -229,7 +229,7 @@ class Aim:
 
 @dataclass(frozen=True)
 class Setting:
-    """What has to be the same for figures to be compared."""
+    """Everything that must be the same for figures to be compared."""
 
     machine: str
     commit: str
@@ -243,12 +243,12 @@ class Setting:
 
 
 Value = Callable[[Visit], float | None]
-"""Of a visit, None where it was not measured."""
+"""Takes a figure from a visit; None where it was not measured."""
 
 
 @dataclass
 class Comparison:
-    """All there is to report."""
+    """Everything that the report shows."""
 
     setting: Setting
     visits: list[Visit] = field(default_factory=list)
@@ -257,7 +257,7 @@ class Comparison:
     paths: list[PhotoPath] = field(default_factory=list)
 
     def put(self, found: "Visit | Missing") -> None:
-        """In the place of what is known of the same visit, unless that was less disturbed."""
+        """Add a visit. It replaces one of the same turn, unless that was less disturbed."""
 
         def is_other(known: Visit | Missing) -> bool:
             return (known.entrant, known.network, known.turn) != (
@@ -276,31 +276,31 @@ class Comparison:
         self.visits = [*filter(is_other, self.visits), best]
 
     def put_bare(self, found: Bare) -> None:
-        """The same, for what runs without a server."""
+        """Add a measurement without a server, by the same rule as `put`."""
         same = [b for b in self.bare if (b.turn, b.entrant) == (found.turn, found.entrant)]
         best = min([*same, found], key=lambda bare: bare.others_cores)
         self.bare = [*(bare for bare in self.bare if bare not in same), best]
 
     def put_path(self, found: PhotoPath) -> None:
-        """The same, for a photo's path."""
+        """Add a measurement of a photo's path, by the same rule as `put`."""
         same = [path for path in self.paths if path.turn == found.turn]
         best = min([*same, found], key=lambda path: path.others_cores)
         self.paths = [*(path for path in self.paths if path not in same), best]
 
     def of(self, entrant: str, network: Network) -> list[Visit]:
-        """Its visits, in turn."""
+        """Visits of an entrant with a network, in order of their turns."""
         return sorted(
             (v for v in self.visits if (v.entrant, v.network) == (entrant, network)),
             key=lambda visit: visit.turn,
         )
 
     def median(self, entrant: str, network: Network, value: Value) -> float | None:
-        """Over its turns; None if it has none."""
+        """Median of a figure over an entrant's turns; None if it has none."""
         values = [v for visit in self.of(entrant, network) if (v := value(visit)) is not None]
         return statistics.median(values) if values else None
 
     def ratio(self, over: str, under: str, network: Network, value: Value) -> float | None:
-        """The median of what one has over what the other has in the same turn."""
+        """The median, over turns, of one entrant's figure divided by the other's in that turn."""
         below = {visit.turn: value(visit) for visit in self.of(under, network)}
         ratios = [
             above / under_it
@@ -317,7 +317,7 @@ class Comparison:
         among: Sequence[str],
         highest: bool = True,
     ) -> str | None:
-        """Whose median is best."""
+        """Name of the entrant whose median is best."""
         medians = {
             name: median
             for name in among
@@ -328,7 +328,7 @@ class Comparison:
         return (max if highest else min)(medians, key=lambda name: medians[name])
 
     def of_bare(self, entrant: str = OURS) -> float | None:
-        """Throughput over that of the bare loop in the same turn, which takes its best batch."""
+        """An entrant's throughput over that of its bare loop, at its best batch, in one turn."""
         bare = {b.turn: b.best_per_s for b in self.bare if b.entrant == entrant}
         ratios = [
             visit.best_per_s / bare[visit.turn]
@@ -339,23 +339,23 @@ class Comparison:
 
     @property
     def peers(self) -> list[str]:
-        """Names of those that are not this server and were measured at least once."""
+        """Names of the peers that were measured at least once; this server is not one."""
         seen = {visit.entrant for visit in self.visits}
         return [e.name for e in ENTRANTS if not e.is_ours and e.name in seen]
 
     @property
     def networks(self) -> list[Network]:
-        """Those that anything was measured with."""
+        """Networks with which anything was measured."""
         seen = {visit.network for visit in self.visits}
         return [network for network in NETWORKS if network in seen]
 
     def measured(self, network: Network) -> list[str]:
-        """Names of those that were measured with it."""
+        """Names of the entrants that were measured with a network."""
         return [e.name for e in ENTRANTS if self.of(e.name, network)]
 
     @property
     def spread(self) -> float:
-        """Range of a load's throughput over the turns, relative to its median: the median of it."""
+        """Range of a load's throughput over the turns, relative to its median; median of all."""
         loads: dict[tuple[str, str, int], list[float]] = {}
         for visit in self.visits:
             for step in visit.steps:
@@ -365,7 +365,7 @@ class Comparison:
         return statistics.median(ranges) if ranges else 0.0
 
     def aims(self) -> list[Aim]:
-        """What this server is meant to reach."""
+        """The ratios that this server is meant to reach."""
         peers = [entrant for entrant in ENTRANTS if entrant.name in self.peers]
         python = self.best(
             "stub 0 ms", _best_per_s, among=[peer.name for peer in peers if peer.is_python]
@@ -452,7 +452,7 @@ def _named(peer: str | None) -> str:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that `share` of all are not above (nearest rank); 0 of none."""
+    """The smallest value that `share` of all are not above (nearest rank); 0 if there are none."""
     ordered = sorted(values)
     return ordered[max(0, -(-int(len(ordered) * share * 1000) // 1000) - 1)] if ordered else 0.0
 
@@ -462,7 +462,7 @@ def _latencies_ms(answers: Sequence[Answer]) -> list[float]:
 
 
 def step_of(load: Load, clients: int) -> Step:
-    """Of a closed loop."""
+    """Sum up a closed loop as a step."""
     latencies = _latencies_ms(load.answers)
     return Step(
         clients=clients,
@@ -476,7 +476,7 @@ def step_of(load: Load, clients: int) -> Step:
 
 
 def overload_of(load: Load, per_s: float, seconds: float) -> Overload:
-    """Of an open loop at `per_s` for so many seconds, and the wait for its last answers."""
+    """Sum up an open loop at `per_s` for so many seconds, and the wait for its last answers."""
     latencies = _latencies_ms(load.answers)
     end = load.started + seconds
     others = [a for a in load.answers if a.status not in (200, LOST)]
@@ -496,7 +496,7 @@ def overload_of(load: Load, per_s: float, seconds: float) -> Overload:
 
 
 def bad_photo_of(rounds: Sequence[tuple[int, Sequence[Answer]]]) -> BadPhoto:
-    """Of answers to photos sent together, each time with the place of the bad one."""
+    """Sum up photos sent together: each round has the position of the bad one, and all answers."""
     bad = [answers[place] for place, answers in rounds]
     good = [a for place, answers in rounds for i, a in enumerate(answers) if i != place]
     return BadPhoto(len(rounds), sum(a.status != 200 for a in good), _counts(bad))
@@ -511,7 +511,7 @@ def stop_of(
     survivors: int,
     still_answers: bool,
 ) -> Stop:
-    """Of a closed loop in which SIGTERM was sent at `signalled`."""
+    """Sum up a closed loop in which SIGTERM was sent at `signalled`."""
     after = [answer for answer in load.answers if answer.ended >= signalled]
     return Stop(
         answered_after=sum(answer.status == 200 for answer in after),

@@ -1,4 +1,4 @@
-"""One visit to one server: start it, load it, look at it, stop it."""
+"""A visit to a server: start it, send it load, look at it, stop it."""
 
 import json
 import os
@@ -59,13 +59,13 @@ __all__ = [
 _STUB_MS: dict[Network, float | None] = {"stub 0 ms": 0, "stub 5 ms": 5, "real": None}
 
 _SAME_MASK_IOU = 0.9
-"""Masks that overlap less are wrong: peers enlarge theirs in blocks, which costs a few percent."""
+"""A mask that overlaps less is wrong. Peers enlarge theirs in blocks, which costs a few percent."""
 
 _WARM_UP_S = 0.5
 _WARM_UP = 32
-"""Answers at least: BentoML lets first requests wait while it learns how long a batch takes."""
+"""Least number of answers: BentoML holds first requests while it learns how long a batch takes."""
 _LEAD = 0.25
-"""Of a load's time, before it is measured."""
+"""Share of a load's time that is not measured, at its start."""
 _BESIDE = 8
 _BAD_TIMES = 10
 
@@ -76,20 +76,20 @@ class Plan:
 
     turns: int
     step_s: float
-    """Of each load, with a stub."""
+    """Seconds of each load, with a stub."""
     real_s: tuple[float, float, float, float]
-    """Of each load, with the real network."""
+    """Seconds of each load, with the real network."""
     overload_s: float
     bare_s: float
-    """Of the bare loop, with each batch size."""
+    """Seconds of the bare loop, with each batch size."""
     idle_s: float
     path_turns: int
-    """How often a large photo goes each way, in each turn."""
+    """Number of times that a large photo goes each way, in each turn."""
 
 
 @dataclass(frozen=True)
 class Deck:
-    """Photos, and the mask that each has with each network."""
+    """Photos, and the mask of each photo with each network."""
 
     photos: Sequence[bytes]
     masks: dict[Network, list[NDArray[np.bool_]]]
@@ -97,7 +97,7 @@ class Deck:
 
     @classmethod
     def of(cls, photos: Sequence[bytes], model: Path) -> "Deck":
-        """Predict the masks."""
+        """Make a deck of photos: predict their masks."""
         read = [read_photo(data) for data in photos]
         batch = np.stack([photo.pixels for photo in read])
         disc = handler.stub(0)(batch)
@@ -117,7 +117,7 @@ class Deck:
 
 
 class Masks:
-    """Looks at masks that came back."""
+    """Compares masks that came back with the predicted ones."""
 
     def __init__(self, entrant: Entrant, expected: Sequence[NDArray[np.bool_]]) -> None:
         self._entrant = entrant
@@ -127,7 +127,7 @@ class Masks:
         self.least_iou = 1.0
 
     def check(self, answers: Sequence[Answer]) -> None:
-        """Those whose bodies were kept."""
+        """Check the answers whose bodies were kept."""
         for answer in answers:
             if answer.status != 200 or answer.body is None:
                 continue
@@ -149,7 +149,7 @@ class Masks:
 
 
 def layout(entrant: Entrant | None = None) -> tuple[int, int]:
-    """Of peers: processes that run the network, and the threads of each for one run."""
+    """Number of processes that run a peer's network, and of threads in each of them."""
     cores = available_cores()
     return (1, cores) if entrant and entrant.one_process else (cores, 1)
 
@@ -169,12 +169,12 @@ def visit(
 
     Args:
         python: the interpreter of a peer.
-        overload: whether to send more than it can do, too.
+        overload: whether to send, too, more than the server can do.
         trouble: whether to leave it idle, send a bad photo and stop it under load, too.
 
     Raises:
-        Unavailable: it does not start.
-        OSError: it takes no more connections.
+        Unavailable: the server does not start.
+        OSError: the server takes no more connections.
     """
     stub_ms = _STUB_MS[network]
     workers, threads = layout(entrant)
@@ -229,12 +229,12 @@ def visit(
 
 
 def measure_bare(entrant: Entrant, turn: int, seconds: float, model: Path) -> Bare:
-    """What this server's network does in a loop, in as many processes and threads."""
+    """Run this server's network in a loop, in as many processes and threads as the server."""
     return _bare(entrant.name, turn, seconds, ["--model", str(model.resolve()), *entrant.flags])
 
 
 def measure_stock(turn: int, seconds: float, model: Path) -> Bare:
-    """What ONNX Runtime as it comes does there, with as many threads."""
+    """Run ONNX Runtime with its own defaults in that loop, in as many threads."""
     return _bare(STOCK, turn, seconds, ["--model", str(model.resolve()), "--stock"])
 
 
@@ -246,11 +246,11 @@ def _bare(name: str, turn: int, seconds: float, flags: Sequence[str]) -> Bare:
 
 
 def measure_path(turn: int, turns: int, images: Path | None, model: Path) -> PhotoPath:
-    """What a large photo costs beside the network, in one thread and without a server.
+    """Measure the cost of a large photo beside the network, in one thread, without a server.
 
     Args:
-        turns: how often each way is measured in this one.
-        images: folder of which the largest photo is resized; a generated one if None.
+        turns: number of times that each way is measured in this turn.
+        images: folder, whose largest photo is resized; None means a generated photo.
     """
     photo = photos_at_all_sizes(largest(images) if images else None)[LARGE]
     others = _Others(lambda: 0)
@@ -260,7 +260,7 @@ def measure_path(turn: int, turns: int, images: Path | None, model: Path) -> Pho
 
 
 def _children_s() -> float:
-    # Of those that have ended, with all that they waited for.
+    # The times of the children that have ended, and of all that they waited for.
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -272,14 +272,14 @@ def _backend(server: Running) -> str:
 
 
 class _Others:
-    """What the machine does beside this process and what it measures."""
+    """Work of the machine outside this process and what it measures."""
 
     def __init__(self, measured_s: Callable[[], float]) -> None:
         self._measured_s = measured_s
         self._started, self._before = time.perf_counter(), self._used_s()
 
     def cores(self) -> float:
-        """Since this was made, on average."""
+        """Mean number of cores since this object was made."""
         used_s = self._used_s() - self._before
         return max(0.0, used_s / (time.perf_counter() - self._started))
 

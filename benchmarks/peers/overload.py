@@ -1,15 +1,15 @@
 """Goodput when too many come, beside peers: `python -m benchmarks.peers.overload`.
 
-Each server runs the stub network of 5 ms. What it can do is measured in a closed loop; then photos
-come at fixed multiples of that, whatever becomes of those before (open loop), at a thousand
-connections at most. Prints a Markdown table, medians of the rounds:
+Each server runs the stub network of 5 ms. Its throughput is measured in a closed loop. Then photos
+come at fixed multiples of that, whatever becomes of the earlier ones (an open loop), on a thousand
+connections at most. The Markdown table has medians of the rounds:
 
 - goodput: masks a second, from the first photo's due time to the last one's
-- of its own: divided by what it did in the closed loop of the same round; of the best peer's:
-  divided by the largest goodput of a peer at the same multiple
-- offered: photos that were due; where fewer than 95 % of them could be sent, as all connections
+- of its own: divided by the server's throughput in the closed loop of the same round; of the best
+  peer's: divided by the largest goodput of a peer at the same multiple
+- offered: photos that were due. Where fewer than 95 % of them could be sent, since all connections
   waited for answers or the load itself was the limit, the line says so. Server and load share the
-  cores, and the last column is what the load took of them
+  cores, and the last column says how many the load took
 - p99 counts from when a photo was due
 """
 
@@ -34,7 +34,7 @@ __all__ = ["Round", "table"]
 _STUB_MS = 5
 _TIMES = (1.0, 2.0, 10.0)
 _CLIENTS = 64
-"""Of the closed loop: enough for full batches."""
+"""Number of clients in the closed loop, which is enough for full batches."""
 _HEAD = (
     "server",
     "load",
@@ -48,26 +48,26 @@ _HEAD = (
     "load, cores",
 )
 _SENT = 0.95
-"""Of what was due, below which the table says it."""
+"""Share of due photos that must have been sent; below it, the table notes it."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """One server in one round."""
+    """The figures of one server in one round."""
 
     entrant: str
     best_per_s: float
-    """In the closed loop."""
+    """Throughput in the closed loop."""
     loads: dict[float, Overload]
-    """By multiple of that."""
+    """Open loops, by multiple of that throughput."""
     generator_cores: dict[float, float]
 
 
 def measure(entrant: Entrant, python: Path, times: Sequence[float], seconds: float) -> Round:
-    """Start the server, load it, stop it.
+    """Start the server, send it load, and stop it.
 
     Raises:
-        Unavailable: it does not start.
+        Unavailable: the server does not start.
     """
     photos = generated()
     requests = [entrant.ask(photo) for photo in photos]
@@ -90,7 +90,7 @@ def measure(entrant: Entrant, python: Path, times: Sequence[float], seconds: flo
 
 
 def table(rounds: Sequence[Round], times: Sequence[float]) -> str:
-    """Medians, as Markdown."""
+    """The medians as a Markdown table."""
     rows = [list(_HEAD)]
     of = {name: [f for f in rounds if f.entrant == name] for name in (f.entrant for f in rounds)}
     for multiple in times:
@@ -123,7 +123,7 @@ def table(rounds: Sequence[Round], times: Sequence[float]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.peers.overload",
         description=__doc__,

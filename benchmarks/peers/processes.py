@@ -1,6 +1,6 @@
-"""A server under test: its environment made, started, watched with all its children, stopped.
+"""A server under test: its environment is made; it is started, watched with all children, stopped.
 
-Children are known by a variable that they inherit, however far they have gone from their parent.
+Children are known by an environment variable that they inherit, however far from the first process.
 """
 
 import contextlib
@@ -33,14 +33,14 @@ _INSTALL_TIMEOUT_S = 1200
 
 
 _folders: set[str] = set()
-"""Of servers that run."""
+"""Folders of running servers."""
 
 
 def end_on_signals() -> None:
-    """From now on SIGTERM and SIGINT end this process with all that it has started.
+    """From now on, SIGTERM and SIGINT end this process with everything that it has started.
 
-    They do so in the handler: uvloop loses an exception that comes out of one, or puts another in
-    its place, where the signal arrives while a loop starts.
+    The handler does so itself: uvloop loses an exception that comes out of a handler, or puts
+    another in its place, where the signal arrives while a loop starts.
     """
     os.environ[_STARTED_BY] = mine = str(os.getpid())
 
@@ -55,7 +55,7 @@ def end_on_signals() -> None:
 
 
 def _with_variable(name: str, value: str) -> list[int]:
-    """Processes that were started with it."""
+    """Processes that were started with this environment variable."""
     needle = f"{name}={value}".encode()
     found = []
     for folder in Path("/proc").iterdir():
@@ -69,7 +69,7 @@ def _with_variable(name: str, value: str) -> list[int]:
 
 
 def _kill(pids_left: Callable[[], list[int]]) -> None:
-    """All of them, and what they have started meanwhile."""
+    """Kill all processes, and those that they have started meanwhile."""
     while pids := pids_left():
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
@@ -78,16 +78,16 @@ def _kill(pids_left: Callable[[], list[int]]) -> None:
 
 
 class Unavailable(Exception):
-    """A peer that cannot be measured here; the message says why."""
+    """A peer cannot be measured here. The message says why."""
 
 
 def python_of(entrant: Entrant) -> Path:
-    """The interpreter of its own environment."""
+    """The interpreter of the server's own environment."""
     return _ENVIRONMENTS / entrant.environment / "bin" / "python"
 
 
 def prepare(entrant: Entrant) -> None:
-    """Make the environment of a peer, unless it is there and its pins are the same.
+    """Make the environment of a peer, unless it exists with the same pins.
 
     Raises:
         Unavailable: its packages cannot be installed, or a program is missing.
@@ -117,21 +117,21 @@ def prepare(entrant: Entrant) -> None:
 
 @dataclass
 class Running:
-    """A server that has answered once, with everything that it has started."""
+    """A server that has answered once, with all the processes that it has started."""
 
     process: subprocess.Popen[bytes]
     port: int
     mark: str
     log_file: Path
     seconds_to_ready: float = 0
-    """From its start to its first mask."""
+    """Seconds from the start to the first mask."""
 
     def pids(self) -> list[int]:
-        """All its processes."""
+        """Ids of all its processes."""
         return _with_variable(_MARK, self.mark)
 
     def memory_mib(self) -> float:
-        """Of all its processes, shared pages counted once (PSS)."""
+        """Memory of all its processes, with shared pages counted once (PSS)."""
         total_kib = 0
         for pid in self.pids():
             with contextlib.suppress(OSError):
@@ -141,7 +141,7 @@ class Running:
         return total_kib / 1024
 
     def cpu_s(self) -> float:
-        """That its present processes have used."""
+        """CPU seconds that its present processes have used."""
         ticks = 0
         for pid in self.pids():
             with contextlib.suppress(OSError):
@@ -150,11 +150,11 @@ class Running:
         return ticks / os.sysconf("SC_CLK_TCK")
 
     def terminate(self) -> None:
-        """SIGTERM to the process that was started, as a container's runtime sends it."""
+        """Send SIGTERM to the process that was started, as a container's runtime does."""
         self.process.send_signal(signal.SIGTERM)
 
     def stop(self) -> None:
-        """End everything that is left, and what that has started meanwhile."""
+        """End all remaining processes, and those that they have started meanwhile."""
         _kill(self.pids)
         self.process.wait()
 
@@ -167,17 +167,17 @@ def running(
     stub_ms: float | None,
     photo: bytes,
 ) -> Iterator[Running]:
-    """The server, started and asked until it answers with a mask; killed in the end.
+    """Start the server, and ask until it answers with a mask. Kill it in the end.
 
     Args:
-        entrant: which.
+        entrant: the server to start.
         python: the interpreter of a peer.
-        environment: what the peers' handlers go by.
-        stub_ms: of the network in this server's place; None is the real one.
-        photo: to ask with.
+        environment: variables that the peers' handlers read.
+        stub_ms: milliseconds of the stub in the network's place; None is the real network.
+        photo: the photo to ask with.
 
     Raises:
-        Unavailable: it ended, or had no mask in time; holds the end of its output.
+        Unavailable: the server ended or gave no mask in time; the message has its last output.
     """
     port = _free_ports()
     if entrant.is_ours:
@@ -187,7 +187,7 @@ def running(
             command += ["--model", environment["PEER_NETWORK"]]
     else:
         command = [str(python), str(_SERVERS / entrant.script)]
-    # What a server left there in its last moment is no reason to lose a visit.
+    # A visit must not be lost because of files that a server wrote in its last moment.
     with tempfile.TemporaryDirectory(prefix="peer-", ignore_cleanup_errors=True) as folder:
         _folders.add(folder)
         log_file = Path(folder) / "output.txt"
@@ -197,7 +197,7 @@ def running(
         variables = {
             **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
             **environment,
-            # TorchServe's socket and process id lie there: another one would be taken for it.
+            # TorchServe keeps socket and process id there, and would take another's for its own.
             "TMPDIR": str(Path(folder) / "tmp"),
             "PEER_PORT": str(port),
             "PEER_FOLDER": str(Path(folder) / "files"),
@@ -225,9 +225,9 @@ def running(
 
 
 def _free_ports() -> int:
-    """The first of three in a row that nothing listens on, as some servers take so many.
+    """The first of three free ports in a row, since some servers take so many.
 
-    Not of those that the system gives to clients: of its own load one could be in the way.
+    None is a port that the system gives to clients: the load's own might then be in the way.
     """
     while True:
         first = random.randrange(20000, 32000)

@@ -54,11 +54,11 @@ _ABOUT: dict[Network, str] = {
     " how full batches are, and a lone client sees whether it waits for others.",
 }
 _LEAST_IDLE_CORES = 0.005
-"""That a look of two seconds tells from none."""
+"""The least number of cores that a look of two seconds tells from none."""
 
 
 def write_report(comparison: Comparison, folder: Path) -> str:
-    """Write report.html, and report.md with its plots; returns the Markdown."""
+    """Write report.html, and report.md with its plots; return the Markdown."""
     return write_pages("SLSNet Server beside other servers", _blocks(comparison), folder)
 
 
@@ -170,7 +170,7 @@ def _curves(
 ) -> None:
     panels = figure.subplots(1, len(comparison.networks), squeeze=False)[0]
     for axes, network in zip(panels, comparison.networks, strict=True):
-        # This server last, and so above the others.
+        # This server is drawn last, and so above the others.
         for name in reversed(comparison.measured(network)):
             visits = comparison.of(name, network)
             medians = [statistics.median(of) for of in zip(*map(values, visits), strict=True)]
@@ -376,7 +376,7 @@ def _overloaded_per_s(visit: Visit) -> float | None:
 
 
 def _seconds_to_stop(visit: Visit) -> float | None:
-    """One that was still there took longer than all this."""
+    """Seconds that the server took to stop; `STOP_S` if it was still there then."""
     if visit.stop is None:
         return None
     return STOP_S if visit.stop.seconds is None else visit.stop.seconds
@@ -454,7 +454,7 @@ def _statuses(counts: dict[str, int]) -> str:
 
 
 def _number(value: float | None) -> str:
-    """With three digits."""
+    """The number with three digits."""
     if value is None:
         return _NONE
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"

@@ -1,7 +1,7 @@
 """The server with a stub in its network's place: `python -m benchmarks.peers.slsnet FLAGS`.
 
-The very stub that the peers run, behind the server's own interface of a backend; all else is the
-server as it comes. `PEER_NETWORK` says how long a run takes.
+It is the stub that the peers run too, behind this server's interface for backends. Everything else
+is the server with its defaults. `PEER_NETWORK` says how long a run takes.
 """
 
 import os
@@ -22,7 +22,7 @@ from server.process import supervisor, worker
 
 
 class StubBackend:
-    """Finds a disc, after a while."""
+    """A backend that finds a disc, after a while."""
 
     def __init__(self) -> None:
         self._run = handler.load()
@@ -46,7 +46,7 @@ def _open_stub(*_: object, **__: object) -> StubBackend:
 
 
 class _Popen(subprocess.Popen[bytes]):
-    """Starts the supervisor's workers through this module, too."""
+    """Starts the supervisor's workers through this module too."""
 
     def __init__(self, command: Sequence[str], **options: Any) -> None:
         mine = [__spec__.name if part == "server.process.worker" else part for part in command]

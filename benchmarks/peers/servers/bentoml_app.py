@@ -1,7 +1,7 @@
 """BentoML: https://docs.bentoml.com/en/latest/get-started/adaptive-batching.html.
 
-As there, a service takes single photos, and one behind it runs the network in batches that it
-sizes by itself; `workers` for more than one core as on
+As on that page, one service takes single photos, and another behind it runs the network in batches
+whose size it chooses. `workers` uses more than one core, as on
 https://docs.bentoml.com/en/latest/build-with-bentoml/parallelize-requests.html.
 """
 
@@ -19,7 +19,7 @@ from handler import MAX_BATCH, PORT, TIMEOUT_S, WORKERS, decode, encode, load
 
 @bentoml.service(workers=WORKERS, traffic={"timeout": TIMEOUT_S})
 class Network:
-    """Runs on batches, in a process for each core."""
+    """Runs the network on batches, in a process for each core."""
 
     def __init__(self) -> None:
         self.network = load()
@@ -31,7 +31,7 @@ class Network:
 
 @bentoml.service(workers=WORKERS, threads=16, traffic={"timeout": TIMEOUT_S})
 class Segmentation:
-    """What clients see."""
+    """The service that clients see."""
 
     network = bentoml.depends(Network)
 

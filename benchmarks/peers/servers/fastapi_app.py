@@ -15,7 +15,7 @@ if __name__ != "__main__":
 
 @app.post("/segment")
 def segment(photo: bytes = Body(media_type="image/jpeg")) -> Response:
-    """A photo → its mask."""
+    """Turn a photo into its mask."""
     try:
         pixels, size = decode(photo)
     except OSError as error:

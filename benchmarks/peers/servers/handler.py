@@ -1,6 +1,7 @@
-"""What every peer's user writes around the network, the same for all: decode, run, encode.
+"""The code around the network that every peer's user writes: decode, run, encode.
 
-Runs in the peers' own environments: needs numpy, Pillow and, for a real network, ONNX Runtime.
+It runs in the peers' own environments. It needs numpy, Pillow and, for a real network, ONNX
+Runtime.
 """
 
 import contextlib
@@ -16,16 +17,16 @@ from PIL import Image
 
 PORT = int(os.environ.get("PEER_PORT", "8000"))
 NETWORK = os.environ.get("PEER_NETWORK", "stub:0")
-"""An ONNX file, or `stub:` and how many milliseconds one run takes."""
+"""An ONNX file, or `stub:` and the milliseconds that one run takes."""
 WORKERS = int(os.environ.get("PEER_WORKERS", "1"))
-"""Processes that run the network."""
+"""Number of processes that run the network."""
 THREADS = int(os.environ.get("PEER_THREADS", "1"))
-"""Of each of them, for one run."""
+"""Number of threads in each of these processes, for one run."""
 DEVICE = os.environ.get("PEER_DEVICE", "/tmp/peer-device.lock")
 """File that stands for the one device that a stub runs on."""
 MAX_BATCH = 8
 TIMEOUT_S = 60
-"""Of one request, where a peer has such a limit."""
+"""Time limit of one request, where a peer has such a limit."""
 SIDE = 128
 THRESHOLD = 0.5
 
@@ -67,7 +68,7 @@ def load(network: str = NETWORK, threads: int = THREADS) -> Network:
 
 
 def stub(seconds: float) -> Network:
-    """A network that takes so long for a batch of any size, and hardly any work.
+    """A network that takes so long for a batch of any size, with hardly any work.
 
     It finds a disc, larger for a brighter photo. All processes take turns on one device, as they
     would on one accelerator.

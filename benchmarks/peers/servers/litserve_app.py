@@ -1,6 +1,6 @@
 """LitServe: https://lightning.ai/docs/litserve/features/batching.
 
-`fast_queue` is what it recommends above 100 requests/s; a worker for each core.
+LitServe recommends `fast_queue` above 100 requests/s. There is a worker for each core.
 """
 
 import litserve
@@ -12,7 +12,7 @@ BATCH_TIMEOUT_S = 0.01
 
 
 class Segmentation(litserve.LitAPI):
-    """As its documentation's example with batches."""
+    """The example with batches of LitServe's documentation."""
 
     def setup(self, device: str) -> None:  # noqa: ARG002
         self.network = load()

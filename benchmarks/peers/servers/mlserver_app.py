@@ -1,7 +1,7 @@
 """MLServer: https://docs.seldon.ai/mlserver/user-guide/adaptive-batching, a worker for each core.
 
-Photos and masks travel as its protocol's JSON has bytes: base64. Its workers' start ends the whole
-server under uvloop 0.23, hence an older one.
+Photos and masks travel as base64, as bytes do in its protocol's JSON. Under uvloop 0.23, a worker's
+start ends the whole server; so an older uvloop is pinned.
 """
 
 import json
@@ -20,7 +20,7 @@ MAX_BATCH_TIME_S = 0.01
 
 
 class Segmentation(MLModel):
-    """A custom runtime, as its documentation calls it."""
+    """A custom runtime, in the words of MLServer's documentation."""
 
     async def load(self) -> bool:
         self.network = load()

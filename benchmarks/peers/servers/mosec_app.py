@@ -10,7 +10,7 @@ MAX_WAIT_MS = 10
 
 
 class Segmentation(Worker):
-    """Everything in one stage: three of them, with processes of their own, were slower here."""
+    """Everything in one stage. Three stages, with processes of their own, were slower here."""
 
     resp_mime_type = "image/png"
 

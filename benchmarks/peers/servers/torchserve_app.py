@@ -8,7 +8,7 @@ from pathlib import Path
 from handler import MAX_BATCH, PORT, TIMEOUT_S, WORKERS
 
 MAX_BATCH_DELAY_MS = 10
-QUEUE = 256  # as long as this server's; its default of 100 refuses most of 128 clients
+QUEUE = 256  # as long as this server's; the default of 100 refuses most of 128 clients
 
 CONFIG = f"""
 minWorkers: {WORKERS}
@@ -18,7 +18,7 @@ maxBatchDelay: {MAX_BATCH_DELAY_MS}
 responseTimeout: {TIMEOUT_S}
 """
 
-# Its own writes a line and several metrics for each request; no peer logs requests.
+# TorchServe's own logging writes a line and several metrics a request. No peer logs requests.
 LOGGING = """<?xml version="1.0" encoding="UTF-8"?>
 <Configuration><Appenders><Console name="console"/></Appenders>
 <Loggers><Root level="warn"><AppenderRef ref="console"/></Root></Loggers></Configuration>

@@ -9,7 +9,7 @@ network = None
 
 
 def handle(data: list[dict] | None, context: Any) -> list[bytes] | None:
-    """Called by a worker once to load, then with each batch."""
+    """Load the network in a worker's first call, then handle a batch in each call."""
     global network
     if network is None:
         network = load()

@@ -6,7 +6,7 @@ from handler import decode, encode, load
 
 
 class TritonPythonModel:
-    """By this name Triton finds it."""
+    """Triton finds the backend by this name."""
 
     def initialize(self, args: dict) -> None:  # noqa: ARG002
         self.network = load()
