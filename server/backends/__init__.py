@@ -24,7 +24,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 
 Images = NDArray[np.uint8] | Sequence[NDArray[np.uint8]]
-"""Of a batch: in one array, or each in its own."""
+"""The images of a batch, in one array or each in its own."""
 
 
 class BackendError(RuntimeError):
@@ -36,15 +36,15 @@ class BackendInfo:
     """A backend's description; `GET /model` shows all of it."""
 
     name: str
-    """Its name in the setting `backend`, such as `onnxruntime`."""
+    """Name of the backend in the setting `backend`, such as `onnxruntime`."""
     version: str
-    """The runtime's version."""
+    """Version of the runtime."""
     device: str
-    """`cpu`, or the GPU's name."""
+    """`cpu`, or the name of the GPU."""
     precision: str
     """The type of the network's weights and most of its arithmetic: `fp32`, `fp16`, …"""
     max_batch: int
-    """Largest batch worth forming here."""
+    """The largest batch that is worth forming for this backend."""
     slots: int = 1
     """How many `infer` calls may run at the same time."""
     buckets: tuple[int, ...] = ()
@@ -60,7 +60,7 @@ class Backend(Protocol):
     """Runs the exported graph: uint8 pixels in, lesion probability out."""
 
     def describe(self) -> BackendInfo:
-        """What runs, and the batches that it takes."""
+        """Describe the backend, and the batches that it takes."""
 
     def warm_up(self) -> None:
         """
@@ -74,8 +74,7 @@ class Backend(Protocol):
         """
         N images, each uint8 `[128, 128, 3]` RGB → lesion probability, float32 `[n, 128, 128]`.
 
-        Images that were never put together are taken as they are, each straight to where this
-        backend needs it.
+        Images may be in separate arrays; each is copied straight to where the backend needs it.
 
         Raises:
             BackendError: the inference failed; the backend may be asked again.
@@ -91,10 +90,9 @@ def open_backend(name: str, model: Path, *, threads: int) -> Backend:
 
     Args:
         name: `torch` or `onnxruntime`. For `auto` and `tensorrt` this loads ONNX Runtime, on CUDA
-            or
-            else on the CPU, which serves until an engine does (`server.backends.engine_cache`).
+            or else on the CPU. It serves until an engine does (`server.backends.engine_cache`).
         model: the ONNX file.
-        threads: CPU threads of a lone photo, and photos that run at the same time.
+        threads: number of CPU threads of a lone photo, and of photos that run at the same time.
 
     Raises:
         BackendError: the backend is unknown or cannot be loaded.

@@ -1,4 +1,4 @@
-"""The network's ONNX file, read once: what is checked and hashed is what is loaded."""
+"""The network's ONNX file is read once: the bytes that are checked and hashed are those loaded."""
 
 import hashlib
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ __all__ = ["ModelFile", "read_model"]
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A file's bytes, and which they are."""
+    """The bytes of a file, and what identifies them."""
 
     path: Path
     content: bytes
@@ -20,10 +20,10 @@ class ModelFile:
 
 
 def read_model(model: Path) -> ModelFile:
-    """The file's bytes, held against the digest that they have (`common.stamp`).
+    """Read the file, and compare its bytes with the digest in them (`common.stamp`).
 
     Raises:
-        BackendError: it cannot be read, or is not what its digest was made of.
+        BackendError: the file cannot be read, or its digest was made of other content.
     """
     try:
         content = model.read_bytes()

@@ -19,17 +19,17 @@ _MOST_TOGETHER = 8
 
 
 class OnnxRuntimeBackend:
-    """The exported graph in ONNX Runtime's CPU provider.
+    """Runs the exported graph in ONNX Runtime's CPU provider.
 
     A lone photo runs on all threads. Photos that come together run on one thread each, which does
     more in all: threads that share a photo wait for each other after every layer.
 
     Args:
         model: the ONNX file.
-        threads: of a lone photo, and of all that run at the same time.
+        threads: number of threads of a lone photo, and of all photos that run at the same time.
 
     Raises:
-        BackendError: the file is no network, or has other inputs or outputs than the server's.
+        BackendError: the file is no network, or its inputs or outputs are not those of the server.
     """
 
     def __init__(self, model: Path, *, threads: int) -> None:
@@ -38,7 +38,7 @@ class OnnxRuntimeBackend:
         self._slots = min(threads, _MOST_TOGETHER)
         onnxruntime.disable_telemetry_events()
         self._alone = _open(file, threads)
-        # The threads that call it count too; with a slot for each thread it needs none itself.
+        # The calling threads count too. With a slot for each thread, it needs no thread of its own.
         helpers = threads - self._slots
         self._beside = _open(file, 1 + helpers) if threads > 1 else self._alone
         self._running = 0

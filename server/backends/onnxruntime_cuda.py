@@ -46,7 +46,7 @@ class _Lane:
     """One batch size with buffers on the GPU whose addresses never change, as a graph needs."""
 
     pixels: NDArray[np.uint8]
-    """On the host, where images come together."""
+    """Pixels on the host, where the images of a batch come together."""
     image: Any
     probability: Any
     binding: Any
@@ -54,7 +54,7 @@ class _Lane:
 
 
 class OnnxRuntimeCudaBackend:
-    """The exported graph on an NVIDIA GPU in float32, as CUDA graphs where it can be captured.
+    """Runs the exported graph on an NVIDIA GPU in float32, as CUDA graphs where that works.
 
     Loading runs every bucket, so the first request is as fast as any.
 
@@ -107,7 +107,7 @@ class OnnxRuntimeCudaBackend:
 
     def _run(self, batch: Images) -> NDArray[np.float32]:
         lane = self._lane(next(size for size in _BUCKETS if size >= len(batch)))
-        # What lies behind these images is of an earlier batch, and its answers are not read.
+        # What follows these images is of an earlier batch. Its answers are not read.
         for place, image in zip(lane.pixels, batch, strict=False):
             place[...] = image
         lane.image.update_inplace(lane.pixels)
@@ -181,7 +181,7 @@ class _Thread:
             future, work = self._work.get()
             try:
                 future.set_result(work())
-            except Exception as error:  # noqa: BLE001  # it goes to who waits
+            except Exception as error:  # noqa: BLE001  # it goes to the caller that waits
                 future.set_exception(error)
             # Otherwise the last batch would stay in memory until the next one.
             del future, work

@@ -16,13 +16,13 @@ __all__ = ["TensorRtBackend"]
 
 
 class TensorRtBackend:
-    """An engine on the GPU.
+    """Runs an engine on the GPU.
 
     Loading runs and records every bucket, so the first request is as fast as any.
 
     Args:
-        engine: the file.
-        spin: wait for the GPU by asking it all the time, which takes a core for each slot.
+        engine: path of the engine file.
+        spin: whether threads ask the GPU all the time while they wait; each slot takes a core.
 
     Raises:
         BackendError: no driver, no GPU, no TensorRT, not enough GPU memory, or an engine file that

@@ -35,12 +35,12 @@ class _Lane:
 
 
 class TorchBackend:
-    """The generator itself, on the GPU if there is one.
+    """Runs the generator itself, on the GPU if there is one.
 
     Args:
         model: the ONNX file; the weights lie beside it as `.safetensors`. If the ONNX file exists,
             it tells the form of attention; otherwise that is exact, as trained.
-        precision: of autocast; channel attention's energies are float32 in any.
+        precision: precision of autocast; channel attention's energies are float32 in any.
         run: on a GPU `graph` records one CUDA graph for each bucket. `compile` is `torch.compile`,
             which takes minutes and answers only in the thread that first called. `eager` is plain.
 
@@ -146,7 +146,7 @@ class TorchBackend:
 
 
 def _attention(model: Path, generator: Generator) -> AttentionForm:
-    """The form of attention that an exported file names; exact if there is none."""
+    """The form of attention in an exported file; exact if there is no file."""
     if generator.config.pam_pool[0] > 1:
         return "pooled"
     said = onnx.load(model).metadata_props if model.exists() else ()
