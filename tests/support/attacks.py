@@ -94,7 +94,7 @@ def _exif_of(tags: int) -> bytes:
 
 
 def attacks() -> dict[str, bytes]:
-    """By what they do. None of them is a photo."""
+    """Hostile files, by what they do. None of them is a photo."""
     deflated = zlib.compress(bytes(60_000 * 60_000 // 100))
     bomb = zlib.compress(bytes(1_000_000))[:-4] + bytes(4)
     rationals = struct.pack("<II", 1, 3) * 1_000_000

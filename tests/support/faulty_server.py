@@ -18,14 +18,14 @@ POISON = (255, 0, 255)
 """A batch with a photo of nothing but this colour always fails."""
 
 ENDLESS = (0, 255, 255)
-"""With one of this colour it never comes back."""
+"""A batch with a photo of nothing but this colour never returns."""
 
 EVERY = 7
-"""So does each seventh batch, once."""
+"""Each seventh batch fails, once."""
 
 
 class Faulty:
-    """The real network, with faults. What is run again after one is no batch that counts."""
+    """The real network, with faults. A batch that is run again after a fault is not counted."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -42,7 +42,7 @@ class Faulty:
         batch = np.asarray(batch)
         if len(batch) == 1 and batch.tobytes() in self._again:
             self._again.remove(batch.tobytes())
-        # The blank images of its start are as many as the machine has cores.
+        # Blank images at the start do not count: there are as many as the machine has cores.
         elif batch.any() and next(self._batches) % EVERY == 0:
             self._again |= {image.tobytes() for image in batch}
             raise BackendError("one in seven")

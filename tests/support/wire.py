@@ -35,7 +35,7 @@ def _is_read(connection: socket.socket) -> bool:
 
 
 def read_all(connection: socket.socket) -> bytes:
-    """Until the server closes, however it does."""
+    """Read until the server closes the connection, in whatever way."""
     received = b""
     with contextlib.suppress(ConnectionResetError, BrokenPipeError):
         while chunk := connection.recv(65536):
