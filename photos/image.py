@@ -285,7 +285,7 @@ def upsampled(
         probability: float32 [rows, columns], usually [128, 128].
         width: the photo's, pixels.
         height: the photo's, pixels.
-        lines: of the photo, for each step; the last step may have fewer.
+        lines: number of the photo's lines in each step; the last step may have fewer.
 
     Yields:
         float32 [lines, width]

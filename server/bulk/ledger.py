@@ -82,7 +82,7 @@ class Listing:
     named: int
     """Photos; a photo named twice counts twice."""
     repeated: int
-    """Of these, photos named before."""
+    """Photos among them that were named before."""
     dropped: int
     """Photos that an earlier run listed and this one does not."""
 
@@ -93,9 +93,9 @@ class Counts:
 
     listed: int
     done: int
-    """Of these, run already, with or without success."""
+    """Photos among them that were run already, with or without success."""
     unsuccessful: int
-    """Of the done ones, without a mask."""
+    """Photos among the done ones that have no mask."""
 
 
 _ROW = [field.name for field in fields(Row)]

@@ -22,10 +22,10 @@ class Progress:
         """Begin to count; nothing is written yet.
 
         Args:
-            total: all photos.
-            done: photos done before this run.
-            unsuccessful: of these, photos without a mask.
-            out: stderr by default.
+            total: number of all photos.
+            done: number of photos that earlier runs finished.
+            unsuccessful: number of photos among the done ones that have no mask.
+            out: stream to write to; stderr by default.
         """
         self._out = out or sys.stderr
         self._total = total

@@ -45,9 +45,9 @@ class Source:
         """Remember where the photos are; nothing is read yet.
 
         Args:
-            root: absolute; the folder of relative paths.
-            manifest: its file, or None for all photos in `root`.
-            results: absolute; no photo may lie in this folder.
+            root: absolute path of the folder that relative paths start from.
+            manifest: file that lists the photos; None for all photos in `root`.
+            results: absolute path of the folder of results, in which no photo may lie.
         """
         self.root = root
         self.manifest = manifest

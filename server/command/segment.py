@@ -40,8 +40,8 @@ def overlay(data: bytes, width: int, height: int, outlines: Sequence[Rings]) -> 
 
     Args:
         data: the photo as stored.
-        width, height: its size in pixels, upright.
-        outlines: from `photos.masks.polygons`, in the photo's pixels.
+        width, height: size of the upright photo, pixels.
+        outlines: result of `photos.masks.polygons`, in the photo's pixels.
 
     Returns:
         JPEG at the photo's size; a larger photo is reduced to a longer side of 2048 pixels.

@@ -25,7 +25,7 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 """The form of a client's own request id: it is echoed, and written to the log."""
 
 CAME = "came"
-"""In a request's state: when its head was there, second of `time.perf_counter`, if it is known."""
+"""Key in a request's state: when its head came, second of `time.perf_counter`, if known."""
 
 # For every answer that does not set its own; only the pages do.
 _SECURITY = {

@@ -111,9 +111,9 @@ def with_fields(request: Request, given: dict[str, Any], fields: Fields) -> dict
     A field has the meaning and the limits of the query's parameter of the same name.
 
     Args:
-        request: its route knows the parameters.
+        request: the request, whose route knows the parameters.
         given: the value of each parameter by its name, from the query or by default.
-        fields: the form's.
+        fields: the fields of the form.
 
     Raises:
         Unprocessable: a field is no parameter, comes twice, or contradicts the query.
@@ -170,9 +170,9 @@ def answer_type(
     """The media type of `offers` to answer with; the first is the default.
 
     Args:
-        headers: the request's.
+        headers: headers of the request.
         offers: a form of PNG, and JSON.
-        mask: its form; run lengths and polygons ask for JSON.
+        mask: form of the mask; run lengths and polygons ask for JSON.
         asked: the type that a parameter names, whatever `Accept` says.
 
     Raises:

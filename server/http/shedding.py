@@ -65,7 +65,7 @@ class Door:
         """When the last refusal is due by their pace, second of `time.perf_counter`."""
 
     def refuses(self, scope: HTTPScope) -> float | None:
-        """In how many seconds to refuse a request for a place, whose body has not come.
+        """Seconds until a request for a place, whose body has not come, is to be refused.
 
         None lets it in. Ask again after the wait: the request is refused at once then (0), or let
         in. The scope says to `Shedding` what it is refused for.

@@ -261,7 +261,7 @@ class Gate:
 
         Args:
             coming: requests of its kind that come before it and have no place yet.
-            others_coming: such requests of the other kind.
+            others_coming: requests of the other kind that come before it and have no place yet.
         """
         usable_s = (deadline - time.perf_counter()) * _USABLE
         self.check(1, usable_s, bulk=bulk, arriving=self._count_arriving(bulk) + coming)

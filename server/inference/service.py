@@ -40,7 +40,7 @@ class Service:
         self.threads = Threads(settings.decode_threads or settings.cores)
         self.networks = Networks()
         self.turns = {bulk: Turns(1) for bulk in (False, True)}
-        """Of interactive and bulk photos; of the size that suits the network in use."""
+        """Turns of interactive and of bulk photos. Their number suits the network in use."""
         self.bulk_photos = asyncio.Semaphore(settings.max_queue)
         """Photos that are at work for all requests with several photos together."""
         self._observe(metrics)

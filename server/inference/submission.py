@@ -54,7 +54,7 @@ class Segmentation:
     probability: NDArray[np.float32]
     """float32 [128, 128]"""
     width: int
-    """Of the photo, pixels."""
+    """Width of the photo; like `height`, in pixels."""
     height: int
     orientation: int
     """EXIF orientation that was applied to the stored photo, 1 to 8."""

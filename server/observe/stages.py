@@ -5,7 +5,7 @@ import time
 __all__ = ["STAGES", "Stages"]
 
 STAGES = ("read", "decode", "queue", "infer", "encode")
-"""In the order of a request's way; together they are nearly all of its time."""
+"""Stages in the order of a request's way. Together they take nearly all of its time."""
 
 
 class Stages:
