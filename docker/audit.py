@@ -4,8 +4,7 @@ what is installed beside them.
     python -m docker.audit
 
 `pip-audit` asks a service that some machines cannot reach. If it cannot be asked, or does not know
-a
-package, this is printed and is no failure. A known vulnerability is a failure.
+a package, this is printed and is no failure. A known vulnerability is a failure.
 """
 
 import json

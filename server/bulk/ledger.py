@@ -229,9 +229,8 @@ class Ledger:
         A photo is run again if it failed, its file has changed, or its mask is gone. Photos of
         earlier runs that are not among `photos` keep their mask: they may have been moved away
         because they were done. Those without a mask are dropped, and those whose mask's name
-        another
-        photo needs. That happens once all of `photos` is known, so that a listing that is killed or
-        fails drops none; an empty one, as of a disk that is not mounted, drops none either.
+        another photo needs. That happens once all of `photos` is known, so that a listing that is
+        killed or fails drops none. An empty one, as of a disk that is not mounted, drops none.
 
         Raises:
             BulkError: two photos would have the same mask.
