@@ -37,7 +37,7 @@ lint: $(VENV)/.development
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports --no-cache
+	PYTHONPATH=client $(BIN)/lint-imports --no-cache
 
 docs: $(VENV)/.development
 	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
