@@ -33,6 +33,7 @@ TARGETS = {
 
 _CROSS = """[binaries]
 c = {compiler}
+ar = {archiver}
 [host_machine]
 system = '{system}'
 cpu_family = '{processor}'
@@ -53,7 +54,8 @@ def build(target: str, output: Path) -> Path:
         cross = Path(folder) / "cross.ini"
         compiler = [*python, "ziglang", "cc", "-target", target, "-O3"]
         processor = target.partition("-")[0]
-        cross.write_text(_CROSS.format(compiler=compiler, system=system, processor=processor))
+        tools = {"compiler": compiler, "archiver": [*python, "ziglang", "ar"]}
+        cross.write_text(_CROSS.format(**tools, system=system, processor=processor))
         built = mesonpy.build_wheel(folder, {"setup-args": [f"--cross-file={cross}"]})
         if target.endswith("musl"):
             _name_musl_as_its_systems_do(Path(folder), built, processor)
