@@ -3,8 +3,6 @@
 import base64
 import email
 import json
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from email.message import Message
 from pathlib import Path
@@ -203,31 +201,33 @@ def test_photos_whose_turn_does_not_come_in_time_say_so(
 
 
 def test_answers_come_while_others_are_worked_on_and_interactive_ones_go_first(
-    server: ServerProcess, photos: list[Sample]
+    tmp_path: Path, photos: list[Sample]
 ) -> None:
     count = 24
-    arrivals: list[float] = []
-    first = threading.Event()
+    files = form(*(("a", photos[index % len(photos)].data) for index in range(count)))
+    arrived: list[str] = []
 
     def bulk() -> None:
-        files = form(*(("a", photos[index % len(photos)].data) for index in range(count)))
-        url = f"{server.url}/segment/batch"
-        with httpx.stream("POST", url, files=files, timeout=60) as response:
-            for _ in response.iter_lines():
-                arrivals.append(time.perf_counter())
-                first.set()
+        with httpx.stream("POST", f"{server.url}/segment/batch", files=files) as response:
+            arrived.extend(response.iter_lines())
 
-    thread = threading.Thread(target=bulk)
-    thread.start()
-    assert first.wait(30)
-    answered = 0
-    while thread.is_alive():
-        httpx.post(f"{server.url}/segment", content=photos[0].data, timeout=30).raise_for_status()
-        answered += 1 if thread.is_alive() else 0
-    thread.join()
-    assert len(arrivals) == count
-    # Without priorities each would wait for the 16 photos at work, and three would get through.
-    assert answered > count / 6
+    def alone() -> int:
+        httpx.post(f"{server.url}/segment", content=photos[0].data).raise_for_status()
+        return len(arrived)
+
+    def waiting(priority: str) -> float:
+        return figures(server, priority=priority)["slsnet_queue_depth"]
+
+    with serve_held(tmp_path) as (server, hold), ThreadPoolExecutor(2) as clients:
+        with hold():
+            batch = clients.submit(bulk)
+            until(lambda: waiting("bulk") >= 1)
+            interactive = clients.submit(alone)
+            until(lambda: waiting("interactive") == 1)
+        # It waits for those that the network has already, and for no other.
+        assert interactive.result() < count / 2
+        batch.result()
+        assert len(arrived) == count
 
 
 def test_bulk_leaves_half_of_the_queue_to_others(tmp_path: Path, photos: list[Sample]) -> None:
