@@ -212,6 +212,11 @@ class Settings(BaseSettings):
         """Cores that each worker may use."""
         return max(1, available_cores() // self.workers)
 
+    @property
+    def decoders(self) -> int:
+        """Threads of each worker that decode photos."""
+        return self.decode_threads or self.cores
+
     @field_validator("host")
     @classmethod
     def _check_host(cls, host: str) -> str:

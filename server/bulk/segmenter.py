@@ -79,7 +79,7 @@ class Segmenter:
     def at_work(self) -> int:
         """How many photos to work on at a time: some are decoded while a batch of others runs."""
         info, settings = self._service.backend, self._service.settings
-        threads = settings.decode_threads or settings.cores
+        threads = settings.decoders
         return max(2 * (settings.max_batch or info.max_batch) * info.slots, 2 * threads)
 
     async def segment(self, task: Task) -> Row:

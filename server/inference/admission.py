@@ -325,7 +325,7 @@ class Gate:
             raise self._overloaded("the queue is full", "queue_full")
 
     def check(self, photos: int, left_s: float, *, bulk: bool, arriving: int = 0) -> None:
-        """Begin without having seen a photo.
+        """Check that so many photos that come now would be done in time.
 
         Raises:
             Overloaded: so many photos that come now are not done in `left_s`; see `wait_s`.

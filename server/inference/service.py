@@ -37,7 +37,7 @@ class Service:
         self.gate = Gate(settings)
         self.pixels = PixelBudget(settings.max_pixels_decoding)
         """Pixels of photos being decoded, and of probabilities being enlarged to a photo's size."""
-        self.threads = Threads(settings.decode_threads or settings.cores)
+        self.threads = Threads(settings.decoders)
         self.networks = Networks()
         self.turns = {bulk: Turns(1) for bulk in (False, True)}
         """Turns of interactive and of bulk photos. Their number suits the network in use."""
@@ -113,8 +113,7 @@ class Service:
         self.metrics.serves(info)
         log.info("ready: %s %s on %s, %s", info.name, info.version, info.device, info.precision)
         # While as many run as can, as many are ready to follow, and each thread decodes one.
-        decoders = self.settings.decode_threads or self.settings.cores
-        limit = 2 * info.slots * batcher.max_batch + decoders
+        limit = 2 * info.slots * batcher.max_batch + self.settings.decoders
         self.turns = {bulk: Turns(limit) for bulk in (False, True)}
         await self.networks.swap(batcher)
 
