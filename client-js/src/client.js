@@ -1,0 +1,185 @@
+// Asks the server: repetitions, deadlines, and many photos at a time.
+
+import { DeadlinePassed, ServerBusy, ServerFailed, Unreachable, errorOf } from "./errors.js";
+import { resultOf } from "./result.js";
+
+// Before the first repetition, unless the server asks for more; each next waits twice as long, up to
+// the second figure.
+const [PAUSE_MS, LONGEST_PAUSE_MS] = [200, 2000];
+
+// Timers take no longer time; it is 24 days.
+const LONGEST_DEADLINE_MS = 2 ** 31 - 1;
+
+export class Client {
+  #address;
+  #headers;
+  #deadlineMs;
+  #retries;
+
+  constructor(url, { apiKey, deadlineMs = 30_000, retries = 4 } = {}) {
+    this.#address = new URL("segment/json", String(url).replace(/\/?$/, "/"));
+    // The server tells the type by the bytes.
+    this.#headers = { "Content-Type": "application/octet-stream" };
+    if (apiKey !== undefined) this.#headers.Authorization = `Bearer ${apiKey}`;
+    this.#deadlineMs = deadlineMs;
+    this.#retries = retries;
+  }
+
+  async segment(photo, options = {}) {
+    const { threshold = 0.5, clean = false, probability = false, bulk = false } = options;
+    const { deadlineMs = this.#deadlineMs, signal } = options;
+    const address = new URL(this.#address);
+    const query = { threshold, clean, size: "original", mask: probability ? "probabilities" : "rle" };
+    address.search = new URLSearchParams(query);
+    // The same for every repetition, so that the server's log shows them together.
+    const requestId = newId();
+    const headers = { ...this.#headers, "X-Request-ID": requestId, ...(bulk && { Priority: "bulk" }) };
+    const late = new DeadlinePassed("No answer came before the deadline.", { requestId });
+    const ends = performance.now() + deadlineMs;
+    return within(Math.min(deadlineMs, LONGEST_DEADLINE_MS), late, signal, async (stop) => {
+      const body = await bytesOf(photo);
+      stop.throwIfAborted();
+      return this.#ask(address, headers, body, ends, stop);
+    });
+  }
+
+  async #ask(address, headers, body, ends, signal) {
+    for (let repeated = 0; ; repeated++) {
+      const leftMs = Math.max(1, Math.round(ends - performance.now()));
+      const { result, error } = await once(address, {
+        method: "POST",
+        headers: { ...headers, "X-Request-Timeout-Ms": String(leftMs) },
+        body,
+        signal,
+      });
+      if (result) return result;
+      signal.throwIfAborted();
+      const again = error instanceof ServerBusy || error instanceof Unreachable;
+      const grown = Math.min(LONGEST_PAUSE_MS, PAUSE_MS * 2 ** repeated) * (0.5 + Math.random() / 2);
+      const pauseMs = Math.max(grown, error.retryAfterMs ?? 0);
+      // Where the pause ends after the deadline, the caller knows at once.
+      if (!again || repeated >= this.#retries || performance.now() + pauseMs >= ends) throw error;
+      await pause(pauseMs, signal);
+    }
+  }
+
+  async *segmentMany(photos, { concurrency = 4, ordered = true, signal, ...options } = {}) {
+    if (!(concurrency >= 1)) throw new RangeError(`The concurrency is 1 or more, not ${concurrency}.`);
+    const stop = new AbortController();
+    const end = () => stop.abort(signal.reason);
+    if (signal?.aborted) end();
+    signal?.addEventListener("abort", end);
+    const waiting = photos[Symbol.asyncIterator]?.() ?? photos[Symbol.iterator]();
+    const tasks = [];
+    let more = true;
+    try {
+      for (let index = 0; ; ) {
+        while (more && tasks.length < concurrency) {
+          const { value, done } = await waiting.next();
+          more = !done;
+          if (more) tasks.push(this.#task(index++, value, { bulk: true, ...options, signal: stop.signal }));
+        }
+        if (!tasks.length) return;
+        const { task, outcome } = await (ordered ? tasks[0].done : Promise.race(tasks.map(({ done }) => done)));
+        tasks.splice(tasks.indexOf(task), 1);
+        signal?.throwIfAborted();
+        yield outcome;
+      }
+    } finally {
+      // What is under way ends where nobody waits for it any more.
+      stop.abort();
+      signal?.removeEventListener("abort", end);
+      if (more) await waiting.return?.();
+    }
+  }
+
+  #task(index, photo, options) {
+    const task = {};
+    task.done = this.segment(photo, options).then(
+      (result) => ({ task, outcome: { index, result, error: null } }),
+      (error) => ({ task, outcome: { index, result: null, error } }),
+    );
+    return task;
+  }
+}
+
+/** Run `work` until it is done, the caller's signal, or the deadline: then it throws `late`. */
+async function within(ms, late, signal, work) {
+  signal?.throwIfAborted();
+  const stop = new AbortController();
+  const timer = setTimeout(() => stop.abort(late), ms);
+  const end = () => stop.abort(signal.reason);
+  signal?.addEventListener("abort", end);
+  const stopped = new Promise((_, reject) => {
+    stop.signal.addEventListener("abort", () => reject(stop.signal.reason));
+  });
+  try {
+    return await Promise.race([work(stop.signal), stopped]);
+  } finally {
+    clearTimeout(timer);
+    signal?.removeEventListener("abort", end);
+  }
+}
+
+/** One request: its `result`, or what was wrong as `error`. */
+async function once(address, request) {
+  const asked = request.headers["X-Request-ID"];
+  let [answer, text] = [null, ""];
+  try {
+    answer = await fetch(address, { ...request, redirect: "manual" });
+    text = await answer.text();
+  } catch (cause) {
+    const why = cause?.cause?.message || cause?.message || String(cause);
+    return { error: new Unreachable(`The server was not reached: ${why}.`, { requestId: asked, cause }) };
+  }
+  let document = null;
+  try {
+    document = JSON.parse(text);
+  } catch {
+    // What stands between here and the server may answer in HTML.
+  }
+  const { status, headers } = answer;
+  const requestId = headers.get("X-Request-ID") ?? asked;
+  if (status !== 200) return { error: errorOf(status, document, requestId, retryAfterMs(headers)) };
+  try {
+    return { result: resultOf(document) };
+  } catch (cause) {
+    const detail = "This is no answer of an SLSNet Server: is the address right?";
+    return { error: new ServerFailed(detail, { status, requestId, cause }) };
+  }
+}
+
+/** Milliseconds, from either form that HTTP allows; null where it says nothing. */
+function retryAfterMs(headers) {
+  const said = headers.get("Retry-After") ?? "";
+  if (/^\d+$/.test(said)) return 1000 * Number(said);
+  const at = Date.parse(said);
+  return Number.isNaN(at) ? null : Math.max(0, at - Date.now());
+}
+
+function pause(ms, signal) {
+  return new Promise((resolve) => {
+    const timer = setTimeout(resolve, ms);
+    signal.addEventListener("abort", () => {
+      clearTimeout(timer);
+      resolve();
+    });
+  });
+}
+
+/** What is sent: a file's bytes as they are. */
+async function bytesOf(photo) {
+  if (photo instanceof Blob || photo instanceof ArrayBuffer || ArrayBuffer.isView(photo)) return photo;
+  const isPath = typeof photo === "string" || photo instanceof URL;
+  if (!isPath || typeof process === "undefined") {
+    throw new TypeError("A photo is a Blob, a File, an ArrayBuffer or its view; in Node also a path.");
+  }
+  const { readFile } = await import("node:fs/promises");
+  return readFile(photo);
+}
+
+/** 128 random bits. `crypto.randomUUID` is for secure pages only. */
+function newId() {
+  const bytes = crypto.getRandomValues(new Uint8Array(16));
+  return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
