@@ -68,6 +68,7 @@ def serve(
     environment: dict[str, str] | None = None,
     command: Sequence[str] = ("-m", "server"),
     trust: ssl.SSLContext | None = None,
+    folder: Path = ROOT,
 ) -> Iterator[ServerProcess]:
     """A server with these flags, ready; killed in the end if it still runs.
 
@@ -76,6 +77,7 @@ def serve(
         environment: variables beside those of this process.
         command: what Python runs.
         trust: what its certificate is held against, if the flags give it one.
+        folder: the working directory, which holds the code that Python runs.
 
     Raises:
         RuntimeError: it ended, or was not ready in time; holds its output.
@@ -86,7 +88,7 @@ def serve(
         started = time.perf_counter()
         with subprocess.Popen(
             arguments,
-            cwd=ROOT,
+            cwd=folder,
             env={**os.environ, **(environment or {})},
             stdout=output,
             stderr=subprocess.STDOUT,

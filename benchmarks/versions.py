@@ -1,0 +1,187 @@
+"""Compares the server with an earlier version of it: `python -m benchmarks.versions REVISION`.
+
+It unpacks the revision from git into a temporary folder and starts the server of both versions,
+each with a network of 0 ms (`benchmarks.peers.slsnet`). Then it sends the same photos to one and
+the other in turn, over HTTP. So it shows what a change of the code costs or saves outside the
+network, whatever else the machine does. Both run with this Python and its packages.
+
+For each load it prints a Markdown row: CPU time of the server for a photo, p50 of a request as the
+client sees it, and photos a second. Each figure is the median over the turns, and each ratio is the
+median of the turns' own ratios, now / before.
+
+Photos are those of `--images` (default: SLSNET_DATA's native ones), once as they are and once
+resized to 600×450, or generated ones.
+"""
+
+import argparse
+import contextlib
+import os
+import statistics
+import subprocess
+import tarfile
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from benchmarks.latency import JPEG_QUALITY, Client, machine
+from common.program import Help
+from tests.support import ROOT
+from tests.support.launch import ServerProcess, serve
+from tests.support.lesions import lesion_photo
+
+__all__ = ["Figures", "Load", "compare"]
+
+_SMALL = (600, 450)
+_LARGE = (3024, 2016)
+_PHOTOS = 20
+_CLIENTS = (1, 8, 32)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is sent in a turn: every photo once, by so many clients together."""
+
+    name: str
+    photos: Sequence[bytes]
+    clients: int
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a turn measured of one server."""
+
+    cpu_ms: float
+    """CPU time of the server for a photo."""
+    p50_ms: float
+    """Half of the requests took at most this long, as the client sees it."""
+    per_s: float
+    """Photos answered in a second."""
+
+
+def compare(before: ServerProcess, now: ServerProcess, load: Load, turns: int) -> str:
+    """Ask both servers in turn, once more than `turns`, and make a row of the table.
+
+    Args:
+        before: the earlier version.
+        now: this version.
+        load: what each of them gets in each turn.
+        turns: number of turns that the medians are of; the first one only warms up.
+    """
+    measured: list[tuple[Figures, Figures]] = []
+    for turn in range(turns + 1):
+        if turn % 2:
+            first, second = _measure(before, load), _measure(now, load)
+        else:
+            second, first = _measure(now, load), _measure(before, load)
+        measured.append((first, second))
+    cells = []
+    for field in ("cpu_ms", "p50_ms", "per_s"):
+        pairs = [(getattr(first, field), getattr(second, field)) for first, second in measured[1:]]
+        ratio = statistics.median(second / first for first, second in pairs)
+        middle = [statistics.median(series) for series in zip(*pairs, strict=True)]
+        cells.append(f"{middle[0]:.2f} | {middle[1]:.2f} | **{ratio:.2f}**")
+    return f"| {load.name} | {load.clients} | {' | '.join(cells)} |"
+
+
+def _measure(server: ServerProcess, load: Load) -> Figures:
+    with contextlib.ExitStack() as stack:
+        clients = [Client(server) for _ in range(load.clients)]
+        for client in clients:
+            stack.callback(client.close)
+        shares = [load.photos[number :: load.clients] for number in range(load.clients)]
+        cpu_s, started = _cpu_s(server), time.perf_counter()
+        with ThreadPoolExecutor(load.clients) as threads:
+            series = list(threads.map(_send, clients, shares))
+        seconds, cpu_s = time.perf_counter() - started, _cpu_s(server) - cpu_s
+    times = [whole for one in series for whole in one]
+    return Figures(cpu_s / len(times) * 1000, statistics.median(times), len(times) / seconds)
+
+
+def _send(client: Client, photos: Sequence[bytes]) -> list[float]:
+    return [client.segment(photo).whole for photo in photos]
+
+
+def _cpu_s(server: ServerProcess) -> float:
+    # proc(5): utime and stime, in ticks.
+    stat = Path(f"/proc/{server.process.pid}/stat").read_text(encoding="utf-8")
+    fields = stat.rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def unpack(revision: str, folder: Path) -> None:
+    """Write the files of a git revision into a folder.
+
+    Raises:
+        subprocess.CalledProcessError: git knows no such revision.
+    """
+    archive = subprocess.run(
+        ["git", "archive", revision], cwd=ROOT, check=True, capture_output=True
+    ).stdout
+    with tarfile.open(fileobj=BytesIO(archive)) as files:
+        files.extractall(folder, filter="data")
+
+
+def _photos(folder: Path) -> tuple[list[bytes], list[bytes], str]:
+    """Small photos, large ones, and where they are from."""
+    found = sorted(folder.glob("*.jpg"))[:_PHOTOS] if folder.is_dir() else []
+    if found:
+        small = [_jpeg(_resized(path)) for path in found]
+        return small, [path.read_bytes() for path in found], str(folder)
+    pictures = [
+        [_jpeg(Image.fromarray(lesion_photo(seed, *size).pixels)) for seed in range(_PHOTOS)]
+        for size in (_SMALL, _LARGE)
+    ]
+    return pictures[0], pictures[1], "generated"
+
+
+def _resized(path: Path) -> Image.Image:
+    with Image.open(path) as photo:
+        return ImageOps.exif_transpose(photo).convert("RGB").resize(_SMALL)
+
+
+def _jpeg(picture: Image.Image) -> bytes:
+    buffer = BytesIO()
+    picture.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return buffer.getvalue()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, and print the table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.versions", description=__doc__, formatter_class=Help
+    )
+    parser.add_argument("revision", help="the earlier version, as git names it")
+    default = Path(os.environ.get("SLSNET_DATA", "../shared/data")) / "native"
+    parser.add_argument("--images", type=Path, default=default, help="folder of JPEGs")
+    parser.add_argument("--turns", type=int, default=9, help="measured, of each load")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="slsnet-") as folder:
+        try:
+            unpack(options.revision, Path(folder))
+        except subprocess.CalledProcessError:
+            parser.error(f"git has no revision {options.revision}")
+        small, large, source = _photos(options.images)
+        command = ("-m", "benchmarks.peers.slsnet")
+        stub = {"PEER_NETWORK": "stub:0"}
+        with (
+            serve(command=command, environment=stub, folder=Path(folder)) as before,
+            serve(command=command, environment=stub) as now,
+        ):
+            print(f"Photos: {source}. Machine: {machine()}. Medians of {options.turns} turns.\n")
+            columns = ("CPU, ms a photo", "p50, ms", "photos/s")
+            heads = " | ".join(f"{column}: before | now | ratio" for column in columns)
+            print(f"| photos | clients | {heads} |\n|---" + "|--:" * 10 + "|")
+            for name, photos in (("600×450", small * 4), ("as they are", large * 4)):
+                for clients in _CLIENTS:
+                    load = Load(name, photos, clients)
+                    print(compare(before, now, load, options.turns), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""The comparison of two versions of the server: both answer, and a row has their ratios."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from benchmarks import versions
+from benchmarks.versions import Load, compare
+from tests.support import ROOT
+from tests.support.launch import serve
+from tests.support.lesions import drawn_photo
+
+_STUB = ("-m", "benchmarks.peers.slsnet")
+
+
+def has_history() -> bool:
+    command = ["git", "rev-parse", "HEAD"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.skipif(not has_history(), reason="these files are no git clone")
+def test_an_earlier_version_serves_beside_this_one(tmp_path: Path) -> None:
+    versions.unpack("HEAD", tmp_path)
+    stub = {"PEER_NETWORK": "stub:0"}
+    photos = [drawn_photo(seed, 300, 200) for seed in range(4)]
+    with (
+        serve(command=_STUB, environment=stub, folder=tmp_path) as before,
+        serve(command=_STUB, environment=stub) as now,
+    ):
+        row = compare(before, now, Load("small", photos * 5, 2), turns=2)
+        folders = [Path(f"/proc/{one.process.pid}/cwd").resolve() for one in (before, now)]
+    assert folders == [tmp_path.resolve(), ROOT.resolve()]
+    name, clients, *figures = [cell.strip(" *") for cell in row.strip("|").split("|")]
+    assert (name, clients, len(figures)) == ("small", "2", 9)
+    assert all(float(figure) > 0 for figure in figures)
+
+
+def test_a_revision_that_git_does_not_know_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        versions.main(["no-such-revision", "--images", "nowhere"])
+    assert "no-such-revision" in capsys.readouterr().err
