@@ -129,7 +129,9 @@ class Batcher:
         if info.buckets:
             self.max_batch = min(self.max_batch, info.buckets[-1])
         self._buckets = info.buckets
-        self._slots = info.slots
+        # Where photos run one by one, the next is handed over while all slots are busy. So the
+        # thread that comes free begins at once, and does not wait for the event loop.
+        self._most_begun = info.slots + (1 if self.max_batch == 1 else 0)
         self._max_wait_s = max_wait_ms / 1000
         self._interactive: deque[_Item] = deque()
         self._bulk: deque[_Item] = deque()
@@ -225,7 +227,7 @@ class Batcher:
             for queue in (self._interactive, self._bulk):
                 while queue:
                     _refuse(queue.popleft())
-        while len(self._running) < self._slots and (self._interactive or self._bulk):
+        while len(self._running) < self._most_begun and (self._interactive or self._bulk):
             if self._should_wait():
                 return
             batch = self._next_batch()

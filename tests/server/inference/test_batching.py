@@ -138,6 +138,24 @@ def test_max_batch_of_one_turns_batching_off() -> None:
     run(scenario)
 
 
+def test_a_thread_that_comes_free_begins_the_next_photo_without_the_event_loop() -> None:
+    async def scenario() -> None:
+        backend = HeldBackend()
+        batcher = Batcher(backend, Metrics(), max_batch=1)
+        tasks = [ask(batcher, value) for value in (1, 2, 3)]
+        await settle(lambda: len(backend.batches) == 1)
+        backend.gate.release()
+        give_up = time.perf_counter() + 60
+        while len(backend.batches) == 1 and time.perf_counter() < give_up:
+            time.sleep(0.002)  # noqa: ASYNC251  # the loop is held on purpose
+        assert backend.batches == [[1], [2]]
+        backend.gate.release(2)
+        await asyncio.gather(*tasks)
+        await batcher.close()
+
+    run(scenario)
+
+
 def test_images_go_to_the_backend_as_they_came_and_padding_is_its_own_affair() -> None:
     async def scenario() -> None:
         given: list[Images] = []
@@ -320,15 +338,10 @@ def test_interactive_goes_first_and_bulk_does_not_starve() -> None:
         results += submit(batcher, *range(1, 13), bulk=False)
         backend.gate.release(100)
         await asyncio.gather(*results)
-        assert backend.batches[:7] == [
-            [100],
-            [1, 2, 3],
-            [4, 5, 6],
-            [7, 8, 9],
-            [101, 10, 11],
-            [12],
-            [102, 103],
-        ]
+        mixed = [[100], [1, 2, 3], [4, 5, 6], [7, 8, 9], [101, 10, 11], [12]]
+        assert backend.batches[:6] == mixed
+        # How many bulk photos run together depends on how long one takes.
+        assert [value for batch in backend.batches[6:] for value in batch] == [102, 103]
         answers = [[value_in(one) for one in result.result()] for result in results]
         assert answers == [[100], [101, 102, 103], [*range(1, 13)]]
         await batcher.close()
