@@ -1,71 +1,70 @@
-// A photo → POST /segment → its outline over the photo. Nothing here comes from, or goes, elsewhere.
+// Photos → their lesions' outlines over them. Nothing here comes from, or goes, elsewhere.
 
-import { decode, encodePng, largestPart, largestRegion, lesionMask, outline } from "./mask.js";
+import { byId, element, note, save, whole } from "./dom.js";
+import { Editor, HALF } from "./edit.js";
+import { coco, csv, stems, zip } from "./files.js";
+import { resume, startLive, stop as stopLive } from "./live.js";
+import { cocoRle, encodePng, largestPart, largestRegion, largestRing, lesionMask, outlineRings, svgPath } from "./mask.js";
+import { areaText, lengthText, measure } from "./measure.js";
+import { GONE, heading, passes, segment } from "./segment.js";
+import { tellServer } from "./server.js";
+import { addPhoto, clearStrip, fill, tell } from "./strip.js";
+import { View } from "./view.js";
 
 const STAGES = ["read", "decode", "queue", "infer", "encode"];
-const SERVER_PAUSE_MS = 10_000;
-const SERVER_PAUSE_GONE_MS = 2_000;
+/** So many photos at once keep the server busy, and leave room for others. */
+const AT_ONCE = 2;
+const MOST = 500;
+/** Where the outline is not seen, or not all of it, and so not corrected. */
+const HIDING = ["photo", "compare"];
+const PATHS = ["shade", "halo", "contour"];
 
-/** What a refusal's status means to the person at the page. */
-const HEADINGS = {
-  0: "The server cannot be reached.",
-  400: "The server cannot read this photo.",
-  401: "The server asks for a key, which this page does not have.",
-  403: "The server does not let this page in.",
-  404: "The server does not offer this.",
-  408: "The photo took too long to arrive.",
-  413: "This photo is too large.",
-  415: "This is not a photo of a kind that the server reads.",
-  422: "The server cannot read this photo.",
-  429: "The server is busy.",
-  503: "The server is not ready.",
-  504: "The answer took too long.",
-};
-/** Where the same photo again may help: the photo was not the reason. */
-const PASSING = new Set([0, 408, 429]);
-
-const byId = (id) => document.getElementById(id);
-const number = new Intl.NumberFormat("en");
-
-/** The photo on show, and the request that is under way for it. */
-let photo = null;
-let photoUrl = null;
-let request = null;
-let drawing = 0;
-let serverPause = 0;
-
-/** The last photo that was answered, with its answer: what an error leaves on show. */
+/** All photos: what was chosen, its state, and what was found. */
+let photos = [];
+/** The photo that was asked for, and the one on show: the last answered where that one failed. */
+let current = null;
 let good = null;
+/** What is drawn of the good one. */
+let drawn = null;
+let drawing = 0;
+let filling = 0;
 let tryAgain = retry;
+/** Whether the editor has more than the good photo knows of: it changes faster than is drawn. */
+let ahead = false;
+/** Points on the ruler while they are clicked, and the scale that holds for all. */
+let picking = null;
+let common = null;
 
 function setState(state) {
   document.body.dataset.state = state;
   byId("download").disabled = state !== "done";
 }
 
-function take(file) {
-  if (!file) return;
-  byId("note").hidden = true;
-  const url = URL.createObjectURL(file);
-  if (photoUrl && photoUrl !== good?.url) URL.revokeObjectURL(photoUrl);
-  photo = file;
-  photoUrl = url;
-  clearResult();
-  showPhoto(url);
-  segment();
+/** Photos into the strip; the first of them is shown. */
+function take(files, live = false) {
+  if (!files.length) return;
+  stopLive();
+  note("");
+  const free = MOST - photos.length;
+  if (files.length > free) note(`This page takes ${MOST} photos at a time: ${files.length - Math.max(free, 0)} were left out.`);
+  const added = files.slice(0, Math.max(free, 0)).map((file) => ({
+    file, live, name: file.name ?? "photo", url: URL.createObjectURL(file), state: "waiting", problem: null, edited: null, scale: null,
+    controller: new AbortController(),
+  }));
+  photos.push(...added);
+  for (const photo of added) addPhoto(photo, select);
+  if (added.length) select(added[0]);
+  pump();
 }
 
-/** The photo of what was dropped or pasted; a word where that is not one photo. */
+/** The photos of what was dropped or pasted; a word where there are none. */
 function takeFrom(transfer, done) {
   const files = [...transfer.files];
   const folders = [...transfer.items].some((item) => item.webkitGetAsEntry?.()?.isDirectory);
   if (folders) {
-    note("That is a folder: open it and take one photo.");
+    note("That is a folder: open it and take the photos in it.");
   } else if (files.length) {
-    take(files[0]);
-    if (files.length > 1) {
-      note(`${files.length} files were ${done}; this page takes one at a time: ${files[0].name}.`);
-    }
+    take(files);
   } else if (transfer.types.includes("text/uri-list") || transfer.types.includes("text/html")) {
     note(`Only the address of a picture was ${done}, not the picture: save it, then choose the file.`);
   } else {
@@ -73,9 +72,83 @@ function takeFrom(transfer, done) {
   }
 }
 
-function note(text) {
-  byId("note").textContent = text;
-  byId("note").hidden = false;
+function pump() {
+  for (const photo of photos) {
+    if (photos.filter(({ state }) => state === "busy").length >= AT_ONCE) break;
+    if (photo.state === "waiting") work(photo);
+  }
+  tellProgress();
+}
+
+async function work(photo) {
+  photo.state = "busy";
+  tell(photo);
+  const sent = (share) => {
+    if (photo !== current) return;
+    byId("upload").hidden = share >= 1;
+    byId("upload").value = share;
+  };
+  try {
+    Object.assign(photo, await segment(photo.file, { signal: photo.controller.signal, sent }));
+    photo.state = "done";
+    photo.problem = null;
+  } catch (error) {
+    photo.state = "error";
+    photo.problem = error;
+  }
+  if (photo.controller.signal.aborted) return;
+  tell(photo);
+  // A refusal is left for a photo that was answered, but not while it alone is looked at.
+  if (photo === current || (photo.state === "done" && current.state === "error")) select(photo);
+  if (photo.state === "done" && photos.length > 1) fill(photo, outlined(photo).figures, scaleOf(photo));
+  pump();
+  if (photos.every(({ state }) => state !== "waiting")) tellServer();
+}
+
+function tellProgress() {
+  const many = photos.length > 1;
+  byId("batch").hidden = byId("table-box").hidden = !many;
+  const count = (state) => photos.filter((photo) => photo.state === state).length;
+  const [done, refused] = [count("done"), count("error")];
+  const text = `${done} of ${photos.length} photos done${refused ? `, ${refused} refused` : ""}`;
+  if (many && byId("progress").textContent !== text) byId("progress").textContent = text;
+  for (const id of ["save-csv", "save-coco", "save-zip"]) byId(id).disabled = !done;
+}
+
+function select(photo) {
+  if (photo !== current) pick(false);
+  current = photo;
+  for (const { place } of photos) place.button.setAttribute("aria-current", String(place === photo.place));
+  byId("upload").hidden = true;
+  if (photo.state === "error") {
+    fail(photo.problem);
+    return;
+  }
+  byId("problem").hidden = true;
+  byId("result").hidden = false;
+  if (photo.state === "done") {
+    present(photo);
+    setState("done");
+  } else {
+    clearResult();
+    showPhoto(photo.url);
+    setState("busy");
+    byId("announce").textContent = "Working on the photo";
+  }
+}
+
+/** Show an answered photo as it is first seen. */
+function present(photo) {
+  if (photo !== good || !drawn) {
+    keepUp();
+    good = photo;
+    drawn = null;
+    editor.reset();
+    view.fit(photo.size.width, photo.size.height);
+  }
+  show();
+  showTimings(photo.milliseconds);
+  byId("save-photo").hidden = byId("live-again").hidden = !photo.live;
 }
 
 /** The photo as the browser turns it, until the server has told how. */
@@ -89,100 +162,35 @@ function showPhoto(url) {
   byId("no-preview").hidden = true;
 }
 
-async function segment() {
-  request?.abort();
-  const controller = new AbortController();
-  request = controller;
-  setState("busy");
-  byId("problem").hidden = true;
-  byId("result").hidden = false;
-  byId("announce").textContent = "Working on the photo";
-  try {
-    const { answer, header } = await post(controller.signal);
-    if (request !== controller) return;
-    const milliseconds = timings(header);
-    if (good && good.url !== photoUrl) URL.revokeObjectURL(good.url);
-    good = { photo, url: photoUrl, map: decode(answer.mask), size: answer.image, mask: null };
-    show();
-    showTimings(milliseconds);
-    setState("done");
-    tellServer();
-  } catch (error) {
-    if (request !== controller) return;
-    fail(error);
-  }
-}
-
-/** The answer to the photo, with the network's probabilities; throws what `fail` shows. */
-function post(signal) {
-  const gone = { status: 0, detail: "It is down, or the connection was lost." };
-  return new Promise((resolve, reject) => {
-    // Unlike `fetch`, it tells how much has been sent.
-    const sending = new XMLHttpRequest();
-    sending.open("POST", "segment?format=json&mask=probabilities");
-    // The server tells the type by the bytes.
-    sending.setRequestHeader("Content-Type", "application/octet-stream");
-    sending.upload.onprogress = ({ loaded, total }) => {
-      byId("upload").hidden = loaded === total;
-      byId("upload").value = loaded / (total || 1);
-    };
-    sending.onloadend = () => {
-      byId("upload").hidden = true;
-    };
-    sending.onerror = () => reject(gone);
-    sending.onabort = () => reject(signal.reason);
-    sending.onload = () => {
-      const type = sending.getResponseHeader("Content-Type") ?? "";
-      let body = null;
-      try {
-        body = JSON.parse(sending.responseText);
-      } catch {
-        // What stands between here and the server may answer in HTML.
-      }
-      if (sending.status === 200 && body) {
-        resolve({ answer: body, header: sending.getResponseHeader("Server-Timing") });
-      } else if (body && type.startsWith("application/problem+json")) {
-        reject(body);
-      } else {
-        const detail = `It answered ${sending.status} and gave no reason.`;
-        reject({ status: sending.status, detail });
-      }
-    };
-    signal.addEventListener("abort", () => sending.abort());
-    sending.send(photo);
-  });
-}
-
 /** Tell what went wrong; `again` is what may help then. */
 function fail(problem, again = retry) {
   tryAgain = again;
-  const status = problem.status ?? -1;
-  const passing = PASSING.has(status) || status >= 500 || status < 0;
-  if (good) {
-    // What was found before stays; "Try again" is for the photo that failed.
-    if (good.url !== photoUrl) showPhoto(good.url);
-    show();
-  }
+  const passing = passes(problem);
+  // What was found before stays; "Try again" is for the photo that failed.
+  if (good) present(good);
+  else if (current) showPhoto(current.url);
+  byId("no-preview").hidden = true;
   setState("error");
   byId("download").disabled = !good;
-  byId("result").hidden = !good && !(passing && photo);
+  byId("result").hidden = !good && !(passing && current) && photos.length < 2;
   byId("announce").textContent = "";
-  byId("problem-title").textContent =
-    HEADINGS[status] ?? (status >= 500 ? "The server failed." : "Something went wrong.");
+  byId("problem-title").textContent = heading(problem);
   byId("problem-detail").textContent = problem.detail ?? String(problem);
-  byId("problem-kept").hidden = !good || good.photo === photo;
+  byId("problem-kept").hidden = !good;
   byId("problem-id").textContent = problem.request_id ? `Request ${problem.request_id}` : "";
   byId("retry").hidden = !passing;
   byId("problem").hidden = false;
-  tellServer();
 }
 
+/** Once more, all photos that were not to blame. */
 function retry() {
-  if (photoUrl !== good?.url) {
-    clearResult();
-    showPhoto(photoUrl);
+  for (const photo of photos) {
+    if (photo.state !== "error" || !passes(photo.problem)) continue;
+    photo.state = "waiting";
+    tell(photo);
   }
-  segment();
+  if (current) select(current);
+  pump();
 }
 
 /**
@@ -212,34 +220,58 @@ function showPicture() {
   picture.setAttribute("width", sides[0]);
   picture.setAttribute("height", sides[1]);
   picture.setAttribute("transform", upright(size.orientation, size.width, size.height));
+  // The one before it would stay until this one is read, under an outline that is not its own.
+  picture.dataset.shown = "false";
   picture.setAttribute("href", url);
-  picture.dataset.shown = "true";
   byId("photo").hidden = true;
 }
 
-/** Mask, outline and figures of the good photo at the slider's threshold, cleaned if so chosen. */
-function show() {
-  const { size } = good;
-  const threshold = Number(byId("threshold").value);
-  const clean = byId("clean").checked;
-  const map = clean ? largestRegion(good.map, threshold) : good.map;
-  const whole = lesionMask(map, size.width, size.height, threshold);
-  const mask = clean ? largestPart(whole) : whole;
-  good.mask = mask;
-  byId("overlay").setAttribute("viewBox", `0 0 ${size.width} ${size.height}`);
-  const path = outline(map, size.width, size.height, threshold, clean);
-  for (const id of ["shade", "halo", "contour"]) byId(id).setAttribute("d", path);
-  showPicture();
+/** Mask, outline and figures of a photo: as it was corrected, or at the threshold. */
+function outlined({ map, size, edited }) {
+  const threshold = edited ? HALF : Number(byId("threshold").value);
+  const clean = byId("clean").checked && !edited;
+  const used = edited ?? (clean ? largestRegion(map, threshold) : map);
+  const all = lesionMask(used, size.width, size.height, threshold);
+  const mask = clean ? largestPart(all) : all;
+  const found = outlineRings(used, size.width, size.height, threshold);
+  const rings = clean && found.length ? [largestRing(found)] : found;
+  return { map: used, size, threshold, edited: Boolean(edited), mask, rings, figures: measure(mask, rings) };
+}
 
-  const percent = ((mask.area / (size.width * size.height)) * 100).toFixed(1);
+/** The good photo gets what the editor has. */
+function keepUp() {
+  if (ahead) good.edited = editor.map;
+  ahead = false;
+}
+
+function show() {
+  keepUp();
+  drawn = outlined(good);
+  const path = svgPath(drawn.rings);
+  for (const id of PATHS) byId(id).setAttribute("d", path);
+  showPicture();
+  const { size, figures } = drawn;
+  const percent = (figures.share * 100).toFixed(1);
+  const scale = scaleOf(good);
   byId("percent").textContent = percent;
-  byId("nothing").hidden = mask.area > 0;
-  byId("area").textContent = `${number.format(mask.area)} px`;
+  byId("nothing").hidden = figures.area > 0;
+  byId("area").textContent = areaText(figures.area, scale);
+  byId("diameter").textContent = figures.area ? lengthText(figures.diameter, scale) : "–";
+  byId("perimeter").textContent = figures.area ? lengthText(figures.perimeter, scale) : "–";
+  byId("cut").hidden = !figures.cut;
   byId("dimensions").textContent = `${size.width} × ${size.height} px`;
-  byId("box").textContent = mask.box ? `${mask.box[2]} × ${mask.box[3]} px` : "–";
-  byId("announce").textContent = mask.area
-    ? `The lesion covers ${percent} percent of the frame, ${number.format(mask.area)} pixels.`
+  byId("box").textContent = figures.box ? `${figures.box[2]} × ${figures.box[3]} px` : "–";
+  byId("announce").textContent = figures.area
+    ? `The lesion covers ${percent} percent of the frame, ${whole.format(figures.area)} pixels.`
     : "Nothing in this photo is above the threshold.";
+  byId("edited").hidden = !good.edited;
+  byId("threshold").disabled = byId("clean").disabled = Boolean(good.edited);
+  byId("undo").disabled = !editor.canUndo;
+  byId("start-over").disabled = !good.edited;
+  byId("scale-um").value = scale ? Number((scale * 1000).toPrecision(5)) : "";
+  drawRuler();
+  editor.place();
+  if (photos.length > 1) fill(good, figures, scale);
 }
 
 /** Once a frame at most; while a photo is under way, its answer draws. */
@@ -250,81 +282,212 @@ function redraw() {
   });
 }
 
+/** The table anew, a row at a time. */
+async function refill() {
+  const mine = ++filling;
+  for (const photo of photos.length > 1 ? photos : []) {
+    await pause();
+    if (mine !== filling) return;
+    if (photo.state === "done") fill(photo, outlined(photo).figures, scaleOf(photo));
+  }
+}
+
+/** So that the page answers between two photos. */
+const pause = () => new Promise((resolve) => setTimeout(resolve));
+
 function showTimings(milliseconds) {
   byId("bar").replaceChildren(
     ...STAGES.filter((stage) => stage in milliseconds).map((stage) => {
-      const part = document.createElement("span");
-      part.dataset.stage = stage;
+      const part = element("span", { "data-stage": stage });
       part.style.flexGrow = milliseconds[stage];
       return part;
     }),
   );
   byId("stages").replaceChildren(
-    ...[...STAGES, "total"].filter((stage) => stage in milliseconds).map((stage) => {
-      const row = document.createElement("div");
-      row.dataset.stage = stage;
-      const name = document.createElement("dt");
-      name.textContent = stage;
-      const value = document.createElement("dd");
-      value.textContent = `${milliseconds[stage].toFixed(1)} ms`;
-      row.append(name, value);
-      return row;
-    }),
+    ...[...STAGES, "total"].filter((stage) => stage in milliseconds).map((stage) =>
+      element("div", { "data-stage": stage }, element("dt", {}, stage), element("dd", {}, `${milliseconds[stage].toFixed(1)} ms`)),
+    ),
   );
 }
 
-/** `Server-Timing` → milliseconds by stage. */
-function timings(header) {
-  const entries = (header ?? "").matchAll(/(\w+);dur=([\d.]+)/g);
-  return Object.fromEntries([...entries].map(([, name, duration]) => [name, Number(duration)]));
-}
-
 function clearResult() {
-  for (const id of ["shade", "halo", "contour"]) byId(id).removeAttribute("d");
-  for (const id of ["percent", "area", "dimensions", "box"]) byId(id).textContent = "–";
-  byId("nothing").hidden = true;
+  drawn = null;
+  for (const id of [...PATHS, "ruler"]) byId(id).removeAttribute("d");
+  for (const id of ["percent", "area", "diameter", "perimeter", "dimensions", "box"]) byId(id).textContent = "–";
+  for (const id of ["nothing", "cut", "handles"]) byId(id).toggleAttribute("hidden", true);
   showTimings({});
 }
 
-async function download() {
-  show();
-  const url = URL.createObjectURL(await encodePng(good.mask));
-  const link = document.createElement("a");
-  link.href = url;
-  link.download = "lesion-mask.png";
-  link.click();
-  // The browser reads it after this task.
-  setTimeout(() => URL.revokeObjectURL(url), 10_000);
+function removeAll() {
+  for (const { url, controller } of photos) {
+    controller.abort();
+    URL.revokeObjectURL(url);
+  }
+  photos = [];
+  current = good = common = null;
+  ahead = false;
+  editor.reset();
+  clearStrip();
+  clearResult();
+  note("");
+  byId("scale-all").checked = false;
+  byId("problem").hidden = byId("result").hidden = true;
+  setState("empty");
+  tellProgress();
+  byId("choose").focus();
 }
 
-/** The server's state beside the dot, now and from time to time. */
-async function tellServer() {
-  clearTimeout(serverPause);
-  const line = byId("server");
-  let told;
-  try {
-    const response = await fetch("model", { cache: "no-store" });
-    const model = response.ok ? await response.json() : null;
-    told = model
-      ? `${model.name} ${model.version} · ${model.backend.name}`
-      : response.status === 503
-        ? "The network is being loaded"
-        : `The server answers ${response.status}`;
-    line.dataset.ready = String(response.ok);
-  } catch {
-    told = "The server cannot be reached";
-    line.dataset.ready = "false";
-  }
-  // Screen readers tell changes alone.
-  if (line.textContent !== told) line.textContent = told;
-  clearTimeout(serverPause);
-  const pause = line.dataset.ready === "true" ? SERVER_PAUSE_MS : SERVER_PAUSE_GONE_MS;
-  serverPause = setTimeout(tellServer, pause);
+// Saving
+
+async function saveMask() {
+  show();
+  save(await encodePng(drawn.mask), `${photos.length > 1 ? stems([good.name])[0] : "lesion"}-mask.png`);
 }
+
+/**
+ * All photos that are done or refused, for a table; `more(mask)` is what else is kept of each. A mask
+ * itself is not: all of them would be too many.
+ */
+async function rows(more = () => ({})) {
+  keepUp();
+  const found = [];
+  for (const photo of photos) {
+    const { name, problem } = photo;
+    if (photo.state === "error") found.push({ name, refused: `${heading(problem)} ${problem.detail ?? ""}` });
+    if (photo.state !== "done") continue;
+    await pause();
+    const { mask, figures, threshold, edited } = outlined(photo);
+    const { width, height } = mask;
+    found.push({ name, width, height, scale: scaleOf(photo), figures, threshold, edited, ...(await more(mask)) });
+  }
+  const left = photos.length - found.length;
+  note(left ? `Left out: ${left} that ${left > 1 ? "are" : "is"} still under way.` : "");
+  return found;
+}
+
+async function saveZip() {
+  const found = (await rows(async (mask) => ({ png: await encodePng(mask) }))).filter(({ refused }) => !refused);
+  const names = stems(found.map(({ name }) => name));
+  save(await zip(found.map(({ png }, i) => [`${names[i]}_mask.png`, png])), "lesion-masks.zip");
+}
+
+// Millimetres
+
+/** Millimetres a pixel of a photo, or null. */
+const scaleOf = (photo) => (byId("scale-all").checked ? common : photo.scale);
+
+function setScale(scale) {
+  good.scale = scale;
+  common = scale;
+  redraw();
+  refill();
+}
+
+function pick(on) {
+  picking = on ? [] : null;
+  byId("scale-pick").setAttribute("aria-pressed", String(on));
+  byId("stage").dataset.picking = String(on);
+  if (on) setTool("off");
+  byId("scale-hint").textContent = on
+    ? "Click the first point, then the second."
+    : "Click two points on the ruler in the photo, or give the size of a pixel.";
+}
+
+const ruler = {
+  down: () => {},
+  move: () => {},
+  up: (point) => {
+    if (picking?.push(point) !== 2) return;
+    good.ruler = picking;
+    pick(false);
+    scaleByRuler();
+  },
+  cancel: () => {},
+};
+
+/** The scale from the two points and the millimetres between them. */
+function scaleByRuler() {
+  if (!good?.ruler) return;
+  const [[x, y], [a, b]] = good.ruler;
+  const length = Math.hypot(x - a, y - b);
+  const millimetres = byId("scale-mm").valueAsNumber;
+  if (!(length >= 2)) byId("scale-hint").textContent = "The two points are the same: click them farther apart.";
+  else if (!(millimetres > 0)) byId("scale-hint").textContent = "Give the millimetres between the points: a number above 0.";
+  else {
+    byId("scale-hint").textContent = `${Math.round(length)} pixels are ${millimetres} mm.`;
+    setScale(millimetres / length);
+  }
+}
+
+function drawRuler() {
+  const points = good.ruler;
+  const line = points ? `M${points.map((point) => point.join(" ")).join("L")}` : "";
+  byId("ruler").setAttribute("d", line);
+}
+
+// What is seen
+
+const view = new View({
+  stage: byId("stage"),
+  overlay: byId("overlay"),
+  tool: () => (!drawn ? null : picking ? ruler : editor.tool()),
+  changed: () => {
+    byId("zoom").textContent = `${Math.round(view.zoom * 100)} %`;
+    divide();
+    if (drawn) editor.place();
+  },
+});
+
+const editor = new Editor({
+  view,
+  handles: byId("handles"),
+  shown: () => drawn,
+  changed: () => {
+    ahead = true;
+    redraw();
+  },
+  radius: () => Number(byId("brush").value),
+});
+
+/** In "compare", what was found is drawn right of the line only. */
+function divide() {
+  const compare = byId("stage").dataset.view === "compare";
+  byId("reveal").hidden = !compare;
+  if (!compare) {
+    byId("marks").removeAttribute("clip-path");
+    byId("divider").removeAttribute("d");
+    return;
+  }
+  const [left, top, width, height] = view.seen;
+  const x = left + (width * byId("reveal").valueAsNumber) / 100;
+  byId("after-part").setAttribute("x", x);
+  byId("marks").setAttribute("clip-path", "url(#after)");
+  byId("divider").setAttribute("d", `M${x} ${top}V${top + height}`);
+}
+
+function setTool(tool) {
+  document.querySelector(`input[name=tool][value=${tool}]`).checked = true;
+  editor.mode = tool;
+  byId("stage").dataset.tool = tool;
+  if (tool !== "off") {
+    pick(false);
+    if (HIDING.includes(byId("stage").dataset.view)) setView("outline");
+  }
+  if (drawn) editor.place();
+}
+
+function setView(name) {
+  document.querySelector(`input[name=view][value=${name}]`).checked = true;
+  byId("stage").dataset.view = name;
+  if (HIDING.includes(name) && editor.mode !== "off") setTool("off");
+  divide();
+}
+
+// From the person
 
 for (const id of ["choose", "camera", "another"]) {
   byId(id).addEventListener("change", ({ target }) => {
-    take(target.files[0]);
+    take([...target.files]);
     // So that the same file can be chosen again.
     target.value = "";
   });
@@ -334,41 +497,91 @@ async function takeExample() {
   try {
     const response = await fetch("page/example.jpg");
     if (!response.ok) throw response;
-    take(await response.blob());
+    take([new File([await response.blob()], "example.jpg", { type: "image/jpeg" })]);
   } catch {
-    fail({ status: 0, detail: "It is down, or the connection was lost." }, takeExample);
+    fail(GONE, takeExample);
   }
 }
 
-byId("example").addEventListener("click", takeExample);
+const clicked = (id, handle) => byId(id).addEventListener("click", handle);
 
-byId("retry").addEventListener("click", () => tryAgain());
-byId("download").addEventListener("click", download);
+clicked("example", takeExample);
+clicked("retry", () => tryAgain());
+clicked("download", saveMask);
+clicked("save-csv", async () => save(csv(await rows()), "lesions.csv"));
+clicked("save-coco", async () => save(coco(await rows((mask) => ({ rle: cocoRle(mask) }))), "lesions-coco.json"));
+clicked("save-zip", saveZip);
+clicked("save-photo", () => save(good.file, good.name));
+clicked("live-again", resume);
+clicked("clear", removeAll);
+clicked("zoom-in", () => view.zoomBy(1.5));
+clicked("zoom-out", () => view.zoomBy(1 / 1.5));
+clicked("zoom-fit", () => good?.size && view.fit(good.size.width, good.size.height));
+clicked("undo", () => editor.undo());
+document.addEventListener("keydown", (event) => {
+  if ((event.ctrlKey || event.metaKey) && event.key === "z" && editor.mode !== "off" && editor.canUndo) {
+    event.preventDefault();
+    editor.undo();
+  }
+});
+clicked("start-over", () => {
+  editor.reset();
+  good.edited = null;
+  ahead = false;
+  redraw();
+});
+clicked("scale-pick", () => pick(!picking));
 
 byId("photo").addEventListener("error", () => {
   byId("photo").dataset.shown = "false";
   byId("photo").alt = "";
-  byId("no-preview").hidden = false;
+  byId("no-preview").hidden = current?.state === "error";
 });
 
-byId("picture").addEventListener("error", () => {
-  byId("picture").dataset.shown = "false";
+byId("picture").addEventListener("load", () => {
+  byId("picture").dataset.shown = "true";
 });
 
 byId("threshold").addEventListener("input", ({ target }) => {
   byId("threshold-value").textContent = Number(target.value).toFixed(2);
   redraw();
 });
+byId("threshold").addEventListener("change", refill);
 
-byId("clean").addEventListener("change", redraw);
+byId("clean").addEventListener("change", () => {
+  redraw();
+  refill();
+});
 
-for (const radio of document.querySelectorAll("input[name=view]")) {
-  radio.addEventListener("change", () => {
-    byId("stage").dataset.view = radio.value;
-  });
-  // A browser may keep the choice over a reload.
-  if (radio.checked) byId("stage").dataset.view = radio.value;
+byId("scale-mm").addEventListener("change", scaleByRuler);
+byId("scale-um").addEventListener("change", ({ target }) => {
+  if (good) setScale(target.valueAsNumber > 0 ? target.valueAsNumber / 1000 : null);
+});
+byId("scale-all").addEventListener("change", () => {
+  common = good?.scale ?? common;
+  redraw();
+  refill();
+});
+
+byId("reveal").addEventListener("input", divide);
+addEventListener("resize", () => drawn && editor.place());
+
+for (const radio of document.querySelectorAll("input[name=tool]")) {
+  radio.addEventListener("change", () => setTool(radio.value));
 }
+
+// A browser may keep the choice over a reload.
+for (const radio of document.querySelectorAll("input[name=view]")) {
+  radio.addEventListener("change", () => setView(radio.value));
+  if (radio.checked) setView(radio.value);
+}
+for (const radio of document.querySelectorAll("input[name=colour]")) {
+  radio.addEventListener("change", () => {
+    document.body.dataset.colour = radio.value;
+  });
+  if (radio.checked) document.body.dataset.colour = radio.value;
+}
+setTool("off");
 
 document.addEventListener("dragover", (event) => {
   event.preventDefault();
@@ -386,4 +599,7 @@ document.addEventListener("paste", (event) => {
   takeFrom(event.clipboardData, "pasted");
 });
 
+startLive((file) => take([file], true));
 tellServer();
+// Only pages that come by https, or from this machine, may have one.
+navigator.serviceWorker?.register("sw.js").catch(() => {});

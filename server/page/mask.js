@@ -155,6 +155,26 @@ function positions(length, source) {
   });
 }
 
+/** The map's values at another size, row by row: bilinear, as the mask is made. */
+export function resample(map, width, height) {
+  const across = positions(width, map.width);
+  const values = new Float32Array(width * height);
+  const line = new Float32Array(map.width + 1);
+  positions(height, map.height).forEach(([row, down], y) => {
+    const upper = row * map.width;
+    const lower = Math.min(row + 1, map.height - 1) * map.width;
+    for (let c = 0; c < map.width; c++) {
+      line[c] = map.values[upper + c] + (map.values[lower + c] - map.values[upper + c]) * down;
+    }
+    line[map.width] = line[map.width - 1];
+    for (let x = 0; x < width; x++) {
+      const [c, right] = across[x];
+      values[y * width + x] = line[c] + (line[c + 1] - line[c]) * right;
+    }
+  });
+  return values;
+}
+
 /**
  * The mask at the photo's size in packed bits, the leftmost pixel in the highest, with its figures.
  *
@@ -202,34 +222,60 @@ export function lesionMask(map, width, height, threshold) {
 }
 
 /**
- * The outline as an SVG path in pixels of the photo: marching squares on a finer grid; the largest
- * ring alone if it is to be one.
+ * The outline in pixels of the photo, as rings of [x, y]: marching squares on a grid of at least 512
+ * points a side, so that the bilinear surface between the map's own points is followed.
  */
-export function outline(map, width, height, threshold, one) {
-  const fine = 4;
+export function outlineRings(map, width, height, threshold) {
+  const fine = Math.max(1, Math.round(512 / Math.max(map.width, map.height)));
   const [columns, rows] = [map.width * fine, map.height * fine];
-  const across = positions(columns, map.width);
-  const down = positions(rows, map.height);
   // A border below the threshold closes the rings at the frame.
   const wide = columns + 2;
   const grid = new Float32Array(wide * (rows + 2)).fill(-1);
-  down.forEach(([r, v], y) => {
-    const upper = r * map.width;
-    const lower = Math.min(r + 1, map.height - 1) * map.width;
-    across.forEach(([c, u], x) => {
-      const d = Math.min(c + 1, map.width - 1);
-      const a = map.values[upper + c] + (map.values[upper + d] - map.values[upper + c]) * u;
-      const b = map.values[lower + c] + (map.values[lower + d] - map.values[lower + c]) * u;
-      grid[(y + 1) * wide + x + 1] = a + (b - a) * v - threshold;
-    });
-  });
-  // Edge 2i goes right from point i, 2i + 1 down. From each edge that is crossed, with the lesion at
-  // one hand, to the next.
+  const values = resample(map, columns, rows);
+  for (let y = 0; y < rows; y++) {
+    for (let x = 0; x < columns; x++) grid[(y + 1) * wide + x + 1] = values[y * columns + x] - threshold;
+  }
+  const scale = (at, from, length) => Math.min(Math.max((at - 0.5) / from, 0), 1) * length;
+  const point = (edge) => {
+    const i = edge >> 1;
+    const other = i + (edge & 1 ? wide : 1);
+    const share = grid[i] / (grid[i] - grid[other]);
+    const [x, y] = [i % wide, Math.floor(i / wide)];
+    const border = (at, count) => (at < 0.999 ? 0 : at > count + 0.001 ? count + 1 : at);
+    const px = border(x + (edge & 1 ? 0 : share), columns);
+    const py = border(y + (edge & 1 ? share : 0), rows);
+    return [scale(px, columns, width), scale(py, rows, height)];
+  };
+  const next = crossings(grid, wide, columns, rows);
+  const rings = [];
+  while (next.size) {
+    const points = [];
+    let [edge] = next.keys();
+    while (next.has(edge)) {
+      points.push(point(edge));
+      const to = next.get(edge);
+      next.delete(edge);
+      edge = to;
+    }
+    rings.push(points);
+  }
+  return rings;
+}
+
+/**
+ * From each edge of the grid that the outline crosses, with the lesion at one hand, to the next. Edge
+ * 2i goes right from point i, 2i + 1 down.
+ */
+function crossings(grid, wide, columns, rows) {
   const next = new Map();
   for (let y = 0; y <= rows; y++) {
     for (let x = 0; x <= columns; x++) {
       const i = y * wide + x;
-      const corners = [grid[i] > 0, grid[i + 1] > 0, grid[i + wide + 1] > 0, grid[i + wide] > 0];
+      const first = grid[i] > 0;
+      if (first === grid[i + 1] > 0 && first === grid[i + wide + 1] > 0 && first === grid[i + wide] > 0) {
+        continue;
+      }
+      const corners = [first, grid[i + 1] > 0, grid[i + wide + 1] > 0, grid[i + wide] > 0];
       const edges = [2 * i, 2 * (i + 1) + 1, 2 * (i + wide), 2 * i + 1];
       const middle = grid[i] + grid[i + 1] + grid[i + wide + 1] + grid[i + wide] > 0;
       const saddle = corners[0] === corners[2] && corners[1] === corners[3] && corners[0] !== corners[1];
@@ -245,34 +291,53 @@ export function outline(map, width, height, threshold, one) {
       }
     }
   }
-  const scale = (at, from, length) => Math.min(Math.max((at - 0.5) / from, 0), 1) * length;
-  const point = (edge) => {
-    const i = edge >> 1;
-    const other = i + (edge & 1 ? wide : 1);
-    const share = grid[i] / (grid[i] - grid[other]);
-    const [x, y] = [i % wide, Math.floor(i / wide)];
-    const border = (at, count) => (at < 0.999 ? 0 : at > count + 0.001 ? count + 1 : at);
-    const px = border(x + (edge & 1 ? 0 : share), columns);
-    const py = border(y + (edge & 1 ? share : 0), rows);
-    return [scale(px, columns, width), scale(py, rows, height)];
-  };
-  const rings = [];
-  while (next.size) {
-    const points = [];
-    let [edge] = next.keys();
-    while (next.has(edge)) {
-      points.push(point(edge));
-      const to = next.get(edge);
-      next.delete(edge);
-      edge = to;
-    }
-    rings.push(points);
-  }
-  const area = (ring) =>
-    Math.abs(ring.reduce((sum, [x, y], i) => sum + x * ring.at(i - 1)[1] - y * ring.at(i - 1)[0], 0));
-  const kept = one && rings.length ? [rings.reduce((a, b) => (area(b) > area(a) ? b : a))] : rings;
+  return next;
+}
+
+/** What a ring of [x, y] encloses. */
+export function enclosed(ring) {
+  return Math.abs(ring.reduce((sum, [x, y], i) => sum + x * ring.at(i - 1)[1] - y * ring.at(i - 1)[0], 0)) / 2;
+}
+
+/** The ring that encloses most; undefined where there is none. */
+export function largestRing(rings) {
+  return rings.reduce((most, ring) => (most && enclosed(most) >= enclosed(ring) ? most : ring), undefined);
+}
+
+/** Rings of [x, y] as the path of an SVG. */
+export function svgPath(rings) {
   const text = (ring) => ring.map(([x, y]) => `${x.toFixed(2)} ${y.toFixed(2)}`).join("L");
-  return kept.map((ring) => `M${text(ring)}Z`).join("");
+  return rings.map((ring) => `M${text(ring)}Z`).join("");
+}
+
+/** COCO's compressed run-length encoding of a mask, as the server writes it. */
+export function cocoRle({ bits, width, height }) {
+  const stride = Math.ceil(width / 8);
+  const runs = [];
+  let [now, run] = [0, 0];
+  for (let x = 0; x < width; x++) {
+    const bit = 7 - (x & 7);
+    for (let y = 0, at = x >> 3; y < height; y++, at += stride) {
+      if (((bits[at] >> bit) & 1) === now) run++;
+      else {
+        runs.push(run);
+        [now, run] = [1 - now, 1];
+      }
+    }
+  }
+  runs.push(run);
+  // The difference from the run two before, in groups of 5 bits, lowest first.
+  const codes = [];
+  runs.forEach((length, i) => {
+    let value = i > 2 ? length - runs[i - 2] : length;
+    for (let more = true; more; ) {
+      const group = value & 31;
+      value >>= 5;
+      more = value !== (group & 16 ? -1 : 0);
+      codes.push((more ? group | 32 : group) + 48);
+    }
+  });
+  return { size: [height, width], counts: codes.map((code) => String.fromCharCode(code)).join("") };
 }
 
 /** A 1-bit greyscale PNG, lesion white. */
@@ -309,11 +374,14 @@ function chunk(kind, body) {
   return bytes;
 }
 
-function crc(bytes) {
+const CRCS = Int32Array.from({ length: 256 }, (_, value) => {
+  for (let bit = 0; bit < 8; bit++) value = (value >>> 1) ^ (value & 1 ? 0xedb88320 : 0);
+  return value;
+});
+
+/** CRC-32, as PNG and ZIP have it. */
+export function crc(bytes) {
   let value = -1;
-  for (const byte of bytes) {
-    value ^= byte;
-    for (let bit = 0; bit < 8; bit++) value = (value >>> 1) ^ (value & 1 ? 0xedb88320 : 0);
-  }
+  for (const byte of bytes) value = (value >>> 8) ^ CRCS[(value ^ byte) & 255];
   return ~value >>> 0;
 }

@@ -1,0 +1,55 @@
+"""The page for those who do not see it, or not well: axe-core finds nothing serious."""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.launch import ServerProcess
+from tests.support.lesions import drawn_photo
+from tests.support.page import NEEDS_BROWSER, Page, browse
+
+pytestmark = NEEDS_BROWSER
+
+
+def serious(page: Page) -> list[Any]:
+    """What axe-core finds on the page as it is now: rule and elements."""
+    pytest.importorskip("axe_playwright_python", reason="needs axe-playwright-python")
+    axe = files("axe_playwright_python") / "axe.min.js"
+    # Not as a script of the page, which its policy would not let in.
+    page.driver.execute_cdp_cmd("Runtime.evaluate", {"expression": axe.read_text("utf-8")})
+    found = page.driver.execute_async_script(
+        "const [done] = arguments; axe.run(document).then(({violations}) => done(violations));"
+    )
+    return [
+        (one["id"], [node["html"] for node in one["nodes"]])
+        for one in found
+        if one["impact"] in {"serious", "critical"}
+    ]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("phone", [False, True], ids=["desktop", "phone"])
+def test_axe_finds_nothing_serious(
+    server: ServerProcess, tmp_path: Path, phone: bool, scheme: str
+) -> None:
+    photos = [tmp_path / name for name in ("one.jpg", "two.jpg", "text.jpg")]
+    photos[0].write_bytes(drawn_photo(7, 900, 600))
+    photos[1].write_bytes(drawn_photo(3, 640, 480))
+    photos[2].write_text("no photo")
+    with browse(server.url, tmp_path, phone=phone) as page:
+        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        page.open()
+        assert not serious(page)
+        page.find("choose").send_keys("\n".join(map(str, photos)))
+        page.until(lambda: page.text("progress") == "2 of 3 photos done, 1 refused")
+        page.run("for (const box of document.querySelectorAll('details')) box.open = true")
+        page.run("document.querySelector('input[value=points]').click()")
+        page.run("document.querySelectorAll('#strip .tile')[2].click()")
+        assert page.find("problem").is_displayed()
+        assert not serious(page)
+        page.run("document.querySelector('input[value=compare]').click()")
+        assert not serious(page)
+        assert page.run("return document.documentElement.scrollWidth - innerWidth") <= 0
