@@ -170,6 +170,17 @@ class Settings(BaseSettings):
     tls_client_ca: Path | None = Field(
         None, description="clients must show a certificate from one of these (PEM): mutual TLS"
     )
+    streams: int = Field(
+        32, ge=1, description="WebSockets at /stream that are open; more are refused with 429"
+    )
+    stream_frame_bytes: int = Field(
+        8 * 2**20,
+        ge=1024,
+        description="largest frame of a stream; a larger one ends it, with close code 1009",
+    )
+    stream_frames_per_s: int = Field(
+        120, ge=1, description="frames that one stream may send in a second; more end it with 429"
+    )
     bulk_max_bytes: int = Field(
         256 * 2**20, ge=1, description="largest body with several photos, all of them together"
     )

@@ -1,24 +1,39 @@
-"""Access: API keys, their rate, and routes for administrators."""
+"""Access: API keys, their rate, pages of other origins, and routes for administrators.
+
+A page cannot set headers of a WebSocket, so there the key may come as a subprotocol. And a browser
+opens a WebSocket to any server, with whatever credentials it has for that: CORS holds for answers
+of HTTP only. So the page's origin is checked here.
+"""
 
 import base64
 import binascii
 import math
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.websockets import WebSocket
 
-from server.http.problems import answer
+from server.http.problems import STREAM_PROTOCOL, answer, end_stream
 from server.inference.errors import NotFound, Overloaded, Problem
 from server.keys import Key, KeyFile
 
-__all__ = ["OPEN", "Access", "Forbidden", "Unauthorized"]
+__all__ = ["KEY_PROTOCOL", "OPEN", "SPEND", "Access", "Forbidden", "Unauthorized"]
 
 OPEN = ("/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready")
 """Paths that never need a key."""
+
+KEY_PROTOCOL = "slsnet.key."
+"""A subprotocol of a WebSocket that begins so is the API key."""
+
+SPEND = "spend"
+"""Key in a WebSocket's state: a function that counts one more request of its API key, or raises."""
 
 
 class Unauthorized(Problem):
@@ -62,6 +77,7 @@ class Access:
         metrics_keyed: bool,
         requests_per_s: float,
         burst: int,
+        origins: Collection[str] = (),
     ) -> None:
         """Guard `app` by the keys of a file.
 
@@ -70,19 +86,24 @@ class Access:
             metrics_keyed: whether `/metrics` needs a key too.
             requests_per_s: what each key may send in the long run; 0 for no limit.
             burst: requests that a key may send at once.
+            origins: those whose pages may open a WebSocket beside the server's own; `*` is all.
         """
         self._app = app
         self._keys = keys
         self._open = (*OPEN, *(() if metrics_keyed else ("/metrics",)))
         self._rate = requests_per_s
         self._burst = burst
+        self._origins = origins
         self._buckets: dict[bytes, _Bucket] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
+        if scope["type"] in ("http", "websocket"):
             try:
                 self._check(scope)
             except Problem as problem:
+                if scope["type"] == "websocket":
+                    await end_stream(WebSocket(scope, receive, send), problem)
+                    return
                 request = Request(scope)
                 request.state.reason = problem.reason
                 response = answer(request, problem.status, problem.detail, problem.headers)
@@ -92,6 +113,9 @@ class Access:
 
     def _check(self, scope: Scope) -> None:
         path: str = scope["path"]
+        headers = Headers(scope=scope)
+        if scope["type"] == "websocket":
+            self._check_origin(headers)
         is_admin = path == "/admin" or path.startswith("/admin/")
         if is_admin and (self._keys is None or not self._keys.has_admin):
             raise NotFound(
@@ -100,14 +124,26 @@ class Access:
             )
         if self._keys is None or path in self._open:
             return
-        key = self._key(Headers(scope=scope), basic=not is_admin)
+        key = self._key(headers, scope.get("subprotocols", ()), basic=not is_admin)
         scope["state"]["client"] = key.name
         if is_admin and key.scope != "admin":
             raise Forbidden("This path needs an administrator's key: send one.")
         if self._rate:
+            scope["state"][SPEND] = partial(self._spend, key)
             self._spend(key)
 
-    def _key(self, headers: Headers, *, basic: bool) -> Key:
+    def _check_origin(self, headers: Headers) -> None:
+        """Refuse pages of other sites; programs that are no browsers send no origin."""
+        origin = headers.get("origin")
+        if origin is None or origin in self._origins or "*" in self._origins:
+            return
+        if urlsplit(origin).netloc.lower() != headers.get("host", "").lower():
+            raise Forbidden(
+                f"Pages of {origin[:80]} may not use this server: its --cors-origins names those"
+                " that may."
+            )
+
+    def _key(self, headers: Headers, protocols: Collection[str], *, basic: bool) -> Key:
         """The request's key; Basic, which browsers send by themselves, counts only if `basic`."""
         assert self._keys is not None
         scheme, _, given = headers.get("authorization", "").partition(" ")
@@ -116,10 +152,15 @@ class Access:
             shown = given.strip()
         elif scheme.lower() == "basic" and basic:
             shown = _password(given.strip())
+        for protocol in protocols:
+            if protocol.startswith(KEY_PROTOCOL):
+                shown = protocol.removeprefix(KEY_PROTOCOL)
         if not shown:
+            in_a_page = f", for a WebSocket also as the subprotocol `{KEY_PROTOCOL}KEY` beside"
+            in_a_page += f" `{STREAM_PROTOCOL}`"
             raise Unauthorized(
                 "This path needs an API key: send it as `Authorization: Bearer KEY` or"
-                " `X-API-Key: KEY`."
+                f" `X-API-Key: KEY`{in_a_page if protocols else ''}."
             )
         key = self._keys.find(shown)
         if key is None:

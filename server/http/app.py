@@ -27,6 +27,7 @@ from server.http.reference import DESCRIPTION, router
 from server.http.segment.batch import bulk_router
 from server.http.segment.route import segment_router
 from server.http.shedding import Shedding
+from server.http.stream.route import stream_router
 from server.inference.loading import Loader
 from server.inference.service import Service
 from server.keys import KeyFile
@@ -106,12 +107,12 @@ def create_app(
     )
     install(app)
     for routes in (
-        # It comes first, since a request is compared with one route after the other.
-        segment_router(service),
+        segment_router(service),  # first, since a request is compared with one after the other
         health_router(service),
         router,
         page_router,
         bulk_router(service),
+        stream_router(service, VERSION),
         openinference_router(service, VERSION),
         admin_router(loader.load, on_reloaded),
     ):
@@ -166,14 +167,15 @@ async def _load(loader: Loader, on_failure: Callable[[], None]) -> None:
 
 def _guarded(app: ASGIApp, settings: Settings, keys: KeyFile | None) -> tuple[ASGIApp, bool]:
     """The layers around the framework: keys, refusals and CORS."""
+    origins = [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]
     guarded: ASGIApp = Access(
         Shedding(app),
         keys,
         metrics_keyed=settings.metrics_keyed,
         requests_per_s=settings.key_requests_per_s / settings.workers,
         burst=settings.key_burst,
+        origins=origins,
     )
-    origins = [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]
     if origins:
         # The outermost: a browser asks what it may send before it shows a key.
         guarded = CORSMiddleware(

@@ -27,6 +27,12 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 CAME = "came"
 """Key in a request's state: when its head came, second of `time.perf_counter`, if known."""
 
+# Messages that begin an answer: of HTTP, of a WebSocket, and of one that is refused.
+_BEGINNINGS = ("http.response.start", "websocket.accept", "websocket.http.response.start")
+
+_SWITCHED = 101
+"""Status of a WebSocket, unless its end has another."""
+
 # For every answer that does not set its own; only the pages do.
 _SECURITY = {
     "Cache-Control": "no-store",
@@ -44,7 +50,7 @@ class RequestContext:
 
     Puts `request_id` and `stages` into the request's state. Every answer has `X-Request-ID`,
     `Server-Timing` and security headers. While the server drains it also has `Connection: close`,
-    so that clients go to another server.
+    so that clients go to another server. A WebSocket is counted and logged when it is over.
     """
 
     def __init__(
@@ -79,10 +85,10 @@ class RequestContext:
         self._record = record
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        method = scope["method"]
+        method = scope.get("method", "GET")
         if method == "HEAD":
             # Each GET has a HEAD (RFC 9110, 9.1). Uvicorn leaves its body out.
             scope = {**scope, "method": "GET"}
@@ -96,8 +102,8 @@ class RequestContext:
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
+            if message["type"] in _BEGINNINGS:
+                status = message.get("status", _SWITCHED)
                 message["headers"] = self._headers(message, request_id, stages)
             await send(message)
 
@@ -106,6 +112,7 @@ class RequestContext:
         except Exception:
             # It was answered with 500, unless an answer had begun. It has not been logged yet.
             log.exception("request %s failed", request_id)
+        status = state.get("status", status)
         # Only paths that exist become label values, so that a scanner cannot grow the metrics.
         path = getattr(scope.get("route"), "path", "other")
         reason = state.get("reason", "") if status >= 400 else ""
@@ -127,6 +134,8 @@ class RequestContext:
         # `MutableHeaders` would search all headers for each.
         given = list(message.get("headers", ()))
         names = {name for name, _ in given}
+        if message["type"] == "websocket.accept":
+            return [*given, (b"x-request-id", request_id.encode())]
         return [
             *given,
             (b"x-request-id", request_id.encode()),

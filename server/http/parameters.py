@@ -23,6 +23,7 @@ __all__ = [
     "Threshold",
     "TimeoutMs",
     "answer_type",
+    "check_names",
     "is_bulk",
     "is_original",
     "only_known",
@@ -102,7 +103,8 @@ async def only_known(request: Request) -> None:
     Raises:
         Unprocessable: the path has no such parameter, or one comes twice.
     """
-    _check_names(request, [name for name, _ in request.query_params.multi_items()])
+    names = [name for name, _ in request.query_params.multi_items()]
+    check_names(parameter_names(request), names)
 
 
 def with_fields(request: Request, given: dict[str, Any], fields: Fields) -> dict[str, Any]:
@@ -119,9 +121,8 @@ def with_fields(request: Request, given: dict[str, Any], fields: Fields) -> dict
         Unprocessable: a field is no parameter, comes twice, or contradicts the query.
         RequestValidationError: a value that would be wrong in the query too.
     """
-    _check_names(
-        request, [name for name, _ in fields], "The form's field {} is no parameter: there"
-    )
+    names = [name for name, _ in fields]
+    check_names(parameter_names(request), names, "The form's field {} is no parameter: there")
     asked = dict(given)
     errors: list[Any] = []
     for parameter in request.scope["route"].dependant.query_params:
@@ -144,10 +145,14 @@ def parameter_names(request: Request) -> list[str]:
     return [field.alias for field in request.scope["route"].dependant.query_params]
 
 
-def _check_names(
-    request: Request, names: Sequence[str], unknown: str = "There is no parameter {}: there"
+def check_names(
+    known: Sequence[str], names: Sequence[str], unknown: str = "There is no parameter {}: there"
 ) -> None:
-    known = parameter_names(request)
+    """Check that each of `names` is known, and comes once.
+
+    Raises:
+        Unprocessable: it is not so.
+    """
     seen: set[str] = set()
     for name in names:
         if name not in known:

@@ -24,7 +24,7 @@ class UnderPrefix:
         self._prefix = prefix
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
+        if scope["type"] in ("http", "websocket"):
             path: str = scope["path"]
             if (below := without_prefix(path, self._prefix)) != path:
                 scope = {**scope, "path": below}

@@ -1,22 +1,46 @@
 """Errors as answers: all RFC 9457 problem details are made here.
 
-`install` does so for the errors of `server.inference.errors` and those of the framework.
+`install` does so for the errors of `server.inference.errors` and those of the framework. Over a
+WebSocket they are messages (`error_message`), and the last one ends it (`end_stream`).
 """
 
-from collections.abc import Mapping
+import contextlib
+import json
+from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse, Response
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from server.inference.errors import ClientGone, Problem, Unprocessable
 
-__all__ = ["PROBLEM_JSON", "answer", "document", "install"]
+__all__ = [
+    "PROBLEM_JSON",
+    "STREAM_PROTOCOL",
+    "accept_stream",
+    "answer",
+    "document",
+    "end_stream",
+    "error_message",
+    "install",
+    "of_invalid",
+]
 
 PROBLEM_JSON = "application/problem+json"
+
+STREAM_PROTOCOL = "slsnet.v1"
+"""The subprotocol of `/stream`. Browsers give up where the server takes none that they offer."""
+
+# A close frame has room for so many bytes of a reason (RFC 6455, 5.5).
+_MAX_REASON = 123
+
+# Codes from here on are an application's own (RFC 6455, 7.4.2): an HTTP status follows.
+_FIRST_CODE = 4000
 
 
 def install(app: FastAPI) -> None:
@@ -46,12 +70,7 @@ def install(app: FastAPI) -> None:
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         request.state.reason = Unprocessable.reason
-        details = [
-            f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']},"
-            f" got {str(item['input'])[:80]!r}"
-            for item in error.errors()
-        ]
-        return answer(request, Unprocessable.status, "; ".join(details) + ".", None)
+        return answer(request, Unprocessable.status, of_invalid(error.errors()), None)
 
     async def gone(request: Request, _error: Exception) -> Response:
         request.state.reason = "client_gone"
@@ -76,7 +95,17 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, failed)
 
 
-def _request_id(request: Request) -> str | None:
+def of_invalid(errors: Iterable[Any]) -> str:
+    """What is wrong with parameters, from pydantic's errors."""
+    details = [
+        f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']},"
+        f" got {str(item['input'])[:80]!r}"
+        for item in errors
+    ]
+    return "; ".join(details) + "."
+
+
+def _request_id(request: HTTPConnection) -> str | None:
     return getattr(request.state, "request_id", None)
 
 
@@ -97,7 +126,10 @@ def document(
 
 
 def answer(
-    request: Request, status: HTTPStatus, detail: str, headers: Mapping[str, str] | None = None
+    request: HTTPConnection,
+    status: HTTPStatus,
+    detail: str,
+    headers: Mapping[str, str] | None = None,
 ) -> Response:
     """A problem document with `detail`; under `/v2` an error of the Open Inference Protocol."""
     # `request.url` would take as long to make as all the rest.
@@ -106,3 +138,46 @@ def answer(
         return JSONResponse({"error": detail}, status, headers)
     body = document(status, detail, path, _request_id(request))
     return JSONResponse(body, status, headers, media_type=PROBLEM_JSON)
+
+
+def error_message(
+    websocket: WebSocket, problem: Problem, *, frame: int | None = None, dropped: int = 0
+) -> str:
+    """A problem of one frame as a message in JSON; without a frame it ends the stream."""
+    retry_after = problem.headers.get("Retry-After")
+    error = document(
+        problem.status, problem.detail, websocket.scope["path"], _request_id(websocket)
+    )
+    return json.dumps(
+        {
+            "type": "error",
+            "frame": frame,
+            "dropped": dropped,
+            "retry_after_s": None if retry_after is None else int(retry_after),
+            "error": error,
+        }
+    )
+
+
+async def accept_stream(websocket: WebSocket) -> None:
+    """Finish the handshake."""
+    offered = websocket.scope.get("subprotocols", ())
+    await websocket.accept(STREAM_PROTOCOL if STREAM_PROTOCOL in offered else None)
+
+
+async def end_stream(
+    websocket: WebSocket, problem: Problem, *, code: int | None = None, dropped: int = 0
+) -> None:
+    """Say what is wrong, then close with `code`, or 4000 and the HTTP status.
+
+    It is said in a message, also where the handshake could be refused: a browser shows its page
+    nothing of such a refusal.
+    """
+    if code is None:
+        websocket.state.reason, websocket.state.status = problem.reason, problem.status
+    reason = problem.detail.encode()[:_MAX_REASON].decode(errors="ignore")
+    with contextlib.suppress(WebSocketDisconnect):
+        if websocket.application_state is WebSocketState.CONNECTING:
+            await accept_stream(websocket)
+        await websocket.send_text(error_message(websocket, problem, dropped=dropped))
+        await websocket.close(code or _FIRST_CODE + problem.status, reason)

@@ -378,8 +378,9 @@ class Work:
         """
         if self.service.gate.admitted != 1 or len(data) > _SMALL_BYTES:
             return None
+        most = min(_SMALL_PIXELS, self.service.settings.max_pixels)
         try:
-            return read_photo(data, max_pixels=_SMALL_PIXELS) if is_baseline_jpeg(data) else None
+            return read_photo(data, max_pixels=most) if is_baseline_jpeg(data) else None
         except PhotoError:
             return None
 

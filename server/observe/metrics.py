@@ -108,6 +108,12 @@ class Metrics:
             ["status"],
             registry=self.registry,
         )
+        self.stream_frames = Counter(
+            "slsnet_stream_frames",
+            "Frames of streams by status; `dropped` are those that a newer one took the place of",
+            ["status"],
+            registry=self.registry,
+        )
         self.engine_events = Counter(
             "slsnet_engine_events",
             "Steps in the life of the TensorRT engine: found, missing, damaged, built, refused, …",
@@ -152,6 +158,12 @@ class Metrics:
         self.admitted = Gauge(
             "slsnet_requests_in_flight",
             "Segmentation requests being worked on or waiting",
+            multiprocess_mode="livesum",
+            registry=self.registry,
+        )
+        self.streams = Gauge(
+            "slsnet_streams",
+            "WebSockets at /stream that are open",
             multiprocess_mode="livesum",
             registry=self.registry,
         )

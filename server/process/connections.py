@@ -18,7 +18,9 @@ server closes its own side first, and throws away what comes until the client cl
 bounded time. Bytes that are no request are refused after the answers that are due. A client that
 has closed its side is still answered, except over TLS, where that ends the connection.
 
-A wish for another protocol (`Upgrade`) is answered in HTTP/1.1, as RFC 9110 (7.8) allows.
+A wish for a WebSocket at `/stream` is granted: from then on `server.process.streams` has the
+connection. Any other wish for another protocol (`Upgrade`) is answered in HTTP/1.1, as RFC 9110
+(7.8) allows.
 """
 
 import asyncio
@@ -50,7 +52,9 @@ from uvicorn.server import ServerState
 
 from server.http.prefix import without_prefix
 from server.http.problems import PROBLEM_JSON
+from server.inference.budgets import ByteBudget
 from server.observe.metrics import Metrics
+from server.process.streams import Stream
 from server.settings import Settings
 
 __all__ = ["WANTED_ON_TOP", "Connection", "House"]
@@ -90,6 +94,9 @@ _ALWAYS_ANSWERED = {
     "/v2/health/ready",
     "/metrics",
 }
+
+# The path of a WebSocket.
+_STREAM = "/stream"
 
 # Requests that a client may send before the first of them is answered.
 _MAX_PIPELINE = 32
@@ -151,6 +158,7 @@ class House:
         settings: Settings,
         metrics: Metrics,
         refuses: Callable[[HTTPScope], float | None] = lambda _scope: None,
+        body_bytes: ByteBudget | None = None,
     ) -> None:
         """Begin with no connection.
 
@@ -158,10 +166,12 @@ class House:
             refuses: in how many seconds the application is to refuse a request, which it will do at
                 once, without the body and without waiting for anything; None if it will not. Asked
                 again when they are over.
+            body_bytes: the budget of bytes in flight, for frames of streams.
         """
         self.settings = settings
         self.metrics = metrics
         self.refuses = refuses
+        self.body_bytes = body_bytes or ByteBudget(settings.max_bytes_in_flight)
         self.leaving: dict[Connection, None] = {}
         """Connections that have had their last answer and are not closed yet, the oldest first."""
         self.asked: dict[Connection, None] = {}
@@ -228,6 +238,7 @@ class Connection(HttpToolsProtocol):
         self._is_parting = False
         self._is_last = False
         self._is_half_closed = False
+        self._stream: Stream | None = None
         self._discarded = 0
         self._in_body = False
         self._is_chunked = False
@@ -273,6 +284,10 @@ class Connection(HttpToolsProtocol):
                     HTTPStatus.BAD_REQUEST, "malformed", "What was sent is not an HTTP/1.1 request."
                 )
             return
+        except _Refused:
+            return
+        if self._stream is not None:
+            return
         # The bytes of one header, or one piece of chunked encoding, that never ends.
         if self._bytes_between_bodies > self._settings.max_header_bytes:
             self._refuse_head()
@@ -317,6 +332,10 @@ class Connection(HttpToolsProtocol):
                 end = found.end() if found else len(data)
             self._feed(data[start:end])
             start = end
+            if self._stream is not None:
+                if start < len(data):
+                    self._stream.data_received(data[start:])
+                return
             if self._is_chunked and not self._in_body:
                 self._is_chunked = False
                 self._renew_parser()
@@ -327,20 +346,61 @@ class Connection(HttpToolsProtocol):
                 self.parser.feed_data(data)
                 return
             except httptools.HttpParserUpgrade as upgrade:
+                if self._wants_stream:
+                    self._become_stream()
+                    return
                 # The parser takes the body for another protocol's bytes, and cannot be told
                 # otherwise; so a new one reads the request without that header.
-                data = self._head_without_upgrade() + data[upgrade.args[0] :]
+                data = self._head(without=b"upgrade") + data[upgrade.args[0] :]
                 self._renew_parser()
+
+    @property
+    def _wants_stream(self) -> bool:
+        """Whether the request is for a WebSocket, and nothing is left to answer before it."""
+        names = {name for name, _ in self.headers}
+        path = self.url.partition(b"?")[0].decode("latin-1")
+        return (
+            without_prefix(path, self._settings.root_path) == _STREAM
+            and self.parser.get_method() == b"GET"
+            and self.parser.get_http_version() == "1.1"
+            and self._get_upgrade() == b"websocket"
+            and not names & {b"content-length", b"transfer-encoding"}
+            and self._is_answered
+            and not self.pipeline
+        )
+
+    def _become_stream(self) -> None:
+        if self in self._house.asked and self._is_full:
+            self._refuse_one_too_many()
+            raise _Refused
+        self._house.asked.pop(self, None)
+        for timer in (self._head_timer, self._write_timer):
+            if timer is not None:
+                timer.cancel()
+        self.connections.discard(self)
+        self.flow.resume_reading()
+        self._stream = Stream(
+            self.config,
+            self.server_state,
+            self.app_state,
+            settings=self._settings,
+            metrics=self._metrics,
+            budget=self._house.body_bytes,
+        )
+        transport = cast(_Transport, self.transport)._transport
+        self._stream.connection_made(transport)
+        transport.set_protocol(self._stream)
+        self._stream.data_received(self._head())
 
     def _renew_parser(self) -> None:
         self.parser = httptools.HttpRequestParser(self)
         # Uvicorn does the same.
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
 
-    def _head_without_upgrade(self) -> bytes:
+    def _head(self, *, without: bytes = b"") -> bytes:
         version = self.parser.get_http_version().encode()
         lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
-        lines += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+        lines += [b"%b: %b" % header for header in self.headers if header[0] != without]
         return b"\r\n".join(lines) + b"\r\n\r\n"
 
     def on_message_begin(self) -> None:

@@ -72,7 +72,9 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._held = held
-        self._house = House(service.settings, service.metrics, Door(service).refuses)
+        self._house = House(
+            service.settings, service.metrics, Door(service).refuses, service.gate.body_bytes
+        )
         self.servers = []
         self._reloading: asyncio.Task[None] | None = None
 
@@ -289,7 +291,13 @@ def run(
     config = uvicorn.Config(
         app,
         http=Connection,
+        # A connection takes `server.process.streams` for a WebSocket, and uvicorn none.
         ws="none",
+        ws_max_size=settings.stream_frame_bytes,
+        ws_ping_interval=settings.stall_timeout_s,
+        ws_ping_timeout=2 * settings.stall_timeout_s,
+        # Photos are compressed already, and what is small could unpack to much.
+        ws_per_message_deflate=False,
         log_config=None,
         access_log=False,
         server_header=False,

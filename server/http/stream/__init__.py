@@ -1,0 +1,1 @@
+"""Frames of a camera in, masks out, over a WebSocket."""

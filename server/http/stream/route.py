@@ -1,0 +1,100 @@
+"""`/stream`: the handshake, and how many streams there may be."""
+
+import contextlib
+from collections.abc import Iterator
+from http import HTTPStatus
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from server.http.problems import accept_stream, end_stream
+from server.http.stream.reference import Ready, asyncapi
+from server.http.stream.session import Session
+from server.http.stream.wishes import read_wishes
+from server.inference.errors import Overloaded, Problem
+from server.inference.service import Service
+
+__all__ = ["stream_router"]
+
+# The server goes down and comes back (IANA's registry of close codes).
+_RESTARTS = 1012
+
+
+class _NoWebSocket(Problem):
+    """The path is asked for over HTTP."""
+
+    status = HTTPStatus.UPGRADE_REQUIRED
+    reason = "no_websocket"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Frames come over a WebSocket: GET /asyncapi.json says how.",
+            {"Upgrade": "websocket", "Connection": "Upgrade"},
+        )
+
+
+def stream_router(service: Service, version: str) -> APIRouter:
+    """The WebSocket `/stream`, and its reference."""
+    router = APIRouter(include_in_schema=False)
+    streams = _Streams(service)
+
+    @router.websocket("/stream")
+    async def stream(websocket: WebSocket) -> None:
+        session: Session | None = None
+        try:
+            wishes = read_wishes(websocket, service.settings)
+            service.check_ready()
+            with streams.place():
+                await accept_stream(websocket)
+                ready = Ready.of(websocket.state.request_id, wishes, service.settings)
+                await websocket.send_text(ready.model_dump_json())
+                session = Session(service, websocket, wishes)
+                await session.run()
+                if service.draining:
+                    service.check_ready()
+        except WebSocketDisconnect:
+            pass
+        except Problem as problem:
+            dropped = session.dropped if session else 0
+            code = _RESTARTS if session and service.draining else None
+            await end_stream(websocket, problem, code=code, dropped=dropped)
+
+    @router.get("/stream")
+    async def stream_over_http() -> Response:
+        raise _NoWebSocket
+
+    @router.get("/asyncapi.json")
+    async def reference(request: Request) -> Response:
+        return JSONResponse(asyncapi(request.url, version))
+
+    return router
+
+
+class _Streams:
+    """The streams that are open."""
+
+    def __init__(self, service: Service) -> None:
+        self._most = service.settings.streams
+        self._open = 0
+        service.metrics.observe(service.metrics.streams, lambda: self._open)
+
+    @contextlib.contextmanager
+    def place(self) -> Iterator[None]:
+        """Count one more during the block.
+
+        Raises:
+            Overloaded: there are as many as may be.
+        """
+        if self._open >= self._most:
+            raise Overloaded(
+                f"The server has {self._most} streams, and no room for another. Try again in a"
+                " second.",
+                1,
+                "too_many_streams",
+            )
+        self._open += 1
+        try:
+            yield
+        finally:
+            self._open -= 1
