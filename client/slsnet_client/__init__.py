@@ -12,6 +12,7 @@ from slsnet_client.errors import (
 )
 from slsnet_client.photos import Photo, overlay
 from slsnet_client.result import Lesion, Network, Result
+from slsnet_client.stream import Streamed
 from slsnet_client.version import VERSION
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "ServerBusy",
     "ServerFailed",
     "SlsnetError",
+    "Streamed",
     "Unreachable",
     "overlay",
 ]

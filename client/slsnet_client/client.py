@@ -2,12 +2,21 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import random
+import ssl
 import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Coroutine,
+    Iterable,
+    Iterator,
+)
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -27,6 +36,7 @@ from slsnet_client.errors import (
 )
 from slsnet_client.photos import Photo, photo_bytes
 from slsnet_client.result import Result, result_of
+from slsnet_client.stream import Streamed, streamed
 from slsnet_client.version import VERSION
 
 __all__ = ["AsyncClient", "Client", "Outcome"]
@@ -72,6 +82,7 @@ class AsyncClient:
         headers = {"User-Agent": f"slsnet-client/{VERSION}"}
         if api_key is not None:
             headers["Authorization"] = f"Bearer {api_key}"
+        self._url, self._headers, self._verify = url, headers, verify
         self._deadline_s = deadline_s
         self._retries = retries
         # How long it may take is up to the deadline alone, and how many at once to the caller.
@@ -196,6 +207,59 @@ class AsyncClient:
         except (SlsnetError, OSError, TypeError, ValueError) as error:
             return Outcome(index, None, error)
 
+    async def stream(
+        self,
+        frames: Iterable[Photo] | AsyncIterable[Photo],
+        *,
+        threshold: float = 0.5,
+        clean: bool = False,
+        deadline_s: float = 2,
+        in_flight: int = 2,
+    ) -> AsyncGenerator[Streamed, None]:
+        """Segment the frames of a camera, over one WebSocket.
+
+        The next frame is taken from `frames` once there is room for it, so a source that gives its
+        latest picture when it is asked keeps the latency low. The stream ends with its source.
+
+        Args:
+            frames: photos as for `segment`.
+            threshold, clean: as for `segment`.
+            deadline_s: seconds within which a frame's mask is of use.
+            in_flight: frames that are unanswered at the same time, at most. With two, one is on its
+                way while the other is worked on.
+
+        Raises:
+            SlsnetError: the server refused the stream, ended it, or was not reached. What is wrong
+                with one frame is in its own answer only.
+            OSError, TypeError, ValueError: a frame cannot be read here.
+            ImportError: the package websockets is missing.
+        """
+        if in_flight < 1:
+            raise ValueError(f"At least 1 frame is in flight, not {in_flight}.")
+        query = {
+            "threshold": str(threshold),
+            "clean": str(clean).lower(),
+            "deadline_ms": f"{1000 * deadline_s:g}",
+        }
+        address = httpx.URL(self._url)
+        secure = address.scheme == "https"
+        address = address.copy_with(
+            scheme="wss" if secure else "ws", path=f"{address.path.rstrip('/')}/stream"
+        )
+        tls = _tls(self._verify) if secure else None
+        async with contextlib.aclosing(
+            streamed(
+                str(address),
+                frames,
+                headers=self._headers,
+                tls=tls,
+                query=query,
+                in_flight=in_flight,
+            )
+        ) as answers:
+            async for answer in answers:
+                yield answer
+
     async def aclose(self) -> None:
         """Close the connections."""
         await self._http.aclose()
@@ -256,6 +320,24 @@ class Client:
             for future in futures:
                 future.cancel()
 
+    def stream(
+        self, frames: Iterable[Photo] | AsyncIterable[Photo], **options: Any
+    ) -> Iterator[Streamed]:
+        """Segment the frames of a camera; as `AsyncClient.stream`."""
+        answers = self._client.stream(frames, **options)
+
+        async def take() -> Streamed | None:
+            return await anext(answers, None)
+
+        async def end() -> None:
+            await answers.aclose()
+
+        try:
+            while (answer := self._result(self._start(take()))) is not None:
+                yield answer
+        finally:
+            self._result(self._start(end()))
+
     def _start(self, work: Coroutine[Any, Any, _T]) -> concurrent.futures.Future[_T]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
@@ -285,6 +367,16 @@ class Client:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _tls(verify: SSLContext | bool) -> SSLContext:
+    if isinstance(verify, SSLContext):
+        return verify
+    context = ssl.create_default_context()
+    if not verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
 
 
 def _check_concurrency(concurrency: int) -> None:
