@@ -4,29 +4,33 @@ Score a network on any folder pair, at the size of the masks.
     python -m model.evaluate --images DIR --masks DIR
     python -m model.evaluate --images DIR --masks DIR --model runs/a/best.safetensors \
         --report a.json --gallery a-gallery
+    python -m model.evaluate --images DIR --masks DIR --camera 160x120
 
 `X.jpg|png|bmp|…` belongs to `X_segmentation.png` or the like (`model.truth`). Every image is
 squashed to the network's input, its probabilities are up-sampled to the mask's size and thresholded
 there. Figures are per image, then averaged (`model.metrics`). Everything is checked before the
-network runs.
+network runs. `--camera` shows what a low-resolution camera costs: the network gets each image as
+such a camera would send it.
 """
 
 import argparse
 import csv
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from common.program import Help, program
 from common.tables import to_cell
@@ -53,6 +57,9 @@ THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 """The Jaccard is also computed at these thresholds."""
 
 _BATCH = 16
+
+# What browsers take for a canvas' JPEG unless they are told otherwise.
+_CAMERA_QUALITY = 92
 
 
 @dataclass(frozen=True)
@@ -162,6 +169,7 @@ def evaluate(
     threshold: float = THRESHOLD,
     *,
     clean: bool = False,
+    camera: tuple[int, int] | None = None,
     progress: bool = False,
 ) -> Evaluation:
     """
@@ -172,6 +180,8 @@ def evaluate(
         network: the network, from `load_network`.
         threshold: probability above which a pixel is lesion.
         clean: count only the largest region, without its holes (`photos.regions`).
+        camera: width and height of a camera, pixels: each image is reduced until it fits, and
+            compressed as JPEG, before the network gets it.
         progress: whether progress is shown on stderr.
 
     Raises:
@@ -180,7 +190,7 @@ def evaluate(
     with ThreadPoolExecutor() as pool, _progress(len(samples), progress) as step:
         tell = step("checked")
         photos = []
-        for photo in pool.map(lambda sample: _check(sample, network.size), samples):
+        for photo in pool.map(lambda sample: _check(sample, network.size, camera), samples):
             photos.append(photo)
             tell()
         tell = step("evaluated")
@@ -214,10 +224,13 @@ def evaluate(
     return Evaluation(network, threshold, cases, at_thresholds[0], sweep, calibration)
 
 
-def _check(sample: Sample, size: int) -> Photo:
+def _check(sample: Sample, size: int, camera: tuple[int, int] | None) -> Photo:
     """Read the image and its mask, so that a bad file shows before the long part."""
     try:
-        photo = read_photo(sample.image.read_bytes(), size=size)
+        data = sample.image.read_bytes()
+        photo = read_photo(data, size=size)
+        if camera is not None:
+            photo = replace(photo, pixels=read_photo(_filmed(data, camera), size=size).pixels)
     except (ImageError, OSError) as error:
         raise DataError(f"{sample.image}: {error}") from error
     height, width = read_truth(sample.mask).shape
@@ -227,6 +240,17 @@ def _check(sample: Sample, size: int) -> Photo:
             " orientation: turn the mask as the image is"
         )
     return photo
+
+
+def _filmed(data: bytes, camera: tuple[int, int]) -> bytes:
+    """A photo as a camera of this width and height would send it; a smaller one stays so large."""
+    with Image.open(BytesIO(data)) as image:
+        picture = ImageOps.exif_transpose(image).convert("RGB")
+    # Each of the camera's pixels averages the light that falls on it.
+    picture.thumbnail(camera, Image.Resampling.BOX, reducing_gap=None)
+    out = BytesIO()
+    picture.save(out, "JPEG", quality=_CAMERA_QUALITY)
+    return out.getvalue()
 
 
 def _score(
@@ -367,6 +391,11 @@ def _parser() -> argparse.ArgumentParser:
         help=f"side of the input (default: what the file says, or {MODEL_SIZE})",
     )
     parser.add_argument(
+        "--camera",
+        metavar="WxH",
+        help="reduce each image to what such a camera sends, as 160x120 (default: as it is)",
+    )
+    parser.add_argument(
         "--report", type=Path, metavar="OUT.json", help="the figures; OUT.csv has them per image"
     )
     parser.add_argument("--csv", type=Path, metavar="OUT.csv", help="per image, somewhere else")
@@ -384,6 +413,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--threshold {options.threshold} is not within 0 and 1")
     if options.size is not None and (options.size < 8 or options.size % 8):
         parser.error(f"--size {options.size} is not a multiple of 8")
+    camera = None
+    if options.camera is not None:
+        if not (sides := re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", options.camera)):
+            parser.error(f"--camera {options.camera} is not width x height, as 160x120")
+        camera = int(sides[1]), int(sides[2])
     table = options.csv or (options.report and options.report.with_suffix(".csv"))
     try:
         for file in filter(None, (options.report, table)):
@@ -393,7 +427,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         network = load_network(options.model, options.size)
         samples = find_pairs(options.images, options.masks)
         evaluation = evaluate(
-            samples, network, options.threshold, clean=options.clean, progress=True
+            samples, network, options.threshold, clean=options.clean, camera=camera, progress=True
         )
         report = evaluation.report()
         if options.report:

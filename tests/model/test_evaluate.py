@@ -291,3 +291,33 @@ def test_progress_is_told_on_stderr(pairs: Path, capsys: pytest.CaptureFixture[s
     captured = capsys.readouterr()
     assert "evaluated 6/6" in captured.err
     assert captured.out == ""
+
+
+def test_a_cameras_resolution_reaches_the_network_alone(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[NDArray[np.uint8]] = []
+
+    def look(batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        seen.append(batch)
+        return darkness(batch)
+
+    watched = Network(Path("watched.onnx"), 128, {"version": "0"}, look)
+    samples = find_pairs(pairs, pairs)
+    whole, coarse, _ = (
+        evaluate(samples, watched, camera=camera) for camera in (None, (40, 30), (4000, 4000))
+    )
+    sizes = {case.image_size for case in coarse.cases}
+    assert sizes == {case.image_size for case in whole.cases} == {(300, 200), (240, 240)}
+    # 40x27 and 30x30 pixels fill the network's 128x128 in steps.
+    steps = [np.count_nonzero(np.diff(batch[0, 64].astype(int), axis=0).any(-1)) for batch in seen]
+    assert steps[1] < steps[0] / 2
+    assert abs(seen[2].astype(int) - seen[0]).mean() < 1.5
+    assert coarse.report()["jaccard"] == pytest.approx(whole.report()["jaccard"], abs=0.1)
+    flags = ["--images", str(pairs), "--masks", str(pairs)]
+    for wrong in ("160", "0x120", "160x120x3"):
+        with pytest.raises(SystemExit):
+            main([*flags, "--camera", wrong])
+        assert "160x120" in capsys.readouterr().err
+    main([*flags, "--camera", "160x120"])
+    assert "jaccard" in capsys.readouterr().out
