@@ -35,7 +35,7 @@ from server.observe.metrics import Metrics
 from server.settings import SHIPPED_MODEL
 from trt_build.parity import Infer, onnx_runner
 
-__all__ = ["ARRIVALS", "STEPS", "Comparison", "compare", "queue_us"]
+__all__ = ["ARRIVALS", "STEPS", "Comparison", "Copies", "compare", "queue_us"]
 
 STEPS = ("decode", "mask", "encode")
 """Bytes → network's pixels; network's probability → mask of the photo's size; mask → PNG."""
@@ -121,12 +121,14 @@ def _usual(data: bytes, probability: NDArray[np.float32], lap: Callable[[str], N
     return buffer.getvalue()
 
 
-class _Copies:
-    """A backend that copies pixels to where a GPU would read them, and copies back the answer."""
+class Copies:
+    """A backend that copies pixels to where a GPU would read them, and copies back a disc."""
 
     def __init__(self) -> None:
         self._pixels = np.zeros((_BUCKETS[-1], MODEL_SIZE, MODEL_SIZE, 3), np.uint8)
-        self._probability = np.zeros(self._pixels.shape[:3], np.float32)
+        y, x = np.ogrid[:MODEL_SIZE, :MODEL_SIZE]
+        disc = np.hypot(y - MODEL_SIZE / 2, x - MODEL_SIZE / 2) < MODEL_SIZE / 4
+        self._probability = np.repeat(disc[None].astype(np.float32), _BUCKETS[-1], axis=0)
 
     def describe(self) -> BackendInfo:
         return BackendInfo("copies", "1", "cpu", "fp32", _BUCKETS[-1], slots=2, buckets=_BUCKETS)
@@ -149,7 +151,7 @@ async def queue_us(clients: int, photos: int, turns: int) -> float:
         photos: number of photos in each client's request.
         turns: number of turns that the median is of; each has 20 requests of every client.
     """
-    batcher = Batcher(_Copies(), Metrics())
+    batcher = Batcher(Copies(), Metrics())
     images = [np.zeros((MODEL_SIZE, MODEL_SIZE, 3), np.uint8) for _ in range(photos)]
     deadline = time.perf_counter() + 3600
 

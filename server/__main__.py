@@ -43,7 +43,7 @@ def main() -> int:
             error.strerror or error,
         )
         return 1
-    if settings.workers > 1:
+    if settings.workers > 1 or settings.share_network == "yes":
         from server.process.supervisor import supervise
 
         return supervise(settings, sys.argv[1:], listener)

@@ -42,7 +42,7 @@ _ATTEMPTS = 3
 # Requests beside those that Serve counts as at work here: health, metrics, pages.
 _OTHER_REQUESTS = 32
 
-_RAYS_OWN = {"host", "port", "workers", "tls_cert", "tls_key", "tls_client_ca"}
+_RAYS_OWN = {"host", "port", "workers", "share_network", "tls_cert", "tls_key", "tls_client_ca"}
 
 # Bytes that a form may add to its photos.
 _FORM_BYTES = 2**20

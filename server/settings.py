@@ -59,7 +59,12 @@ class Settings(BaseSettings):
     workers: int = Field(
         1,
         ge=1,
-        description="processes that serve; each has its own network and its own limits",
+        description="processes that serve; each has its own limits",
+    )
+    share_network: Literal["auto", "yes", "no"] = Field(
+        "auto",
+        description="whether workers send photos to one process that runs the network, or each has"
+        " its own: yes, no, or auto, which shares it on a GPU",
     )
     threads: int = Field(
         0,

@@ -1,7 +1,8 @@
 """The server with a stub in its network's place: `python -m benchmarks.peers.slsnet FLAGS`.
 
 It is the stub that the peers run too, behind this server's interface for backends. Everything else
-is the server with its defaults. `PEER_NETWORK` says how long a run takes.
+is the server with its defaults. `PEER_NETWORK` says how long a run takes; with `copies` it is a
+backend that costs the host what a GPU's does (`benchmarks.path.Copies`).
 """
 
 import os
@@ -13,12 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.path import Copies
 from benchmarks.peers.servers import handler
 from server.__main__ import main
-from server.backends import BackendInfo, Images
+from server.backends import Backend, BackendInfo, Images
 from server.inference import loading
 from server.observe.shared_metrics import SHARED_FOLDER
-from server.process import supervisor, worker
+from server.process import owner, supervisor, worker
 
 
 class StubBackend:
@@ -41,21 +43,25 @@ class StubBackend:
         pass
 
 
-def _open_stub(*_: object, **__: object) -> StubBackend:
-    return StubBackend()
+def _open_stub(*_: object, **__: object) -> Backend:
+    return Copies() if handler.NETWORK == "copies" else StubBackend()
 
 
 class _Popen(subprocess.Popen[bytes]):
-    """Starts the supervisor's workers through this module too."""
+    """Starts the supervisor's processes through this module too."""
 
     def __init__(self, command: Sequence[str], **options: Any) -> None:
-        mine = [__spec__.name if part == "server.process.worker" else part for part in command]
-        super().__init__(mine, **options)
+        if command[1] == "-m" and command[2] in _MAINS:
+            command = [*command[:2], __spec__.name, *command[2:]]
+        super().__init__(command, **options)
+
+
+_MAINS = {"server.process.worker": worker.main, "server.process.owner": owner.main}
 
 
 if __name__ == "__main__":
     loading.open_backend = _open_stub  # type: ignore[attr-defined]
     if SHARED_FOLDER in os.environ:
-        sys.exit(worker.main())
+        sys.exit(_MAINS[sys.argv.pop(1)]())
     supervisor.subprocess.Popen = _Popen  # type: ignore[attr-defined]
     sys.exit(main())

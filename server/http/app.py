@@ -30,9 +30,10 @@ from server.http.shedding import Shedding
 from server.http.stream.route import stream_router
 from server.inference.loading import Loader
 from server.inference.service import Service
+from server.inference.sharing.feeder import Address, Link
 from server.keys import KeyFile
 from server.observe.metrics import SHARED, Metrics
-from server.observe.tracing import open_tracing
+from server.observe.tracing import Record, open_tracing
 from server.settings import Settings
 
 __all__ = ["create_app"]
@@ -64,13 +65,12 @@ _CORS_ANSWER_HEADERS = [
     "X-Request-ID",
 ]
 
-_REFRESH_S = 1
-
 
 def create_app(
     settings: Settings,
     on_failure: Callable[[], None] = lambda: None,
     on_reloaded: Callable[[], None] = lambda: None,
+    owner: Address | None = None,
 ) -> tuple[ASGIApp, Service]:
     """The ASGI application, and the service behind it.
 
@@ -81,6 +81,7 @@ def create_app(
         settings: the server's settings.
         on_failure: called if the network cannot be loaded.
         on_reloaded: called when an administrator has reloaded the network.
+        owner: the process that runs the network; None for this one.
 
     Raises:
         KeyFileError: the file of API keys cannot be read.
@@ -89,7 +90,7 @@ def create_app(
     tracing = open_tracing()
     keys = KeyFile(settings.api_keys_file) if settings.api_keys_file else None
     service = Service(settings, Metrics())
-    loader = Loader(service)
+    loader = Loader(service) if owner is None else Link(service, owner)
     app = FastAPI(
         title="SLSNet Server",
         version=VERSION,
@@ -118,27 +119,19 @@ def create_app(
     ):
         app.include_router(routes)
     guarded, shared = _guarded(app, settings, keys)
-    context = RequestContext(
-        guarded,
-        service.metrics,
-        lambda: service.draining,
-        encrypted=settings.tls_cert is not None,
-        shared=shared,
-        record=tracing and tracing[0],
-    )
-    return UnderPrefix(context, settings.root_path) if settings.root_path else context, service
+    return _in_context(guarded, service, shared, tracing and tracing[0]), service
 
 
 @contextlib.asynccontextmanager
 async def _lifespan(
     service: Service,
-    loader: Loader,
+    loader: Loader | Link,
     on_failure: Callable[[], None],
     end_traces: Callable[[], None] | None,
     _: FastAPI,
 ) -> AsyncIterator[dict[str, Any]]:
     loading = asyncio.create_task(_load(loader, on_failure))
-    refreshing = asyncio.create_task(_refresh(service.metrics)) if SHARED else None
+    refreshing = asyncio.create_task(service.metrics.keep_fresh()) if SHARED else None
     yield {"reload": loader.load}
     if refreshing is not None:
         refreshing.cancel()
@@ -153,9 +146,9 @@ async def _lifespan(
         await asyncio.to_thread(sending.join, 2)
 
 
-async def _load(loader: Loader, on_failure: Callable[[], None]) -> None:
+async def _load(loader: Loader | Link, on_failure: Callable[[], None]) -> None:
     try:
-        await loader.load()
+        await loader.start()
     except BackendError as error:
         log.error("%s", error)
         on_failure()
@@ -189,13 +182,20 @@ def _guarded(app: ASGIApp, settings: Settings, keys: KeyFile | None) -> tuple[AS
     return guarded, bool(origins)
 
 
+def _in_context(app: ASGIApp, service: Service, shared: bool, record: Record | None) -> ASGIApp:
+    """The outermost layers: ids, headers, log and metrics of each request, and the path prefix."""
+    settings = service.settings
+    context = RequestContext(
+        app,
+        service.metrics,
+        lambda: service.draining,
+        encrypted=settings.tls_cert is not None,
+        shared=shared,
+        record=record,
+    )
+    return UnderPrefix(context, settings.root_path) if settings.root_path else context
+
+
 def _operation_id(route: APIRoute) -> str:
     """The name of the function in generated clients, such as `health_ready`."""
     return "_".join(part for part in route.path.split("/") if part and not part.startswith("{"))
-
-
-async def _refresh(metrics: Metrics) -> None:
-    """Keep this process's figures up to date: any process shows the figures of all."""
-    while True:
-        metrics.refresh()
-        await asyncio.sleep(_REFRESH_S)

@@ -27,7 +27,19 @@ from server.backends import Backend, BackendError
 from server.inference.errors import ClientGone, DeadlineExceeded, InferenceFailed, Unavailable
 from server.observe.metrics import Metrics
 
-__all__ = ["FAILING", "FAILURES", "INTERACTIVE_PER_BULK", "Batcher", "Inference"]
+__all__ = [
+    "FAILED_TWICE",
+    "FAILING",
+    "FAILURES",
+    "INTERACTIVE_PER_BULK",
+    "TOO_LATE",
+    "Batcher",
+    "Inference",
+    "Item",
+    "Request",
+    "is_wanted",
+    "items_of",
+]
 
 log = logging.getLogger("slsnet.batching")
 
@@ -36,10 +48,22 @@ FAILURES = 5
 failed, the backend is at fault."""
 
 FAILING = (
-    "The network fails on every photo and is being loaded anew. Try again when GET /health/ready"
-    " answers 200."
+    "The network does not work and is being loaded anew. Try again when GET /health/ready answers"
+    " 200."
 )
 """What clients are told then."""
+
+TOO_LATE = (
+    "The deadline passed before the photo reached the network. Send it again when the server is"
+    " less busy, or allow more time with X-Request-Timeout-Ms."
+)
+"""What a client is told whose photo waited too long."""
+
+FAILED_TWICE = (
+    "The network failed on this photo twice. Trying again later may work; if it does not, report"
+    " the request_id."
+)
+"""What a client is told on whose photo the network fails."""
 
 INTERACTIVE_PER_BULK = 8
 """While both kinds wait, so many interactive photos run for one bulk photo."""
@@ -65,7 +89,7 @@ class Inference:
     batch_size: int
 
 
-class _Request:
+class Request:
     """Its photos have one answer together: the first that fails is the answer of all."""
 
     def __init__(self, photos: int, deadline: float, is_gone: Callable[[], bool]) -> None:
@@ -91,12 +115,42 @@ class _Request:
 
 
 @dataclass(eq=False)
-class _Item:
+class Item:
     """One of a request's photos, which runs with others' as the batches come out."""
 
     pixels: NDArray[np.uint8]
-    request: _Request
+    request: Request
     place: int
+
+
+def items_of(
+    images: Sequence[NDArray[np.uint8]], deadline: float, is_gone: Callable[[], bool]
+) -> tuple[Request, list[Item]]:
+    """A request with so many photos, and its photos; arguments as for `Batcher.submit`."""
+    request = Request(len(images), deadline, is_gone)
+    return request, [Item(pixels, request, place) for place, pixels in enumerate(images)]
+
+
+def is_wanted(item: Item, metrics: Metrics) -> bool:
+    """Whether this photo still has to run; if not, its request and `metrics` get the reason."""
+    request = item.request
+    if request.result.done():
+        if time.perf_counter() >= request.deadline:
+            reason = "deadline"
+        else:
+            # Otherwise another photo of the request failed, or it was given up.
+            reason = "client_gone" if request.is_gone() else "abandoned"
+        metrics.dropped.labels(reason).inc()
+        return False
+    if request.is_gone():
+        metrics.dropped.labels("client_gone").inc()
+        request.fail(ClientGone())
+        return False
+    if time.perf_counter() >= request.deadline:
+        metrics.dropped.labels("deadline").inc()
+        request.fail(DeadlineExceeded(TOO_LATE))
+        return False
+    return True
 
 
 class Batcher:
@@ -133,8 +187,8 @@ class Batcher:
         # thread that comes free begins at once, and does not wait for the event loop.
         self._most_begun = info.slots + (1 if self.max_batch == 1 else 0)
         self._max_wait_s = max_wait_ms / 1000
-        self._interactive: deque[_Item] = deque()
-        self._bulk: deque[_Item] = deque()
+        self._interactive: deque[Item] = deque()
+        self._bulk: deque[Item] = deque()
         self._interactive_since_bulk = 0
         self._running: set[asyncio.Task[None]] = set()
         self._last_run = time.perf_counter()
@@ -187,8 +241,7 @@ class Batcher:
         Returns:
             Their answers, or the first failure; if it is cancelled, they leave the queue.
         """
-        request = _Request(len(images), deadline, is_gone)
-        items = (_Item(pixels, request, place) for place, pixels in enumerate(images))
+        request, items = items_of(images, deadline, is_gone)
         (self._bulk if bulk else self._interactive).extend(items)
         self._dispatch()
         return request.result
@@ -255,8 +308,8 @@ class Batcher:
         self._timer = asyncio.get_running_loop().call_later(remaining, self._dispatch)
         return True
 
-    def _next_batch(self) -> list[_Item]:
-        batch: list[_Item] = []
+    def _next_batch(self) -> list[Item]:
+        batch: list[Item] = []
         self._fill(batch, self._bulk, self._interactive_since_bulk // INTERACTIVE_PER_BULK)
         turns = len(batch)
         self._fill(batch, self._interactive, self.max_batch)
@@ -269,10 +322,10 @@ class Batcher:
             self._interactive_since_bulk += interactive - turns * INTERACTIVE_PER_BULK
         return batch
 
-    def _fill(self, batch: list[_Item], queue: deque[_Item], size: int) -> None:
+    def _fill(self, batch: list[Item], queue: deque[Item], size: int) -> None:
         while queue and len(batch) < size:
             item = queue.popleft()
-            if self._is_wanted(item):
+            if is_wanted(item, self._metrics):
                 batch.append(item)
 
     def _bulk_run(self) -> int:
@@ -286,28 +339,7 @@ class Batcher:
         """The size of batch that so many photos run in."""
         return next((size for size in self._buckets if size >= images), images)
 
-    def _is_wanted(self, item: _Item) -> bool:
-        """Whether this photo still has to run; if not, its request gets the reason."""
-        request = item.request
-        if request.result.done():
-            if time.perf_counter() >= request.deadline:
-                reason = "deadline"
-            else:
-                # Otherwise another photo of the request failed, or it was given up.
-                reason = "client_gone" if request.is_gone() else "abandoned"
-            self._metrics.dropped.labels(reason).inc()
-            return False
-        if request.is_gone():
-            self._metrics.dropped.labels("client_gone").inc()
-            request.fail(ClientGone())
-            return False
-        if time.perf_counter() >= request.deadline:
-            self._metrics.dropped.labels("deadline").inc()
-            request.fail(DeadlineExceeded(_TOO_LATE))
-            return False
-        return True
-
-    async def _run(self, batch: list[_Item]) -> None:
+    async def _run(self, batch: list[Item]) -> None:
         try:
             await self._infer(batch)
         except Exception:
@@ -317,10 +349,10 @@ class Batcher:
             for item in batch:
                 if self._is_failing:
                     _refuse(item)
-                elif self._is_wanted(item):
+                elif is_wanted(item, self._metrics):
                     await self._retry(item)
 
-    async def _retry(self, item: _Item) -> None:
+    async def _retry(self, item: Item) -> None:
         try:
             await self._infer([item])
         except Exception as error:
@@ -328,14 +360,11 @@ class Batcher:
             if self._hung:
                 _refuse(item)
             else:
-                failure = InferenceFailed(
-                    "The network failed on this photo twice. Trying again later may work; if it"
-                    " does not, report the request_id."
-                )
+                failure = InferenceFailed(FAILED_TWICE)
                 failure.__cause__ = error
                 item.request.fail(failure)
 
-    async def _infer(self, batch: list[_Item]) -> None:
+    async def _infer(self, batch: list[Item]) -> None:
         try:
             started, ended, probabilities = await self._in_time(batch)
         except Exception:
@@ -353,7 +382,7 @@ class Batcher:
         for item, probability in zip(batch, probabilities, strict=True):
             item.request.answer(item.place, Inference(probability, started, ended, len(batch)))
 
-    async def _in_time(self, batch: list[_Item]) -> tuple[float, float, NDArray[np.float32]]:
+    async def _in_time(self, batch: list[Item]) -> tuple[float, float, NDArray[np.float32]]:
         """The result of `_call_backend`; BackendError if it does not come back."""
         images = [item.pixels for item in batch]
         running = asyncio.wrap_future(self._threads.submit(lambda: self._call_backend(images)))
@@ -425,11 +454,5 @@ class _Threads:
             del item, future, work
 
 
-def _refuse(item: _Item) -> None:
+def _refuse(item: Item) -> None:
     item.request.fail(Unavailable(FAILING))
-
-
-_TOO_LATE = (
-    "The deadline passed before the photo reached the network. Send it again when the server is"
-    " less busy, or allow more time with X-Request-Timeout-Ms."
-)

@@ -30,6 +30,10 @@ class Loader:
         self._recovery: asyncio.Task[None] | None = None
         self._one_at_a_time = asyncio.Lock()
 
+    async def start(self) -> None:
+        """Load the network for the first time; see `load`."""
+        await self.load()
+
     async def load(self) -> BackendInfo:
         """Load the network from its file, and swap it in once it is warm.
 

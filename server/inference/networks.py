@@ -4,24 +4,55 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from server.backends import BackendInfo
-from server.inference.batching import FAILING, Batcher, Inference
+from server.inference.batching import FAILING, Inference
 from server.inference.errors import Unavailable
 
-__all__ = ["Networks"]
+__all__ = ["Network", "Networks"]
+
+
+class Network(Protocol):
+    """Runs photos: a `Batcher`, or the way to one in another process (`server.inference.sharing`).
+
+    All methods are called on one event loop, and are described at `Batcher`.
+    """
+
+    info: BackendInfo
+    max_batch: int
+
+    @property
+    def is_failing(self) -> bool: ...
+
+    def submit(
+        self,
+        images: Sequence[NDArray[np.uint8]],
+        *,
+        deadline: float,
+        is_gone: Callable[[], bool],
+        bulk: bool,
+    ) -> asyncio.Future[list[Inference]]: ...
+
+    def waiting(self, *, bulk: bool) -> int: ...
+
+    def longest_wait_s(self) -> float: ...
+
+    def idle_s(self) -> float: ...
+
+    async def close(self) -> None: ...
 
 
 class Networks:
     """Swaps networks while requests are served: each request is answered by one of them."""
 
     def __init__(self) -> None:
-        self._current: Batcher | None = None
-        self._serving: dict[str, Batcher] = {}
-        """The last batcher of each network that serves, by its `_name`."""
+        self._current: Network | None = None
+        self._serving: dict[str, Network] = {}
+        """The last one loaded of each network that serves, by its `_name`."""
         self._pins: Counter[str] = Counter()
         self._retiring: set[asyncio.Task[None]] = set()
 
@@ -45,8 +76,8 @@ class Networks:
             raise Unavailable(FAILING)
 
     @property
-    def current(self) -> Batcher:
-        """The batcher that runs new photos.
+    def current(self) -> Network:
+        """The one that runs new photos.
 
         Raises:
             Unavailable: nothing has been loaded yet.
@@ -67,15 +98,15 @@ class Networks:
         """Seconds since the network in use last ran a photo, or came into use."""
         return self._current.idle_s() if self._current else 0.0
 
-    async def swap(self, batcher: Batcher) -> None:
-        """Let `batcher` serve from now on.
+    async def swap(self, network: Network) -> None:
+        """Let `network` serve from now on.
 
         The previous one answers what it accepted, and is then closed. This does not wait for
         requests that have it `pinned`.
         """
-        former, self._current = self._current, batcher
-        retired = [self._serving.pop(_name(batcher), None)]
-        self._serving[_name(batcher)] = batcher
+        former, self._current = self._current, network
+        retired = [self._serving.pop(_name(network), None)]
+        self._serving[_name(network)] = network
         if former is not None and former not in retired and not self._pins[_name(former)]:
             retired.append(self._serving.pop(_name(former)))
         for one in retired:
@@ -95,6 +126,10 @@ class Networks:
                 retiring = asyncio.create_task(self._serving.pop(network).close())
                 self._retiring.add(retiring)
                 retiring.add_done_callback(self._retiring.discard)
+
+    def named(self, network: str) -> Network:
+        """The network of this name, which `pinned` gave."""
+        return self._serving[network]
 
     async def infer(
         self,
@@ -117,10 +152,10 @@ class Networks:
                 failed.
         """
         # Looked up only now, since another backend may have taken over while a photo was decoded.
-        batcher = self._serving[network] if network is not None else self.current
-        result = batcher.submit(images, deadline=deadline, is_gone=is_gone, bulk=bulk)
+        runs = self.named(network) if network is not None else self.current
+        result = runs.submit(images, deadline=deadline, is_gone=is_gone, bulk=bulk)
         try:
-            return await result, batcher.info
+            return await result, runs.info
         finally:
             # Not kept: an exception's traceback has this frame, and would keep itself.
             del result
@@ -130,12 +165,12 @@ class Networks:
         await asyncio.gather(*self._retiring, *(one.close() for one in self._serving.values()))
 
 
-def _name(batcher: Batcher) -> str:
+def _name(network: Network) -> str:
     """A name for the network: the digest of its file, or else a name for this load alone.
 
     Metadata would not do: a file may claim anything.
     """
-    return batcher.info.file_sha256 or f"load {id(batcher)}"
+    return network.info.file_sha256 or f"load {id(network)}"
 
 
 _STARTING = "The network is still being loaded. Try again when GET /health/ready answers 200."

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, TypeVar
@@ -11,7 +12,7 @@ from server.inference.admission import Gate
 from server.inference.batching import Batcher
 from server.inference.budgets import PixelBudget
 from server.inference.errors import Unavailable
-from server.inference.networks import Networks
+from server.inference.networks import Network, Networks
 from server.inference.proving import proved
 from server.inference.threads import Threads
 from server.inference.turns import Turns
@@ -109,13 +110,24 @@ class Service:
             on_failing=on_failing,
         )
         info = batcher.info
-        self.gate.expect(seconds_an_image, batcher.max_batch)
         self.metrics.serves(info)
         log.info("ready: %s %s on %s, %s", info.name, info.version, info.device, info.precision)
+        await self.take(batcher, seconds_an_image)
+
+    async def take(self, network: Network, seconds_an_image: float, sharers: int = 1) -> None:
+        """Let `network`, which is proved, serve from now on.
+
+        Args:
+            network: the previous one answers what it accepted.
+            seconds_an_image: what it takes for a photo, while as many run as can.
+            sharers: number of processes that share it; each keeps its part of it busy.
+        """
+        self.gate.expect(seconds_an_image, network.max_batch)
         # While as many run as can, as many are ready to follow, and each thread decodes one.
-        limit = 2 * info.slots * batcher.max_batch + self.settings.decoders
+        ahead = math.ceil(2 * network.info.slots * network.max_batch / sharers)
+        limit = ahead + self.settings.decoders
         self.turns = {bulk: Turns(limit) for bulk in (False, True)}
-        await self.networks.swap(batcher)
+        await self.networks.swap(network)
 
     async def close(self) -> None:
         """Finish what was accepted, then end the threads and close the backend."""

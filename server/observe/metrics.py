@@ -1,5 +1,6 @@
 """The metrics that Prometheus scrapes at `GET /metrics`."""
 
+import asyncio
 import os
 from collections.abc import Callable
 
@@ -30,6 +31,9 @@ if SHARED:
 
 # Creation times would double the series, and no scraper needs them.
 disable_created_metrics()  # type: ignore[no-untyped-call]
+
+# Seconds between two readings of the gauges that other processes show.
+_REFRESH_S = 1
 
 _STAGE_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -222,6 +226,12 @@ class Metrics:
         lost = lost_lines()
         self.log_lines_lost.inc(lost - self._lines_counted)
         self._lines_counted = lost
+
+    async def keep_fresh(self) -> None:
+        """Refresh all the time: any process shows the figures of all."""
+        while True:
+            self.refresh()
+            await asyncio.sleep(_REFRESH_S)
 
     def serves(self, backend: BackendInfo) -> None:
         """`backend` serves from now on, and no other."""

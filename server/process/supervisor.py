@@ -5,6 +5,10 @@ replaces it. SIGTERM drains all of them, after SIGHUP all load the network again
 is killed, the kernel tells the workers (prctl), and they drain and end. Metrics are in a shared
 folder (`server.observe.shared_metrics`). It is hand-written because uvicorn's own supervisor knows
 neither GPUs nor this folder.
+
+On a GPU, or where the settings say so, the workers share one network for each GPU. It has a process
+of its own (`server.process.owner`), which is replaced in the same way. Its socket and the workers'
+memory stay open here, so that those who are left find its successor.
 """
 
 import contextlib
@@ -18,14 +22,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from server.inference.sharing.feeder import Address
+from server.inference.sharing.memory import new_memory
 from server.observe.shared_metrics import SHARED_FOLDER, WORKER, Folder
 from server.settings import Settings
 
 __all__ = ["supervise"]
 
 log = logging.getLogger("slsnet.supervisor")
+
+_WORKER = "server.process.worker"
+_OWNER = "server.process.owner"
 
 _SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
 
@@ -40,16 +49,34 @@ _MARGIN_S = 7.0
 _SECOND_SIGNAL_S = 2.0
 
 
+# Seconds in which a process says whether a backend runs on a GPU.
+_GPU_TIMEOUT_S = 60.0
+
+
 @dataclass
 class _Worker:
-    """A worker: its process, or when to start the next one."""
+    """A worker or an owner: its process, or when to start the next one."""
 
     number: int
+    module: str
+    """What Python runs."""
+    listener: socket.socket
+    """What it accepts connections from."""
+    sharing: str
+    """What it is told of the network that it shares: see the mains of worker and owner."""
+    files: Sequence[int] = ()
+    """Descriptors that it inherits beside those that all do."""
+    environment: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
     started: float = 0
     pause_s: float = _FIRST_PAUSE_S
     due: float = 0
     code: int = 0
+
+    @property
+    def name(self) -> str:
+        """What the log calls it."""
+        return "worker" if self.module == _WORKER else "network's process"
 
     def pause(self) -> float:
         """Set when to start it again; return the seconds until then."""
@@ -60,13 +87,61 @@ class _Worker:
         return pause_s
 
 
-def _its_gpu(number: int) -> dict[str, str]:
-    """The GPU of a worker: those named in CUDA_VISIBLE_DEVICES are given out in turn.
+def _named_gpus() -> list[str]:
+    """The GPUs named in CUDA_VISIBLE_DEVICES: indices, or UUIDs of cards and MIG slices."""
+    return [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
 
-    They are indices, or UUIDs of cards and MIG slices. A process uses the first that it sees.
-    """
-    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+
+def _its_gpu(number: int) -> dict[str, str]:
+    """The GPU of a process: those named are given out in turn. It uses the first that it sees."""
+    named = _named_gpus()
     return {"CUDA_VISIBLE_DEVICES": named[number % len(named)]} if named else {}
+
+
+def _shares(settings: Settings) -> bool:
+    """Whether the workers share a network."""
+    if settings.share_network != "auto":
+        return settings.share_network == "yes"
+    command = [sys.executable, "-m", "server.backends.gpu", settings.backend]
+    try:
+        asked = subprocess.run(command, timeout=_GPU_TIMEOUT_S, check=False, capture_output=True)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        log.warning("each worker has its own network, since nobody knows of a GPU: %s", error)
+        return False
+    return asked.returncode == 0
+
+
+def _alone(settings: Settings, listener: socket.socket) -> list[_Worker]:
+    """Workers with a network each."""
+    return [
+        _Worker(number, _WORKER, listener, "", environment=_its_gpu(number))
+        for number in range(settings.workers)
+    ]
+
+
+def _sharing(
+    settings: Settings, listener: socket.socket, folder: Folder
+) -> tuple[list[_Worker], list[_Worker]]:
+    """Workers, and the owners of the networks that they share.
+
+    Raises:
+        OSError: there is no memory for photos, or no room for a socket.
+    """
+    count = settings.workers
+    owners, workers = [], []
+    for gpu in range(min(count, len(_named_gpus()) or 1)):
+        path = str(folder.path / f"network-{gpu}")
+        way = socket.socket(socket.AF_UNIX)
+        way.bind(path)
+        way.listen(count)
+        numbers = range(gpu, count, len(_named_gpus()) or 1)
+        memories = [new_memory() for _ in numbers]
+        for feeder, (number, memory) in enumerate(zip(numbers, memories, strict=True)):
+            address = str(Address(path, memory, feeder))
+            workers.append(_Worker(number, _WORKER, listener, address, [memory]))
+        told = ",".join(map(str, memories))
+        owners.append(_Worker(count + gpu, _OWNER, way, told, memories, _its_gpu(gpu)))
+    return workers, owners
 
 
 class _Supervisor:
@@ -78,11 +153,26 @@ class _Supervisor:
         told: socket.socket,
         folder: Folder,
     ) -> None:
+        """Plan the processes.
+
+        Raises:
+            OSError: there is no room for what they share.
+        """
         self._arguments = arguments
         self._listener = listener
         self._told = told
-        self._workers = [_Worker(number) for number in range(settings.workers)]
         self._folder = folder
+        workers, owners = (
+            _sharing(settings, listener, folder)
+            if _shares(settings)
+            else (_alone(settings, listener), [])
+        )
+        self._workers = [*owners, *workers]
+        self._essential = owners or workers
+        """Where none of these can start, it is no use to go on."""
+        for worker in self._workers:
+            folder.reserve(worker.number)
+        self._code = 0
         self._longest_drain_s = settings.drain_grace_s + settings.drain_timeout_s + _MARGIN_S
         self._stopping = False
         self._kill_at = math.inf
@@ -92,12 +182,12 @@ class _Supervisor:
         try:
             while True:
                 self._start_due()
-                if all(worker.process is None for worker in self._workers):
-                    if self._stopping:
-                        return max(worker.code for worker in self._workers)
-                    if all(worker.code in (1, 2) for worker in self._workers):
-                        # They said what is wrong, and trying again would not help.
-                        return self._workers[0].code
+                if all(worker.process is None for worker in self._workers) and self._stopping:
+                    return max(self._code, *(worker.code for worker in self._workers))
+                if self._cannot_start() and not self._stopping:
+                    self._code = self._essential[0].code
+                    self._stop()
+                    continue
                 self._wait()
                 self._collect()
         finally:
@@ -105,6 +195,10 @@ class _Supervisor:
                 if worker.process is not None:
                     worker.process.kill()
             self._folder.remove()
+
+    def _cannot_start(self) -> bool:
+        """Whether they said what is wrong, and trying again would not help."""
+        return all(worker.process is None and worker.code in (1, 2) for worker in self._essential)
 
     def _start_due(self) -> None:
         if self._stopping:
@@ -115,7 +209,7 @@ class _Supervisor:
 
     def _start(self, worker: _Worker) -> None:
         worker.started = time.monotonic()
-        listener, lock = self._listener.fileno(), self._folder.lock
+        listener, lock = worker.listener.fileno(), self._folder.lock
         supervisor = str(os.getpid())
         # A worker starts with this thread's mask, and unblocks signals once it can handle them.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -125,18 +219,19 @@ class _Supervisor:
                 [
                     sys.executable,
                     "-m",
-                    "server.process.worker",
+                    worker.module,
                     supervisor,
                     str(listener),
+                    worker.sharing,
                     *self._arguments,
                 ],
                 env={
                     **os.environ,
-                    **_its_gpu(worker.number),
+                    **worker.environment,
                     SHARED_FOLDER: str(self._folder.path),
                     WORKER: str(worker.number),
                 },
-                pass_fds=[listener, lock],
+                pass_fds=[listener, lock, *worker.files],
                 # A signal that a terminal sends to the whole group would count as a second one.
                 start_new_session=True,
             )
@@ -145,7 +240,7 @@ class _Supervisor:
             pause_s = worker.pause()
             log.error("no worker can be started, again in %g s: %s", pause_s, error)
         else:
-            log.info("worker %d started", worker.process.pid)
+            log.info("%s %d started", worker.name, worker.process.pid)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
@@ -188,7 +283,7 @@ class _Supervisor:
         self._kill_at = math.inf
         for worker in self._workers:
             if worker.process is not None:
-                log.error("worker %d does not end, it is killed", worker.process.pid)
+                log.error("%s %d does not end, it is killed", worker.name, worker.process.pid)
                 worker.process.kill()
 
     def _collect(self) -> None:
@@ -205,7 +300,8 @@ class _Supervisor:
                 continue
             pause_s = worker.pause()
             log.error(
-                "worker %d ended with %d; another one starts in %g s",
+                "%s %d ended with %d; another one starts in %g s",
+                worker.name,
                 process.pid,
                 process.returncode,
                 pause_s,
@@ -221,8 +317,7 @@ def supervise(settings: Settings, arguments: Sequence[str], listener: socket.soc
         listener: the socket that the workers accept from.
     """
     # `_wait` reads signals one by one, so that none is missed. Blocking them would not do: they
-    # would
-    # reach the threads of libraries, and end the process.
+    # would reach the threads of libraries, and end the process.
     told, tell = socket.socketpair()
     tell.setblocking(False)
     signal.set_wakeup_fd(tell.fileno())
@@ -234,13 +329,12 @@ def supervise(settings: Settings, arguments: Sequence[str], listener: socket.soc
         log.error(_NO_ROOM, error)
         return 1
     try:
-        for worker in range(settings.workers):
-            folder.reserve(worker)
+        supervisor = _Supervisor(settings, arguments, listener, told, folder)
     except OSError as error:
         log.error(_NO_ROOM, error)
         folder.remove()
         return 1
-    return _Supervisor(settings, arguments, listener, told, folder).run()
+    return supervisor.run()
 
 
-_NO_ROOM = "no room for the workers' metrics in memory, look at /dev/shm: %s"
+_NO_ROOM = "no room for what the workers share in memory, look at /dev/shm: %s"

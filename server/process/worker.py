@@ -9,7 +9,6 @@ It may be the only process, or one of several on one port (`server.process.super
 """
 
 import asyncio
-import ctypes
 import gc
 import logging
 import math
@@ -20,7 +19,6 @@ import signal
 import socket
 import ssl
 import sys
-import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -31,9 +29,11 @@ from server.backends import BackendError
 from server.http.app import create_app
 from server.http.shedding import Door
 from server.inference.service import Service
+from server.inference.sharing.feeder import Address
 from server.keys import KeyFileError
-from server.observe.logs import configure, finish, silence_libtiff
+from server.observe.logs import configure, silence_libtiff
 from server.observe.shared_metrics import SHARED_FOLDER
+from server.process.child import ORPHANED, end_after, hold_signals, outlives
 from server.process.connections import WANTED_ON_TOP, Connection, House
 from server.settings import Settings, read_settings
 
@@ -46,10 +46,6 @@ _AT_ONCE = 4
 
 # Seconds without accepting connections when files or memory are short.
 _PAUSE_S = 0.2
-
-# The signal that the supervisor is gone. SIGTERM would not do: the kernel sends one for every
-# thread that the supervisor had, and a second SIGTERM ends at once.
-_ORPHANED = signal.SIGUSR1
 
 # Clients that connected before the port closed have so many seconds to send their request.
 _LAST_REQUESTS_S = 0.5
@@ -68,10 +64,14 @@ _MARGIN_S = 3.0
 class _Server(uvicorn.Server):
     """Uvicorn with a drain that loses no request, and exit code 0 after it."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, held: list[int]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, service: Service, held: list[int], *, feeds: bool = False
+    ) -> None:
+        """Serve with `service`; if it feeds another process, that one reloads the network."""
         super().__init__(config)
         self._service = service
         self._held = held
+        self._feeds = feeds
         self._house = House(
             service.settings, service.metrics, Door(service).refuses, service.gate.body_bytes
         )
@@ -116,6 +116,8 @@ class _Server(uvicorn.Server):
                     context.load_cert_chain(settings.tls_cert, settings.tls_key)
             except OSError as error:
                 log.error("the certificate is not changed: %s", error)
+        if self._feeds:
+            return
         try:
             await self.lifespan.state["reload"]()
         except (BackendError, OSError) as error:
@@ -129,7 +131,7 @@ class _Server(uvicorn.Server):
         if self.lifespan.should_exit:
             sys.exit(1)
         self._loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
-        self._loop.add_signal_handler(_ORPHANED, self._drain)
+        self._loop.add_signal_handler(ORPHANED, self._drain)
         if signal.SIGHUP in self._held:
             self._on_hangup()
         if set(self._held) - {signal.SIGHUP}:
@@ -225,32 +227,7 @@ class _Server(uvicorn.Server):
         self.should_exit = True
         patience_s = _LAST_HANDSHAKES_S + _LAST_REQUESTS_S + _MARGIN_S
         patience_s += math.ceil(self._service.settings.drain_timeout_s)
-        backstop = threading.Timer(patience_s, _end_at_last)
-        backstop.daemon = True
-        backstop.start()
-
-
-def _end_at_last() -> None:
-    """End the process even if a thread never comes back, such as one in a driver."""
-    log.error("something does not end: the process is ended")
-    finish()
-    os._exit(1)
-
-
-def _hold_signals() -> list[int]:
-    """Keep signals until the server can handle them; by default they would end the process."""
-    held: list[int] = []
-
-    def hold(number: int, _: FrameType | None) -> None:
-        if number in held and number in (signal.SIGTERM, signal.SIGINT):
-            os._exit(128 + number)
-        held.append(number)
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, _ORPHANED):
-        signal.signal(number, hold)
-    # They were blocked until something could keep them.
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    return held
+        end_after(patience_s)
 
 
 def _allow_files(wanted: int) -> None:
@@ -265,6 +242,7 @@ def run(
     settings: Settings,
     listener: socket.socket,
     on_reloaded: Callable[[], None] = lambda: None,
+    owner: Address | None = None,
 ) -> int:
     """Serve; return the process's exit code.
 
@@ -272,8 +250,9 @@ def run(
         settings: the server's settings.
         listener: the socket to accept connections from.
         on_reloaded: called when an administrator has reloaded the network.
+        owner: runs the network; None if this process does.
     """
-    held = _hold_signals()
+    held = hold_signals()
     _allow_files(settings.max_connections + WANTED_ON_TOP)
     silence_libtiff()
     failed = False
@@ -284,7 +263,7 @@ def run(
         server.should_exit = True
 
     try:
-        app, service = create_app(settings, on_failure, on_reloaded)
+        app, service = create_app(settings, on_failure, on_reloaded, owner)
     except (KeyFileError, RuntimeError) as error:
         log.error("%s", error)
         return 1
@@ -314,29 +293,29 @@ def run(
     except OSError as error:
         log.error("TLS cannot be set up, look at --tls-cert and the other --tls flags: %s", error)
         return 1
-    server = _Server(config, service, held)
+    server = _Server(config, service, held, feeds=owner is not None)
     server.warn_of_limit()
     server.run([listener])
     return 1 if failed else 0
 
 
-# prctl(2): sets the signal that this process gets when its parent ends.
-_PR_SET_PDEATHSIG = 1
-
-
 def main() -> int:
-    """`python -m server.process.worker SUPERVISOR LISTENER FLAGS…`, as the supervisor starts it."""
+    """`python -m server.process.worker SUPERVISOR LISTENER OWNER FLAGS…`, as it is started.
+
+    OWNER is the address of the network's process, or empty.
+    """
     supervisor, listener = int(sys.argv[1]), int(sys.argv[2])
-    settings = read_settings(sys.argv[3:])
+    owner = Address.parse(sys.argv[3]) if sys.argv[3] else None
+    settings = read_settings(sys.argv[4:])
     configure(settings.log_level, settings.log_format)
     # However the supervisor ends, its workers drain and end too.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, _ORPHANED)
-    if os.getppid() != supervisor:
+    if outlives(supervisor):
         return 1
     code = run(
         settings,
         socket.socket(fileno=listener),
         lambda: os.kill(supervisor, signal.SIGHUP),
+        owner,
     )
     if os.getppid() != supervisor:
         # No other process is left to remove it.

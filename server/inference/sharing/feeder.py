@@ -1,0 +1,343 @@
+"""A feeder's side: photos go to the owner of the network, and what the owner says comes back."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from server.backends import BackendError, BackendInfo
+from server.inference.batching import (
+    FAILED_TWICE,
+    FAILING,
+    TOO_LATE,
+    Inference,
+    Item,
+    Request,
+    is_wanted,
+    items_of,
+)
+from server.inference.errors import ClientGone, DeadlineExceeded, InferenceFailed, Unavailable
+from server.inference.service import Service
+from server.inference.sharing.memory import BULK_SLOTS, INTERACTIVE_SLOTS, Slots
+from server.inference.sharing.messages import DROP, OUTCOMES, PHOTO, RELEASE, Channel, Record
+
+__all__ = ["Address", "Link"]
+
+log = logging.getLogger("slsnet.sharing")
+
+# Every so many seconds clients that left are looked for, and signs of the owner's life.
+_LOOK_S = 0.25
+
+# The owner is given up if so many seconds pass without a sign of life. A sign comes every second.
+_SILENT_S = 30.0
+
+# Seconds between two attempts to reach an owner.
+_PAUSE_S = 0.2
+
+_ERRORS: dict[str, Callable[[], Exception]] = {
+    "dropped": ClientGone,
+    "late": lambda: DeadlineExceeded(TOO_LATE),
+    "failed": lambda: InferenceFailed(FAILED_TWICE),
+    "unavailable": lambda: Unavailable(FAILING),
+}
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a feeder finds the owner of its network."""
+
+    path: str
+    """Path of the owner's Unix socket."""
+    memory: int
+    """File descriptor of the feeder's memory (`new_memory`)."""
+    feeder: int
+    """Number of the feeder among those of this owner."""
+
+    def __str__(self) -> str:
+        return f"{self.memory},{self.feeder},{self.path}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Address":
+        """The address that `str` wrote."""
+        memory, feeder, path = text.split(",", 2)
+        return cls(path, int(memory), int(feeder))
+
+
+class _SharedNetwork:
+    """A network that the owner runs; see `Network`."""
+
+    def __init__(self, owner: "_Owner", number: int, info: BackendInfo, max_batch: int) -> None:
+        self.info = info
+        self.max_batch = max_batch
+        self.number = number
+        self.fails = False
+        """The owner said so."""
+        self.unsent = 0
+        """Photos that wait in this process for a slot."""
+        self._owner = owner
+        self._is_closed = False
+
+    @property
+    def is_failing(self) -> bool:
+        return self.fails or self._owner.is_lost
+
+    def submit(
+        self,
+        images: Sequence[NDArray[np.uint8]],
+        *,
+        deadline: float,
+        is_gone: Callable[[], bool],
+        bulk: bool,
+    ) -> asyncio.Future[list[Inference]]:
+        request, items = items_of(images, deadline, is_gone)
+        self.unsent += len(items)
+        self._owner.submit(self, items, bulk=bulk)
+        return request.result
+
+    def waiting(self, *, bulk: bool) -> int:
+        # The owner counts those that it has.
+        return self._owner.waiting(bulk=bulk)
+
+    def longest_wait_s(self) -> float:
+        return self._owner.longest_wait_s()
+
+    def idle_s(self) -> float:
+        # Only the owner builds engines in a lull.
+        return 0.0
+
+    async def close(self) -> None:
+        self._is_closed = True
+        self.release()
+
+    def release(self) -> None:
+        """Tell the owner that the network is not needed here, once that is so."""
+        if self._is_closed and not self.unsent:
+            self._owner.put(RELEASE, number=self.number)
+
+
+class _Owner(Channel):
+    """The owner of the network, as long as it is connected."""
+
+    def __init__(
+        self, slots: Slots, service: Service, on_network: Callable[["_Owner", dict[str, Any]], None]
+    ) -> None:
+        super().__init__()
+        self.lost = asyncio.Event()
+        self._slots = slots
+        self._metrics = service.metrics
+        self._on_network = on_network
+        # The one used last comes first: its memory is in the processor's caches.
+        self._free = {
+            False: list(range(INTERACTIVE_SLOTS)),
+            True: list(range(INTERACTIVE_SLOTS, INTERACTIVE_SLOTS + BULK_SLOTS)),
+        }
+        self._waiting: dict[bool, deque[tuple[_SharedNetwork, Item]]]
+        self._waiting = {False: deque(), True: deque()}
+        self._sent: dict[int, tuple[Request, int]] = {}
+        """Requests of the photos at the owner and their places in them, by slot."""
+        self._dropped: set[int] = set()
+        self._newest: _SharedNetwork | None = None
+        self._owner_pid: int | None = None
+        self._silent_s = 0.0
+        self._reloads: dict[int, asyncio.Future[None]] = {}
+        self._look_again()
+
+    def network(self, card: dict[str, Any]) -> _SharedNetwork:
+        """The network that the owner has told of."""
+        fields = {**card["info"], "buckets": tuple(card["info"]["buckets"])}
+        self._owner_pid = card["owner"]
+        info = BackendInfo(**fields)
+        self._newest = _SharedNetwork(self, card["number"], info, card["max_batch"])
+        return self._newest
+
+    def submit(self, network: _SharedNetwork, items: Sequence[Item], *, bulk: bool) -> None:
+        """Send photos to the owner, as slots become free."""
+        self._waiting[bulk].extend((network, item) for item in items)
+        if network.is_failing:
+            self._refuse_waiting()
+        else:
+            self._fill(bulk)
+
+    def waiting(self, *, bulk: bool) -> int:
+        """Photos that wait for a slot."""
+        return len(self._waiting[bulk])
+
+    def longest_wait_s(self) -> float:
+        """The longest time that one of them has waited up to now."""
+        heads = [queue[0][1].request.arrived for queue in self._waiting.values() if queue]
+        return time.perf_counter() - min(heads) if heads else 0.0
+
+    def _fill(self, bulk: bool) -> None:
+        waiting, free = self._waiting[bulk], self._free[bulk]
+        while waiting and free:
+            network, item = waiting.popleft()
+            if is_wanted(item, self._metrics):
+                slot = free.pop()
+                self._slots.pixels[slot] = item.pixels
+                self._sent[slot] = item.request, item.place
+                self.put(PHOTO, bulk, slot, network.number, item.request.deadline)
+            network.unsent -= 1
+            network.release()
+
+    def on_records(self, records: Iterable[Record]) -> None:
+        for _, outcome, slot, batch_size, started, ended in records:
+            request, place = self._sent.pop(slot)
+            if outcome:
+                request.fail(_ERRORS[OUTCOMES[outcome]]())
+            elif not request.result.done():
+                probability = self._slots.probability[slot].copy()
+                request.answer(place, Inference(probability, started, ended, batch_size))
+            self._dropped.discard(slot)
+            self._free[slot >= INTERACTIVE_SLOTS].append(slot)
+        for bulk in self._waiting:
+            self._fill(bulk)
+
+    def on_message(self, message: dict[str, Any]) -> None:
+        if "network" in message:
+            self._on_network(self, message["network"])
+        elif "failing" in message:
+            if self._newest is not None:
+                self._newest.fails = True
+            self._refuse_waiting()
+        else:
+            reload = self._reloads.pop(message["reloaded"])
+            if reload.done():
+                return
+            if message["error"] is None:
+                reload.set_result(None)
+            else:
+                reload.set_exception(BackendError(message["error"]))
+
+    def data_received(self, data: bytes) -> None:
+        self._silent_s = 0.0
+        super().data_received(data)
+
+    async def reload(self) -> None:
+        """Let the owner load the network from its file again.
+
+        Raises:
+            BackendError: it does not work; the previous one goes on.
+            Unavailable: the owner is gone.
+        """
+        if self.is_lost:
+            raise Unavailable(FAILING)
+        number = max(self._reloads, default=0) + 1
+        self._reloads[number] = self._loop.create_future()
+        self.say({"reload": number})
+        await self._reloads[number]
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
+        self._look.cancel()
+        for request, _ in self._sent.values():
+            request.fail(Unavailable(FAILING))
+        self._sent.clear()
+        self._refuse_waiting()
+        for reload in self._reloads.values():
+            if not reload.done():
+                reload.set_exception(Unavailable(FAILING))
+        self.lost.set()
+
+    def _refuse_waiting(self) -> None:
+        for queue in self._waiting.values():
+            while queue:
+                network, item = queue.popleft()
+                item.request.fail(Unavailable(FAILING))
+                network.unsent -= 1
+                network.release()
+
+    def _look_again(self) -> None:
+        """Tell the owner which photos nobody waits for, and give up an owner that is silent."""
+        self._look = self._loop.call_later(_LOOK_S, self._look_again)
+        for slot, (request, _) in self._sent.items():
+            if slot in self._dropped:
+                continue
+            is_gone = request.is_gone()
+            if is_gone or request.result.done():
+                self._dropped.add(slot)
+                self.put(DROP, is_gone, slot)
+        # Looks are counted, and not time: this process may have been stopped for a while.
+        self._silent_s += _LOOK_S
+        if self._owner_pid is not None and self._silent_s > _SILENT_S:
+            log.error(
+                "the network's process %d gives no sign of life for %g s, it is killed",
+                self._owner_pid,
+                _SILENT_S,
+            )
+            # The supervisor, whose child it is, starts another.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._owner_pid, signal.SIGKILL)
+            self.cut()
+
+
+class Link:
+    """Keeps a feeder connected to the owner, and lets the owner's networks serve.
+
+    It takes the place of a `Loader`.
+    """
+
+    def __init__(self, service: Service, address: Address) -> None:
+        self._service = service
+        self._address = address
+        self._slots = Slots(address.memory)
+        self._owner: _Owner | None = None
+        self._keeping: asyncio.Task[None] | None = None
+        self._taking: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Begin to connect. The network serves once the owner has told of it."""
+        self._keeping = asyncio.create_task(self._keep())
+
+    async def load(self) -> BackendInfo:
+        """Let the owner load the network from its file again, and swap it in once it is warm.
+
+        Raises:
+            BackendError: it does not work; the previous one goes on.
+            Unavailable: the owner is gone.
+        """
+        if self._owner is None:
+            raise Unavailable(FAILING)
+        await self._owner.reload()
+        return self._service.backend
+
+    async def close(self) -> None:
+        """End the connection: the owner has nothing more to do for this process."""
+        if self._keeping is not None:
+            self._keeping.cancel()
+            await asyncio.wait([self._keeping])
+        if self._owner is not None:
+            self._owner.cut()
+
+    async def _keep(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                # It waits at the socket for an owner that is not there yet.
+                _, owner = await loop.create_unix_connection(
+                    lambda: _Owner(self._slots, self._service, self._take), self._address.path
+                )
+            except OSError as error:
+                log.debug("no way to the network's process: %s", error)
+            else:
+                self._owner = owner
+                owner.say({"feeder": self._address.feeder})
+                await owner.lost.wait()
+                log.error("the network's process is gone: requests are refused until it is back")
+            await asyncio.sleep(_PAUSE_S)
+
+    def _take(self, owner: _Owner, card: dict[str, Any]) -> None:
+        network = owner.network(card)
+        task = asyncio.create_task(
+            self._service.take(network, card["seconds_an_image"], card["sharers"])
+        )
+        self._taking.add(task)
+        task.add_done_callback(self._taking.discard)

@@ -1,0 +1,422 @@
+"""Feeders and the owner of their network, in one process: what each tells the other."""
+
+import asyncio
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from server.backends import BackendError, BackendInfo, Images
+from server.inference.batching import FAILURES, Inference
+from server.inference.errors import ClientGone, DeadlineExceeded, InferenceFailed, Unavailable
+from server.inference.service import Service
+from server.inference.sharing.feeder import Address, Link
+from server.inference.sharing.memory import BULK_SLOTS, INTERACTIVE_SLOTS, Slots, new_memory
+from server.inference.sharing.owner import SharedService
+from server.observe.metrics import Metrics
+from server.settings import Settings
+
+POISON = 255
+"""A batch with an image of this value fails."""
+
+
+class Held:
+    """Answers each image with its own first value, while it is let."""
+
+    def __init__(self, name: str = "held", most: int = 4) -> None:
+        self.info = BackendInfo(
+            name, "1", "cpu", "fp32", max_batch=most, model={"version": name}, file_sha256=name
+        )
+        self.open = threading.Event()
+        self.open.set()
+        self.batches: list[list[int]] = []
+        self.closed = False
+
+    def describe(self) -> BackendInfo:
+        return self.info
+
+    def warm_up(self) -> None:
+        pass
+
+    def infer(self, batch: Images) -> NDArray[np.float32]:
+        values = [int(image[0, 0, 0]) for image in batch]
+        self.batches.append(values)
+        assert self.open.wait(60)
+        assert not self.closed
+        if POISON in values:
+            raise BackendError("poisoned")
+        return np.stack([np.full((128, 128), value / 255, np.float32) for value in values])
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Shared:
+    """An owner and its feeders."""
+
+    def __init__(self, owner: SharedService, folder: Path, count: int) -> None:
+        self.owner = owner
+        self.path = str(folder / "network")
+        self.memories = [new_memory() for _ in range(count)]
+        owner.slots = [Slots(memory) for memory in self.memories]
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(self.path)
+        self.listener.listen(count)
+        self.feeders: list[Service] = []
+        self.links: list[Link] = []
+
+    async def join(self, number: int) -> Service:
+        service = Service(Settings(), Metrics())
+        link = Link(service, Address(self.path, self.memories[number], number))
+        await link.start()
+        self.feeders.append(service)
+        self.links.append(link)
+        return service
+
+    async def settle(self, expected: Callable[[], bool]) -> None:
+        while not expected():  # noqa: ASYNC110  # another task or thread makes it so
+            await asyncio.sleep(0.002)
+
+    async def close(self) -> None:
+        for link, service in zip(self.links, self.feeders, strict=True):
+            await link.close()
+            await service.close()
+        await self.owner.deserted()
+        await self.owner.close()
+
+
+@contextlib.asynccontextmanager
+async def shared(folder: Path, backend: Held, count: int = 1) -> AsyncIterator[Shared]:
+    """All of them, ready."""
+    pair = Shared(SharedService(Settings(), Metrics(), []), folder, count)
+    server = await asyncio.get_running_loop().create_server(pair.owner.listen, sock=pair.listener)
+    await pair.owner.use(backend)
+    for number in range(count):
+        service = await pair.join(number)
+        await pair.settle(lambda: service.is_ready)  # noqa: B023  # it is over before the next
+    backend.batches.clear()
+    try:
+        yield pair
+    finally:
+        backend.open.set()
+        await pair.close()
+        server.close()
+
+
+def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run a test's coroutine with a limit, so that a lost photo fails instead of hanging."""
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
+def ask(
+    service: Service,
+    *values: int,
+    seconds: float = 3600,
+    is_gone: Callable[[], bool] = lambda: False,
+    bulk: bool = False,
+    network: str | None = None,
+) -> asyncio.Task[list[int]]:
+    """The values in the answers to photos of these values."""
+
+    async def values_of() -> list[int]:
+        answers, _ = await service.networks.infer(
+            [np.full((128, 128, 3), value, np.uint8) for value in values],
+            deadline=time.perf_counter() + seconds,
+            is_gone=is_gone,
+            bulk=bulk,
+            network=network,
+        )
+        return [_value(answer) for answer in answers]
+
+    return asyncio.create_task(values_of())
+
+
+def _value(answer: Inference) -> int:
+    assert answer.started < answer.ended
+    assert (answer.probability == answer.probability[0, 0]).all()
+    return round(float(answer.probability[0, 0]) * 255)
+
+
+def dropped(service: Service, reason: str) -> float:
+    value: float = service.metrics.dropped.labels(reason)._value.get()
+    return value
+
+
+def test_photos_of_all_feeders_run_together_and_each_gets_its_own_answer(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        backend = Held()
+        async with shared(tmp_path, backend, 2) as pair:
+            backend.open.clear()
+            first = ask(pair.feeders[0], 1)
+            await pair.settle(lambda: backend.batches == [[1]])
+            others = [ask(pair.feeders[n % 2], n) for n in range(2, 6)]
+            await pair.settle(lambda: pair.owner.networks.waiting(bulk=False) == 4)
+            # The owner shows those that wait, and nobody else: the figures are added up.
+            assert not any(feeder.networks.waiting(bulk=False) for feeder in pair.feeders)
+            backend.open.set()
+            assert [await task for task in (first, *others)] == [[n] for n in range(1, 6)]
+            assert sorted(backend.batches[1]) == [2, 3, 4, 5]
+            assert len(backend.batches) == 2
+
+    run(scenario)
+
+
+def test_more_photos_than_slots_are_answered_in_their_order(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with shared(tmp_path, Held()) as pair:
+            values = [n % POISON for n in range(2 * INTERACTIVE_SLOTS + 1)]
+            assert await ask(pair.feeders[0], *values) == values
+            assert await ask(pair.feeders[0], *values, bulk=True) == values
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("reason", ["client_gone", "abandoned"])
+def test_photos_that_nobody_waits_for_free_their_slots(tmp_path: Path, reason: str) -> None:
+    async def scenario() -> None:
+        backend = Held()
+        async with shared(tmp_path, backend) as pair:
+            (feeder,) = pair.feeders
+            backend.open.clear()
+            first = ask(feeder, 1)
+            await pair.settle(lambda: bool(backend.batches))
+            left = threading.Event()
+            others = [ask(feeder, 2, is_gone=left.is_set) for _ in range(INTERACTIVE_SLOTS - 1)]
+            last = ask(feeder, 3)
+            await pair.settle(lambda: feeder.networks.waiting(bulk=False) == 1)
+            if reason == "client_gone":
+                left.set()
+            else:
+                for task in others:
+                    task.cancel()
+            # While the backend still stands: it is the slots that it waited for.
+            await pair.settle(lambda: feeder.networks.waiting(bulk=False) == 0)
+            gone = ClientGone if reason == "client_gone" else asyncio.CancelledError
+            for task in others:
+                with pytest.raises(gone):
+                    await task
+            await pair.settle(lambda: pair.owner.networks.waiting(bulk=False) == INTERACTIVE_SLOTS)
+            backend.open.set()
+            assert await first == [1]
+            assert await last == [3]
+            assert backend.batches == [[1], [3]]
+            assert dropped(pair.owner, reason) == INTERACTIVE_SLOTS - 1
+
+    run(scenario)
+
+
+def test_a_deadline_holds_at_the_owner_too(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        backend = Held()
+        async with shared(tmp_path, backend) as pair:
+            (feeder,) = pair.feeders
+            backend.open.clear()
+            first = ask(feeder, 1)
+            await pair.settle(lambda: bool(backend.batches))
+            late = ask(feeder, 2, seconds=0.2)
+            passed = time.perf_counter() + 0.2
+            await pair.settle(lambda: time.perf_counter() > passed)
+            backend.open.set()
+            assert await first == [1]
+            with pytest.raises(DeadlineExceeded):
+                await late
+            assert await ask(feeder, 3) == [3]
+            assert backend.batches == [[1], [3]]
+            assert dropped(pair.owner, "deadline") + dropped(feeder, "deadline") == 1
+
+    run(scenario)
+
+
+def test_a_bad_photo_harms_no_other(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        backend = Held()
+        async with shared(tmp_path, backend, 2) as pair:
+            backend.open.clear()
+            first = ask(pair.feeders[0], 1)
+            await pair.settle(lambda: bool(backend.batches))
+            bad, good = ask(pair.feeders[0], 2, POISON, 3), ask(pair.feeders[1], 4)
+            await pair.settle(lambda: pair.owner.networks.waiting(bulk=False) == 4)
+            backend.open.set()
+            assert await first == [1]
+            assert await good == [4]
+            with pytest.raises(InferenceFailed, match="twice"):
+                await bad
+            assert all(feeder.is_ready for feeder in pair.feeders)
+            assert await ask(pair.feeders[0], 5) == [5]
+
+    run(scenario)
+
+
+def test_bulk_takes_no_slot_from_others(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        backend = Held()
+        async with shared(tmp_path, backend) as pair:
+            (feeder,) = pair.feeders
+            backend.open.clear()
+            first = ask(feeder, 1)
+            await pair.settle(lambda: bool(backend.batches))
+            bulk = ask(feeder, *[2] * (INTERACTIVE_SLOTS + BULK_SLOTS), bulk=True)
+            await pair.settle(lambda: pair.owner.networks.waiting(bulk=True) == BULK_SLOTS)
+            assert feeder.networks.waiting(bulk=True) == INTERACTIVE_SLOTS
+            assert feeder.networks.longest_wait_s() > 0
+            interactive = ask(feeder, 3)
+            await pair.settle(lambda: pair.owner.networks.waiting(bulk=False) == 1)
+            backend.open.set()
+            assert await first == [1]
+            assert await interactive == [3]
+            assert 3 in backend.batches[1]
+            assert await bulk == [2] * (INTERACTIVE_SLOTS + BULK_SLOTS)
+
+    run(scenario)
+
+
+def test_a_network_stays_until_the_last_request_that_began_with_it(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        old, new = Held("old"), Held("new")
+        async with shared(tmp_path, old, 2) as pair:
+            feeder, other = pair.feeders
+            with feeder.networks.pinned() as network:
+                await pair.owner.use(new)
+                await pair.settle(lambda: feeder.backend.name == other.backend.name == "new")
+                assert await ask(feeder, 1, network=network) == [1]
+                assert old.batches == [[1]]
+                new.batches.clear()
+                assert await ask(feeder, 2) == await ask(other, 2) == [2]
+                assert new.batches == [[2], [2]]
+                assert not old.closed
+            await pair.settle(lambda: old.closed)
+            assert await ask(feeder, 3) == [3]
+            assert feeder.backend == new.info
+
+    run(scenario)
+
+
+def test_what_a_feeder_left_behind_is_dropped(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        old, new = Held("old"), Held("new")
+        async with shared(tmp_path, old, 2) as pair:
+            dying, other = pair.feeders
+            old.open.clear()
+            first = ask(dying, 1)
+            await pair.settle(lambda: bool(old.batches))
+            second = ask(dying, 2)
+            await pair.settle(lambda: pair.owner.networks.waiting(bulk=False) == 1)
+            swapping = asyncio.create_task(pair.owner.use(new))
+            await pair.settle(lambda: other.backend.name == "new")
+            await pair.links[0].close()
+            for task in (first, second):
+                with pytest.raises(Unavailable):
+                    await task
+            assert not dying.is_ready
+            old.open.set()
+            await swapping
+            await pair.settle(lambda: old.closed)
+            assert old.batches == [[1]]
+            # Another takes its number, and its slots.
+            successor = await pair.join(0)
+            await pair.settle(lambda: successor.is_ready)
+            assert await ask(successor, 3) == [3]
+            assert await ask(other, 4) == [4]
+
+    run(scenario)
+
+
+def test_a_network_that_fails_is_used_by_nobody_until_there_is_another(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        backend = Held()
+        async with shared(tmp_path, backend, 2) as pair:
+            for _ in range(FAILURES):
+                with pytest.raises((InferenceFailed, Unavailable)):
+                    await ask(pair.feeders[0], POISON)
+            await pair.settle(lambda: not any(feeder.is_ready for feeder in pair.feeders))
+            backend.batches.clear()
+            for feeder in pair.feeders:
+                with pytest.raises(Unavailable, match="anew"):
+                    await ask(feeder, 1)
+            assert not backend.batches
+            await pair.links[0].close()
+            latecomer = await pair.join(0)
+            await pair.owner.use(Held("another"))
+            await pair.settle(lambda: latecomer.is_ready and pair.feeders[1].is_ready)
+            assert await ask(pair.feeders[1], 2) == [2]
+            assert await ask(latecomer, 3) == [3]
+
+    run(scenario)
+
+
+def test_all_feeders_together_decode_as_far_ahead_as_one_would(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        backend = Held(most=64)
+        async with shared(tmp_path, backend, 4) as pair:
+            feeder = pair.feeders[0]
+            decoders = feeder.settings.decoders
+            async with contextlib.AsyncExitStack() as turns:
+                for _ in range(2 * 64 // 4 + decoders):
+                    await turns.enter_async_context(feeder.turns[False].turn())
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(
+                        turns.enter_async_context(feeder.turns[False].turn()), 0.01
+                    )
+
+    run(scenario)
+
+
+def test_an_administrator_reaches_the_owner(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with shared(tmp_path, Held()) as pair:
+            problems: list[BackendError] = []
+
+            async def reload() -> None:
+                if problems:
+                    raise problems[0]
+                await pair.owner.use(Held("again"))
+
+            pair.owner.reload = reload
+            assert (await pair.links[0].load()).name == "again"
+            problems.append(BackendError("no network in there"))
+            with pytest.raises(BackendError, match="in there"):
+                await pair.links[0].load()
+            assert await ask(pair.feeders[0], 1) == [1]
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    "bytes_sent",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\x00\x01\x00\x00\x00\xff",
+        b'\x01\x0f\x00\x00\x00{"feeder": -10}',
+        b"\x01\x02\x00\x00\x00{]",
+    ],
+)
+def test_what_speaks_another_language_is_cut_off(
+    tmp_path: Path, bytes_sent: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        async with shared(tmp_path, Held()) as pair:
+            reader, writer = await asyncio.open_unix_connection(pair.path)
+            writer.write(bytes_sent)
+            with contextlib.suppress(ConnectionError):
+                assert await reader.read() == b""
+            writer.close()
+            assert await ask(pair.feeders[0], 1) == [1]
+
+    run(scenario)
+
+
+def test_the_memory_can_not_be_made_smaller() -> None:
+    memory = new_memory()
+    try:
+        with pytest.raises(PermissionError):
+            os.ftruncate(memory, 0)
+    finally:
+        os.close(memory)
