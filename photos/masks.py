@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from photos.image import unpack_mask
 
-__all__ = ["Lesion", "Rings", "coco_rle", "measure", "polygons"]
+__all__ = ["Figures", "Lesion", "Rings", "coco_rle", "figures", "measure", "polygons"]
 
 Rings = list[list[tuple[float, float]]]
 """Closed lines of (x, y): the outer one of a part, then its holes."""
@@ -33,6 +33,52 @@ class Lesion:
     """x, y of its upper left pixel, width, height (COCO's order); None without a lesion."""
     centroid: tuple[float, float] | None
     """x, y of the mean of the lesion's pixels, whose centres are at +0.5; None without a lesion."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Figures of a lesion as all answers and tables give them, rounded."""
+
+    area: int
+    """Pixels of the mask."""
+    area_fraction: float
+    """Share of the frame, 0 to 1, in four significant digits, also for a small lesion."""
+    bounding_box: tuple[int, int, int, int] | None
+    """As in `Lesion`."""
+    centroid: tuple[float, float] | None
+    """As in `Lesion`, to a hundredth of a pixel."""
+    mean_probability: float | None
+    """Mean over the network's pixels above the threshold; None if there are none."""
+    max_probability: float
+    """The network's greatest probability, wherever it is: cleaning does not change it."""
+
+
+def figures(
+    raw: NDArray[np.float32],
+    drawn: NDArray[np.float32],
+    packed: NDArray[np.uint8],
+    width: int,
+    threshold: float,
+) -> Figures:
+    """The figures of one photo.
+
+    Args:
+        raw: the network's probability, float32 [rows, columns].
+        drawn: the probability that the mask was drawn from (see `photos.regions.mask_of`).
+        packed: the mask in packed bits.
+        width: of the mask, pixels.
+        threshold: probability above which a pixel is lesion.
+    """
+    lesion = measure(packed, width)
+    inside = drawn[drawn > threshold]
+    return Figures(
+        lesion.area,
+        float(f"{lesion.area / (width * len(packed)):.4g}"),
+        lesion.bounding_box,
+        lesion.centroid and (round(lesion.centroid[0], 2), round(lesion.centroid[1], 2)),
+        round(float(inside.mean()), 4) if inside.size else None,
+        round(float(raw.max()), 4),
+    )
 
 
 def measure(packed: NDArray[np.uint8], width: int) -> Lesion:

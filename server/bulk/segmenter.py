@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from common.files import write_atomically
 from photos.image import ImageError, Photo, encode_png, read_photo
-from photos.masks import measure
+from photos.masks import figures
 from photos.regions import mask_of
 from server.backends import BackendInfo
 from server.bulk.ledger import Row, Task
@@ -144,10 +144,7 @@ class Segmenter:
         started = time.perf_counter()
         width, height = photo.width, photo.height
         threshold = self._options.threshold
-        probability, packed = mask_of(
-            probability, width, height, threshold, clean=self._options.clean
-        )
-        lesion = measure(packed, width)
+        drawn, packed = mask_of(probability, width, height, threshold, clean=self._options.clean)
         mask = self._masks / task.mask
         png = encode_png(packed, width, height)
         try:
@@ -157,7 +154,7 @@ class Segmenter:
             if error.errno in _ALL_FAIL:
                 raise BulkError(f"No mask can be written: {error.strerror}.") from error
             raise
-        inside = probability[probability > threshold]
+        lesion = figures(probability, drawn, packed, width, threshold)
         x, y, box_width, box_height = lesion.bounding_box or (None,) * 4
         centroid_x, centroid_y = lesion.centroid or (None, None)
         return Row(
@@ -166,15 +163,15 @@ class Segmenter:
             width,
             height,
             lesion.area,
-            float(f"{lesion.area / (width * height):.4g}"),
+            lesion.area_fraction,
             x,
             y,
             box_width,
             box_height,
-            centroid_x and round(centroid_x, 2),
-            centroid_y and round(centroid_y, 2),
-            round(float(inside.mean()), 4) if inside.size else None,
-            round(float(probability.max()), 4),
+            centroid_x,
+            centroid_y,
+            lesion.mean_probability,
+            lesion.max_probability,
             backend.name,
             backend.precision,
             round(1000 * (seconds + time.perf_counter() - started), 1),

@@ -3,6 +3,7 @@
 import base64
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from enum import StrEnum
 from typing import Annotated, Literal
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from photos.image import encode_png, upsampled
-from photos.masks import coco_rle, measure, polygons
+from photos.masks import coco_rle, figures, polygons
 from photos.regions import mask_of
 from server.backends import BackendInfo
 from server.inference.submission import Segmentation
@@ -275,8 +276,7 @@ def json_answer(
             mask.probabilities = _levels(probability, width, height)
     else:
         mask.polygons = polygons(probability, width, height, threshold, clean=clean)
-    lesion = measure(packed, width)
-    inside = probability[probability > threshold]
+    lesion = figures(segmentation.probability, probability, packed, width, threshold)
     answer = SegmentationAnswer(
         request_id=request_id,
         model=_model_id(segmentation.backend),
@@ -288,17 +288,7 @@ def json_answer(
         threshold=threshold,
         clean=clean,
         mask=mask,
-        lesion=LesionAnswer(
-            found=lesion.area > 0,
-            area=lesion.area,
-            # Four significant digits, also for a small lesion in a large photo.
-            area_fraction=float(f"{lesion.area / (width * height):.4g}"),
-            bounding_box=lesion.bounding_box,
-            centroid=lesion.centroid
-            and (round(lesion.centroid[0], 2), round(lesion.centroid[1], 2)),
-            mean_probability=round(float(inside.mean()), 4) if inside.size else None,
-            max_probability=round(float(segmentation.probability.max()), 4),
-        ),
+        lesion=LesionAnswer(found=lesion.area > 0, **asdict(lesion)),
         timings_ms=timings_ms,
     )
     # A mask has one form; the others are left out.

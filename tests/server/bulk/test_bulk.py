@@ -17,6 +17,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import onnx
 import pytest
@@ -34,6 +35,7 @@ from server.bulk.ledger import Ledger, Listing, Row, Task
 from server.bulk.progress import Progress
 from server.bulk.sources import BulkError, Listed
 from tests.support import MODEL, ROOT
+from tests.support.launch import ServerProcess
 from tests.support.lesions import drawn_photo
 from tests.support.offline import CPU_BACKEND, Offline
 from tests.support.results import masks, recorded, table
@@ -125,7 +127,7 @@ def test_a_mask_and_a_line_for_every_photo(
 
 
 def test_threshold_and_cleaning_are_those_of_the_service(
-    tmp_path: Path, photos: list[Sample], offline: Offline
+    tmp_path: Path, photos: list[Sample], offline: Offline, server: ServerProcess
 ) -> None:
     for sample in photos[:4]:
         write(tmp_path / f"archive/{sample.name}.jpg", sample.data)
@@ -144,6 +146,13 @@ def test_threshold_and_cleaning_are_those_of_the_service(
         with Image.open(tmp_path / "results" / line["mask"]) as mask:
             assert np.count_nonzero(np.asarray(mask) != expected) <= expected.size / 1e5
         assert (line["threshold"], line["clean"]) == ("0.02", "1")
+        data = (tmp_path / "archive" / line["path"]).read_bytes()
+        url = f"{server.url}/segment?format=json&threshold=0.02&clean=true"
+        lesion = httpx.post(url, content=data).json()["lesion"]
+        for name in ("area_fraction", "mean_probability", "max_probability"):
+            assert float(line[name]) == pytest.approx(lesion[name], abs=2e-4), name
+        centroid = float(line["centroid_x"]), float(line["centroid_y"])
+        assert centroid == pytest.approx(lesion["centroid"], abs=0.1)
     assert cleaned
 
 
