@@ -31,7 +31,8 @@ from gevent.pool import Group
 from locust import FastHttpUser, constant, events, task
 from locust.env import Environment
 
-from benchmarks.deck import Card, Deck, Verdict, deal, generated, given
+from benchmarks.deck import Card, Deck, deal, generated, given
+from tests.support.expected import Verdict
 
 MODEL = Path(__file__).parent.parent / "model/weights/slsnet.onnx"
 

@@ -25,10 +25,10 @@ from urllib.parse import urlsplit
 import psutil
 
 from benchmarks.deck import Card, deal, generated
-from benchmarks.ray_cluster import GATEWAY, PROXY, SEGMENTER, RayService, ray_service
 from common.program import Help
 from server.settings import Settings, available_cores
 from tests.support.launch import serve
+from tests.support.ray_cluster import GATEWAY, PROXY, SEGMENTER, RayService, ray_service
 
 __all__ = ["Figures", "measure", "report"]
 

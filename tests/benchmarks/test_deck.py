@@ -8,8 +8,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.deck import Expected, deal, given
+from benchmarks.deck import deal, given
 from tests.support import MODEL
+from tests.support.expected import Expected
 from tests.support.lesions import encode_photo, lesion_photo
 
 WIDTH, HEIGHT = 800, 600

@@ -9,8 +9,9 @@ from threading import Thread
 import psutil
 import pytest
 
-from benchmarks.deck import Card, Expected
+from benchmarks.deck import Card
 from photos.image import read_photo
+from tests.support.expected import Expected
 from tests.support.offline import Offline
 from tests.support.samples import Sample
 

@@ -16,7 +16,6 @@ import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.soak import soak
 from tests.support.answers import read_png, refused_connections
 from tests.support.clients import masks_of, sending
 from tests.support.faulty_server import ENDLESS, POISON
@@ -173,9 +172,3 @@ def test_a_worker_that_is_killed_loses_only_what_it_held(photos: list[Sample]) -
         assert abs(answers(server)["200"] - right) <= 4
         server.terminate()
         assert server.wait() == 0
-
-
-def test_overload_is_refused_and_nothing_grows() -> None:
-    # Quicker than in half an hour the queue must fill, and slower than then memory settles.
-    result = soak(10, overload=4)
-    assert result.faults(memory=0.15, late=0.1) == []

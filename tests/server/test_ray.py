@@ -21,9 +21,9 @@ import psutil
 import pytest
 import yaml
 
-from benchmarks.deck import Expected
 from photos.image import read_photo
 from tests.support import ROOT
+from tests.support.expected import Expected
 from tests.support.launch import free_port
 from tests.support.offline import CPU_BACKEND, Offline
 from tests.support.results import masks, recorded, table
@@ -34,9 +34,9 @@ pytest.importorskip("ray", reason="needs Ray: pip install -r requirements-ray.tx
 import ray
 from ray.serve.schema import ServeDeploySchema
 
-from benchmarks.ray_cluster import SEGMENTER, RayService, ray_service, wait_for
 from server.ray_app import app
 from server.settings import Settings
+from tests.support.ray_cluster import SEGMENTER, RayService, ray_service, wait_for
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -16,12 +15,12 @@ from ray import serve
 from ray.cluster_utils import Cluster
 from ray.serve.schema import ServeDeploySchema
 
+from tests.support import ROOT
 from tests.support.launch import free_port
 
 __all__ = ["GATEWAY", "PROXY", "SEGMENTER", "RayService", "ray_service", "wait_for"]
 
-_ROOT = Path(__file__).parent.parent
-_CONFIG = _ROOT / "docker/ray/serve.yaml"
+_CONFIG = ROOT / "docker/ray/serve.yaml"
 
 # Each node has these CPUs, whatever the machine has, and this memory for what travels.
 _NODE: dict[str, Any] = {"num_cpus": 4, "object_store_memory": 128 * 2**20}
@@ -98,7 +97,7 @@ def ray_service() -> Iterator[RayService]:
     environment = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_automatic_object_spilling_enabled": "0",
-        "PYTHONPATH": str(_ROOT),
+        "PYTHONPATH": str(ROOT),
     }
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
