@@ -1,14 +1,15 @@
 """The comparison of the CPU's backends, on few photos."""
 
 import re
-import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks.cpu_engine import STOCK, OtherWork, disturbance, main, taken
 from tests.support.lesions import write_pairs
 from tests.support.offline import CPU_BACKEND
+from tests.support.waiting import until
 
 
 def test_speed_and_masks_are_told_beside_stock(
@@ -40,8 +41,8 @@ def test_work_of_others_is_seen_and_work_on_purpose_is_not_counted() -> None:
     """One and the same busy process, once a stranger and once the measurement's own."""
     with taken(1) as burners:
         all_of_it, without = OtherWork([]), OtherWork(burners)
-        # Of which the shares are taken; the system counts in hundredths.
-        time.sleep(1)
+        # The system counts in hundredths of a second.
+        until(lambda: sum(psutil.Process(pid).cpu_times().user for pid in burners) > 0.5)
         seen, unseen = all_of_it.cores(), without.cores()
     assert seen is not None and unseen is not None
     assert seen > unseen

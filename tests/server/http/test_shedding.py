@@ -5,7 +5,6 @@ import contextlib
 import json
 import re
 import socket
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -88,10 +87,11 @@ def full(tmp_path_factory: pytest.TempPathFactory, photos: list[Sample]) -> Iter
         )
         held = Full(server, key, slow)
         until(lambda: figures(server)[IN_FLIGHT] == 1)
-        # A body that does not come keeps its place for a second: that time has to pass.
-        time.sleep(1.1)
-        for _ in range(2):
-            waiting.submit(held.post, "/segment", photos[0].data)
+        waiting.submit(held.post, "/segment", photos[0].data)
+        until(lambda: figures(server)[IN_FLIGHT] == 2)
+        # A body that does not come keeps its place for a second.
+        until(lambda: held.post("/segment").status_code != 429)
+        waiting.submit(held.post, "/segment", photos[0].data)
         until(lambda: figures(server)[IN_FLIGHT] == 3)
         yield held
         # Or those that wait would do so for ever.
@@ -410,7 +410,9 @@ def test_who_waits_to_be_refused_is_not_read() -> None:
             writer.write(b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % size)
             writer.write(bytes(size))
             await asked.wait()
-            await asyncio.sleep(0.2)
+            async with asyncio.timeout(60):
+                while not connection.flow.read_paused:  # noqa: ASYNC110  # it has no event
+                    await asyncio.sleep(0)
             assert writer.transport.get_write_buffer_size() > size / 2
             assert connection.cycle is not None
             assert len(connection.cycle.body) < 2**20
@@ -479,7 +481,8 @@ def test_who_waits_and_sends_what_is_no_body_is_told_that_alone() -> None:
         async with connected(refuse, lambda _scope: waits.pop(0)) as (reader, writer, _):
             writer.write(b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nno number\r\n")
             answer = await reader.read()
-            await asyncio.sleep(0.1)
+            # It begins later than the wait before the refusal, so it ends later.
+            await asyncio.sleep(0.05)
         assert re.findall(rb"HTTP/1.1 (\d+) ", answer) == [b"400"]
         assert waits == [0]
 
