@@ -113,7 +113,7 @@ class Augmenter:
         return x, y
 
     def _strong(self, x: Tensor, y: Tensor, draw: _Draw) -> tuple[Tensor, Tensor]:
-        x, y = self._artefacts(*self._pool(*self._warp(x, y, draw)), draw)
+        x, y = self.artefacts(*self._pool(*self._warp(x, y, draw)), draw)
         return self._optics(self._colour(x, draw), draw).clamp(0, 1), y
 
     def _paper(self, x: Tensor, y: Tensor, draw: _Draw) -> tuple[Tensor, Tensor]:
@@ -152,7 +152,7 @@ class Augmenter:
         )
         return warped[:, :3], warped[:, 3:]
 
-    def _artefacts(self, x: Tensor, y: Tensor, draw: _Draw) -> tuple[Tensor, Tensor]:
+    def artefacts(self, x: Tensor, y: Tensor, draw: _Draw) -> tuple[Tensor, Tensor]:
         """Add hair or ruler marks, uneven light, and the dark surround of a dermatoscope's tube."""
         alpha = self.overlays[draw.index(len(self.overlays))].float() / 255
         alpha = alpha * draw.chance(0.3) * draw.uniform(0.3, 1)

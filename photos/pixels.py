@@ -15,11 +15,11 @@ from PIL import Image, _imaging
 try:
     import slsnet_pixels
 
-    _library = slsnet_pixels.library
+    library = slsnet_pixels.library
 except (ImportError, OSError, AttributeError):  # missing, or for another system or version
-    _library = None
+    library = None
 
-__all__ = ["mask", "scans", "squash"]
+__all__ = ["library", "mask", "scans", "squash"]
 
 log = logging.getLogger("slsnet.pixels")
 
@@ -31,12 +31,12 @@ _said = threading.Lock()
 
 def _is_here() -> bool:
     # The log is not configured while this is imported, so the first photo says it.
-    if _library is None and _said.acquire(blocking=False):
+    if library is None and _said.acquire(blocking=False):
         log.warning(
             "the compiled loops are not installed: the same masks, slower;"
             " pip install ./photos/native builds them"
         )
-    return _library is not None
+    return library is not None
 
 
 _pointer_in = ctypes.pythonapi.PyCapsule_GetPointer
@@ -70,7 +70,7 @@ def squash(image: Image.Image, size: int) -> NDArray[np.uint8] | None:
         return None
     scratch = np.empty(6 * size, np.int32)
     square = np.empty((size, size, 3), np.uint8)
-    _library.pixels_squash(
+    library.pixels_squash(
         _pointer_in(array, b"arrow_array"),
         *(image.width, image.height, size),
         *(scratch.ctypes.data, square.ctypes.data),
@@ -88,7 +88,7 @@ def mask(
     stride = -(-width // 8)
     scratch = np.empty(34 * stride, np.float32)
     packed = np.empty((height, stride), np.uint8)
-    _library.pixels_mask(
+    library.pixels_mask(
         *(probability.ctypes.data, *probability.shape),
         *(width, height, threshold, scratch.ctypes.data, packed.ctypes.data),
     )
@@ -99,5 +99,5 @@ def scans(jpeg: bytes) -> int | None:
     """Count the scans of the picture; None where numpy has to count them."""
     if not _is_here():
         return None
-    count: int = _library.pixels_scans(jpeg, len(jpeg))
+    count: int = library.pixels_scans(jpeg, len(jpeg))
     return count

@@ -37,8 +37,8 @@ _PROVIDER = "CUDAExecutionProvider"
 # The exported attention holds two float32 matrices of 67 MB an image: 2.1 GB at 16.
 _BUCKETS = (1, 2, 4, 8, 16)
 
-# Seconds. A batch of 16 takes milliseconds: a thread busy for so long is stuck in the driver.
-_STUCK_S = 30.0
+STUCK_S = 30.0
+"""A batch of 16 takes milliseconds: a thread that is busy for so long is stuck in the driver."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ class OnnxRuntimeCudaBackend:
         onnxruntime.preload_dlls()
         self._file = read_model(model)
         try:
-            _gpu_thread()(lambda: None, _STUCK_S)
+            _gpu_thread()(lambda: None, STUCK_S)
         except TimeoutError as error:
-            raise BackendError(f"{self._gpu.name} has not come back for {_STUCK_S:g} s") from error
+            raise BackendError(f"{self._gpu.name} has not come back for {STUCK_S:g} s") from error
         _gpu_thread()(self._load)
 
     def describe(self) -> BackendInfo:

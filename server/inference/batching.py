@@ -31,6 +31,7 @@ __all__ = [
     "FAILED_TWICE",
     "FAILING",
     "FAILURES",
+    "HUNG_S",
     "INTERACTIVE_PER_BULK",
     "TOO_LATE",
     "Batcher",
@@ -71,8 +72,9 @@ INTERACTIVE_PER_BULK = 8
 # Seconds that a run of bulk photos alone should take: it cannot be interrupted.
 _BULK_RUN_S = 0.1
 
-# A run hangs if it takes longer than this, and so many times what was expected.
-_HUNG_S = 30.0
+HUNG_S = 30.0
+"""A run hangs if it takes longer than this, and `_HUNG_TIMES` as long as was expected."""
+
 _HUNG_TIMES = 20
 # The clock is read so often meanwhile that a process that was stopped for a while counts one step.
 _LOOKS = 10
@@ -387,7 +389,7 @@ class Batcher:
         images = [item.pixels for item in batch]
         running = asyncio.wrap_future(self._threads.submit(lambda: self._call_backend(images)))
         expected_s = self.seconds_per_image * self._bucket(len(batch))
-        limit_s = max(_HUNG_S, _HUNG_TIMES * expected_s)
+        limit_s = max(HUNG_S, _HUNG_TIMES * expected_s)
         for _ in range(_LOOKS):
             await asyncio.wait([running], timeout=limit_s / _LOOKS)
             if running.done():

@@ -50,8 +50,8 @@ _PAUSE_S = 0.2
 # Clients that connected before the port closed have so many seconds to send their request.
 _LAST_REQUESTS_S = 0.5
 
-# And so many for the TLS handshake.
-_LAST_HANDSHAKES_S = 1.0
+LAST_HANDSHAKES_S = 1.0
+"""Seconds for the TLS handshake of a client that connects while the port closes."""
 
 # Seconds before the drain's timeout at which the unfinished photos of a request with several are
 # given up, so that its answer can end properly.
@@ -207,7 +207,7 @@ class _Server(uvicorn.Server):
         listener.setblocking(False)
         while True:
             try:
-                self._take_in(listener.accept()[0], _LAST_HANDSHAKES_S)
+                self._take_in(listener.accept()[0], LAST_HANDSHAKES_S)
             except BlockingIOError:
                 break
             except ConnectionAbortedError:
@@ -219,13 +219,13 @@ class _Server(uvicorn.Server):
         listener.close()
         # Wait for all at once, since some may send nothing.
         if arrivals := set(self._house.arriving.values()):
-            _, late = await asyncio.wait(arrivals, timeout=_LAST_HANDSHAKES_S)
+            _, late = await asyncio.wait(arrivals, timeout=LAST_HANDSHAKES_S)
             for arrival in late:
                 arrival.cancel()
 
     def _stop(self) -> None:
         self.should_exit = True
-        patience_s = _LAST_HANDSHAKES_S + _LAST_REQUESTS_S + _MARGIN_S
+        patience_s = LAST_HANDSHAKES_S + _LAST_REQUESTS_S + _MARGIN_S
         patience_s += math.ceil(self._service.settings.drain_timeout_s)
         end_after(patience_s)
 

@@ -135,17 +135,17 @@ import sys
 import numpy as np
 from PIL import Image
 from photos import image, pixels
-assert pixels._library is not None
+assert pixels.library is not None
 rng = np.random.default_rng(1)
 for width, height in ((600, 450), (450, 600), (1022, 767), (129, 127), (777, 333)):
     photo = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
     square = pixels.squash(photo, 128)
     assert (square == np.asarray(photo.resize((128, 128), Image.Resampling.BOX))).all()
     map = rng.random((128, 128), np.float32)
-    compiled, library = image.lesion_mask(map, width, height), pixels._library
-    pixels._library = None
+    compiled, library = image.lesion_mask(map, width, height), pixels.library
+    pixels.library = None
     assert (compiled == image.lesion_mask(map, width, height)).all()
-    pixels._library = library
+    pixels.library = library
 print("alike on", __import__("platform").machine())
 """
 

@@ -101,8 +101,8 @@ def test_a_backend_that_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch) ->
         return opened[-1]
 
     monkeypatch.setattr(loading, "open_backend", open_hanging)
-    # Private, for nobody sets it, and a test does not wait for so long.
-    monkeypatch.setattr(batching, "_HUNG_S", 0.5)
+    # A test does not wait for so long.
+    monkeypatch.setattr(batching, "HUNG_S", 0.5)
     app, _ = create_app(Settings(backend="onnxruntime"))
     with serve_app(app) as client:
         until(lambda: backend_of(client) == "fragile")

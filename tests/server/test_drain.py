@@ -91,7 +91,7 @@ def test_who_fails_at_tls_while_the_port_closes_harms_nobody(
     loop: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
     # For a busy machine.
-    monkeypatch.setattr(worker, "_LAST_HANDSHAKES_S", 5.0)
+    monkeypatch.setattr(worker, "LAST_HANDSHAKES_S", 5.0)
     authority = Authority(tmp_path, "authority")
     trust = ssl.create_default_context(cafile=str(authority.certificate))
     settings = Settings(head_timeout_s=3600, tls_cert=authority.issue("server"))

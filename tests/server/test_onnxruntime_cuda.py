@@ -224,8 +224,8 @@ def test_a_gpu_that_hangs_is_left_to_itself(
         free.wait(60)
 
     monkeypatch.setattr(gpu.sessions[0], "run_with_iobinding", hang)
-    # Private, for nobody sets it, and a test does not wait for so long.
-    monkeypatch.setattr(onnxruntime_cuda, "_STUCK_S", 0.05)
+    # A test does not wait for so long.
+    monkeypatch.setattr(onnxruntime_cuda, "STUCK_S", 0.05)
     asking = threading.Thread(target=backend.infer, args=(_image(1)[None],))
     asking.start()
     assert entered.wait(60)

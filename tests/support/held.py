@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,7 +74,6 @@ if __name__ == "__main__":
     def _open(*arguments: Any, **options: Any) -> Backend:
         return _Held(open_backend(*arguments, **options), lock_file)
 
-    vars(loading)["open_backend"] = _open
     # A test may hold it for as long as it takes on a slow machine.
-    vars(batching)["_HUNG_S"] = 3600
-    sys.exit(main())
+    with patch.object(loading, "open_backend", _open), patch.object(batching, "HUNG_S", 3600):
+        sys.exit(main())

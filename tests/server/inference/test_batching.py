@@ -241,8 +241,8 @@ def test_a_backend_that_always_fails_is_given_nothing_more() -> None:
 
 
 def test_a_backend_that_hangs_is_given_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Private, for nobody sets it, and a test does not wait for so long.
-    monkeypatch.setattr(batching, "_HUNG_S", 0.2)
+    # A test does not wait for so long.
+    monkeypatch.setattr(batching, "HUNG_S", 0.2)
 
     async def scenario() -> None:
         backend = HeldBackend()
