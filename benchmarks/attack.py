@@ -145,12 +145,20 @@ def main(argv: list[str] | None = None) -> int:
             failed += wrong
             for attacker in attackers:
                 attacker.join()
-    print("| good photos | p50, ms | p99, ms | masks | other answers |\n|---|--:|--:|--:|--:|")
+    print(_table(quiet, beside, failed))
+    answered = ", ".join(f"{count} × {status}" for status, count in sorted(statuses.items()))
+    print(f"\n{options.attackers} attackers, answered {answered}.")
+    return int(failed > 0)
+
+
+def _table(quiet: list[list[float]], beside: list[list[float]], failed: int) -> str:
+    """Latencies of good photos, ms by turn, alone and beside the attack."""
+    lines = ["| good photos | p50, ms | p99, ms | masks | other answers |", "|---|--:|--:|--:|--:|"]
     for name, turns in (("alone", quiet), ("beside the attack", beside)):
         p50, p99 = (
             statistics.median(_percentile(taken, share) for taken in turns) for share in (0.5, 0.99)
         )
-        print(f"| {name} | {p50:.1f} | {p99:.1f} | {sum(map(len, turns))} | |")
+        lines.append(f"| {name} | {p50:.1f} | {p99:.1f} | {sum(map(len, turns))} | |")
     ratios = [
         statistics.median(
             _percentile(b, share) / _percentile(q, share)
@@ -158,10 +166,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         for share in (0.5, 0.99)
     ]
-    print(f"| ratio | {ratios[0]:.2f} | {ratios[1]:.2f} | | {failed} |")
-    answered = ", ".join(f"{count} × {status}" for status, count in sorted(statuses.items()))
-    print(f"\n{options.attackers} attackers, answered {answered}.")
-    return int(failed > 0)
+    lines.append(f"| ratio | {ratios[0]:.2f} | {ratios[1]:.2f} | | {failed} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

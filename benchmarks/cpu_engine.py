@@ -288,24 +288,7 @@ def taken(cores: int) -> Iterator[list[int]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return 1 where a backend's masks do not pass its gate."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.cpu_engine",
-        description=__doc__,
-        formatter_class=Help,
-    )
-    parser.add_argument("--model", type=Path, default=MODEL, help="the network, an ONNX file")
-    parser.add_argument(
-        "--stock", type=Path, help="the file that stock runs, such as the exact graph (--model)"
-    )
-    parser.add_argument("--backends", nargs="+", default=["onnxruntime"], metavar="NAME")
-    parser.add_argument("--threads", type=int, default=available_cores(), help="of each engine")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], metavar="SIZE")
-    parser.add_argument("--rounds", type=int, default=30, help="measured")
-    parser.add_argument(
-        "--busy", type=int, default=0, metavar="CORES", help="taken by other work meanwhile"
-    )
-    parser.add_argument("--data", type=Path, default=REFERENCE, help="folder of photos")
-    parser.add_argument("--masks", type=Path, help="folder of their true masks")
+    parser = _parser()
     options = parser.parse_args(arguments)
     try:
         samples = load_samples(options.data, options.masks)
@@ -354,6 +337,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("\nMasks against stock's:\n")
     print(table(results))
     return int(any(result.failures() for result in results))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cpu_engine",
+        description=__doc__,
+        formatter_class=Help,
+    )
+    parser.add_argument("--model", type=Path, default=MODEL, help="the network, an ONNX file")
+    parser.add_argument(
+        "--stock", type=Path, help="the file that stock runs, such as the exact graph (--model)"
+    )
+    parser.add_argument("--backends", nargs="+", default=["onnxruntime"], metavar="NAME")
+    parser.add_argument("--threads", type=int, default=available_cores(), help="of each engine")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], metavar="SIZE")
+    parser.add_argument("--rounds", type=int, default=30, help="measured")
+    parser.add_argument(
+        "--busy", type=int, default=0, metavar="CORES", help="taken by other work meanwhile"
+    )
+    parser.add_argument("--data", type=Path, default=REFERENCE, help="folder of photos")
+    parser.add_argument("--masks", type=Path, help="folder of their true masks")
+    return parser
 
 
 def _precision(info: BackendInfo) -> Precision:

@@ -46,13 +46,19 @@ def write_report(report: Report, folder: Path) -> str:
 
 
 def _blocks(report: Report) -> list[Block]:
-    ramp, best = report.of("ramp"), report.best_per_s
-    lone = ramp[0]
+    return [
+        *_results(report),
+        *_ramp(report),
+        *_open_loop(report),
+        *_bursts(report),
+        *_beside_bulk(report),
+        *_photos(report),
+    ]
+
+
+def _results(report: Report) -> list[Block]:
+    lone, best = report.of("ramp")[0], report.best_per_s
     masks, checked = report.masks, sum(report.masks.values())
-    burst = report.of("burst")[0]
-    pace_ms = 1000 * report.burst / best
-    priority = report.of("priority")
-    alone = priority[0]
     return [
         _facts(report),
         f"**{checked} masks checked** against a prediction made without a server:"
@@ -70,6 +76,13 @@ def _blocks(report: Report) -> list[Block]:
         f" **{report.knee_clients:.1f} clients**; 95 % of the best is reached with"
         f" {report.saturated_at.name}. A lone client's p50 is {lone.p50_ms:.1f} ms,"
         f" {lone.p50_ms / report.network_ms:.2f} × the bare network.",
+    ]
+
+
+def _ramp(report: Report) -> list[Block]:
+    ramp, best = report.of("ramp"), report.best_per_s
+    lone = ramp[0]
+    return [
         Heading("Ramp: closed loop"),
         "Each client sends its next photo when it has the mask of the last one.",
         Table(
@@ -113,6 +126,12 @@ def _blocks(report: Report) -> list[Block]:
         ),
         Plot("stages", "Mean time of a request by stage", _drawn(_stages, report)),
         Plot("batch", "Photos that run through the network together", _drawn(_batch, report)),
+    ]
+
+
+def _open_loop(report: Report) -> list[Block]:
+    lone = report.of("ramp")[0]
+    return [
         Heading("Open loop: a fixed rate"),
         "Photos come at random but at this rate, whatever becomes of those before; latency counts"
         " from when each was due. Above 1 the queue grows for as long as the load lasts.",
@@ -147,6 +166,13 @@ def _blocks(report: Report) -> list[Block]:
                 for step in report.of("open loop")
             ],
         ),
+    ]
+
+
+def _bursts(report: Report) -> list[Block]:
+    burst = report.of("burst")[0]
+    pace_ms = 1000 * report.burst / report.best_per_s
+    return [
         Heading("Bursts"),
         f"{report.burst} photos at once, then half a second's pause once all are answered. At the"
         f" best throughput above they would take {pace_ms:.0f} ms.",
@@ -172,6 +198,13 @@ def _blocks(report: Report) -> list[Block]:
                 )
             ],
         ),
+    ]
+
+
+def _beside_bulk(report: Report) -> list[Block]:
+    priority = report.of("priority")
+    alone = priority[0]
+    return [
         Heading("Interactive beside bulk"),
         f"Photos that somebody waits for, at {alone.load:g} of the best throughput: alone, beside"
         " clients that send one photo after another, and beside the same when they say so.",
@@ -203,6 +236,11 @@ def _blocks(report: Report) -> list[Block]:
             "Latency of interactive photos by what runs beside them",
             _drawn(_priority, report),
         ),
+    ]
+
+
+def _photos(report: Report) -> list[Block]:
+    return [
         Heading("Photos"),
         f"Medians with a lone client, by size and format; {report.photos}, sent in turn as a form"
         " and bare.",

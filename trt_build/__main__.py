@@ -33,6 +33,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Returns 1, with one line on stderr, where no engine was made, and
     GATE_FAILED where the engine must not be served.
     """
+    args = _parser().parse_args(arguments)
+    options = BuildOptions(
+        precision=args.precision,
+        buckets=args.buckets,
+        attention=args.attention,
+        workspace_bytes=args.workspace_mib << 20,
+        timing_cache=args.timing_cache,
+        beside_serving=args.beside_serving,
+        hardware_compatible=args.hardware_compatible,
+        version_compatible=args.version_compatible,
+        compute_capability=args.compute_capability,
+    )
+    started = time.monotonic()
+
+    def progress(line: str) -> None:
+        print(f"{time.monotonic() - started:6.1f} s  {line}", flush=True)
+
+    try:
+        if args.parity:
+            # The gate needs a GPU. That is said now, before a build that takes minutes.
+            trt = find_tensorrt()
+            trt.check_builds()
+            trt.check_runs_on(current_gpu())
+        ranges = read_ranges(args.onnx, args.calibration) if args.precision == "int8" else None
+        build(args.onnx, args.output, options, ranges=ranges, progress=progress, gated=args.parity)
+        if args.parity:
+            result = gate_engine(args.onnx, args.output, load_samples(REFERENCE), GENERATED)
+            progress(f"parity on {result.photos} {GENERATED}: {result.failures() or 'passed'}")
+            if result.failures():
+                return GATE_FAILED
+    except (
+        BuildError,
+        CalibrationError,
+        ConversionError,
+        EngineError,
+        NoGpuError,
+        PlanError,
+        TensorRTError,
+    ) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program("trt_build"),
         description=__doc__,
@@ -80,51 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="hold the engine against float32 on the shipped photos, note the result in the"
         " sidecar, and fail where its masks differ",
     )
-    args = parser.parse_args(arguments)
-    options = BuildOptions(
-        precision=args.precision,
-        buckets=args.buckets,
-        attention=args.attention,
-        workspace_bytes=args.workspace_mib << 20,
-        timing_cache=args.timing_cache,
-        beside_serving=args.beside_serving,
-        hardware_compatible=args.hardware_compatible,
-        version_compatible=args.version_compatible,
-        compute_capability=args.compute_capability,
-    )
-    started = time.monotonic()
-
-    def progress(line: str) -> None:
-        print(f"{time.monotonic() - started:6.1f} s  {line}", flush=True)
-
-    try:
-        if args.parity:
-            # The gate needs a GPU. That is said now, before a build that takes minutes.
-            trt = find_tensorrt()
-            trt.check_builds()
-            trt.check_runs_on(current_gpu())
-        ranges = read_ranges(args.onnx, args.calibration) if args.precision == "int8" else None
-        build(args.onnx, args.output, options, ranges=ranges, progress=progress, gated=args.parity)
-        if args.parity:
-            result = gate_engine(args.onnx, args.output, load_samples(REFERENCE), GENERATED)
-            progress(f"parity on {result.photos} {GENERATED}: {result.failures() or 'passed'}")
-            if result.failures():
-                return GATE_FAILED
-    except (
-        BuildError,
-        CalibrationError,
-        ConversionError,
-        EngineError,
-        NoGpuError,
-        PlanError,
-        TensorRTError,
-    ) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 1
-    return 0
+    return parser
 
 
 if __name__ == "__main__":

@@ -93,10 +93,60 @@ def build(
         compute_capability=options.compute_capability,
         hardware_compatible=options.hardware_compatible,
     )
+    exported = _load(onnx_path)
+    attention, model, made = _convert(trt, exported, options, ranges, progress)
+    layers, layers_from, scratch = _read_back(trt, made, host_code=options.version_compatible)
+    problems = _disagreements(model, layers, options.precision, progress, gated=gated)
+    info = PlanInfo(
+        key=key,
+        gpu=_gpu_name(),
+        attention=attention,
+        hardware_compatible=options.hardware_compatible,
+        version_compatible=options.version_compatible,
+        build_seconds=round(time.monotonic() - started, 3),
+        engine_sha256=hashlib.sha256(made.engine).hexdigest(),
+        engine_bytes=len(made.engine),
+        scratch_bytes=dict(zip(options.buckets, scratch, strict=True)),
+        layers=layers,
+        layers_from=layers_from,
+        disagreements=tuple(problems),
+        model={entry.key: entry.value for entry in exported.metadata_props},
+        beside_serving=options.beside_serving and not trt.is_rtx,
+    )
+    write_atomically(output, made.engine)
+    info.write(output)
+    progress(
+        f"{output}: {len(made.engine) / 1e6:.1f} MB in {info.build_seconds:.1f} s, scratch memory"
+        f" {max(scratch) / 1e9:.2f} GB at batch {options.buckets[-1]}, layers by what they read:"
+        f" {', '.join(f'{n} {name}' for name, n in info.precisions().items())} ({layers_from})"
+    )
+    return info
+
+
+def _load(path: Path) -> onnx.ModelProto:
     try:
-        exported = onnx.load(onnx_path)
+        return onnx.load(path)
     except DecodeError as error:
-        raise ConversionError(f"{onnx_path} is not an ONNX file") from error
+        raise ConversionError(f"{path} is not an ONNX file") from error
+
+
+@dataclass(frozen=True)
+class _Made:
+    """The engine's bytes, and TensorRT's logger with what it said meanwhile."""
+
+    engine: bytes
+    logger: Any
+    messages: list[tuple[str, str]]
+
+
+def _convert(
+    trt: TensorRT,
+    exported: onnx.ModelProto,
+    options: BuildOptions,
+    ranges: Mapping[str, float] | None,
+    progress: Callable[[str], None],
+) -> tuple[AttentionForm, onnx.ModelProto, _Made]:
+    """Convert and build, with chunked attention where the fused form has no kernel."""
     attention = options.attention or default_attention(options.precision)
     while True:
         progress(f"{trt.library}: {options.precision}, {attention} attention")
@@ -104,8 +154,8 @@ def build(
         messages: list[tuple[str, str]] = []
         logger = _logger(trt, messages)
         try:
-            serialised = _serialise(trt, logger, messages, model, options, progress)
-            break
+            engine = _serialise(trt, logger, messages, model, options, progress)
+            return attention, model, _Made(engine, logger, messages)
         except BuildError as error:
             # The card and the version decide which shapes and types have a fused kernel. The ONNX
             # parser gives no access to IAttention, whose `decomposable` would tell.
@@ -114,42 +164,25 @@ def build(
                 raise
             progress(f"no fused attention: {error}")
             attention = "chunked"
-    log = [message for _, message in messages]
 
-    layers, layers_from, scratch = _read_back(
-        trt, logger, serialised, log, host_code=options.version_compatible
-    )
+
+def _disagreements(
+    model: onnx.ModelProto,
+    layers: tuple[Any, ...],
+    precision: Precision,
+    progress: Callable[[str], None],
+    *,
+    gated: bool,
+) -> list[str]:
+    """The layers of another type than asked for; see `build` for `gated`."""
     expected = layer_reports.expected_types(model)
     problems = layer_reports.disagreements(expected, layers)
     if problems:
-        text = f"asked for {options.precision}, but the engine differs: " + "; ".join(problems[:8])
+        text = f"asked for {precision}, but the engine differs: " + "; ".join(problems[:8])
         if not gated or 2 * len(problems) > len(expected):
             raise BuildError(text)
         progress(f"warning: {text}")
-    info = PlanInfo(
-        key=key,
-        gpu=_gpu_name(),
-        attention=attention,
-        hardware_compatible=options.hardware_compatible,
-        version_compatible=options.version_compatible,
-        build_seconds=round(time.monotonic() - started, 3),
-        engine_sha256=hashlib.sha256(serialised).hexdigest(),
-        engine_bytes=len(serialised),
-        scratch_bytes=dict(zip(options.buckets, scratch, strict=True)),
-        layers=layers,
-        layers_from=layers_from,
-        disagreements=tuple(problems),
-        model={entry.key: entry.value for entry in exported.metadata_props},
-        beside_serving=options.beside_serving and not trt.is_rtx,
-    )
-    write_atomically(output, serialised)
-    info.write(output)
-    progress(
-        f"{output}: {len(serialised) / 1e6:.1f} MB in {info.build_seconds:.1f} s, scratch memory"
-        f" {max(scratch) / 1e9:.2f} GB at batch {options.buckets[-1]}, layers by what they read:"
-        f" {', '.join(f'{n} {name}' for name, n in info.precisions().items())} ({layers_from})"
-    )
-    return info
+    return problems
 
 
 def _logger(trt: TensorRT, messages: list[tuple[str, str]]) -> Any:
@@ -259,7 +292,7 @@ def _progress_monitor(module: Any, progress: Callable[[str], None]) -> Any:
 
 
 def _read_back(
-    trt: TensorRT, logger: Any, serialised: bytes, log: list[str], *, host_code: bool
+    trt: TensorRT, made: _Made, *, host_code: bool
 ) -> tuple[tuple[Any, ...], str, list[int]]:
     """Return the engine's layers, where they were read, and its scratch memory by profile.
 
@@ -268,16 +301,17 @@ def _read_back(
     try:
         current_gpu()
     except NoGpuError:
+        log = [message for _, message in made.messages]
         return (
             layer_reports.from_build_log(log),
             "build log",
             layer_reports.scratch_from_build_log(log),
         )
     module = trt.module
-    runtime = module.Runtime(logger)
+    runtime = module.Runtime(made.logger)
     if host_code:
         runtime.engine_host_code_allowed = True
-    engine = runtime.deserialize_cuda_engine(serialised)
+    engine = runtime.deserialize_cuda_engine(made.engine)
     if engine is None:
         raise TensorRTError(f"{trt.library} cannot load the engine that it has just built")
     text = engine.create_engine_inspector().get_engine_information(

@@ -190,6 +190,48 @@ class Run:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    plan = QUICK if options.quick else FULL
+    plan = replace(
+        plan,
+        turns=options.turns or plan.turns,
+        step_s=options.step_s or plan.step_s,
+        real_s=tuple(options.real_s or plan.real_s),
+    )
+    try:
+        photos = given(options.images) if options.images else generated()
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    model = ROOT / SHIPPED_MODEL
+    setting = _setting(plan, photos, "given" if options.images else "generated", model)
+    kept = options.output / "report.json"
+    comparison = Comparison(setting)
+    if kept.exists() and not options.fresh:
+        try:
+            comparison = _resumed(kept, setting)
+        except ValueError as error:
+            parser.error(str(error))
+    entrants = [entrant for entrant in ENTRANTS if entrant.name in options.servers]
+    print("predicting the masks", file=sys.stderr)
+    run = Run(plan, Deck.of(photos, model), options.images, options.here, comparison)
+    options.output.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    been = done(comparison)
+    left = [job for job in jobs(entrants, options.networks, plan.turns) if job.key not in been]
+    while left and time.monotonic() < started + options.stop_after_s:
+        job = left.pop(0)
+        print(f"{job}; {len(left)} to go", file=sys.stderr)
+        run.do(job)
+        write_atomically(kept, _COMPARISON.dump_json(comparison, indent=1) + b"\n")
+    print(write_report(comparison, options.output))
+    print(f"\n{options.output / 'report.html'}", file=sys.stderr)
+    if left:
+        print(f"{len(left)} visits are left: run again to go on", file=sys.stderr)
+    return 0 if all(visit.masks_wrong == 0 for visit in comparison.visits) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.peers",
         description=__doc__,
@@ -239,51 +281,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="S",
         help="begin no further visit after that long; run again to go on",
     )
-    options = parser.parse_args(arguments)
-    plan = QUICK if options.quick else FULL
-    plan = replace(
-        plan,
-        turns=options.turns or plan.turns,
-        step_s=options.step_s or plan.step_s,
-        real_s=tuple(options.real_s or plan.real_s),
-    )
-    try:
-        photos = given(options.images) if options.images else generated()
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    model = ROOT / SHIPPED_MODEL
-    setting = _setting(plan, photos, "given" if options.images else "generated", model)
-    kept = options.output / "report.json"
-    comparison = Comparison(setting)
-    if kept.exists() and not options.fresh:
-        comparison = _COMPARISON.validate_json(kept.read_bytes())
-        different = [
-            field.name
-            for field in fields(Setting)
-            if getattr(comparison.setting, field.name) != getattr(setting, field.name)
-        ]
-        if different:
-            parser.error(
-                f"{kept} is of another {', '.join(different)}: name another --output, or give"
-                " --fresh to forget it."
-            )
-    entrants = [entrant for entrant in ENTRANTS if entrant.name in options.servers]
-    print("predicting the masks", file=sys.stderr)
-    run = Run(plan, Deck.of(photos, model), options.images, options.here, comparison)
-    options.output.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    been = done(comparison)
-    left = [job for job in jobs(entrants, options.networks, plan.turns) if job.key not in been]
-    while left and time.monotonic() < started + options.stop_after_s:
-        job = left.pop(0)
-        print(f"{job}; {len(left)} to go", file=sys.stderr)
-        run.do(job)
-        write_atomically(kept, _COMPARISON.dump_json(comparison, indent=1) + b"\n")
-    print(write_report(comparison, options.output))
-    print(f"\n{options.output / 'report.html'}", file=sys.stderr)
-    if left:
-        print(f"{len(left)} visits are left: run again to go on", file=sys.stderr)
-    return 0 if all(visit.masks_wrong == 0 for visit in comparison.visits) else 1
+    return parser
+
+
+def _resumed(kept: Path, setting: Setting) -> Comparison:
+    """The comparison that was begun there.
+
+    Raises:
+        ValueError: it is of another setting.
+    """
+    comparison = _COMPARISON.validate_json(kept.read_bytes())
+    different = [
+        field.name
+        for field in fields(Setting)
+        if getattr(comparison.setting, field.name) != getattr(setting, field.name)
+    ]
+    if different:
+        raise ValueError(
+            f"{kept} is of another {', '.join(different)}: name another --output, or give"
+            " --fresh to forget it."
+        )
+    return comparison
 
 
 def generated() -> list[bytes]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from benchmarks.peers.client import LOST, Answer, Load
-from benchmarks.peers.entrants import ENTRANTS, OURS
+from benchmarks.peers.entrants import ENTRANTS, OURS, Entrant
 
 __all__ = [
     "CLIENTS",
@@ -370,16 +370,6 @@ class Comparison:
         python = self.best(
             "stub 0 ms", _best_per_s, among=[peer.name for peer in peers if peer.is_python]
         )
-        quickest = [
-            (
-                self.best("stub 5 ms", _above_5_ms, among=[p.name for p in among], highest=False),
-                label,
-            )
-            for label, among in (
-                ("the best batching peer's", [peer for peer in peers if peer.batches]),
-                ("the best's of those with a batching delay", [p for p in peers if p.waits]),
-            )
-        ]
         aims = [
             Aim(
                 f"stub 0 ms, throughput ÷ the best Python peer's{_named(python)}",
@@ -401,7 +391,7 @@ class Comparison:
                     self.ratio(OURS, peer, "stub 5 ms", _above_5_ms) if peer else None,
                     at_most=True,
                 )
-                for peer, label in quickest
+                for peer, label in self._quickest(peers)
             ),
             *(
                 Aim(f"real network, throughput ÷ its bare loop's{label}", 0.95, self.of_bare(name))
@@ -428,6 +418,19 @@ class Comparison:
             )
         )
         return aims
+
+    def _quickest(self, peers: Sequence[Entrant]) -> list[tuple[str | None, str]]:
+        """The peers that add least to a lone request, and what each is the best of."""
+        return [
+            (
+                self.best("stub 5 ms", _above_5_ms, among=[p.name for p in among], highest=False),
+                label,
+            )
+            for label, among in (
+                ("the best batching peer's", [peer for peer in peers if peer.batches]),
+                ("the best's of those with a batching delay", [p for p in peers if p.waits]),
+            )
+        ]
 
     def _engine(self) -> float | None:
         stock = {b.turn: b.best_per_s for b in self.bare if b.entrant == STOCK}

@@ -190,25 +190,13 @@ def visit(
         masks.check(at_once(server.port, requests))
         closed_loop(server.port, requests, clients=_BESIDE, seconds=_WARM_UP_S, fewest=_WARM_UP)
         idle = _idle_cores(server, plan.idle_s) if trouble else None
-        steps = []
         others = _Others(server.cpu_s)
-        for place, clients in enumerate(CLIENTS):
-            seconds = plan.step_s if stub_ms is not None else plan.real_s[place]
-            load = closed_loop(
-                server.port,
-                requests,
-                clients=clients,
-                seconds=seconds,
-                lead_s=_LEAD * seconds,
-                fewest=clients,
-            )
-            steps.append(step_of(load, clients))
-            masks.check(load.answers)
+        seconds = plan.real_s if stub_ms is None else [plan.step_s] * len(CLIENTS)
+        steps = _ramp(server, requests, seconds, masks)
         others_cores = others.cores()
         memory_mib = server.memory_mib()
         bad = _bad_photo(server, entrant, deck) if trouble else None
         too_much = _overload(server, requests, steps, plan.overload_s) if overload else None
-        stop = _stop(server, requests) if trouble else None
         return Visit(
             entrant=entrant.name,
             network=network,
@@ -224,8 +212,27 @@ def visit(
             idle_cores=idle,
             overload=too_much,
             bad_photo=bad,
-            stop=stop,
+            stop=_stop(server, requests) if trouble else None,
         )
+
+
+def _ramp(
+    server: Running, requests: Sequence[bytes], seconds: Sequence[float], masks: Masks
+) -> list[Step]:
+    """Send as each number of `CLIENTS`, for as many seconds as `seconds` has for it."""
+    steps = []
+    for clients, measured_s in zip(CLIENTS, seconds, strict=True):
+        load = closed_loop(
+            server.port,
+            requests,
+            clients=clients,
+            seconds=measured_s,
+            lead_s=_LEAD * measured_s,
+            fewest=clients,
+        )
+        steps.append(step_of(load, clients))
+        masks.check(load.answers)
+    return steps
 
 
 def measure_bare(entrant: Entrant, turn: int, seconds: float, model: Path) -> Bare:

@@ -180,13 +180,7 @@ def running(
         Unavailable: the server ended or gave no mask in time; the message has its last output.
     """
     port = _free_ports()
-    if entrant.is_ours:
-        module = "server" if stub_ms is None else "benchmarks.peers.slsnet"
-        command = [sys.executable, "-m", module, "--port", str(port), *entrant.flags]
-        if stub_ms is None:
-            command += ["--model", environment["PEER_NETWORK"]]
-    else:
-        command = [str(python), str(_SERVERS / entrant.script)]
+    network = environment["PEER_NETWORK"] if stub_ms is None else None
     # A visit must not be lost because of files that a server wrote in its last moment.
     with tempfile.TemporaryDirectory(prefix="peer-", ignore_cleanup_errors=True) as folder:
         _folders.add(folder)
@@ -207,7 +201,7 @@ def running(
         with log_file.open("wb") as output:
             started = time.perf_counter()
             process = subprocess.Popen(
-                command,
+                _command(entrant, python, port, network),
                 cwd=ROOT if entrant.is_ours else _SERVERS,
                 env=variables,
                 stdin=subprocess.DEVNULL,
@@ -222,6 +216,15 @@ def running(
         finally:
             server.stop()
             _folders.discard(folder)
+
+
+def _command(entrant: Entrant, python: Path, port: int, network: str | None) -> list[str]:
+    """What starts the server; `network` is the file of the real one, None is a stub."""
+    if not entrant.is_ours:
+        return [str(python), str(_SERVERS / entrant.script)]
+    module = "benchmarks.peers.slsnet" if network is None else "server"
+    command = [sys.executable, "-m", module, "--port", str(port), *entrant.flags]
+    return command if network is None else [*command, "--model", network]
 
 
 def _free_ports() -> int:
