@@ -37,9 +37,10 @@ from numpy.typing import NDArray
 
 from benchmarks.latency import machine
 from common.program import Help
+from common.stamp import Infer
 from server.backends import BackendError, BackendInfo, open_backend
 from server.settings import SHIPPED_MODEL, available_cores
-from trt_build.parity import GENERATED, Infer, compare, table
+from trt_build.parity import GENERATED, compare, table
 from trt_build.plan import Precision
 from trt_build.samples import REFERENCE, load_samples
 

@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from common.onnx import onnx_runner
 from photos.image import FORMATS, ImageError, read_photo
 from server.backends import open_backend
 from server.http.uploads import FIELD
 from server.settings import available_cores
 from tests.support.expected import Expected
-from trt_build.parity import onnx_runner
 
 __all__ = ["Card", "Deck", "bare_network_ms", "deal", "generated", "given"]
 

@@ -29,11 +29,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.files import write_atomically
+from common.onnx import onnx_runner
 from common.program import Help
 from photos.image import MODEL_SIZE
 from server.backends import Backend, BackendError
 from trt_build.device import Gpu, NoGpuError, current_gpu
-from trt_build.parity import compare, onnx_runner
+from trt_build.parity import compare
 from trt_build.plan import BUCKETS, Precision, parse_buckets
 from trt_build.samples import REFERENCE, load_samples
 

@@ -27,13 +27,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.latency import SIZES, largest, machine, photos_at_all_sizes
+from common.onnx import onnx_runner
 from common.program import Help
+from common.stamp import Infer
 from photos.image import MODEL_SIZE, THRESHOLD, encode_png, lesion_mask, read_photo
 from server.backends import BackendInfo, Images
 from server.inference.batching import Batcher
 from server.observe.metrics import Metrics
 from server.settings import SHIPPED_MODEL
-from trt_build.parity import Infer, onnx_runner
 
 __all__ = ["ARRIVALS", "STEPS", "Comparison", "Copies", "compare", "queue_us"]
 

@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 
 from photos.image import MODEL_SIZE
 
-__all__ = ["StampError", "check_digest", "difference_from", "stamped", "trial_images", "unstamped"]
+__all__ = [
+    "Infer",
+    "StampError",
+    "check_digest",
+    "difference_from",
+    "stamped",
+    "trial_images",
+    "unstamped",
+]
 
 ANSWERS = "trial_answers"
 """Metadata: the answers on `trial_images`, each as 16 × 16 means, one byte each, in base64."""
@@ -26,6 +34,7 @@ DIGEST = "content_sha256"
 _CELLS = 16
 
 Infer = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+"""A network: uint8 [n, size, size, 3] → probability, float32 [n, size, size]."""
 
 
 class StampError(ValueError):

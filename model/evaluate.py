@@ -283,10 +283,10 @@ def _score(
 
 
 def _load_onnx(path: Path) -> Network:
-    import onnxruntime as ort
+    from common.onnx import onnx_session
 
     try:
-        session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+        session = onnx_session(path)
     except Exception as error:  # ONNX Runtime has an untyped error for each of its statuses
         raise ValueError(f"{path} is not a readable ONNX model: {error}") from error
     (image, *more_in), (probability, *more_out) = session.get_inputs(), session.get_outputs()

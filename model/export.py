@@ -30,12 +30,12 @@ import model.training_tools  # noqa: F401, before what it looks for
 # isort: split
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from common.files import replacing
+from common.onnx import onnx_runner
 from common.program import Help, program
 from common.stamp import stamped
 from model.generator import Generator, input_size, load_generator, load_metadata
@@ -187,28 +187,21 @@ def _graph(contract: Contract, images: NDArray[np.uint8]) -> onnx.ModelProto:
 
 def _difference(path: Path, contract: Contract, images: NDArray[np.uint8]) -> float:
     """The largest difference in probability between PyTorch and ONNX Runtime."""
-    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    infer = onnx_runner(path)
     with torch.inference_mode():
         expected = contract(torch.from_numpy(images)).numpy()
     difference = 0.0
     for n in (1, len(images)):
-        (found,) = session.run(["probability"], {"image": images[:n]})
-        difference = max(difference, float(np.abs(found - expected[:n]).max()))
+        difference = max(difference, float(np.abs(infer(images[:n]) - expected[:n]).max()))
     return difference
 
 
 def stamp(path: Path) -> None:
     """Write answers and digest into an ONNX file (`common.stamp`). Earlier ones are replaced."""
     content = path.read_bytes()
-    session = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
-
-    def infer(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        probability: NDArray[np.float32] = session.run(["probability"], {"image": images})[0]
-        return probability
-
     # The server runs only networks of this size, so only they get answers.
-    is_served = session.get_inputs()[0].shape[1] == MODEL_SIZE
-    path.write_bytes(stamped(content, infer if is_served else None))
+    side = onnx.load_from_string(content).graph.input[0].type.tensor_type.shape.dim[1].dim_value
+    path.write_bytes(stamped(content, onnx_runner(content) if side == MODEL_SIZE else None))
 
 
 def _name(weights: Path) -> str:

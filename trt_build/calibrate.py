@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
 
 from common.files import write_atomically
+from common.onnx import onnx_session
 from common.program import Help
 from trt_build.plan import file_sha256
 from trt_build.samples import Sample, batches, load_samples
@@ -50,11 +50,7 @@ def measure_ranges(
     # Where another operator only moves the data between two inputs, both get the same range.
     names = sorted({node.input[0] for node in model.graph.node if node.op_type == "Conv"})
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = onnx_session(model.SerializeToString())
     ranges = dict.fromkeys(names, 0.0)
     for batch in batches(samples):
         for name, value in zip(names, session.run(names, {"image": batch}), strict=True):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -24,15 +24,15 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from common.files import write_atomically
+from common.onnx import onnx_runner
 from common.program import Help
+from common.stamp import Infer
 from model.metrics import count, jaccard
 from photos.image import THRESHOLD, lesion_mask, unpack_mask
 from trt_build.plan import Precision
 from trt_build.samples import REFERENCE, Sample, batches, load_samples
 
 GENERATED = "generated lesions"
-
-Infer = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -142,28 +142,6 @@ def compare(
 def mask_iou(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
     """Intersection over union of two masks; 1 where both are empty."""
     return float(jaccard(count(a, b)))
-
-
-def onnx_runner(
-    model: Path | bytes,
-    providers: Sequence[str] = ("CPUExecutionProvider",),
-    *,
-    exact: bool = False,
-) -> Infer:
-    """Return a function that runs an ONNX file; ``exact`` turns off optimisation, which may drop
-    rounding.
-    """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if exact:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(model, options, providers=list(providers))
-
-    def infer(batch: NDArray[np.uint8]) -> NDArray[np.float32]:
-        result: NDArray[np.float32] = session.run(["probability"], {"image": batch})[0]
-        return result
-
-    return infer
 
 
 def simulated_runner(onnx_path: Path, precision: Precision, *, half_sums: bool = False) -> Infer:

@@ -14,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from benchmarks.cpu_engine import stock
+from common.stamp import Infer
 from photos.image import MODEL_SIZE
 from server.backends import open_backend
 from server.settings import Settings, read_settings
-from trt_build.parity import Infer
 
 _STOCK_BATCHES = (1, 8)
 

@@ -8,10 +8,10 @@ import pytest
 from numpy.typing import NDArray
 
 from benchmarks import gpu
+from common.onnx import onnx_runner
 from server.backends import BackendInfo, Images
 from tests.support import MODEL
 from trt_build.device import Gpu
-from trt_build.parity import onnx_runner
 from trt_build.samples import REFERENCE, load_samples
 
 

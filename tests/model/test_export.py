@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import model.export
+from common.onnx import onnx_runner
 from common.stamp import unstamped
 from model.config import GeneratorConfig
 from model.evaluate import WEIGHTS as SHIPPED
@@ -21,7 +22,7 @@ from model.generator import Generator, load_generator, load_metadata, save_gener
 from model.layers import ChannelAttention, PositionAttention
 from tests.support.lesions import lesion_photo
 from tests.support.tiny import GENERATOR
-from trt_build.parity import compare, onnx_runner
+from trt_build.parity import compare
 from trt_build.samples import REFERENCE, load_samples
 
 # torch.onnx.export uses a function of torch's own that torch has deprecated

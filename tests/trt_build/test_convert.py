@@ -8,9 +8,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from common.onnx import onnx_runner
 from tests.support import MODEL
 from trt_build.convert import ConversionError, convert
-from trt_build.parity import onnx_runner
 from trt_build.plan import Precision
 from trt_build.samples import REFERENCE, batches, load_samples
 

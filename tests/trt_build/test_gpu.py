@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from common.onnx import onnx_runner
 from server.backends import Backend, BackendError
 from server.backends.engine_cache import EngineEvent, open_engine_cache
 from server.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
@@ -19,7 +20,7 @@ from tests.support import MODEL
 from tests.support.devices import why_no_gpu
 from trt_build.build import BuildOptions, build
 from trt_build.calibrate import measure_ranges
-from trt_build.parity import GENERATED, gate_engine, onnx_runner
+from trt_build.parity import GENERATED, gate_engine
 from trt_build.plan import PRECISIONS, PlanInfo, Precision, read_plan_info
 from trt_build.runtime import EngineRunner
 from trt_build.samples import REFERENCE, batches, load_samples
