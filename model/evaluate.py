@@ -18,7 +18,6 @@ import csv
 import json
 import re
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from common.program import Help, program
+from common.progress import Progress
 from common.tables import to_cell
 from model.data import Sample, find_pairs
 from model.metrics import (
@@ -94,6 +94,8 @@ class Evaluation:
 
     network: Network
     threshold: float
+    clean: bool
+    """Whether only the largest region counts, without its holes."""
     cases: list[Case]
     confusion: Confusion
     """Counts at `threshold`; arrays [images]."""
@@ -187,41 +189,40 @@ def evaluate(
     Raises:
         DataError: an image or a mask cannot be used. It is raised before the network runs.
     """
-    with ThreadPoolExecutor() as pool, _progress(len(samples), progress) as step:
-        tell = step("checked")
-        photos = []
-        for photo in pool.map(lambda sample: _check(sample, network.size, camera), samples):
-            photos.append(photo)
-            tell()
-        tell = step("evaluated")
+    with ThreadPoolExecutor() as pool:
+        with _progress("checked", len(samples), shown=progress) as tell:
+            photos = []
+            for photo in pool.map(lambda sample: _check(sample, network.size, camera), samples):
+                photos.append(photo)
+                tell()
         cases: list[Case] = []
         counts: list[list[Confusion]] = []
         calibration = Calibration()
         thresholds = (threshold, *THRESHOLDS)
-        for start in range(0, len(samples), _BATCH):
-            part = slice(start, start + _BATCH)
-            batch = np.stack([photo.pixels for photo in photos[part]])
-            probabilities = network.predict(batch)
-            scored = pool.map(
-                lambda sample, photo, probability: _score(
-                    sample, photo, probability, thresholds, clean=clean
-                ),
-                samples[part],
-                photos[part],
-                probabilities,
-            )
-            for (case, confusions, truth_share), probability in zip(
-                scored, probabilities, strict=True
-            ):
-                cases.append(case)
-                counts.append(confusions)
-                calibration.add(probability, truth_share)
-                tell()
+        with _progress("evaluated", len(samples), shown=progress) as tell:
+            for start in range(0, len(samples), _BATCH):
+                part = slice(start, start + _BATCH)
+                probabilities = network.predict(np.stack([p.pixels for p in photos[part]]))
+                scored = pool.map(
+                    lambda sample, photo, probability: _score(
+                        sample, photo, probability, thresholds, clean=clean
+                    ),
+                    samples[part],
+                    photos[part],
+                    probabilities,
+                )
+                for (case, confusions, truth_share), probability in zip(
+                    scored, probabilities, strict=True
+                ):
+                    cases.append(case)
+                    counts.append(confusions)
+                    calibration.add(probability, truth_share)
+                    tell()
     at_thresholds = [stack(column) for column in zip(*counts, strict=True)]
     sweep = {
         t: float(jaccard(c).mean()) for t, c in zip(THRESHOLDS, at_thresholds[1:], strict=True)
     }
-    return Evaluation(network, threshold, cases, at_thresholds[0], sweep, calibration)
+    return Evaluation(network, threshold, clean, cases, at_thresholds[0], sweep, calibration)
 
 
 def _check(sample: Sample, size: int, camera: tuple[int, int] | None) -> Photo:
@@ -330,32 +331,16 @@ def _load_safetensors(path: Path, size: int | None) -> Network:
 
 
 @contextmanager
-def _progress(total: int, shown: bool) -> Iterator[Callable[[str], Callable[[], None]]]:
-    """Yield `step(verb)`: it begins a stage, and returns what is called after each image of it."""
-    live = sys.stderr.isatty()
-
-    def step(verb: str) -> Callable[[], None]:
-        start, done = time.monotonic(), 0
-
-        def tell() -> None:
-            nonlocal done
-            done += 1
-            if not shown or not (live or done == total or done % max(1, total // 10) == 0):
-                return
-            rate = done / max(time.monotonic() - start, 1e-9)
-            line = f"{verb} {done}/{total}, {rate:.1f} images/s, {(total - done) / rate:.0f} s left"
-            end = "\n" if not live or done == total else ""
-            sys.stderr.write(("\r\033[K" if live else "") + line + end)
-            sys.stderr.flush()
-
-        return tell
-
+def _progress(stage: str, total: int, *, shown: bool) -> Iterator[Callable[[], None]]:
+    """Yield what is called after each image."""
+    if not shown:
+        yield lambda: None
+        return
+    progress = Progress(total, stage=f"{stage} ")
     try:
-        yield step
-    except BaseException:
-        if shown and live:
-            sys.stderr.write("\n")
-        raise
+        yield progress.add
+    finally:
+        progress.end()
 
 
 def _parser() -> argparse.ArgumentParser:

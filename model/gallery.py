@@ -23,7 +23,9 @@ from PIL import Image
 from model.evaluate import Case, Evaluation
 from model.metrics import METRICS, jaccard
 from model.truth import is_lesion, read_truth
-from photos.image import lesion_mask, read_photo, unpack_mask
+from photos.image import unpack_mask
+from photos.overlay import upright
+from photos.regions import mask_of
 
 CASES_EACH = 6
 """So many worst, so many median and so many best cases are shown."""
@@ -85,18 +87,15 @@ def write_gallery(evaluation: Evaluation, folder: Path) -> Path:
     return page
 
 
-def overlay(case: Case, threshold: float) -> Image.Image:
+def overlay(case: Case, threshold: float, *, clean: bool = False) -> Image.Image:
     """The photo with the truth's outline in blue and the prediction's in orange."""
-    width, height = case.image_size
-    scale = min(1.0, _OVERLAY / max(width, height))
-    width, height = max(1, round(width * scale)), max(1, round(height * scale))
-    photo = read_photo(case.sample.image.read_bytes(), size=max(width, height))
-    pixels = np.array(Image.fromarray(photo.pixels).resize((width, height)))
+    pixels = np.array(upright(case.sample.image.read_bytes(), *case.image_size, _OVERLAY))
+    height, width, _ = pixels.shape
     truth = Image.fromarray(read_truth(case.sample.mask)).convert("L")
     truth_mask = is_lesion(np.asarray(truth.resize((width, height), Image.Resampling.BOX)))
-    predicted = unpack_mask(lesion_mask(case.probability, width, height, threshold), width)
+    _, predicted = mask_of(case.probability, width, height, threshold, clean=clean)
     pixels[_outline(truth_mask)] = _TRUTH
-    pixels[_outline(predicted)] = _PREDICTION
+    pixels[_outline(unpack_mask(predicted, width))] = _PREDICTION
     return Image.fromarray(pixels)
 
 
@@ -114,7 +113,7 @@ def _outline(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 def _case_figure(evaluation: Evaluation, index: int, folder: Path, label: str) -> str:
     case = evaluation.cases[index]
     name = f"{label}-{re.sub(r'[^A-Za-z0-9_-]', '_', case.sample.id)}.png"
-    overlay(case, evaluation.threshold).save(folder / name)
+    overlay(case, evaluation.threshold, clean=evaluation.clean).save(folder / name)
     one = {key: float(metric(evaluation.confusion)[index]) for key, metric in METRICS.items()}
     width, height = case.image_size
     return (

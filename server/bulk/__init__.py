@@ -6,5 +6,4 @@ machines.
     segmenter  a photo's file → its mask's file and its row of the table
     local      the work on this machine
     cluster    the work on a Ray cluster
-    progress   the line of progress
 """

@@ -9,11 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from common.program import Help, program
+from common.progress import Progress
 from photos.image import THRESHOLD
 from server.backends import BackendError, BackendInfo
 from server.bulk.ledger import MASKS, STATE, TABLE, Ledger, Row
 from server.bulk.local import Runner, this_machine
-from server.bulk.progress import Progress
 from server.bulk.segmenter import Options
 from server.bulk.sources import SUFFIXES, BulkError, Source, open_source
 from server.observe.logs import configure

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import ImageDraw
 
 from common.files import write_atomically
 from common.program import Help, program
 from photos.image import THRESHOLD, ImageError, encode_png, read_photo
 from photos.masks import Rings, measure, polygons
+from photos.overlay import upright
 from photos.regions import mask_of
 from server.backends import Backend, BackendError, open_backend
 from server.cores import available_cores
@@ -46,14 +47,10 @@ def overlay(data: bytes, width: int, height: int, outlines: Sequence[Rings]) -> 
     Returns:
         JPEG at the photo's size; a larger photo is reduced to a longer side of 2048 pixels.
     """
-    scale = min(1.0, _LARGEST_OVERLAY / max(width, height))
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    # It takes the way of the network's pixels, so that every format, mode and orientation looks
-    # as it was segmented.
-    square = Image.fromarray(read_photo(data, size=max(size)).pixels)
-    picture = square.resize(size, Image.Resampling.BOX)
+    picture = upright(data, width, height, _LARGEST_OVERLAY)
+    scale = picture.width / width
     draw = ImageDraw.Draw(picture)
-    thick = max(2, round(max(size) / 300))
+    thick = max(2, round(max(picture.size) / 300))
     for colour, line in ((_EDGE, thick + 2), (_LINE, thick)):
         for rings in outlines:
             for ring in rings:

@@ -289,7 +289,7 @@ def test_safetensors_and_onnx_are_one_network(pairs: Path) -> None:
 def test_progress_is_told_on_stderr(pairs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate(find_pairs(pairs, pairs), DARKNESS, progress=True)
     captured = capsys.readouterr()
-    assert "evaluated 6/6" in captured.err
+    assert "evaluated 6 of 6" in captured.err
     assert captured.out == ""
 
 

@@ -1,6 +1,7 @@
 """The page of an evaluation: what it shows, and that it writes nowhere else."""
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,7 +14,10 @@ pytest.importorskip("matplotlib")
 from model.data import find_pairs
 from model.evaluate import Evaluation, Network, evaluate
 from model.gallery import overlay, write_gallery
+from photos.image import lesion_mask
+from photos.regions import largest_part, largest_region
 from tests.support.lesions import write_pairs
+from tests.support.probabilities import faint
 
 COUNT = 9
 
@@ -111,6 +115,20 @@ def test_truth_is_outlined_blue_and_prediction_orange(evaluation: Evaluation) ->
     large = overlay(evaluation.cases[-1], 0.5)
     assert large.size == (480, 343)
     assert overlay(evaluation.cases[0], 0.5).size == (150, 120)
+
+
+def test_a_cleaned_prediction_is_drawn_as_it_is_counted(evaluation: Evaluation) -> None:
+    drawn = 0
+    for seed in range(20):
+        # In the photo it can have several parts, of which one counts.
+        probability = largest_region(faint(seed), 0.01)
+        case = replace(evaluation.cases[0], probability=probability)
+        mask = lesion_mask(probability, *case.image_size, 0.01)
+        has_parts = not np.array_equal(mask, largest_part(mask))
+        cleaned, plain = overlay(case, 0.01, clean=True), overlay(case, 0.01)
+        assert has_parts != (cleaned == plain)
+        drawn += has_parts
+    assert drawn
 
 
 def test_one_image_is_enough(tmp_path: Path) -> None:

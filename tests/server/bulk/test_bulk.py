@@ -24,6 +24,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from common.progress import Progress
 from common.stamp import unstamped
 from photos.image import lesion_mask, read_photo, unpack_mask
 from photos.masks import measure
@@ -32,7 +33,6 @@ from server.backends import Backend, BackendInfo, Images
 from server.bulk import segmenter
 from server.bulk.__main__ import main
 from server.bulk.ledger import Ledger, Listing, Row, Task
-from server.bulk.progress import Progress
 from server.bulk.sources import BulkError, Listed
 from tests.support import MODEL, ROOT
 from tests.support.launch import ServerProcess
