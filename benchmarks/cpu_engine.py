@@ -39,7 +39,8 @@ from benchmarks.latency import machine
 from common.program import Help
 from common.stamp import Infer
 from server.backends import BackendError, BackendInfo, open_backend
-from server.settings import SHIPPED_MODEL, available_cores
+from server.cores import available_cores
+from server.settings import SHIPPED_MODEL
 from trt_build.parity import GENERATED, compare, table
 from trt_build.plan import Precision
 from trt_build.samples import REFERENCE, load_samples

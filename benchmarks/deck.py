@@ -20,8 +20,8 @@ from PIL import Image
 from common.onnx import onnx_runner
 from photos.image import FORMATS, ImageError, read_photo
 from server.backends import open_backend
+from server.cores import available_cores
 from server.http.uploads import FIELD
-from server.settings import available_cores
 from tests.support.expected import Expected
 
 __all__ = ["Card", "Deck", "bare_network_ms", "deal", "generated", "given"]

@@ -28,8 +28,8 @@ import numpy as np
 from PIL import Image
 
 from common.program import Help
+from server.cores import available_cores
 from server.observe.stages import STAGES
-from server.settings import available_cores
 from tests.support.launch import ServerProcess, serve
 
 SIZES = ((600, 450), (1024, 768), (3024, 2016), (6000, 4000))

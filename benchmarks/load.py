@@ -44,8 +44,8 @@ from benchmarks.locustfile import (
     prepare,
 )
 from common.program import Help
+from server.cores import available_cores
 from server.observe.stages import STAGES
-from server.settings import available_cores
 from tests.support.launch import serve
 
 RESULTS = Path(__file__).parent / "results"

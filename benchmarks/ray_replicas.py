@@ -26,7 +26,8 @@ import psutil
 
 from benchmarks.deck import Card, deal, generated
 from common.program import Help
-from server.settings import Settings, available_cores
+from server.cores import available_cores
+from server.settings import Settings
 from tests.support.launch import serve
 from tests.support.ray_cluster import GATEWAY, PROXY, SEGMENTER, RayService, ray_service
 

@@ -20,7 +20,6 @@ from trt_build.plan import Precision
 __all__ = [
     "Settings",
     "add_flags",
-    "available_cores",
     "read_settings",
     "settings_of",
     "settings_table",

@@ -43,7 +43,7 @@ from benchmarks.peers.processes import ROOT, Running, running
 from benchmarks.peers.servers import handler
 from common.onnx import onnx_runner
 from photos.image import lesion_mask, read_photo, unpack_mask
-from server.settings import available_cores
+from server.cores import available_cores
 from trt_build.parity import mask_iou
 
 __all__ = [
