@@ -3,7 +3,8 @@ An evaluation as a page: worst, median and best cases, and where the network doe
 
 `write_gallery` writes `index.html` and a PNG for each case shown into a folder. These are plain
 files that open without a server. The truth is outlined in blue and the prediction in orange, which
-the colour-blind tell apart.
+the colour-blind tell apart. It is hand-written because viewers for data sets (FiftyOne,
+TensorBoard) need a server to be looked at.
 """
 
 import re

@@ -1,6 +1,8 @@
 """Streams, memory and graphs through cuda-python; errors are raised as exceptions.
 
-Every call is one of CUDA's runtime API. Addresses are integers, sizes are bytes.
+Every call is one of CUDA's runtime API. Addresses are integers, sizes are bytes. It is hand-written
+because cuda-python returns an error beside each result, and PyTorch and CuPy, which raise it, take
+gigabytes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""The client, for asyncio and without it. It keeps no photo and writes none."""
+"""The client, for asyncio and without it. It keeps no photo and writes none.
+
+Repeating a request is hand-written, in a dozen lines: tenacity and httpx-retries know neither the
+deadline that all attempts share nor that the server is told what is left of it.
+"""
 
 import asyncio
 import concurrent.futures

@@ -3,6 +3,9 @@
 A page cannot set headers of a WebSocket, so there the key may come as a subprotocol. And a browser
 opens a WebSocket to any server, with whatever credentials it has for that: CORS holds for answers
 of HTTP only. So the page's origin is checked here.
+
+The rate is a hand-written token bucket of a dozen lines: a library (limits, slowapi) has stores and
+strategies for several processes, and this one only divides the rate by the number of workers.
 """
 
 import base64

@@ -1,4 +1,8 @@
-"""Parameters of a request, in query, form and headers, that several paths share."""
+"""Parameters of a request, in query, form and headers, that several paths share.
+
+The choice by `Accept` is hand-written: neither FastAPI nor Starlette has one, and werkzeug's would
+be a second framework.
+"""
 
 import contextlib
 from collections.abc import Sequence

@@ -8,6 +8,9 @@ what the others leave them, so they have a pace of their own.
 A request that would be answered too late is refused before its body is read, or when the body has
 come and more photos are ahead than before. If no photo is ahead the request is let in whatever its
 deadline is: it could not do better later.
+
+It is hand-written because limiters count requests and time, where this depends on the queue, the
+bytes in flight and the measured pace.
 """
 
 import contextlib

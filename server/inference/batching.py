@@ -8,6 +8,9 @@ out when a request arrives and when a slot becomes free.
 Interactive photos go before bulk ones. Bulk photos take the padding of a batch, and slots that are
 free, in runs so short that the next photo hardly waits. One bulk photo runs for every eight
 interactive ones, so that bulk never starves.
+
+It is hand-written because libraries for batching (mosec, Ray Serve, Triton) are servers of their
+own, and wait a fixed time for a batch to fill.
 """
 
 import asyncio

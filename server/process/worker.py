@@ -6,6 +6,9 @@ process at once, with the exit code that a shell gives for that signal. SIGHUP l
 the TLS certificate from their files again.
 
 It may be the only process, or one of several on one port (`server.process.supervisor`).
+
+It is hand-written around uvicorn's `Server`, which has no grace period, resets clients that wait in
+its backlog when it stops, and cannot count connections during their TLS handshake.
 """
 
 import asyncio
