@@ -2,6 +2,8 @@
 # make test                                 lint, types and tests; installs the development tools
 # make lint                                 format and types alone
 # make docs                                 the documentation as a site, in build/docs
+# make linkcheck                            whether the documentation's links to other sites still lead somewhere
+# make imports                              the picture of the imports in docs; needs Graphviz
 # make bare                                 make serve and make test in a bare Debian, as root; before a release
 # make wheels                               the compiled loops as wheels for all systems, in build/wheels; minutes
 # make audit                                known vulnerabilities of what is shipped, where they can be asked for
@@ -22,7 +24,7 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13)
 PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: serve test lint docs bare wheels audit bench peers clean
+.PHONY: serve test lint docs linkcheck imports bare wheels audit bench peers clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.serving
@@ -41,6 +43,13 @@ lint: $(VENV)/.development
 
 docs: $(VENV)/.development
 	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
+
+linkcheck: $(VENV)/.development
+	$(BIN)/python -m sphinx --keep-going -b linkcheck docs build/linkcheck
+
+imports: $(VENV)/.development
+	$(BIN)/pydeps server --no-config --max-module-depth 2 --only server model trt_build photos common \
+		--noshow -T svg -o docs/imports.svg
 
 bare:
 	docker/test/bare.sh
