@@ -21,6 +21,9 @@ VENV := .venv
 NATIVE := $(addprefix photos/native/,pyproject.toml backend.py meson.build slsnet_pixels/__init__.py slsnet_pixels/pixels.c)
 BIN := $(VENV)/bin
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+# Without them everything works, slower.
+INSTALL_LOOPS = $(BIN)/python -m pip install --quiet --disable-pip-version-check ./photos/native || \
+	echo "== WITHOUT the compiled loops: photos are read slower"
 PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
 
@@ -78,12 +81,14 @@ $(BIN)/python:
 $(VENV)/.serving: requirements.txt $(NATIVE) | $(BIN)/python
 	@echo "== installing requirements.txt into $(VENV): what serving needs, a minute or less"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(INSTALL_LOOPS)
 	@echo "== installed"
 	@touch $@
 
 $(VENV)/.benchmarks: requirements.txt $(NATIVE) requirements-bench.txt | $(BIN)/python
 	@echo "== installing requirements-bench.txt into $(VENV): what the load tests need, a minute or two"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	@$(INSTALL_LOOPS)
 	@echo "== installed"
 	@touch $@ $(VENV)/.serving
 
@@ -91,6 +96,7 @@ $(VENV)/.development: requirements.txt $(NATIVE) requirements-train.txt requirem
 		requirements-bench.txt docker/requirements-tools.txt requirements-dev.txt requirements-scorer.txt | $(BIN)/python
 	@echo "== installing requirements-dev.txt into $(VENV): PyTorch, Ray and the development tools, some gigabytes, several minutes"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@$(INSTALL_LOOPS)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-scorer.txt 2>/dev/null || \
 		echo "== without the official ISIC scorer, which has to be compiled: its comparison is skipped"
 	@echo "== installed"

@@ -5,10 +5,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 lock() { # SOURCE LOCK OPTION…
-    # What is of this tree has no hash, and is built of the image's own sources.
     uv pip compile --quiet --generate-hashes --no-annotate --upgrade \
-        --no-emit-package slsnet-pixels --custom-compile-command docker/lock.sh \
-        "${@:3}" "$1" --output-file "$2"
+        --custom-compile-command docker/lock.sh "${@:3}" "$1" --output-file "$2"
 }
 lock requirements.txt docker/requirements.lock --universal --python-version 3.11
 lock docker/requirements-build.in docker/requirements-build.lock --universal --python-version 3.11

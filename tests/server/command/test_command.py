@@ -69,6 +69,11 @@ def test_the_package_segments_without_the_repository(tmp_path: Path) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(source.read_bytes())
     subprocess.run([*pip, "install", *where, str(tmp_path / "tree")], check=True)
+    # A wheel of it has to install elsewhere: nothing that it needs lies on this machine alone.
+    (metadata,) = (tmp_path / "site").glob("slsnet_server-*.dist-info/METADATA")
+    needed = [line for line in metadata.read_text().splitlines() if "Requires-Dist" in line]
+    assert any("onnxruntime==" in line for line in needed)
+    assert not [line for line in needed if "file:" in line]
     run = "import sys; from server.command import main; sys.exit(main())"
     photo, out = str(ROOT / "docs/lesion.jpg"), str(tmp_path / "masks")
     done = subprocess.run(
