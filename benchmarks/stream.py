@@ -14,20 +14,23 @@ native ones) at `--size`, or generated ones. Clients and server share the cores:
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import uvloop
 from PIL import Image
 
 from benchmarks.latency import JPEG_QUALITY, machine
-from benchmarks.peers.client import closed_loop, post
+from benchmarks.peers.client import Connection, post
 from common.program import Help
 from tests.support.launch import ServerProcess, serve
 from tests.support.lesions import lesion_photo
@@ -90,7 +93,7 @@ def measure(
     for turn in range(rounds):
         for way in WAYS if turn % 2 else reversed(WAYS):
             before, started = _cpu_s(server), time.perf_counter()
-            answered, failed = _run(way, server, frames, clients, seconds)
+            answered, failed = uvloop.run(_run(way, server, frames, clients, seconds))
             wall_s = time.perf_counter() - started
             figures = found[way]
             figures.per_s.append(len(answered) / wall_s)
@@ -100,18 +103,40 @@ def measure(
     return found
 
 
-def _run(
+async def _run(
     way: str, server: ServerProcess, frames: Sequence[bytes], clients: int, seconds: float
 ) -> tuple[list[float], int]:
     """Seconds of the frames that got a mask, and the number of those that got none."""
     if way == "HTTP":
-        headers = {"Content-Type": "image/jpeg"}
-        requests = [post("/segment/json?mask=rle", frame, headers) for frame in frames]
-        load = closed_loop(server.port, requests, clients=clients, seconds=seconds)
-        good = [answer.ended - answer.due for answer in load.answers if answer.status == 200]
-        return good, len(load.answers) - len(good)
-    in_flight = 2 if "2" in way else 1
-    return asyncio.run(_streams(server, frames, clients, in_flight, seconds))
+        return await _requests(server, frames, clients, seconds)
+    return await _streams(server, frames, clients, 2 if "2" in way else 1, seconds)
+
+
+async def _requests(
+    server: ServerProcess, frames: Sequence[bytes], clients: int, seconds: float
+) -> tuple[list[float], int]:
+    headers = {"Content-Type": "image/jpeg"}
+    requests = [post("/segment/json?mask=rle", frame, headers) for frame in frames]
+    answered: list[float] = []
+    failed = 0
+
+    async def client() -> None:
+        nonlocal failed
+        connection = await Connection.open(server.port)
+        for request in itertools.cycle(requests):
+            sent = time.perf_counter()
+            reply = await connection.ask(request)
+            if reply.status == HTTPStatus.OK:
+                answered.append(time.perf_counter() - sent)
+            else:
+                failed += 1
+            if time.perf_counter() >= until or not connection.is_open:
+                break
+        connection.close()
+
+    until = time.perf_counter() + seconds
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return answered, failed
 
 
 async def _streams(

@@ -16,7 +16,17 @@ from typing import NamedTuple, cast
 
 import uvloop
 
-__all__ = ["LOST", "Answer", "Load", "at_once", "closed_loop", "open_loop", "post", "until_closed"]
+__all__ = [
+    "LOST",
+    "Answer",
+    "Connection",
+    "Load",
+    "at_once",
+    "closed_loop",
+    "open_loop",
+    "post",
+    "until_closed",
+]
 
 LOST = 0
 """Status of a request that was sent, or was due, but got no complete answer."""
@@ -88,7 +98,7 @@ def post(path: str, body: bytes, headers: dict[str, str]) -> bytes:
     return f"POST {path} HTTP/1.1\r\n{lines}\r\n".encode() + body
 
 
-class _Connection(asyncio.Protocol):
+class Connection(asyncio.Protocol):
     """Sends one request at a time and waits for its answer."""
 
     def __init__(self) -> None:
@@ -99,7 +109,7 @@ class _Connection(asyncio.Protocol):
         self._body_from = 0
 
     @classmethod
-    async def open(cls, port: int) -> "_Connection":
+    async def open(cls, port: int) -> "Connection":
         """Open a connection. Raises OSError where nobody listens."""
         _, connection = await asyncio.get_running_loop().create_connection(cls, "127.0.0.1", port)
         return connection
@@ -264,12 +274,12 @@ async def _client(
     *,
     until_closed: bool = False,
 ) -> None:
-    connection: _Connection | None = None
+    connection: Connection | None = None
     try:
         while not load.ended:
             if connection is None or not connection.is_open:
                 try:
-                    connection = await _Connection.open(port)
+                    connection = await Connection.open(port)
                 except OSError:
                     if until_closed:
                         return
@@ -306,13 +316,13 @@ def open_loop(
     """
 
     async def run() -> Load:
-        load, idle, tasks = Load(), list[_Connection](), set[asyncio.Task[None]]()
+        load, idle, tasks = Load(), list[Connection](), set[asyncio.Task[None]]()
 
         async def ask(number: int, due: float) -> None:
             connection = idle.pop() if idle else None
             try:
                 if connection is None or not connection.is_open:
-                    connection = await _Connection.open(port)
+                    connection = await Connection.open(port)
                 reply = await connection.ask(requests[number])
             except OSError:
                 load.add(number, due, _Reply(LOST))
@@ -351,7 +361,7 @@ def at_once(port: int, requests: Sequence[bytes], timeout_s: float = 30) -> list
     """Send each request on its own connection, all at one moment; return answers in their order."""
 
     async def run() -> list[Answer]:
-        connections = [await _Connection.open(port) for _ in requests]
+        connections = [await Connection.open(port) for _ in requests]
         due = time.perf_counter()
         replies = [
             connection.ask(request)
