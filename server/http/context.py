@@ -27,8 +27,8 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 CAME = "came"
 """Key in a request's state: when its head came, second of `time.perf_counter`, if known."""
 
-# Messages that begin an answer: of HTTP, of a WebSocket, and of one that is refused.
-_BEGINNINGS = ("http.response.start", "websocket.accept", "websocket.http.response.start")
+# Messages that begin an answer.
+_BEGINNINGS = ("http.response.start", "websocket.accept")
 
 _SWITCHED = 101
 """Status of a WebSocket, unless its end has another."""
