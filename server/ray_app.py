@@ -27,6 +27,7 @@ from starlette.types import Message, Scope
 from uvicorn.lifespan.on import LifespanOn
 
 from server.backends import BackendError
+from server.http.admitted import ADMITTED
 from server.http.app import create_app
 from server.http.problems import answer
 from server.observe.logs import configure
@@ -46,8 +47,6 @@ _RAYS_OWN = {"host", "port", "workers", "share_network", "tls_cert", "tls_key", 
 
 # Bytes that a form may add to its photos.
 _FORM_BYTES = 2**20
-
-_BATCH_PATHS = ("/segment/batch", "/segment/batch/json")
 
 _POLL_S = 0.05
 
@@ -215,7 +214,8 @@ class Gateway:
             )
 
     async def _forward(self, request: Request) -> Response:
-        many = request.url.path in _BATCH_PATHS
+        route = ADMITTED.get(request.url.path)
+        many = route is not None and route.many
         most_bytes = self._most_bytes_of_many if many else self._most_bytes
         with contextlib.ExitStack() as held:
             body = bytearray()

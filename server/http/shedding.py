@@ -16,33 +16,20 @@ the queue, the bytes in flight and the pace.
 import asyncio
 import math
 import time
-from types import SimpleNamespace
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn._types import HTTPScope
 
+from server.http.admitted import ADMITTED
 from server.http.context import CAME
-from server.http.openinference.protocol import INFER_PATHS
-from server.http.parameters import is_bulk
 from server.http.prefix import without_prefix
 from server.http.problems import answer
 from server.inference.errors import Overloaded
 from server.inference.service import Service
 
 __all__ = ["Door", "Shedding"]
-
-_BATCH = "/segment/batch"
-
-_ROUTES = {
-    path: SimpleNamespace(path=route)
-    for path, route in {
-        **{path: path for path in ("/segment", "/segment/json", _BATCH)},
-        **INFER_PATHS,
-    }.items()
-}
-"""What takes a place in the queue, and for those who count it what the framework calls it."""
 
 _REFUSAL = "refusal"
 
@@ -73,11 +60,11 @@ class Door:
         came = scope["state"].setdefault(CAME, time.perf_counter())
         refused = scope["state"].pop(_REFUSAL, None)
         service = self._service
-        path = without_prefix(scope["path"], service.settings.root_path)
-        if path not in _ROUTES or scope["method"] != "POST" or not service.networks.works:
+        route = ADMITTED.get(without_prefix(scope["path"], service.settings.root_path))
+        if route is None or scope["method"] != "POST" or not service.networks.works:
             return None
         headers = Headers(raw=list(scope["headers"]))
-        bulk = path == _BATCH or is_bulk(headers.get("priority", ""))
+        bulk = route.is_bulk(headers.get("priority", ""))
         asked = headers.get("x-request-timeout-ms")
         try:
             asked_ms = None if asked is None else float(asked)
@@ -86,8 +73,7 @@ class Door:
         if asked_ms is not None and not 0 < asked_ms < math.inf:
             # The framework will say what is wrong with it.
             return None
-        settings = service.settings
-        timeout_s = (settings.bulk_timeout_s if path == _BATCH else settings.timeout_s)(asked_ms)
+        timeout_s = route.timeout_s(service.settings, asked_ms)
         coming = self._coming
         try:
             service.gate.check_room(
@@ -128,7 +114,8 @@ class Shedding:
         if problem is None:
             await self._app(scope, receive, send)
             return
-        scope["route"] = _ROUTES[scope["path"]]
+        # Those who count it take its path.
+        scope["route"] = ADMITTED[scope["path"]]
         scope["state"]["reason"] = problem.reason
         response = answer(Request(scope), problem.status, problem.detail, problem.headers)
         await response(scope, receive, send)

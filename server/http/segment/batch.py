@@ -19,6 +19,7 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from server.http.admitted import BATCH, BATCH_JSON, Admitted
 from server.http.answers import BatchItemAnswer, MaskFormat
 from server.http.parameters import (
     Clean,
@@ -62,16 +63,15 @@ _FAREWELL_S = 30
 def bulk_router(service: Service) -> APIRouter:
     """The routes `/segment/batch` and `/segment/batch/json`."""
     router = APIRouter(tags=["segmentation"])
-    settings = service.settings
 
     def add(
-        path: str,
+        route: Admitted,
         summary: str,
         forms: Sequence[str],
         responses: dict[int | str, dict[str, Any]],
     ) -> None:
         @router.post(
-            path,
+            route.path,
             summary=summary,
             dependencies=[Depends(only_known)],
             response_class=Response,
@@ -96,12 +96,12 @@ def bulk_router(service: Service) -> APIRouter:
                     "mask": mask,
                     "file_names": file_names,
                 },
-                settings.bulk_timeout_s(x_request_timeout_ms),
+                route.timeout_s(service.settings, x_request_timeout_ms),
             )
 
-    add("/segment/batch", "Segment the lesions in many photos", _FORMS, _RESPONSES)
+    add(BATCH, "Segment the lesions in many photos", _FORMS, _RESPONSES)
     # Generated clients expect one form of answer for each path, and in JSON a single value.
-    add("/segment/batch/json", "The same, as one JSON array", (JSON,), _JSON_RESPONSES)
+    add(BATCH_JSON, "The same, as one JSON array", (JSON,), _JSON_RESPONSES)
     return router
 
 

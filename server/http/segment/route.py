@@ -10,6 +10,7 @@ from fastapi.routing import APIRoute
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from server.http.admitted import SEGMENT, SEGMENT_JSON
 from server.http.answers import MaskFormat
 from server.http.parameters import (
     Clean,
@@ -79,12 +80,12 @@ def segment_router(service: Service) -> APIRouter:
         return await _answer(service, request, wishes, x_request_timeout_ms, priority)
 
     router = APIRouter(route_class=_BriefRoute)
-    for path, endpoint, summary, responses in (
-        ("/segment", segment, "Segment the lesion in a photo", SEGMENT_RESPONSES),
-        ("/segment/json", segment_json, "The same, with figures, as JSON", SEGMENT_JSON_RESPONSES),
+    for route, endpoint, summary, responses in (
+        (SEGMENT, segment, "Segment the lesion in a photo", SEGMENT_RESPONSES),
+        (SEGMENT_JSON, segment_json, "The same, with figures, as JSON", SEGMENT_JSON_RESPONSES),
     ):
         router.add_api_route(
-            path,
+            route.path,
             endpoint,
             methods=["POST"],
             tags=["segmentation"],

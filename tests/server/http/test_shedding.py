@@ -20,8 +20,8 @@ from uvicorn._types import HTTPScope
 from uvicorn.server import ServerState
 
 from server.http import shedding
+from server.http.admitted import ADMITTED
 from server.http.context import RequestContext
-from server.http.openinference.protocol import INFER_PATHS
 from server.http.shedding import Door, Shedding
 from server.inference import admission
 from server.inference.admission import Gate
@@ -37,10 +37,7 @@ from tests.support.waiting import until
 from tests.support.wire import connect
 
 ORIGIN = "https://clinic.example"
-PATHS = {
-    **{path: path for path in ("/segment", "/segment/json", "/segment/batch")},
-    **INFER_PATHS,
-}
+PATHS = {path: route.path for path, route in ADMITTED.items()}
 IN_FLIGHT = "slsnet_requests_in_flight"
 
 
