@@ -117,7 +117,7 @@ def _check_encoding(headers: Headers) -> None:
 
 async def read_body(
     receive: Receive, headers: Headers, take: Callable[[int], None], *, max_bytes: int
-) -> bytes:
+) -> Body:
     """Read the whole body; refuse it as soon as it is known to be too large.
 
     Args:
@@ -132,7 +132,7 @@ async def read_body(
         ClientGone: the client hung up before the end.
     """
     chunks = [chunk async for chunk in _chunks(receive, headers, max_bytes=max_bytes, take=take)]
-    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+    return Body(chunks[0] if len(chunks) == 1 else b"".join(chunks))
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,25 @@
 """A request from its admission to its answer: one object owns its body, deadline and place.
 
-    with submitted(service, hung_up, stages, timeout_s) as submission:   a place, or a refusal
-        body = Body(await submission.receive(read))                      bytes that count
-        async with submission.work() as work:                            checked once more, begun
-            segmentation = await work.segment(body)                      decode, queue, network
+    async with submitted(service, hung_up, stages, timeout_s, read) as received:
+                                                    a place or a refusal; then bytes that count
+        async with received.work() as work:         checked once more, begun
+            segmentation = await work.segment()     decode, queue, network
             content = await work.encode(...)
-                                                                         over, served or not
+                                                    over, served or not
 
-Only `work` reaches the network, and only after the steps before it. Decoding and masks run in a
+Each step is a method of what the step before it gave, so none can be left out. Only `Work` reaches
+the network. It is given once for a request, or once for each photo of `Many`.
+
+Decoding and masks run in a
 pool of threads, inference in the batcher's threads. The event loop itself makes only small masks,
 and decodes a lone small photo. If the client hangs up, its work is dropped before the next stage.
 """
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar, TypeVarTuple
+from typing import Generic, TypeVar, TypeVarTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,9 +34,10 @@ from server.inference.errors import ClientGone, TooLarge, of_photo_error
 from server.inference.service import Service
 from server.observe.stages import Stages
 
-__all__ = ["Body", "Segmentation", "Submission", "Work", "submitted"]
+__all__ = ["Body", "Many", "Received", "Segmentation", "Work", "submitted"]
 
 Arguments = TypeVarTuple("Arguments")
+Content = TypeVar("Content")
 Result = TypeVar("Result")
 
 # The largest photo that is decoded on the event loop, when it is alone.
@@ -108,8 +112,8 @@ class Body:
         self._data, self._is_wanted = None, False
 
 
-class Submission:
-    """A request that has a place. `submitted` makes it."""
+class _Request:
+    """What the stages of a request share: its place, its deadline, and whether it is wanted."""
 
     def __init__(
         self,
@@ -122,76 +126,32 @@ class Submission:
         self.service = service
         self.stages = stages
         self.deadline = deadline
-        self._place = place
+        self.place = place
         self._hung_up = hung_up
         self._gone: asyncio.Future[object] | None = None
+        self._is_checked = False
+        self._is_over = False
         self._held = contextlib.ExitStack()
 
-    async def receive(self, read: Callable[[Callable[[int], None]], Awaitable[Result]]) -> Result:
-        """Read the body; `read` gets the function that accounts for its bytes.
-
-        Raises:
-            DeadlineExceeded: it did not come in time.
-        """
-        async with self.deadline.kept():
-            received = await read(self._place.take)
-        self.stages.end("read")
-        return received
-
-    async def parse(
-        self,
-        body: Body,
-        parse: Callable[[Body, *Arguments], Result],
-        *arguments: *Arguments,
-        alone: bool = False,
-    ) -> Result:
-        """Parse a body in a thread; `alone` is that of `Threads.run`.
-
-        Raises:
-            DeadlineExceeded: it took too long.
-        """
-        try:
-            async with self.deadline.kept():
-                parsed = await self.service.threads.run(parse, body, *arguments, alone=alone)
-        finally:
-            body.let_go()
-        self.stages.end("decode")
-        return parsed
-
-    def change(self, *, timeout_us: int | None, bulk: bool) -> None:
-        """Apply what the body says of the request, before any work begins.
-
-        Args:
-            timeout_us: microseconds from its start; a longer time changes nothing.
-            bulk: interactive requests go first.
-        """
-        if timeout_us is not None:
-            self.deadline.shorten(timeout_us)
-        self._place.deadline = self.deadline.at
-        self._place.bulk |= bulk
-
-    @property
-    def bulk(self) -> bool:
-        """Whether interactive requests go first."""
-        return self._place.bulk
-
-    def check(self, photos: int, *, places: int = 1) -> None:
+    def check(self, photos: int, places: int = 1, *, bulk: bool = False) -> None:
         """Check again, now that the body is there, and watch from now on whether the client leaves.
-
-        Args:
-            photos: how many are to be worked on.
-            places: how many they take.
 
         Raises:
             Overloaded: they would be done too late, or there is no room for them.
+            RuntimeError: the request was checked before, or is over.
         """
-        self._held.enter_context(self.service.gate.places(places - 1, bulk=self.bulk))
-        self._place.check(photos)
+        if self._is_checked or self._is_over:
+            raise RuntimeError("A request is worked on once, before it is over.")
+        self._is_checked = True
+        self.place.bulk |= bulk
+        self.place.deadline = self.deadline.at
+        self._held.enter_context(self.service.gate.places(places - 1, bulk=self.place.bulk))
+        self.place.check(photos)
         self._gone = asyncio.ensure_future(self._hung_up())
 
     @property
     def gone(self) -> asyncio.Future[object]:
-        """A task that ends when the client hangs up; it exists once the body is there."""
+        """A task that ends when the client hangs up."""
         assert self._gone is not None
         return self._gone
 
@@ -199,96 +159,191 @@ class Submission:
         """Whether the client hung up."""
         return self.gone.done() and not self.gone.cancelled()
 
-    def give_back(self, body_bytes: int) -> None:
-        """Free so many bytes of the body before its end."""
-        self._place.take(-body_bytes)
-
     @contextlib.asynccontextmanager
-    async def work(
-        self, photos: int = 1, *, places: int = 1, stages: Stages | None = None
-    ) -> AsyncIterator["Work"]:
-        """Work on so many photos, until the deadline passes.
-
-        Args:
-            photos, places: as for `check`, which is called here unless it was before.
-            stages: the stopwatch of these photos; None for the request's.
+    async def begun(self, photos: int) -> AsyncIterator[None]:
+        """So many of the photos are worked on, until the deadline passes.
 
         Raises:
-            Overloaded: see `check`.
             DeadlineExceeded: it took too long.
+            RuntimeError: the request is over.
         """
-        if self._gone is None:
-            self.check(photos, places=places)
-        self._place.begin(photos)
+        if self._is_over:
+            raise RuntimeError("The request is over.")
+        self.place.begin(photos)
         served = False
         try:
             async with self.deadline.kept():
-                yield Work(self, stages or self.stages)
+                yield
             served = True
         finally:
-            self._place.end(photos, served=served)
+            self.place.end(photos, served=served)
 
     def close(self) -> None:
-        """Stop watching the client, and give the place back."""
+        """Stop watching the client, and give the places back."""
+        self._is_over = True
         if self._gone is not None:
             self._gone.cancel()
         self._held.close()
 
 
-@contextlib.contextmanager
-def submitted(
+class Received(Generic[Content]):
+    """A request whose body is there. `submitted` makes it."""
+
+    def __init__(self, request: _Request, body: Content) -> None:
+        self.body = body
+        """What was read: a `Body`, or the photos and the rest of a form."""
+        self._request = request
+
+    async def parse(
+        self: "Received[Body]",
+        parse: Callable[[Body, *Arguments], Result],
+        *arguments: *Arguments,
+        alone: bool = False,
+    ) -> Result:
+        """Parse the body in a thread, and let it go; `alone` is that of `Threads.run`.
+
+        Raises:
+            DeadlineExceeded: it took too long.
+        """
+        request, body = self._request, self.body
+        try:
+            async with request.deadline.kept():
+                parsed = await request.service.threads.run(parse, body, *arguments, alone=alone)
+        finally:
+            body.let_go()
+        request.stages.end("decode")
+        return parsed
+
+    @contextlib.asynccontextmanager
+    async def work(
+        self: "Received[Body]",
+        photos: int = 1,
+        *,
+        places: int = 1,
+        timeout_us: int | None = None,
+        bulk: bool = False,
+    ) -> AsyncIterator["Work"]:
+        """Check again, now that the body is there, and work on its photos until the deadline.
+
+        Args:
+            photos: how many the body has.
+            places: how many they take.
+            timeout_us: what the body says of the deadline, microseconds from the request's start; a
+                longer time than before changes nothing.
+            bulk: whether the body says that interactive requests go first.
+
+        Raises:
+            Overloaded: they would be done too late, or there is no room for them.
+            DeadlineExceeded: it took too long.
+        """
+        request = self._request
+        if timeout_us is not None:
+            request.deadline.shorten(timeout_us)
+        request.check(photos, places, bulk=bulk)
+        async with request.begun(photos):
+            yield Work(request, request.stages, self.body)
+
+    def work_on_many(self, photos: int) -> "Many":
+        """Check as `work` does, and work on each of so many photos by itself.
+
+        Raises:
+            Overloaded: see `work`.
+        """
+        self._request.check(photos)
+        return Many(self._request)
+
+
+class Many:
+    """The photos of a request, each worked on by itself. `Received.work_on_many` makes it."""
+
+    def __init__(self, request: _Request) -> None:
+        self.deadline = request.deadline
+        self.gone = request.gone
+        """A task that ends when the client hangs up."""
+        self._request = request
+
+    @contextlib.asynccontextmanager
+    async def work(self, body: Body, stages: Stages) -> AsyncIterator["Work"]:
+        """Work on the photo in `body`, until the deadline passes; `stages` is its stopwatch.
+
+        Raises:
+            DeadlineExceeded: it took too long.
+        """
+        async with self._request.begun(1):
+            yield Work(self._request, stages, body)
+
+    def give_back(self, body_bytes: int) -> None:
+        """Free so many bytes of the request's body before its end."""
+        self._request.place.take(-body_bytes)
+
+
+@contextlib.asynccontextmanager
+async def submitted(
     service: Service,
     hung_up: Callable[[], Awaitable[object]],
     stages: Stages,
     timeout_s: float,
+    read: Callable[[Callable[[int], None]], Awaitable[Content]],
     *,
     bulk: bool = False,
-) -> Iterator[Submission]:
-    """Admit a request: it has a place until the end of the block.
+    is_there: bool = False,
+) -> AsyncIterator[Received[Content]]:
+    """Admit a request and read its body: it has a place until the end of the block.
 
     Args:
         service: works on it.
         hung_up: waits until the client hangs up; called once the body is there.
         stages: the stopwatch, which began with the request.
         timeout_s: how long the request may take.
+        read: reads the body; it gets the function that accounts for its bytes.
         bulk: interactive requests go first.
+        is_there: the body has come, and counts: `read` hands it over, which is no stage.
 
     Raises:
         Unavailable: no backend is ready.
         Overloaded: there is no room, or the answer would be late; see `Gate.enter`.
+        DeadlineExceeded: the body did not come in time.
     """
     service.networks.check_works()
     deadline = Deadline(stages.started, timeout_s)
     with service.gate.enter(deadline=deadline.at, bulk=bulk) as place:
-        submission = Submission(service, place, hung_up, stages, deadline)
+        async with deadline.kept():
+            body = await read(place.take)
+        if not is_there:
+            stages.end("read")
+        request = _Request(service, place, hung_up, stages, deadline)
         try:
-            yield submission
+            yield Received(request, body)
         finally:
-            submission.close()
+            request.close()
+            if isinstance(body, Body):
+                body.let_go()
 
 
 class Work:
-    """Photos of a submission that are being worked on. `Submission.work` makes it."""
+    """Photos that are being worked on. `Received.work` makes it, or `Many.work` for one of many."""
 
-    def __init__(self, submission: Submission, stages: Stages) -> None:
+    def __init__(self, request: _Request, stages: Stages, body: Body) -> None:
         self.stages = stages
-        self.service = submission.service
-        self.bulk = submission.bulk
-        self._submission = submission
+        self.service = request.service
+        self.bulk = request.place.bulk
+        self._request = request
+        self._body = body
 
     async def segment(
         self,
-        body: Body,
         unpack: Callable[[bytes], bytes] = lambda data: data,
         *,
         bare: bool = False,
         network: str | None = None,
     ) -> Segmentation:
-        """A photo → the lesion probability of its pixels.
+        """The photo in the body → the lesion probability of its pixels.
+
+        The body is let go once the photo is decoded.
 
         Args:
-            body: holds the photo; it is let go once the photo is decoded.
-            unpack: returns the photo's bytes or raises a problem; called in a thread.
+            unpack: takes the body's bytes, and returns the photo's or raises a problem; called in a
+                thread.
             bare: the body is the photo itself; a lone small one is decoded on the event loop.
             network: the one that `Networks.pinned` gave; None for the one in use.
 
@@ -299,11 +354,11 @@ class Work:
         try:
             async with contextlib.AsyncExitStack() as turn:
                 await self._wait_for(turn)
-                photo = await self._photo(body, unpack, turn, bare=bare)
+                photo = await self._photo(unpack, turn, bare=bare)
                 (inference,), backend = await self.infer([photo.pixels], network=network)
         finally:
-            body.let_go()
-        if self._submission.is_gone():
+            self._body.let_go()
+        if self._request.is_gone():
             raise ClientGone
         return Segmentation(
             inference.probability,
@@ -319,20 +374,20 @@ class Work:
             await turn.enter_async_context(self.service.turns[self.bulk].turn())
         except asyncio.CancelledError:
             # Where it is not the deadline, another photo of the request failed.
-            is_late = self._submission.deadline.left_s < _COARSE_S
+            is_late = self._request.deadline.left_s < _COARSE_S
             self.service.metrics.dropped.labels("deadline" if is_late else "abandoned").inc()
             raise
         self.stages.end("queue")
 
     async def _photo(
         self,
-        body: Body,
         unpack: Callable[[bytes], bytes],
         turn: contextlib.AsyncExitStack,
         *,
         bare: bool,
     ) -> Photo:
         """The decoded photo. If that takes seconds `turn` is given back; errors: see `segment`."""
+        body = self._body
         try:
             photo = self._decode_here(body.data) if bare and not self.bulk else None
             if photo is None:
@@ -340,7 +395,7 @@ class Work:
             if photo is None:
                 await turn.aclose()
                 photo = await self.service.threads.run(self._decode_slowly, body, slow=True)
-            if self._submission.is_gone():
+            if self._request.is_gone():
                 raise ClientGone
         except ClientGone:
             self.service.metrics.dropped.labels("client_gone").inc()
@@ -356,8 +411,8 @@ class Work:
         """Run pixels through the network, and say which backend ran them; see `Networks.infer`."""
         results, backend = await self.service.networks.infer(
             images,
-            deadline=self._submission.deadline.at,
-            is_gone=self._submission.is_gone,
+            deadline=self._request.deadline.at,
+            is_gone=self._request.is_gone,
             bulk=self.bulk,
             network=network,
         )
@@ -403,7 +458,7 @@ class Work:
         return self._read(body.take(), self.service.settings.max_pixels)
 
     def _read(self, data: bytes, max_pixels: int) -> Photo:
-        if self._submission.is_gone():
+        if self._request.is_gone():
             raise ClientGone
         try:
             return read_photo(data, max_pixels=max_pixels, room=self.service.pixels.room)

@@ -157,17 +157,16 @@ async def _infer(
 ) -> Response:
     settings = service.settings
     stages: Stages = request.state.stages
-    with submitted(
+    async with submitted(
         service,
         request.receive,
         stages,
         settings.timeout_s(timeout_ms),
+        partial(_read, request, service),
         bulk=is_bulk(priority),
-    ) as submission:
-        body = Body(await submission.receive(partial(_read, request, service)))
-        length = json_length(body.data, request.headers)
-        asked, images = await submission.parse(
-            body,
+    ) as received:
+        length = json_length(received.body.data, request.headers)
+        asked, images = await received.parse(
             parse,
             length,
             settings.bulk_queue,
@@ -176,8 +175,12 @@ async def _infer(
             alone=length > IMAGE_BYTES,
         )
         wishes = asked.parameters
-        submission.change(timeout_us=wishes.timeout, bulk=wishes.priority > 1)
-        async with submission.work(len(images), places=len(images)) as work:
+        async with received.work(
+            len(images),
+            places=len(images),
+            timeout_us=wishes.timeout,
+            bulk=wishes.priority > 1,
+        ) as work:
             results, _ = await work.infer(images)
             stages.notes["batch"] = str(max(result.batch_size for result in results))
             content, header_length = await work.encode(
@@ -196,7 +199,7 @@ def _platform(backend: BackendInfo) -> str:
     return f"{backend.name}_{backend.precision}"
 
 
-async def _read(request: Request, service: Service, take: Callable[[int], None]) -> bytes:
+async def _read(request: Request, service: Service, take: Callable[[int], None]) -> Body:
     """The request's body, decompressed, with at most `max_body_bytes`."""
     most = service.settings.max_body_bytes
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
@@ -204,9 +207,10 @@ async def _read(request: Request, service: Service, take: Callable[[int], None])
         raise UnsupportedType(
             f"Content-Encoding {encoding[:40]!r} is not served: send gzip, deflate or none."
         )
-    body = await read_body(request.receive, request.headers, take, max_bytes=most)
+    received = await read_body(request.receive, request.headers, take, max_bytes=most)
     if encoding == "identity":
-        return body
+        return received
+    body = received.take()
     # "deflate" is zlib's format (RFC 9110, 8.4.1.2).
     inflater = zlib.decompressobj(wbits=31 if encoding == "gzip" else 15)
     parts: list[bytes] = []
@@ -226,4 +230,4 @@ async def _read(request: Request, service: Service, take: Callable[[int], None])
             parts.append(part)
     if not inflater.eof:
         raise BadRequest(f"The {encoding} body ends too early.")
-    return b"".join(parts)
+    return Body(b"".join(parts))

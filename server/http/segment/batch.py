@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from server.http.admitted import BATCH, BATCH_JSON, Admitted
 from server.http.answers import BatchItemAnswer, MaskFormat
@@ -40,7 +40,7 @@ from server.http.segment.masks import JSON, Asked, encoded
 from server.http.uploads import MULTIPART, Fields, Part, read_parts
 from server.inference.errors import ClientGone, InferenceFailed, Problem
 from server.inference.service import Service
-from server.inference.submission import Submission, submitted
+from server.inference.submission import Many, submitted
 from server.observe.stages import Stages
 
 __all__ = ["bulk_router"]
@@ -131,25 +131,26 @@ class _Answers(Response):
             max_part_bytes=settings.max_body_bytes,
             parameters=parameter_names(request),
         )
-        with (
-            submitted(service, receive, stages, self._timeout_s, bulk=True) as submission,
-            service.networks.pinned() as network,
-        ):
-            photos, fields = await submission.receive(read)
-            self._read_options(request, fields)
-            submission.check(len(photos))
-            media_type = self._media_type
-            if media_type == MIXED:
-                media_type += f"; boundary={self._boundary}"
-            headers = {"Content-Type": media_type, "Vary": "Accept", "X-Accel-Buffering": "no"}
-            await send(
-                {
-                    "type": "http.response.start",
-                    "status": 200,
-                    "headers": [(k.lower().encode(), v.encode()) for k, v in headers.items()],
-                }
-            )
-            await self._send_all(request, photos, submission, network, send)
+        with service.networks.pinned() as network:
+            async with submitted(
+                service, receive, stages, self._timeout_s, read, bulk=True
+            ) as received:
+                photos, fields = received.body
+                self._read_options(request, fields)
+                many = received.work_on_many(len(photos))
+                await send(self._start())
+                await self._send_all(request, photos, many, network, send)
+
+    def _start(self) -> Message:
+        media_type = self._media_type
+        if media_type == MIXED:
+            media_type += f"; boundary={self._boundary}"
+        headers = {"Content-Type": media_type, "Vary": "Accept", "X-Accel-Buffering": "no"}
+        return {
+            "type": "http.response.start",
+            "status": 200,
+            "headers": [(k.lower().encode(), v.encode()) for k, v in headers.items()],
+        }
 
     def _read_options(self, request: Request, fields: Fields) -> None:
         given = with_fields(request, self._given, fields)
@@ -168,7 +169,7 @@ class _Answers(Response):
         self,
         request: Request,
         photos: list[Part],
-        submission: Submission,
+        many: Many,
         network: str,
         send: Send,
     ) -> None:
@@ -186,8 +187,8 @@ class _Answers(Response):
             while waiting:
                 index, part = waiting.popleft()
                 with contextlib.ExitStack() as held:
-                    answer = await self._answer(request, index, part, submission, network, held)
-                    submission.give_back(part.size)
+                    answer = await self._answer(request, index, part, many, network, held)
+                    many.give_back(part.size)
                     del part
                     async with sending:
                         body, opening = opening + answer, between
@@ -201,8 +202,8 @@ class _Answers(Response):
         workers = asyncio.gather(*(work() for _ in range(at_work)))
         try:
             await asyncio.wait(
-                (workers, submission.gone),
-                timeout=submission.deadline.left_s + _FAREWELL_S,
+                (workers, many.gone),
+                timeout=many.deadline.left_s + _FAREWELL_S,
                 return_when=asyncio.FIRST_COMPLETED,
             )
             if workers.done():
@@ -217,7 +218,7 @@ class _Answers(Response):
         request: Request,
         index: int,
         part: Part,
-        submission: Submission,
+        many: Many,
         network: str,
         held: contextlib.ExitStack,
     ) -> bytes:
@@ -225,9 +226,7 @@ class _Answers(Response):
         status, content = 200, b""
         media_type = "image/png" if self._media_type == MIXED else "application/json"
         try:
-            content = await self._service.unless_closing(
-                self._segment(part, submission, network, held)
-            )
+            content = await self._service.unless_closing(self._segment(part, many, network, held))
         except ClientGone:
             raise
         except Exception as error:
@@ -277,13 +276,13 @@ class _Answers(Response):
         return "\r\n".join(lines).encode() + content + b"\r\n"
 
     async def _segment(
-        self, part: Part, submission: Submission, network: str, held: contextlib.ExitStack
+        self, part: Part, many: Many, network: str, held: contextlib.ExitStack
     ) -> bytes:
         if isinstance(part.photo, Problem):
             raise part.photo
         stages = Stages()
-        async with submission.work(stages=stages) as work, self._service.bulk_photos:
-            segmentation = await work.segment(part.photo, network=network)
+        async with many.work(part.photo, stages) as work, self._service.bulk_photos:
+            segmentation = await work.segment(network=network)
             content = await encoded(work, segmentation, self._asked, held)
         for stage, seconds in stages.seconds.items():
             self._service.metrics.stage_seconds.labels(stage).observe(seconds)

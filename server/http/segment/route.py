@@ -29,7 +29,7 @@ from server.http.reference import SEGMENT_BODY, SEGMENT_JSON_RESPONSES, SEGMENT_
 from server.http.segment.masks import JSON, PNG, Asked, encoded
 from server.http.uploads import Fields, check_type, image_in_body, is_form, read_body
 from server.inference.service import Service
-from server.inference.submission import Body, submitted
+from server.inference.submission import submitted
 from server.observe.stages import Stages
 
 __all__ = ["segment_router"]
@@ -114,20 +114,19 @@ async def _answer(
         # A form's parameters are known only once it is parsed.
         wishes.media_type()
     read = partial(read_body, request.receive, headers, max_bytes=settings.max_body_bytes)
-    with (
-        submitted(
-            service,
-            request.receive,
-            stages,
-            settings.timeout_s(timeout_ms),
-            bulk=is_bulk(priority),
-        ) as submission,
-        contextlib.ExitStack() as held,
-    ):
-        body = Body(await submission.receive(read))
-        async with submission.work() as work:
+    with contextlib.ExitStack() as held:
+        async with (
+            submitted(
+                service,
+                request.receive,
+                stages,
+                settings.timeout_s(timeout_ms),
+                read,
+                bulk=is_bulk(priority),
+            ) as received,
+            received.work() as work,
+        ):
             segmentation = await work.segment(
-                body,
                 lambda data: image_in_body(data, content_type, wishes.take_fields),
                 bare=bare,
             )

@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 
@@ -213,15 +214,20 @@ class Session:
         self._spend()
         wishes, stages, service = self._wishes, frame.stages, self._service
         timeout_s = service.settings.timeout_s(wishes.deadline_ms)
+
+        async def read(_: Callable[[int], None]) -> Body:
+            return frame.body
+
         try:
-            with (
-                submitted(service, self._gone.wait, stages, timeout_s) as submission,
-                contextlib.ExitStack() as held,
-            ):
-                async with submission.work() as work:
-                    segmentation = await work.segment(
-                        frame.body, wishes.photo_of, bare=wishes.frames == "photo"
-                    )
+            with contextlib.ExitStack() as held:
+                async with (
+                    submitted(
+                        service, self._gone.wait, stages, timeout_s, read, is_there=True
+                    ) as received,
+                    received.work() as work,
+                ):
+                    bare = wishes.frames == "photo"
+                    segmentation = await work.segment(wishes.photo_of, bare=bare)
                     content = await encoded(work, segmentation, self._asked, held)
         except DeadlineExceeded:
             raise DeadlineExceeded(

@@ -19,6 +19,7 @@ from server.http.app import create_app
 from server.http.segment import masks
 from server.inference import submission as submission_module
 from server.inference.errors import (
+    ClientGone,
     DeadlineExceeded,
     TooLarge,
     Unavailable,
@@ -26,7 +27,7 @@ from server.inference.errors import (
     UnsupportedType,
 )
 from server.inference.service import Service
-from server.inference.submission import Body, Segmentation, Submission, submitted
+from server.inference.submission import Body, Received, Segmentation, submitted
 from server.observe.metrics import Metrics
 from server.observe.stages import Stages
 from server.settings import Settings
@@ -36,24 +37,29 @@ from tests.support.memory import traced
 
 
 def submit(
-    service: Service, timeout_s: float = 60, *, bulk: bool = False
-) -> contextlib.AbstractContextManager[Submission]:
+    service: Service, body: Body, timeout_s: float = 60, *, bulk: bool = False
+) -> contextlib.AbstractAsyncContextManager[Received[Body]]:
     """From a client that never hangs up."""
-    return submitted(service, asyncio.Event().wait, Stages(), timeout_s, bulk=bulk)
+
+    async def read(take: Callable[[int], None]) -> Body:
+        take(len(body.data))
+        return body
+
+    return submitted(service, asyncio.Event().wait, Stages(), timeout_s, read, bulk=bulk)
 
 
 def test_another_backend_takes_over_without_a_failed_request() -> None:
     body = drawn_photo(1, 300, 200)
 
     async def segment(service: Service) -> Segmentation:
-        with submit(service) as submission:
-            async with submission.work() as work:
-                return await work.segment(Body(body))
+        async with submit(service, Body(body)) as received, received.work() as work:
+            return await work.segment()
 
     async def scenario() -> None:
         service = Service(Settings(max_wait_ms=5), Metrics())
-        with pytest.raises(Unavailable), submit(service):
-            pass
+        with pytest.raises(Unavailable):
+            async with submit(service, Body(body)):
+                pass
         backends = [Constant(value / 8) for value in range(1, 8)]
         await service.use(backends[0])
         tasks = []
@@ -95,10 +101,9 @@ def test_bodies_that_wait_for_a_thread_go_at_their_deadline(
     monkeypatch.setattr(submission_module, "read_photo", slow)
 
     async def request(service: Service) -> None:
-        with submit(service, 2) as submission:
-            body = Body(bytes(BODY_BYTES))
-            async with submission.work() as work:
-                await work.segment(body)
+        body = Body(bytes(BODY_BYTES))
+        async with submit(service, body, 2) as received, received.work() as work:
+            await work.segment()
 
     async def scenario(bodies: Callable[[], int]) -> None:
         service = Service(Settings(decode_threads=1), Metrics())
@@ -169,9 +174,8 @@ def test_what_is_wrong_with_a_photo_does_not_keep_it() -> None:
         body = Body(bytes(BODY_BYTES))
 
         async def segment() -> None:
-            with submit(service) as submission:
-                async with submission.work() as work:
-                    await work.segment(body)
+            async with submit(service, body) as received, received.work() as work:
+                await work.segment()
 
         try:
             await service.unless_closing(segment())
@@ -220,12 +224,9 @@ def test_only_a_lone_small_photo_is_decoded_on_the_event_loop(
         service = Service(Settings(), Metrics())
         await service.use(Constant(0.5))
         monkeypatch.setattr(submission_module, "read_photo", reads)
-        with contextlib.ExitStack() as others:
-            for _ in range(requests - 1):
-                others.enter_context(submit(service, bulk=bulk))
-            with submit(service, bulk=bulk) as submission:
-                async with submission.work() as work:
-                    found = await work.segment(Body(data), bare=True)
+        with service.gate.places(requests - 1, bulk=bulk):
+            async with submit(service, Body(data), bulk=bulk) as received, received.work() as work:
+                found = await work.segment(bare=True)
         await service.close()
         assert found.width, name
 
@@ -239,10 +240,10 @@ def test_what_is_wrong_with_a_lone_photo_is_told_as_ever() -> None:
     async def scenario() -> None:
         service = Service(Settings(), Metrics())
         await service.use(Constant(0.5))
-        with submit(service) as submission:
-            async with submission.work() as work:
-                with pytest.raises(Unprocessable):
-                    await work.segment(Body(LONE[: len(LONE) // 2]), bare=True)
+        half = Body(LONE[: len(LONE) // 2])
+        async with submit(service, half) as received, received.work() as work:
+            with pytest.raises(Unprocessable):
+                await work.segment(bare=True)
         await service.close()
 
     asyncio.run(scenario())
@@ -293,9 +294,8 @@ def test_photos_that_take_seconds_leave_threads_to_others(monkeypatch: pytest.Mo
     large, small = out.getvalue(), drawn_photo(4, 64, 64, "PNG")
 
     async def segment(service: Service, data: bytes) -> Segmentation:
-        with submit(service) as submission:
-            async with submission.work() as work:
-                return await work.segment(Body(data))
+        async with submit(service, Body(data)) as received, received.work() as work:
+            return await work.segment()
 
     async def scenario() -> None:
         service = Service(Settings(decode_threads=2), Metrics())
@@ -318,3 +318,80 @@ def _png_head(width: int, height: int) -> bytes:
     out = BytesIO()
     Image.new("1", (width, height)).save(out, "PNG")
     return out.getvalue()
+
+
+def test_the_bytes_of_a_body_count_until_the_request_is_over() -> None:
+    async def scenario() -> None:
+        service = Service(Settings(), Metrics())
+        await service.use(Constant(0.5))
+        budget = service.gate.body_bytes
+        body = Body(LONE)
+        async with submit(service, body) as received:
+            assert budget.used == len(LONE)
+            async with received.work() as work:
+                await work.segment()
+        assert budget.used == 0
+        # Also of one that nobody worked on.
+        body = Body(LONE)
+        async with submit(service, body):
+            assert budget.used == len(LONE)
+        assert budget.used == 0
+        with pytest.raises(ClientGone):
+            body.take()
+        await service.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_request_is_worked_on_once_and_not_after_its_end() -> None:
+    async def scenario() -> None:
+        service = Service(Settings(max_queue=8), Metrics())
+        await service.use(Constant(0.5))
+
+        async def refused(received: Received[Body]) -> None:
+            for _ in range(2):
+                with pytest.raises(RuntimeError):
+                    received.work_on_many(1)
+                with pytest.raises(RuntimeError):
+                    async with received.work():
+                        pass
+
+        async with submit(service, Body(LONE)) as received:
+            async with received.work(2, places=2, bulk=True) as work:
+                assert work.bulk
+                await refused(received)
+            await refused(received)
+        await refused(received)
+        async with submit(service, Body(LONE)) as received:
+            many = received.work_on_many(2)
+            await refused(received)
+        with pytest.raises(RuntimeError):
+            async with many.work(Body(LONE), Stages()):
+                pass
+        # None of it is counted any more: neither places, nor bytes, nor photos of either kind.
+        gate = service.gate
+        assert (gate.admitted, gate.body_bytes.used) == (0, 0)
+        assert [gate.wait_s(bulk=bulk) for bulk in (False, True)] == [0, 0]
+        assert not [pace.photos for pace in gate.paces(bulk=True) if pace.photos]
+        await service.close()
+
+    asyncio.run(scenario())
+
+
+def test_what_the_body_says_of_its_priority_counts_before_work_begins() -> None:
+    async def scenario() -> None:
+        service = Service(Settings(), Metrics())
+        await service.use(Constant(0.5))
+        all_photos, bulk_photos = service.gate.paces(bulk=True)
+        async with submit(service, Body(b"-")) as received:
+            async with received.work(3, places=3, bulk=True):
+                assert (all_photos.photos, bulk_photos.photos) == (3, 3)
+            assert (all_photos.photos, bulk_photos.photos) == (0, 0)
+        async with submit(service, Body(b"-")) as received:
+            with pytest.raises(DeadlineExceeded):
+                async with received.work(timeout_us=1):
+                    await asyncio.Event().wait()
+            assert all_photos.photos == 0
+        await service.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
