@@ -50,6 +50,7 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 from uvicorn.server import ServerState
 
+from server.http.access import OPEN
 from server.http.prefix import without_prefix
 from server.http.problems import PROBLEM_JSON
 from server.inference.budgets import ByteBudget
@@ -87,13 +88,7 @@ WANTED_ON_TOP = _SOCKETS_ON_TOP + _OTHER_FILES
 """Files that a server needs beside those of the connections that it holds."""
 
 # Paths that are answered on connections above the limit.
-_ALWAYS_ANSWERED = {
-    "/health/live",
-    "/health/ready",
-    "/v2/health/live",
-    "/v2/health/ready",
-    "/metrics",
-}
+_ALWAYS_ANSWERED = {*OPEN, "/metrics"}
 
 # The path of a WebSocket.
 _STREAM = "/stream"
