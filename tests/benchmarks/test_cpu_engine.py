@@ -37,7 +37,7 @@ def test_a_folder_without_photos_is_told(
 
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the system does not tell")
-def test_work_of_others_is_seen_and_work_on_purpose_is_not_counted() -> None:
+def test_cpu_taken_by_other_processes_is_counted_but_not_the_burners() -> None:
     """One and the same busy process, once a stranger and once the measurement's own."""
     with taken(1) as burners:
         all_of_it, without = OtherWork([]), OtherWork(burners)

@@ -52,13 +52,13 @@ def test_an_engine_of_less_precision_is_held_to_its_own_gate(expected: Expected)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_what_is_no_mask_of_this_size_is_wrong(expected: Expected, precision: str) -> None:
+def test_answer_that_is_no_mask_of_this_size_is_wrong(expected: Expected, precision: str) -> None:
     assert expected.verdict(b"", precision) == "wrong"
     assert expected.verdict(expected.png[:60], precision) == "wrong"
     assert expected.verdict(mask_of(map_of_a_disc(), WIDTH, HEIGHT + 1), precision) == "wrong"
 
 
-def test_given_images_are_sent_both_as_a_form_and_bare_and_known_by_size_alone(
+def test_given_images_are_sent_as_form_and_bare_without_names(
     tmp_path: Path,
 ) -> None:
     pixels = lesion_photo(1, 64, 48).pixels

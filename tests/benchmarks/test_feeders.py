@@ -19,7 +19,7 @@ def test_the_owner_is_held_against_one_process() -> None:
     assert table.splitlines()[3] == "| 2 | 4,000 | 16 | 40 | 50 | 40 | 25,000 |"
 
 
-def test_decoding_is_left_out_of_what_16_cores_do() -> None:
+def test_throughput_of_16_cores_leaves_out_decoding() -> None:
     rounds = {
         "one process": [feeders.Round(500, 1800, 0)],
         "2 feeders": [feeders.Round(900, 1500, 50), feeders.Round(1000, 1500, 50)],

@@ -48,7 +48,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "load_samples", lambda _: load_samples(REFERENCE, limit=1))
 
 
-def test_one_that_fails_leaves_the_others_their_figures(
+def test_failing_engine_leaves_figures_of_the_others(
     card: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken() -> Candidate:
@@ -64,7 +64,7 @@ def test_one_that_fails_leaves_the_others_their_figures(
     assert text.strip() == capsys.readouterr().out.strip()
 
 
-def test_what_is_cut_off_has_what_it_measured(
+def test_interrupted_measurement_keeps_its_figures(
     card: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = [(gpu.Result("cut", "fp16"), lambda: Candidate(cut=5))]

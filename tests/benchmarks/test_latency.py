@@ -28,7 +28,7 @@ def test_a_folder_without_photos_is_refused(tmp_path: Path, exists: bool) -> Non
     assert not result.stdout
 
 
-def test_torch_is_told_by_its_libraries() -> None:
+def test_installed_torch_is_found_by_its_libraries() -> None:
     line = "7f00-7f01 r-xp 00000000 08:01 42    {}"
     numpy = line.format("/home/a/torch-serving/.venv/numpy/core.so")
     torch = line.format("/usr/lib/python3/torch/lib/libtorch_cpu.so")

@@ -101,7 +101,7 @@ def test_latency_is_the_sum_of_its_parts_and_percentiles_rise(report: dict[str, 
         assert step["stages_ms"]["infer"] > 0
 
 
-def test_photos_in_a_run_are_told_and_no_more_than_wait(report: dict[str, Any]) -> None:
+def test_photos_a_run_are_reported_and_at_most_those_waiting(report: dict[str, Any]) -> None:
     """On a CPU photos that wait run on a core each, so no batch is formed; a GPU forms them."""
     lone, loaded = steps(report, "ramp")
     assert lone["batch"] == 1
@@ -149,7 +149,7 @@ def open_loop(server: ServerProcess, images: Path) -> Iterator[subprocess.Popen[
         process.kill()
 
 
-def test_a_client_that_is_held_up_hides_no_latency(
+def test_stopped_client_still_counts_latency_from_the_due_time(
     open_loop: subprocess.Popen[str], server: ServerProcess
 ) -> None:
     """Given an open loop, when the client itself stands still for 2 s, then what was due meanwhile

@@ -233,7 +233,7 @@ def test_an_overload_tells_refused_from_lost_and_late() -> None:
     assert overload.drained_s == 10
 
 
-def test_a_bad_photo_and_its_neighbours_are_told_apart() -> None:
+def test_bad_photo_and_its_neighbours_are_reported_separately() -> None:
     def together(*statuses: int) -> list[Answer]:
         return [Answer(i, 0, 1, status) for i, status in enumerate(statuses)]
 
@@ -241,7 +241,7 @@ def test_a_bad_photo_and_its_neighbours_are_told_apart() -> None:
     assert (bad.times, bad.good_failed, bad.statuses) == (2, 1, {"422": 2})
 
 
-def test_a_stop_looks_at_what_came_after_the_signal() -> None:
+def test_stop_counts_answers_after_the_signal() -> None:
     stop = stop_of(
         load_of(
             Answer(0, 10, 10.5, LOST),
@@ -366,7 +366,7 @@ def test_a_disturbed_visit_is_made_again(comparison: Comparison) -> None:
     assert len(comparison.visits) == 2 and not comparison.missing
 
 
-def test_what_runs_without_a_server_is_made_again_when_disturbed(comparison: Comparison) -> None:
+def test_disturbed_measurement_without_server_is_repeated(comparison: Comparison) -> None:
     order = list(jobs([ENTRANTS[0]], ("real",), 1))
     assert [job.kind for job in order] == ["path", "stock", "bare", "visit"]
     assert not [job for job in order if job.key not in done(comparison)]
@@ -443,7 +443,7 @@ def test_a_commit_that_touches_nothing_measured_leaves_a_comparison_valid(
     assert command_line.measured_commit().endswith("+")
 
 
-def test_an_aim_may_be_a_least_or_a_most() -> None:
+def test_aim_is_a_lower_or_an_upper_bound() -> None:
     assert Aim("", 1.5, 1.5).is_met and not Aim("", 1.5, 1.49).is_met
     assert Aim("", 1 / 3, 0.3, at_most=True).is_met
     assert not Aim("", 1 / 3, 0.34, at_most=True).is_met
@@ -466,7 +466,7 @@ def test_the_report_says_where_a_peer_is_ahead(comparison: Comparison, tmp_path:
     assert page.count("<svg") == 2
 
 
-def test_all_that_was_measured_can_put_a_peer_ahead(comparison: Comparison, tmp_path: Path) -> None:
+def test_each_measured_figure_can_put_a_peer_ahead(comparison: Comparison, tmp_path: Path) -> None:
     """Given turns that differ by two thirds, when a peer is ahead by less, then it is not."""
 
     def troubled(visit: Visit, *, idle: float, per_s: float, seconds: float | None) -> Visit:
@@ -601,7 +601,7 @@ while True:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_not_lost_in_a_loop_that_starts(number: signal.Signals) -> None:
+def test_signal_during_start_of_the_bare_loop_is_not_lost(number: signal.Signals) -> None:
     command = [sys.executable, "-c", _STARTS_LOOPS]
     runs = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) for _ in range(8)]
     try:

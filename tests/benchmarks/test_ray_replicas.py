@@ -66,7 +66,7 @@ def card(photos: list[Sample], offline: Offline) -> Card:
     return Card("photo", photos[0].data, "image/jpeg", expected)
 
 
-def test_what_is_answered_after_the_time_is_not_more_throughput(card: Card) -> None:
+def test_answers_after_the_time_do_not_count_as_throughput(card: Card) -> None:
     with answering(200, card.expected.png) as url:
         found = measured(url, card)
     assert 0 < found.requests_per_s <= 3 / LATENCY_S
@@ -75,7 +75,7 @@ def test_what_is_answered_after_the_time_is_not_more_throughput(card: Card) -> N
     assert found.failed == 0
 
 
-def test_a_server_that_answers_nothing_is_said(card: Card) -> None:
+def test_server_without_answers_is_reported(card: Card) -> None:
     with answering(500, b"") as url, pytest.raises(NothingAnsweredError, match="fake: no request"):
         measured(url, card)
     with answering(200, b"no mask") as url, pytest.raises(NothingAnsweredError):

@@ -22,7 +22,7 @@ def test_reads_the_table_of_latency() -> None:
     assert read_costs(LATENCY) == [Cost("600×450", 50.0, 10.0)]
 
 
-def test_what_follows_from_it_by_hand() -> None:
+def test_cores_and_costs_equal_those_computed_by_hand() -> None:
     prices = Prices(core=0.036, gpu=3.6, gpu_cores=10, use=0.5)
     sizing, cost = tables(read_costs(LATENCY), photos_per_s=70, prices=prices).split("\n\n")
     # 20 and 100 photos/s a core; 70 / 20 / 0.7 = 5 cores, 70 / 100 / 0.7 = 1.

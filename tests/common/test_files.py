@@ -46,7 +46,7 @@ def test_an_error_in_the_middle_leaves_the_old_file_and_no_other(tmp_path: Path)
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_is_written_can_be_read_by_others_and_keeps_its_suffix(tmp_path: Path) -> None:
+def test_written_file_is_readable_by_others_and_keeps_its_suffix(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
 
     with replacing(path) as temporary:

@@ -81,7 +81,7 @@ def test_a_diverged_run_is_told_and_the_others_go_on(
     assert "| base | 72.93 | – |" in table and "| no-multiscale | 78.76 | –" not in table
 
 
-def test_groups_are_the_papers_tables() -> None:
+def test_ablation_groups_are_the_tables_of_the_paper() -> None:
     assert chosen(["table4"]) == ["base", "base+pam", "base+cam", "no-multiscale", "paper"]
     assert chosen(["cam", "table5", "paper"]) == ["paper", "cam-danet", "input-64", "input-256"]
     for group in GROUPS.values():

@@ -29,7 +29,7 @@ def test_batches_are_in_range_and_in_shape(recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["paper", "strong", "settle"])
-def test_a_seed_is_a_batch(recipe: Recipe) -> None:
+def test_same_seed_gives_the_same_batch(recipe: Recipe) -> None:
     images, masks = batch()
     x, y = Augmenter(recipe, 32, 64, CPU)(images, masks, 7)
     torch.manual_seed(99)  # nothing but the seed counts
@@ -50,7 +50,7 @@ def test_parts_are_slices_of_the_global_batch(recipe: Recipe) -> None:
         torch.testing.assert_close(mask, y[part])
 
 
-def test_nothing_is_only_pooled() -> None:
+def test_recipe_none_only_pools() -> None:
     images, masks = batch()
     x, y = Augmenter("none", 32, 64, CPU)(images, masks, 0)
     pooled = images.float().reshape(6, 3, 32, 2, 32, 2).mean((3, 5)) / 255
@@ -123,7 +123,7 @@ def test_papers_recipe_flips_gammas_and_equalises() -> None:
     assert not all(untouched)
 
 
-def test_settling_leaves_most_images_nearly_as_they_are_and_the_others_strongly_varied() -> None:
+def test_settle_varies_most_images_little_and_the_rest_strongly() -> None:
     images, masks = batch(40)
     x, y = Augmenter("settle", 64, 64, CPU)(images, masks, 4)
     strong, _ = Augmenter("strong", 64, 64, CPU)(images, masks, 4)

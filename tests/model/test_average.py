@@ -64,7 +64,7 @@ def test_the_mean_of_two_runs_is_written_with_its_scores(
     assert said["training_data"] == "9 images of isic2017" and said["threshold"] == "0.5"
 
 
-def test_of_one_run_it_is_its_end_and_scores_as_the_run_did(folder: Path) -> None:
+def test_average_of_one_run_is_its_last_weights_with_its_score(folder: Path) -> None:
     config, network = load_run(folder / "b", CPU)
     for name, value in load_generator(mean(folder, "b")).state_dict().items():
         assert torch.equal(value, network.state_dict()[name])

@@ -40,7 +40,7 @@ def test_every_photo_is_scored_once_by_the_run_that_held_it_out(folder: Path) ->
     assert {len(values) for values in recipe.scores["validation"].values()} == {2}
 
 
-def test_attention_that_was_awake_has_a_weight_and_can_be_left_out(folder: Path) -> None:
+def test_attention_weights_are_listed_and_can_be_left_out(folder: Path) -> None:
     samples = find_samples(folder / "data")
     awake = score("exact", [folder / "exact-0"], samples, folder / "cache")
     assert len(awake.eta) == 2 and all(awake.eta)
@@ -82,7 +82,9 @@ def test_the_table_is_paired_by_photo(folder: Path, capsys: pytest.CaptureFixtur
     assert out.count("+0.0000 ± 0.0000") == 2
 
 
-def test_what_cannot_be_compared_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_incomparable_runs_are_refused_by_name(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     samples = find_samples(folder / "data")
     with pytest.raises(ConfigError, match="holds no run"):
         score("x", [folder / "nothing"], samples, folder / "cache")

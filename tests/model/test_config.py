@@ -32,7 +32,7 @@ def test_papers_protocol() -> None:
     assert paper.loss.bce == 0 and paper.generator.decoder_dropout > 0  # z
 
 
-def test_ablations_differ_from_the_paper_in_what_they_are_named_for() -> None:
+def test_each_ablation_changes_only_what_its_name_says() -> None:
     def changes(name: str) -> dict[str, object]:
         paper, other = PRESETS["paper"], PRESETS[name]
         found: dict[str, object] = {}

@@ -114,7 +114,7 @@ def test_missing_masks_are_named(tmp_path: Path) -> None:
         find_samples(tmp_path)
 
 
-def test_what_is_no_data_set_says_so(tmp_path: Path) -> None:
+def test_folder_without_data_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere is not a folder"):
         find_samples(tmp_path / "nowhere")
     with pytest.raises(DataError, match="holds no data set"):

@@ -206,7 +206,7 @@ def grey_mask(values: NDArray[np.uint8]) -> Callable[[Path], None]:
         ),
     ],
 )
-def test_what_cannot_be_used_is_named_before_the_network_runs(
+def test_unusable_files_are_named_before_the_network_runs(
     tmp_path: Path, damage: Callable[[Path], None], names: str, fix: str
 ) -> None:
     write_pairs(tmp_path, 3, 150, 100)

@@ -38,7 +38,7 @@ def test_evaluation_takes_the_size_of_the_weights(weights: Path) -> None:
         load_network(SHIPPED / "slsnet.onnx", 64)
 
 
-def test_weights_that_do_not_say_their_size_take_what_is_asked_for() -> None:
+def test_weights_without_a_size_use_the_given_one() -> None:
     shipped = SHIPPED / "slsnet.safetensors"
     assert (input_size(shipped), input_size(shipped, 64)) == (128, 64)
 
@@ -57,7 +57,7 @@ def test_an_export_has_the_size_and_an_identity_of_its_own(weights: Path) -> Non
         open_backend("onnxruntime", graph, threads=1)
 
 
-def test_an_export_replaces_no_file_that_was_not_named(
+def test_export_without_output_overwrites_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for suffix in (".safetensors", ".onnx"):

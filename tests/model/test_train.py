@@ -424,7 +424,7 @@ def test_nan_stops_with_step_and_config_named(
     assert all(t.isfinite().all() for t in _tensors(kept["network"]))
 
 
-def test_early_stop_and_nothing_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_ends_at_early_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(epochs=9, early_stop=2)
     scores = iter([0.5, 0.6, 0.55, 0.6, 0.9])
     run = trainer(tmp_path, config)
@@ -487,7 +487,7 @@ def test_gradients_are_clipped(tmp_path: Path) -> None:
     assert norm(10 * free) == pytest.approx(free, rel=1e-3)
 
 
-def test_same_seed_same_run_and_another_another(tmp_path: Path) -> None:
+def test_same_seed_same_run_other_seed_other_run(tmp_path: Path) -> None:
     def weights(name: str, seed: int) -> dict[str, Tensor]:
         config = tiny_config(deterministic=True, seed=seed, epochs=1, augment="strong")
         run = trainer(tmp_path / name, config)

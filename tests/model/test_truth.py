@@ -102,7 +102,7 @@ def test_transparency_is_refused_by_all_alike(tmp_path: Path, mode: str) -> None
     assert stopped.value.code == 1
 
 
-def test_an_opaque_alpha_channel_says_nothing(tmp_path: Path) -> None:
+def test_opaque_alpha_channel_of_a_mask_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.fromarray(MASK).convert("RGBA").save(path)
     assert np.array_equal(read_truth(path), MASK > 0)

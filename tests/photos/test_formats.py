@@ -210,7 +210,7 @@ def test_common_tiffs_are_read(kind: str, dtype: str, order: str, code: str) -> 
 @pytest.mark.parametrize("dtype", ["f4"])
 @pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("order", "<>")
-def test_what_is_no_number_does_not_blacken_the_photo(dtype: str, odd: float, order: Any) -> None:
+def test_nan_pixels_do_not_blacken_the_photo(dtype: str, odd: float, order: Any) -> None:
     values = scene(1)[..., 0]
     array = (values * 3000 - 1000).astype(dtype)
     array[:2, :2] = odd
@@ -334,7 +334,7 @@ def test_thousands_of_packed_texts_are_refused() -> None:
         read_photo(png(picture, 8, 2, packed * 2000))
 
 
-def test_what_turns_a_png_is_kept() -> None:
+def test_orientation_of_a_png_is_kept() -> None:
     picture = Image.fromarray(np.zeros((20, 30, 3), np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 6

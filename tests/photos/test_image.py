@@ -74,7 +74,7 @@ def test_text_and_the_like_are_unsupported(data: bytes) -> None:
         read_photo(data)
 
 
-def test_nothing_is_no_image() -> None:
+def test_empty_bytes_are_refused() -> None:
     with pytest.raises(CorruptImageError, match="empty"):
         read_photo(b"")
 
@@ -292,7 +292,7 @@ def test_a_jpeg_of_thousands_of_scans_is_refused(photo: Image.Image) -> None:
         read_photo(data[:-2] + last_scan * 3000 + data[-2:])
 
 
-def test_what_phones_append_to_a_jpeg_is_not_looked_at(photo: Image.Image) -> None:
+def test_data_after_a_jpeg_is_ignored(photo: Image.Image) -> None:
     data = encode(photo, "JPEG")
     film = np.random.default_rng(0).bytes(8 << 20)  # holds FF DA more than a hundred times
     assert film.count(b"\xff\xda") > 100

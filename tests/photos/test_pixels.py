@@ -121,7 +121,7 @@ def test_without_the_library_photos_and_masks_are_the_same(
     np.testing.assert_array_equal(plain.pixels, read.pixels)
 
 
-def test_that_it_is_slower_is_said_once(
+def test_missing_library_is_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     # As in a process of its own: tests before have said it in this one.

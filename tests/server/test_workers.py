@@ -130,7 +130,7 @@ def test_sighup_reaches_all_workers(pair: ServerProcess) -> None:
     assert isinstance(pair.process, subprocess.Popen)
 
 
-def test_a_place_keeps_its_files_whoever_fills_it(
+def test_new_worker_reuses_metric_files_of_the_crashed_one(
     pair: ServerProcess, photos: list[Sample]
 ) -> None:
     def samples(name: str) -> float:
@@ -194,7 +194,7 @@ def test_no_memory_for_metrics_is_told_at_the_start() -> None:
     assert "Traceback" not in str(error.value)
 
 
-def test_what_there_was_no_room_for_is_not_there_to_be_read(
+def test_metric_file_without_room_is_not_created(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = Folder()

@@ -54,7 +54,7 @@ def test_fusing_replaces_position_attention_alone(exported: onnx.ModelProto) -> 
 
 
 @pytest.mark.parametrize(("precision", "low"), [("fp16", "FLOAT16"), ("bf16", "BFLOAT16")])
-def test_what_is_fragile_stays_in_float32(
+def test_fragile_layers_stay_in_float32(
     exported: onnx.ModelProto, precision: Precision, low: str
 ) -> None:
     model = convert(exported, precision)

@@ -32,7 +32,7 @@ def test_gpu_requirements_follow_the_cpus() -> None:
 
 
 @pytest.mark.parametrize("package", ["cuda-python", "onnx"])
-def test_what_is_tested_is_what_is_served(package: str) -> None:
+def test_gpu_pins_are_the_tested_ones(package: str) -> None:
     tested = _pins("requirements-dev.txt") | _pins("requirements-train.txt")
     assert _pins("requirements-gpu.txt")[package] == tested[package]
 

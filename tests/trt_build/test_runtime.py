@@ -227,7 +227,7 @@ def test_threads_wait_for_the_gpu_as_told(machine: Machine, spin: bool) -> None:
     assert machine.cuda.flags == (spinning if spin else asleep)
 
 
-def test_an_error_that_lasts_is_every_answer_and_closing_still_ends(machine: Machine) -> None:
+def test_lasting_cuda_error_fails_all_batches_and_close_returns(machine: Machine) -> None:
     runner = EngineRunner(machine.engine)
     machine.cuda.sticky = Status.cudaErrorIllegalAddress
     for _ in range(SLOTS + 1):

@@ -229,7 +229,7 @@ def test_an_absorbed_cast_is_left_to_the_parity_gate(fake: FakeTensorRT, tmp_pat
     assert any(line.startswith("warning: ") and problem in line for line in said)
 
 
-def test_an_engine_of_another_precision_is_no_matter_of_masks(
+def test_engine_of_another_precision_fails_even_when_gated(
     fake: FakeTensorRT, tmp_path: Path
 ) -> None:
     """Float32 passes any gate, and is not what was asked."""
@@ -257,7 +257,7 @@ def test_the_timing_cache_is_kept_reused_and_replaced(fake: FakeTensorRT, tmp_pa
     assert cache.read_bytes() == b"timed", "one of another version is started anew"
 
 
-def test_what_is_timed_beside_serving_is_marked_and_goes_into_no_cache(
+def test_timings_beside_serving_are_marked_and_not_cached(
     fake: FakeTensorRT, tmp_path: Path
 ) -> None:
     cache, output = tmp_path / "timing.cache", tmp_path / "x.engine"
@@ -337,7 +337,7 @@ def test_the_lean_runtime_runs_engines_and_builds_none(
     assert "builds no engines" in capsys.readouterr().err
 
 
-def test_what_version_11_removed_is_not_there() -> None:
+def test_interfaces_that_version_11_removed_are_missing() -> None:
     """The fake would not notice a use of what 11 removed if its record were incomplete."""
     classes = surfaces.classes("tensorrt-11.4")
     assert "FP16" not in classes["BuilderFlag"]

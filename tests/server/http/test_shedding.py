@@ -472,7 +472,7 @@ def test_a_server_that_stops_keeps_nobody_waiting() -> None:
     asyncio.run(scenario())
 
 
-def test_who_waits_and_sends_what_is_no_body_is_told_that_alone() -> None:
+def test_malformed_chunk_while_waiting_gets_only_400() -> None:
     async def scenario() -> None:
         waits = [0.05, 0]
         async with connected(refuse, lambda _scope: waits.pop(0)) as (reader, writer, _):
