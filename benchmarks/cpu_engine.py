@@ -100,8 +100,6 @@ class Contender:
 
         Args:
             backend: name of the backend; None for stock.
-            model: path of the ONNX file.
-            threads: number of the backend's threads.
 
         Raises:
             BackendError: the backend does not run here.
@@ -229,7 +227,6 @@ def measure(
     """Time each backend on each size of batch.
 
     Args:
-        engines: the backends to time, by name.
         pixels: uint8 [count, 128, 128, 3], taken in turn.
         batches: sizes of batch.
         rounds: number of measured rounds, after `WARM_UP` others.

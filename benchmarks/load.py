@@ -203,7 +203,6 @@ def run(
     """Run all scenarios in turn.
 
     Args:
-        deck: photos that are sent.
         host: URL of a ready server.
         where: the machine of the test.
         clients: numbers of clients in the ramp, rising from 1.

@@ -34,7 +34,6 @@ class Progress:
     """Lines such as `1200 of 2000 photos (60%), 3 without a mask, 24.1 photos/s, 0:33 left`.
 
     Args:
-        total: number of all photos.
         done: number of photos that earlier runs finished.
         unsuccessful: number of photos among the done ones that have no mask.
         out: stream to write to; stderr by default.

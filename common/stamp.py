@@ -45,7 +45,6 @@ def stamped(content: bytes, infer: Infer | None) -> bytes:
     """An ONNX file's bytes with new answers and a new digest; old ones are replaced.
 
     Args:
-        content: bytes of the file.
         infer: runs the network of the file: uint8 [n, 128, 128, 3] → float32 [n, 128, 128]; None
             leaves the answers out.
     """

@@ -1,5 +1,4 @@
-"""
-The documentation as a site, built by Sphinx: `make docs` writes it to `build/docs`.
+"""The documentation as a site, built by Sphinx: `make docs` writes it to `build/docs`.
 
 Pages under `docs/generated` are made from the code at each build, so that they are true; git does
 not keep them.

@@ -1,12 +1,11 @@
-"""
-Augmentation in batches, on the device of the batch.
+"""Augmentation in batches, on the device of the batch.
 
 Parameters are drawn for the whole global batch from a seeded generator: a resumed run, and each of
 several data-parallel processes, see the same images as one uninterrupted process does.
 
-Recipes: ``paper`` (Sarker et al. 2019, section 4: flips, gamma, CLAHE); ``strong``, which stands in
+Recipes: `paper` (Sarker et al. 2019, section 4: flips, gamma, CLAHE); `strong`, which stands in
 for other cameras, framings, skin tones, illumination, optics, hair, rulers and compression; and
-``settle``, for a last stage after ``strong``: six images of ten nearly as they are, for statistics
+`settle`, for a last stage after `strong`: six images of ten nearly as they are, for statistics
 like those of real photos (Touvron et al. 2019), the others strongly varied, so that nothing is
 forgotten.
 """
@@ -42,14 +41,11 @@ _JPEG_LUMINANCE = (  # ITU-T T.81, table K.1
 
 
 class Augmenter:
-    """
-    Makes a training batch of stored uint8 images and targets.
+    """Makes a training batch of stored uint8 images and targets.
 
     Args:
-        recipe: the variations.
         size: side of the batch that comes out, pixels; the stored images' side is a multiple of it.
         stored: side of the stored images, pixels.
-        device: where the batches are.
     """
 
     def __init__(self, recipe: Recipe, size: int, stored: int, device: torch.device) -> None:
@@ -72,8 +68,7 @@ class Augmenter:
     def __call__(
         self, images: Tensor, targets: Tensor, seed: int, part: slice | None = None, of: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """
-        Augment one batch.
+        """Augment one batch.
 
         Args:
             images: uint8 [n, 3, stored, stored].

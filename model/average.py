@@ -57,7 +57,6 @@ def average(runs: list[Path], data: Path, out: Path, cache: Path) -> dict[str, f
         runs: folders that `model.train` wrote.
         data: the folder of data sets that the runs used.
         out: the `.safetensors` file that is written.
-        cache: folder of decoded pixels.
 
     Returns:
         Jaccard and threshold Jaccard of every selection set.

@@ -1,5 +1,4 @@
-"""
-What is trained and how. Every choice that the paper leaves open or ablates is a frozen value.
+"""What is trained and how. Every choice that the paper leaves open or ablates is a frozen value.
 
 Presets are named configurations. `load_config` refuses keys that do not exist.
 """
@@ -30,8 +29,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """
-    The architecture of the generator (Sarker et al. 2019, section 3; 2,347,900 parameters).
+    """The architecture of the generator (Sarker et al. 2019, section 3; 2,347,900 parameters).
 
     A field exists where the text is open or where tables 4 and 5 vary the network.
     """
@@ -225,8 +223,7 @@ def config_dict(config: TrainConfig) -> dict[str, Any]:
 
 
 def parse_config(values: Mapping[str, Any]) -> TrainConfig:
-    """
-    Build a configuration from plain values. A field that is not given keeps its default.
+    """Build a configuration from plain values. A field that is not given keeps its default.
 
     Raises:
         ConfigError: a key does not exist or a value does not fit; the message names it.
@@ -249,8 +246,7 @@ def parse_config(values: Mapping[str, Any]) -> TrainConfig:
 def load_config(
     preset: str = "best", file: Path | None = None, overrides: Mapping[str, Any] | None = None
 ) -> TrainConfig:
-    """
-    Build a preset's configuration, changed by a YAML file, then by dotted `key: value` overrides.
+    """Build a preset's configuration, changed by a YAML file, then by dotted `key: value`.
 
     Raises:
         ConfigError: the preset does not exist, the file is unreadable, a key is unknown, or a
@@ -276,8 +272,7 @@ def load_config(
 
 
 def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
-    """
-    Read `KEY=VALUE` flags as overrides. Values are YAML.
+    """Read `KEY=VALUE` flags as overrides. Values are YAML.
 
     Raises:
         ConfigError: a flag has no `=`, or its value is not YAML.

@@ -1,5 +1,4 @@
-"""
-Dermoscopic data sets: images and masks are paired, split by id, and cached as pixels.
+"""Dermoscopic data sets: images and masks are paired, split by id, and cached as pixels.
 
 Official layouts (ISIC 2016, 2017, 2018, PH2) are recognised by their folder names; any other folder
 pair holds `X.jpg|png|bmp|...` and `X_segmentation.png` or the like (`model.truth`). The whole set
@@ -84,8 +83,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def find_pairs(
     images: Path, masks: Path, origin: str = "folder", split: Split = "training"
 ) -> list[Sample]:
-    """
-    Pair the images of one folder with the masks of another (or the same) folder, sorted by id.
+    """Pair the images of one folder with the masks of another (or the same) folder, sorted by id.
 
     Raises:
         DataError: a folder is missing or holds no images, or an image has no mask.
@@ -112,8 +110,7 @@ def find_pairs(
 
 
 def find_samples(root: Path) -> list[Sample]:
-    """
-    Find every official data set at or up to two levels below `root`, or else one plain folder pair.
+    """Find all official data sets at `root` or two levels below at most, or else one plain pair.
 
     Raises:
         DataError: nothing is found, or an image has no mask.
@@ -161,8 +158,7 @@ def _find_ph2(root: Path) -> list[Sample]:
 
 
 def select(samples: Iterable[Sample], split: Split) -> list[Sample]:
-    """
-    The samples of one split, sorted by id; each id is there once.
+    """The samples of one split, sorted by id; each id is there once.
 
     Where an id is in several data sets the newest set's mask is taken (ISIC 2018 redrew some).
     Ids of validation and test sets of any data set are kept out of training: 2018's training set
@@ -178,8 +174,7 @@ def select(samples: Iterable[Sample], split: Split) -> list[Sample]:
 
 
 def refuse_leakage(splits: Mapping[str, Sequence[Sample]]) -> None:
-    """
-    Refuse an id that is in two splits.
+    """Refuse an id that is in two splits.
 
     Raises:
         DataError: an id is in two splits; the message names the id and both splits.
@@ -196,8 +191,7 @@ def refuse_leakage(splits: Mapping[str, Sequence[Sample]]) -> None:
 
 
 def read_groups(path: Path, column: str) -> dict[str, str]:
-    """
-    Read the lesion or patient of each id from a table like ISIC's metadata.
+    """Read the lesion or patient of each id from a table like ISIC's metadata.
 
     Args:
         path: CSV with a header. The first column called `isic_id`, `image_id`, `image_name`,
@@ -263,8 +257,7 @@ class PixelSet:
 def read_mask(
     path: Path, side: int, frame: tuple[int, int], allow_uniform: bool
 ) -> NDArray[np.uint8]:
-    """
-    Read a true mask and average it to side × side; uint8, 255 is lesion.
+    """Read a true mask and average it to side × side; uint8, 255 is lesion.
 
     Args:
         path: a black and white image.
@@ -293,8 +286,7 @@ def read_mask(
 def load_pixels(
     samples: Sequence[Sample], side: int, cache: Path | None = None, allow_uniform: bool = False
 ) -> PixelSet:
-    """
-    Decode every sample once. The folder `cache`, if given, keeps the pixels for the next run.
+    """Decode every sample once. The folder `cache`, if given, keeps the pixels for the next run.
 
     Raises:
         DataError: an image or mask cannot be used; the message names the file.

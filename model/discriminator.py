@@ -1,5 +1,4 @@
-"""
-SLSNet's discriminator: it judges whether a mask is the annotator's or the generator's.
+"""SLSNet's discriminator: it judges whether a mask is the annotator's or the generator's.
 
 Source: Sarker et al. 2019, section 3.0.3; a PatchGAN (Isola et al. 2017) with PAM after its second
 and CAM after its third layer.
@@ -42,8 +41,7 @@ class Discriminator(nn.Module):
         )
 
     def forward(self, image: Tensor, mask: Tensor) -> Tensor:
-        """
-        Judge a mask.
+        """Judge a mask.
 
         Args:
             image: float [n, 3, H, W], RGB in [0, 1].

@@ -27,8 +27,7 @@ _ROWS = 512
 
 
 def groups(images: Iterable[NDArray[np.uint8]], labels: Sequence[Hashable | None]) -> list[int]:
-    """
-    For each photo, give the index of the first one that it belongs together with, often its own.
+    """For each photo, give the index of the first one that it belongs together with, often its own.
 
     Two photos are copies if their thumbnails, turned and mirrored to fit best, correlate. It finds
     copies of another size, format, quality, brightness and contrast. Two photos that belong

@@ -1,5 +1,4 @@
-"""
-Score a network on any folder pair, at the size of the masks.
+"""Score a network on any folder pair, at the size of the masks.
 
     python -m model.evaluate --images DIR --masks DIR
     python -m model.evaluate --images DIR --masks DIR --model runs/a/best.safetensors \
@@ -140,8 +139,7 @@ class Evaluation:
 
 
 def load_network(path: Path, size: int | None = None) -> Network:
-    """
-    Load an ONNX graph with ONNX Runtime, or safetensors weights with PyTorch.
+    """Load an ONNX graph with ONNX Runtime, or safetensors weights with PyTorch.
 
     Args:
         path: `.onnx` or `.safetensors`.
@@ -174,17 +172,14 @@ def evaluate(
     camera: tuple[int, int] | None = None,
     progress: bool = False,
 ) -> Evaluation:
-    """
-    Run the network on every image, and count pixels at every mask's size.
+    """Run the network on every image, and count pixels at every mask's size.
 
     Args:
         samples: images with their masks, as `model.data.find_pairs` returns them.
-        network: the network, from `load_network`.
         threshold: probability above which a pixel is lesion.
         clean: count only the largest region, without its holes (`photos.regions`).
         camera: width and height of a camera, pixels: each image is reduced until it fits, and
             compressed as JPEG, before the network gets it.
-        progress: whether progress is shown on stderr.
 
     Raises:
         DataError: an image or a mask cannot be used. It is raised before the network runs.

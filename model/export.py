@@ -1,5 +1,4 @@
-"""
-Export a trained generator to the ONNX graph that every backend serves.
+"""Export a trained generator to the ONNX graph that every backend serves.
 
     python -m model.export --weights runs/best/best.safetensors --output slsnet.onnx
 
@@ -54,8 +53,7 @@ AttentionForm = Literal["exact", "pooled"]
 
 
 def set_attention(generator: Generator, form: AttentionForm) -> None:
-    """
-    Let attentions at half resolution compare all positions, or averages of keys and values.
+    """Let attentions at half resolution compare all positions, or averages of keys and values.
 
     Raises:
         ValueError: `exact` is asked of a network that was trained pooled.
@@ -93,14 +91,12 @@ def export(
     name: str | None = None,
     attention: AttentionForm = "pooled",
 ) -> float:
-    """
-    Write the contract graph of `weights` to `output` and check it against PyTorch.
+    """Write the contract graph of `weights` to `output` and check it against PyTorch.
 
     Args:
         weights: safetensors, as `model.train` writes them.
         output: the ONNX file.
         version: version of the weights, for the model card; by default the start of their sha256.
-        licence: licence of the weights.
         size: side of the input, pixels, for weights that do not say theirs.
         name: name for the model card; by default that of the run or the file.
         attention: form of the attentions at half resolution; the module describes both.

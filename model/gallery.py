@@ -1,5 +1,4 @@
-"""
-An evaluation as a page: worst, median and best cases, and where the network does well or badly.
+"""An evaluation as a page: worst, median and best cases, and where the network does well or badly.
 
 `write_gallery` writes `index.html` and a PNG for each case shown into a folder. These are plain
 files that open without a server. The truth is outlined in blue and the prediction in orange, which
@@ -56,8 +55,7 @@ figcaption { padding: .5rem .8rem; font-size: 13px; overflow-wrap: anywhere; }
 
 
 def write_gallery(evaluation: Evaluation, folder: Path) -> Path:
-    """
-    Write the page of an evaluation.
+    """Write the page of an evaluation.
 
     Args:
         evaluation: result of `model.evaluate.evaluate`; its images and masks are read again.

@@ -1,5 +1,4 @@
-"""
-SLSNet's generator: an RGB image goes in, lesion logits come out at the image's own resolution.
+"""SLSNet's generator: an RGB image goes in, lesion logits come out at the image's own resolution.
 
     multiscale block → 2 × down-sampling attention → 4 × FCM → down-sampling attention
     → 8 × dilated FCM → factorised layer → CAM ∥ PAM
@@ -38,8 +37,7 @@ RGB_STD = (0.157, 0.166, 0.182)
 
 
 class Generator(nn.Module):
-    """
-    The network that segments.
+    """The network that segments.
 
     Args:
         config: the architecture; by default the paper's (2,347,900 parameters).
@@ -81,8 +79,7 @@ class Generator(nn.Module):
         self.register_buffer("std", torch.tensor(RGB_STD).view(3, 1, 1), persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
-        """
-        Segment a batch of images.
+        """Segment a batch of images.
 
         Args:
             image: float [n, 3, H, W], RGB in [0, 1]; H and W are multiples of 8.
@@ -126,8 +123,7 @@ def save_generator(
 
 
 def load_generator(path: Path) -> Generator:
-    """
-    Read a generator written by :func:`save_generator`, in evaluation mode.
+    """Read a generator written by :func:`save_generator`, in evaluation mode.
 
     Raises:
         ValueError: the file holds no SLSNet generator, or its weights fit another architecture.
@@ -144,8 +140,7 @@ def load_generator(path: Path) -> Generator:
 
 
 def input_size(path: Path, asked: int | None = None) -> int:
-    """
-    The side of the input that weights were trained with, pixels.
+    """The side of the input that weights were trained with, pixels.
 
     Args:
         path: safetensors file with a generator.
@@ -165,8 +160,7 @@ def input_size(path: Path, asked: int | None = None) -> int:
 
 
 def load_metadata(path: Path) -> dict[str, str]:
-    """
-    Read the metadata of a safetensors file.
+    """Read the metadata of a safetensors file.
 
     Raises:
         ValueError: the file is missing or not safetensors.

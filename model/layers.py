@@ -1,5 +1,4 @@
-"""
-Building blocks of SLSNet: position and channel attention, factorised layers, down- and up-samplers.
+"""Building blocks of SLSNet: attention over positions and channels, factorised layers, samplers.
 
 References: Sarker et al. 2019 (arXiv:1907.00856) section 3, eqs. 1-6; DANet (Fu et al. 2018) for
 PAM and CAM; ERFNet (Romera et al. 2018) for the down-sampler and the non-bottleneck-1D layer.
@@ -20,8 +19,7 @@ from model.config import CamForm
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """
-    Batch normalisation over the global batch, on CPU and GPU alike.
+    """Batch normalisation over the global batch, on CPU and GPU alike.
 
     torch's SyncBatchNorm runs on accelerators only. Without statistics over all processes,
     data-parallel training would follow another loss curve than one process does.
@@ -52,10 +50,9 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 class PositionAttention(nn.Module):
-    """
-    PAM, eqs. 3 and 4: every position attends to every other; ``x + η · attention``, η = 0 at first.
+    """PAM, eqs. 3 and 4: each position attends to all others; `x + η · attention`, η = 0 at first.
 
-    With ``pool`` = p > 1, keys and values are averaged over p×p positions before the product, so
+    With `pool` = p > 1, keys and values are averaged over p×p positions before the product, so
     each of the H·W queries attends to H·W / p² averages:
 
         attention = softmax(B · mean_p(C)ᵀ) · mean_p(D)
@@ -64,9 +61,9 @@ class PositionAttention(nn.Module):
     average in the place of its pyramid; DANet's authors call it compact position attention (DRANet,
     Fu et al. 2020). p = 1 is the paper's own form.
 
-    ``mode`` says how the same function is computed. ``fused`` is scaled_dot_product_attention,
-    whose memory is linear in H·W. ``plain`` is the H·W × H·W matrix as written in eq. 3, which
-    exports to MatMul-Softmax-MatMul. ``asleep`` is the identity, at no cost: η is 0 and stays so.
+    `mode` says how the same function is computed. `fused` is scaled_dot_product_attention,
+    whose memory is linear in H·W. `plain` is the H·W × H·W matrix as written in eq. 3, which
+    exports to MatMul-Softmax-MatMul. `asleep` is the identity, at no cost: η is 0 and stays so.
     """
 
     mode: Literal["fused", "plain", "asleep"]
@@ -114,10 +111,9 @@ class PositionAttention(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """
-    CAM, eqs. 1 and 2: every channel attends to every other; ``x + γ · attention``, γ = 0 at first.
+    """CAM, eqs. 1 and 2: every channel attends to every other; `x + γ · attention`, γ = 0 at first.
 
-    ``eq1`` is softmax(A·Aᵀ) as printed; ``danet`` is DANet's softmax(max - A·Aᵀ). Energies sum over
+    `eq1` is softmax(A·Aᵀ) as printed; `danet` is DANet's softmax(max - A·Aᵀ). Energies sum over
     H·W positions and reach thousands, so they and the softmax are float32 under any autocast.
     """
 

@@ -30,9 +30,6 @@ def train(
 
     Args:
         config: the configuration; a resumed run must have been started with the same.
-        data: folder of data sets.
-        out: the run's folder.
-        cache: folder of decoded pixels.
         resume: whether to go on with the run in `out`.
 
     Raises:

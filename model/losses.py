@@ -1,5 +1,4 @@
-"""
-The paper's losses (eqs. 7, 9 and 11), and pixel-wise cross-entropy, which it leaves out.
+"""The paper's losses (eqs. 7, 9 and 11), and pixel-wise cross-entropy, which it leaves out.
 
 Probabilities, logits and ground truth are [n, 1, H, W]; every loss is a mean over images.
 """
@@ -12,8 +11,7 @@ from torch import Tensor
 
 
 def jaccard_loss(probability: Tensor, truth: Tensor) -> Tensor:
-    """
-    The loss of eq. 9, per image: ``1 - Σgp / (Σg² + Σp² - Σgp)``.
+    """The loss of eq. 9, per image: `1 - Σgp / (Σg² + Σp² - Σgp)`.
 
     Where truth and prediction are both empty the ratio is 0/0. Nothing is missed: the loss is 0.
     """
@@ -31,12 +29,12 @@ def l1_loss(probability: Tensor, truth: Tensor) -> Tensor:
 
 
 def adversarial_loss(fake_logits: Tensor) -> Tensor:
-    """The first term of eq. 7: ``-log D(x, G(x, z))``, averaged over D's map."""
+    """The first term of eq. 7: `-log D(x, G(x, z))`, averaged over D's map."""
     return F.softplus(-fake_logits).mean()
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """The loss of eq. 11: ``-log D(x, y) - log(1 - D(x, G(x, z)))``, averaged over D's map."""
+    """The loss of eq. 11: `-log D(x, y) - log(1 - D(x, G(x, z)))`, averaged over D's map."""
     return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
 
 

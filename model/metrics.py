@@ -1,5 +1,4 @@
-"""
-How well masks match the truth. Pixels are counted once per image; all figures follow from that.
+"""How well masks match the truth. Pixels are counted once per image; all figures follow from that.
 
 Figures are per image, then averaged over images (macro), as the ISIC challenges score them
 (PyPI `isic-challenge-scoring`; a test compares both). A figure that would divide by 0 is 1. It is
@@ -49,8 +48,7 @@ class Confusion:
 
 
 def count(prediction: NDArray[np.bool_], truth: NDArray[np.bool_]) -> Confusion:
-    """
-    Count the pixels of masks.
+    """Count the pixels of masks.
 
     Args:
         prediction: bool [..., height, width].
@@ -78,8 +76,7 @@ def count(prediction: NDArray[np.bool_], truth: NDArray[np.bool_]) -> Confusion:
 
 
 def count_packed(prediction: NDArray[np.uint8], truth: NDArray[np.uint8], pixels: int) -> Confusion:
-    """
-    Count the pixels of one mask in packed bits, as `photos.image.lesion_mask` returns them.
+    """Count the pixels of one mask in packed bits, as `photos.image.lesion_mask` returns them.
 
     Args:
         prediction: uint8 [height, ceil(width / 8)], padding bits 0.
@@ -151,8 +148,7 @@ def macro_average(c: Confusion) -> dict[str, float]:
 
 
 class Calibration:
-    """
-    Tells whether a probability of 0.7 means that 70 % of such pixels are lesion.
+    """Tells whether a probability of 0.7 means that 70 % of such pixels are lesion.
 
     Images are added one by one. Each weighs the same, however many pixels it has.
 
@@ -169,8 +165,7 @@ class Calibration:
     def add(
         self, probability: NDArray[np.float32], truth: NDArray[np.bool_] | NDArray[np.float32]
     ) -> None:
-        """
-        Add an image.
+        """Add an image.
 
         Args:
             probability: the network's answer, 0 to 1.

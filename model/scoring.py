@@ -45,9 +45,7 @@ def score_selections(
 
     Args:
         network: turns images in [0, 1] into logits; in evaluation mode, on `device`.
-        selections: selection sets by name.
         config: the run's configuration, for its input size and precision.
-        device: the device that computes.
 
     Returns:
         `<set>_jaccard` and `<set>_threshold_jaccard` of every set, and `selection`, the Jaccard

@@ -57,9 +57,6 @@ class Trainer:
     """One step of a run and its state: networks, their average, optimisers, progress.
 
     Args:
-        config: the run's configuration.
-        out: the run's folder.
-        training: the training images.
         selections: sets to select by, by name; the official validation set first if there is one.
         origin: the training images in words, for the weights' metadata.
 

@@ -40,8 +40,7 @@ def find_photos(folder: Path) -> list[Path]:
 
 
 def find_masks(photos: Iterable[Path], masks: Path) -> dict[Path, Path]:
-    """
-    Find the mask of each photo in the folder `masks`. Photos without a mask are left out.
+    """Find the mask of each photo in the folder `masks`. Photos without a mask are left out.
 
     A mask has the photo's name and then `_segmentation`, `_lesion` or `_mask`. In another folder
     than the photo's it may have just the photo's name. The suffix may be that of any picture.
@@ -78,8 +77,7 @@ def find_masks(photos: Iterable[Path], masks: Path) -> dict[Path, Path]:
 
 
 def read_truth(path: Path) -> NDArray[np.bool_]:
-    """
-    Read a mask as bool [height, width]. Above 128 is lesion, as in the official scorer. The mask
+    """Read a mask as bool [height, width]. Above 128 is lesion, as in the official scorer. The mask
     is turned by its EXIF orientation, as photos are.
 
     Raises:

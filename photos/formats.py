@@ -1,5 +1,4 @@
-"""
-Finds photos that Pillow would read wrongly, and sound photos that it cannot read.
+"""Finds photos that Pillow would read wrongly, and sound photos that it cannot read.
 
 Pillow gives wrong pixels for some TIFFs, without an error. `Grey` corrects some of them, `refusal`
 refuses the others. `foreign` and `rare` name a sound file that Pillow cannot read.
@@ -195,8 +194,7 @@ def is_lossless_jpeg(data: bytes) -> bool:
 
 
 def without_text(png: bytes) -> bytes:
-    """
-    A PNG without its texts and colour profile: they are not used, and Pillow limits them.
+    """A PNG without its texts and colour profile: they are not used, and Pillow limits them.
 
     EXIF and XMP of a moderate length are kept, since they give the orientation.
     """

@@ -1,5 +1,4 @@
-"""
-Photo bytes → the network's square pixels, and its probability map → a mask at the photo's size.
+"""Photo bytes → the network's square pixels, and its probability map → a mask at the photo's size.
 
 Training, evaluation and serving use these functions, so all of them give the same mask. Needs numpy
 and Pillow only.
@@ -147,8 +146,7 @@ def read_photo(
     max_pixels: int = DEFAULT_MAX_PIXELS,
     room: Callable[[int], AbstractContextManager[None]] = _always_room,
 ) -> Photo:
-    """
-    Decode a photo of any size to `size`×`size` RGB by area average (Pillow's BOX filter).
+    """Decode a photo of any size to `size`×`size` RGB by area average (Pillow's BOX filter).
 
     The header gives format and pixel count, before anything is decoded. JPEG is decoded at the
     smallest DCT scale whose sides are both ≥ 2 `size`. EXIF orientation is applied, to width and
@@ -250,8 +248,7 @@ def is_baseline_jpeg(data: bytes) -> bool:
 def lesion_mask(
     probability: NDArray[np.float32], width: int, height: int, threshold: float = THRESHOLD
 ) -> NDArray[np.uint8]:
-    """
-    The mask at the photo's size: `probability` up-sampled, then `> threshold`.
+    """The mask at the photo's size: `probability` up-sampled, then `> threshold`.
 
     Up-sampling is bilinear, with half-pixel centres and clamped edges. The probabilities at the
     photo's size are never formed. Between two source rows a pixel's value lies between those of the
@@ -278,8 +275,7 @@ def lesion_mask(
 def upsampled(
     probability: NDArray[np.float32], width: int, height: int, lines: int
 ) -> Iterator[NDArray[np.float32]]:
-    """
-    `probability` at the photo's size, as in `lesion_mask`, so many lines at a time.
+    """`probability` at the photo's size, as in `lesion_mask`, so many lines at a time.
 
     Args:
         probability: float32 [rows, columns], usually [128, 128].
@@ -310,8 +306,7 @@ def unpack_mask(packed: NDArray[np.uint8], width: int) -> NDArray[np.bool_]:
 
 
 def encode_png(packed: NDArray[np.uint8], width: int, height: int) -> bytes:
-    """
-    Packed bits as `lesion_mask` returns them → a 1-bit greyscale PNG, lesion white.
+    """Packed bits as `lesion_mask` returns them → a 1-bit greyscale PNG, lesion white.
 
     It is hand-written (PNG, W3C Recommendation, third edition) because packed bits already are
     PNG's own sample layout. Each line differs little from the one above. The "Up" filter makes runs
@@ -426,8 +421,7 @@ def _orientation(image: ImageFile.ImageFile) -> int:
 
 
 def _squash(image: Image.Image, size: int, grey: formats.Grey) -> NDArray[np.uint8]:
-    """
-    The whole frame by area average, uint8 [size, size, 3].
+    """The whole frame by area average, uint8 [size, size, 3].
 
     Other modes than RGB are converted a strip at a time, so that memory never holds a second
     picture of the photo's size.

@@ -45,8 +45,7 @@ _pointer_in.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
 
 def squash(image: Image.Image, size: int) -> NDArray[np.uint8] | None:
-    """
-    Shrink as `image.resize((size, size), Image.Resampling.BOX)` does; uint8 [size, size, 3].
+    """Shrink as `image.resize((size, size), Image.Resampling.BOX)` does; uint8 [size, size, 3].
 
     Args:
         image: an RGB picture.

@@ -19,8 +19,7 @@ __all__ = ["largest_part", "largest_region", "mask_of"]
 def mask_of(
     probability: NDArray[np.float32], width: int, height: int, threshold: float, *, clean: bool
 ) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-    """
-    A mask at a photo's size, and the probability that it is drawn from.
+    """A mask at a photo's size, and the probability that it is drawn from.
 
     Args:
         probability: float32 [rows, columns].
@@ -40,8 +39,7 @@ def mask_of(
 def largest_region(
     probability: NDArray[np.float32], threshold: float = THRESHOLD
 ) -> NDArray[np.float32]:
-    """
-    Leave only the largest region above `threshold`, and fill its holes.
+    """Leave only the largest region above `threshold`, and fill its holes.
 
     Pixels are joined by edges, not by corners, so that up-sampling does not split the region. A
     hole is background that is cut off from the frame.
@@ -72,8 +70,7 @@ def largest_region(
 
 
 def largest_part(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """
-    Leave only the largest region of a mask, and fill its holes, at the mask's own size.
+    """Leave only the largest region of a mask, and fill its holes, at the mask's own size.
 
     A region that is connected in the probabilities can, once up-sampled, be thinner than a pixel
     somewhere, above all at low thresholds. Then it has several parts.

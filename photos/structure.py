@@ -1,5 +1,4 @@
-"""
-Bounds the work that a photo's bytes ask of a decoder, before the decoder sees them.
+"""Bounds the work that a photo's bytes ask of a decoder, before the decoder sees them.
 
 A few bytes can ask for much work: scans of a JPEG that each pass over the whole picture, a million
 empty strips, chunks or segments, run lengths that paint nothing. A thread that decodes cannot be
@@ -116,14 +115,12 @@ class _OddError(Exception):
 
 
 def check(name: str, data: bytes, jpeg_scans: int = 0) -> str | None:
-    """
-    What the file has too much of, as a noun phrase; None if it is sound.
+    """What the file has too much of, as a noun phrase; None if it is sound.
 
     A file that ends too early, or whose lengths make no sense, is left to its decoder.
 
     Args:
         name: format, by Pillow's names.
-        data: the file.
         jpeg_scans: how many scans there are, if it is a JPEG.
     """
     try:

@@ -2,7 +2,7 @@
 
     python -m trt_build --onnx model/weights/slsnet.onnx --output slsnet.engine --precision fp16
 
-It writes the engine and, beside it, ``slsnet.engine.json``: what it was built for and what TensorRT
+It writes the engine and, beside it, `slsnet.engine.json`: what it was built for and what TensorRT
 made of it, layer by layer. It fails if the precision is not the one asked for.
 """
 

@@ -56,7 +56,7 @@ class BuildOptions:
     """The engine runs under later TensorRT versions of the same major number, and their lean
     runtimes (TensorRT only)."""
     compute_capability: str | None = None
-    """The one GPU to build for: ``8.9``, or ``current`` for this machine's own (TensorRT for RTX;
+    """The one GPU to build for: `8.9`, or `current` for this machine's own (TensorRT for RTX;
     its engines run on any RTX GPU otherwise)."""
 
     def __post_init__(self) -> None:
@@ -73,14 +73,17 @@ def build(
     trt: TensorRT | None = None,
     gated: bool = False,
 ) -> PlanInfo:
-    """Build ``output`` and its sidecar from the exported ``onnx_path``; both whole or not at all.
+    """Build `output` and its sidecar from the exported `onnx_path`; both whole or not at all.
 
-    ``ranges`` come from ``trt_build.calibrate``, for int8. ``progress`` gets a line for each step.
-    ``gated``: the parity gate comes next. Then a few layers of another type than asked are noted
+    `ranges` come from `trt_build.calibrate`, for int8. `progress` gets a line for each step.
+    `gated`: the parity gate comes next. Then a few layers of another type than asked are noted
     and left to it: TensorRT takes a cast into the layer behind it, which reads what the cast read.
 
-    Raises BuildError (the engine is not the one asked for), ConversionError (the graph is not the
-    exported one), TensorRTError, NoGpuError, OSError (the disk).
+    Raises:
+        BuildError: the engine is not the one asked for.
+        ConversionError: the graph is not the exported one.
+        TensorRTError, NoGpuError: nothing can be built here.
+        OSError: the disk.
     """
     started = time.monotonic()
     trt = trt or find_tensorrt()
@@ -296,7 +299,7 @@ def _read_back(
 ) -> tuple[tuple[Any, ...], str, list[int]]:
     """Return the engine's layers, where they were read, and its scratch memory by profile.
 
-    ``host_code``: the engine carries code for the host, as a version-compatible one does.
+    `host_code`: the engine carries code for the host, as a version-compatible one does.
     """
     try:
         current_gpu()

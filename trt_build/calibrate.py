@@ -2,7 +2,7 @@
 
     python -m trt_build.calibrate --onnx model/weights/slsnet.onnx --images FOLDER
 
-writes ``model/weights/slsnet.calibration.json``, which an int8 build reads. The file belongs to
+writes `model/weights/slsnet.calibration.json`, which an int8 build reads. The file belongs to
 that one ONNX file and says so.
 """
 
@@ -44,7 +44,7 @@ def measure_ranges(
 ) -> dict[str, float]:
     """Return, by tensor name, the magnitude that int8's 127 stands for.
 
-    It is the largest ``percentile`` of any batch; the tensors are all convolutions' inputs.
+    It is the largest `percentile` of any batch; the tensors are all convolutions' inputs.
     """
     model = onnx.load(onnx_path)
     # Where another operator only moves the data between two inputs, both get the same range.
@@ -74,7 +74,11 @@ def write_ranges(onnx_path: Path, output: Path, ranges: Mapping[str, float], ima
 
 
 def read_ranges(onnx_path: Path, calibration: Path | None = None) -> dict[str, float]:
-    """Read the ranges beside ``onnx_path``, or from ``calibration``. Raises CalibrationError."""
+    """Read the ranges beside `onnx_path`, or from `calibration`.
+
+    Raises:
+        CalibrationError: there are none, or they are of another file.
+    """
     path = calibration or calibration_path(onnx_path)
     how = f"python -m trt_build.calibrate --onnx {onnx_path} --images FOLDER"
     try:

@@ -33,7 +33,7 @@ from trt_build.plan import Precision
 AttentionForm = Literal["fused", "chunked", "plain"]
 
 OPSET = 23
-"""The first opset with ``Attention``; convolution and pooling take bfloat16 since 22."""
+"""The first opset with `Attention`; convolution and pooling take bfloat16 since 22."""
 
 MMA_DEPTH = 16
 """A tensor core sums so many terms in one instruction on 16-bit types (PTX: mma.m16n8k16)."""
@@ -62,7 +62,7 @@ class ConversionError(ValueError):
 
 
 def default_attention(precision: Precision) -> AttentionForm:
-    """Return the form that avoids the [HW, HW] matrix at ``precision``.
+    """Return the form that avoids the [HW, HW] matrix at `precision`.
 
     TensorRT's fused attention kernels exist for 16-bit types. In float32 the queries are taken in
     chunks instead.
@@ -79,20 +79,21 @@ def convert(
     simulate: bool = False,
     half_sums: bool = False,
 ) -> onnx.ModelProto:
-    """Return a copy of the exported float32 ``model`` in this precision and form of attention.
+    """Return a copy of the exported float32 `model` in this precision and form of attention.
 
-    ``ranges``: largest magnitude of each convolution's input by tensor name, for ``int8``
-    (``trt_build.calibrate``).
+    `ranges`: largest magnitude of each convolution's input by tensor name, for `int8`
+    (`trt_build.calibrate`).
 
-    ``simulate``: keep float32 arithmetic, and round every value that the engine would store in a
+    `simulate`: keep float32 arithmetic, and round every value that the engine would store in a
     16-bit type (int8 keeps its quantise/dequantise pairs). Such a graph runs on any ONNX Runtime
     and shows what the types do to the masks. It shows nothing of TensorRT's kernels, and its
     attention is the plain form. Run it without graph optimisation, which may remove the rounding.
 
-    ``half_sums``: simulate position attention in a kernel that sums in 16 bits. Logits, softmax
-    and both products are rounded after every ``MMA_DEPTH`` terms. No engine is built so.
+    `half_sums`: simulate position attention in a kernel that sums in 16 bits. Logits, softmax
+    and both products are rounded after every `MMA_DEPTH` terms. No engine is built so.
 
-    Raises ConversionError.
+    Raises:
+        ConversionError: the graph is not the exported one, or a range or weight does not fit.
     """
     if precision == "int8" and ranges is None:
         raise ConversionError("int8 needs activation ranges: run python -m trt_build.calibrate")
@@ -302,7 +303,7 @@ class _Graph:
         self.floats.update(name for node in new for name in node.output)
 
     def fuse(self, pams: Iterable[_PositionAttention]) -> None:
-        """Use opset 23's ``Attention``, with one head and scale 1. TensorRT has a kernel for it."""
+        """Use opset 23's `Attention`, with one head and scale 1. TensorRT has a kernel for it."""
         axis = "attention_head_axis"
         self._constant(axis, np.array([1], np.int64))
         for pam in pams:
@@ -322,7 +323,7 @@ class _Graph:
         return frozenset(n.output[0] for n in self.nodes if n.op_type == "Attention")
 
     def sum_in_steps(self, pams: Iterable[_PositionAttention]) -> None:
-        """Break the two products into sums of at most ``MMA_DEPTH`` terms, with a node for each."""
+        """Break the two products into sums of at most `MMA_DEPTH` terms, with a node for each."""
         for pam in pams:
             logits = self._stepwise(pam.queries, pam.keys, f"{pam.output}_qk")
             weights = helper.make_node("Softmax", [pam.energy], [pam.softmax], axis=-1)
@@ -331,7 +332,7 @@ class _Graph:
             self._replace(pam, [*logits, weights, *outputs])
 
     def _stepwise(self, left: str, right: str, name: str) -> list[onnx.NodeProto]:
-        """``left`` [n, a, k] @ ``right`` [n, k, b], summed over ``k`` in steps."""
+        """`left` [n, a, k] @ `right` [n, k, b], summed over `k` in steps."""
         terms = self.shapes.get(right, [None, None])[1]
         if not terms:
             raise ConversionError(f"{right}: the number of terms is not in the graph")
@@ -483,7 +484,7 @@ class _Typing:
         ]
 
     def typed(self, name: str, kind: int) -> str:
-        """Return the name of tensor ``name`` in type ``kind``, casting it at most once."""
+        """Return the name of tensor `name` in type `kind`, casting it at most once."""
         if name in self.graph.constants:
             return self._typed_constant(name, kind)
         if self.types[name] == kind or (self.simulate and kind == TensorProto.FLOAT):

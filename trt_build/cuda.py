@@ -49,7 +49,7 @@ def free_memory() -> int:
 def wait_by_spinning(spin: bool) -> None:
     """Set how threads of this process wait for the GPU from now on: by spinning, or asleep.
 
-    CUDA's own choice (``cudaDeviceScheduleAuto``) counts the machine's processors rather than
+    CUDA's own choice (`cudaDeviceScheduleAuto`) counts the machine's processors rather than
     those that a container may use, and so spins.
     """
     how = runtime.cudaDeviceScheduleSpin if spin else runtime.cudaDeviceScheduleBlockingSync
@@ -64,7 +64,7 @@ class Stream:
 
     @property
     def handle(self) -> int:
-        """The value that TensorRT takes as ``stream_handle``."""
+        """The value that TensorRT takes as `stream_handle`."""
         return int(self._stream)
 
     def synchronize(self) -> None:
@@ -77,9 +77,10 @@ class Stream:
         _call(runtime.cudaMemcpyAsync, target, source, size, kind, self._stream)
 
     def capture(self, enqueue: Callable[[], None]) -> Graph:
-        """Record what ``enqueue`` queues on this stream, without running it.
+        """Record what `enqueue` queues on this stream, without running it.
 
-        Raises CudaError where some of the work cannot be recorded.
+        Raises:
+            CudaError: some of the work cannot be recorded.
         """
         # Thread-local, so that another thread may allocate without breaking the capture.
         mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
@@ -143,5 +144,5 @@ class PinnedArray:
         self.array[...] = 0
 
     def close(self) -> None:
-        """Give the memory back; ``array`` must not be touched afterwards."""
+        """Give the memory back; `array` must not be touched afterwards."""
         runtime.cudaFreeHost(self.address)

@@ -15,7 +15,7 @@ class Gpu:
 
     name: str
     compute_capability: str
-    """Such as ``9.0``."""
+    """Such as `9.0`."""
     memory_bytes: int
     multiprocessors: int
     """Number of multiprocessors; on a MIG slice, those of the slice."""
@@ -30,7 +30,11 @@ class Gpu:
 
 
 def current_gpu() -> Gpu:
-    """Return CUDA's current device. Raises NoGpuError."""
+    """Return CUDA's current device.
+
+    Raises:
+        NoGpuError: there is none.
+    """
     try:
         from cuda.bindings import runtime
     except ImportError as error:

@@ -1,6 +1,6 @@
 """Reads TensorRT's report of a built engine, and compares it with the types that were asked for.
 
-TensorRT 10 writes a tensor's type as ``"Format/Datatype"``, 11 and RTX as ``"Datatype"``. Where no
+TensorRT 10 writes a tensor's type as `"Format/Datatype"`, 11 and RTX as `"Datatype"`. Where no
 GPU can load the engine, the inspector cannot be used. But the builder logs its text: the same
 fields, one layer on each line.
 """
@@ -44,7 +44,7 @@ _ELEMENT_TYPES = {
 
 
 def type_name(text: str) -> str:
-    """Return ``fp16`` for ``Half``, ``Row major linear FP16 format`` and the like."""
+    """Return `fp16` for `Half`, `Row major linear FP16 format` and the like."""
     for name, pattern in _TYPES:
         if re.search(rf"(?<![A-Za-z])(?:{pattern})(?![A-Za-z])", text):
             return name
@@ -52,10 +52,10 @@ def type_name(text: str) -> str:
 
 
 def from_inspector(text: str) -> tuple[Layer, ...]:
-    """Read ``EngineInspector.get_engine_information`` in JSON, of TensorRT 10 or 11.
+    """Read `EngineInspector.get_engine_information` in JSON, of TensorRT 10 or 11.
 
-    Raises ValueError where it holds no details: then the engine was built without
-    ``ProfilingVerbosity.DETAILED``.
+    Raises:
+        ValueError: it holds no details: the engine was built without `ProfilingVerbosity.DETAILED`.
     """
     layers = json.loads(text)["Layers"]
     if any(isinstance(layer, str) for layer in layers):
@@ -102,7 +102,7 @@ def scratch_from_build_log(messages: Iterable[str]) -> list[int]:
 
 
 def expected_types(model: onnx.ModelProto) -> dict[str, frozenset[str]]:
-    """By name, the types in which every convolution, product and attention of ``model`` may read.
+    """By name, the types in which every convolution, product and attention of `model` may read.
 
     A convolution after a dequantisation is expected in int8, since TensorRT merges the pair into
     it. A deconvolution or an attention between casts may have absorbed them, and then reads the

@@ -3,8 +3,8 @@
     python -m trt_build.parity --onnx model/weights/slsnet.onnx --engine slsnet.engine
     python -m trt_build.parity --onnx model/weights/slsnet.onnx --simulate fp16 bf16 int8
 
-``--simulate`` runs on the CPU without TensorRT, in float32 arithmetic; every value is rounded as
-the engine would store it. ``fp16-sums`` also rounds every step of position attention's sums, as a
+`--simulate` runs on the CPU without TensorRT, in float32 arithmetic; every value is rounded as
+the engine would store it. `fp16-sums` also rounds every step of position attention's sums, as a
 kernel that sums in float16 does. The command exits with 1 where the gate is not passed, and with 2
 where nothing could be compared.
 """
@@ -98,7 +98,7 @@ def compare(
     source: str,
     threshold: float = THRESHOLD,
 ) -> Parity:
-    """Run both backends on ``samples``, and compare probabilities and masks."""
+    """Run both backends on `samples`, and compare probabilities and masks."""
     differences: list[float] = []
     means: list[float] = []
     overlaps: list[float] = []
@@ -145,9 +145,9 @@ def mask_iou(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
 
 
 def simulated_runner(onnx_path: Path, precision: Precision, *, half_sums: bool = False) -> Infer:
-    """Return a function that runs ``precision`` on the CPU: float32, values rounded as stored.
+    """Return a function that runs `precision` on the CPU: float32, values rounded as stored.
 
-    ``half_sums`` also rounds position attention's sums (``trt_build.convert.convert``).
+    `half_sums` also rounds position attention's sums (`trt_build.convert.convert`).
     """
     import onnx
 

@@ -30,11 +30,11 @@ class PlanKey:
 
     onnx_sha256: str
     library: str
-    """``tensorrt`` or ``tensorrt_rtx`` with its version, such as ``tensorrt 11.4.0.106``."""
+    """`tensorrt` or `tensorrt_rtx` with its version, such as `tensorrt 11.4.0.106`."""
     compute_capability: str
-    """Such as ``9.0``; ``any`` for an engine that TensorRT for RTX compiles where it runs."""
+    """Such as `9.0`; `any` for an engine that TensorRT for RTX compiles where it runs."""
     device: str
-    """``trt_build.device.Gpu.model``; ``any`` where only the compute capability counts, as for
+    """`trt_build.device.Gpu.model`; `any` where only the compute capability counts, as for
     hardware-compatible engines and those of TensorRT for RTX."""
     precision: Precision
     buckets: tuple[int, ...]
@@ -45,7 +45,7 @@ class PlanKey:
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
     def differences(self, other: PlanKey) -> list[str]:
-        """Describe, field by field, how ``other`` (the wanted key) differs from this key."""
+        """Describe, field by field, how `other` (the wanted key) differs from this key."""
         return [
             f"{f.name} is {getattr(self, f.name)}, wanted {getattr(other, f.name)}"
             for f in dataclasses.fields(self)
@@ -59,9 +59,9 @@ class Layer:
 
     name: str
     kind: str
-    """TensorRT's word for the layer: ``correlation`` (a convolution), ``gemm``, ``kgen``, …"""
+    """TensorRT's word for the layer: `correlation` (a convolution), `gemm`, `kgen`, …"""
     reads: tuple[str, ...]
-    """Types of the layer's inputs: ``fp32``, ``fp16``, ``bf16``, ``int8``, …"""
+    """Types of the layer's inputs: `fp32`, `fp16`, `bf16`, `int8`, …"""
     writes: tuple[str, ...]
     nodes: tuple[str, ...] = ()
     """The ONNX nodes that the layer was made of."""
@@ -75,7 +75,7 @@ class PlanInfo:
     gpu: str | None
     """Name of the GPU that the engine was built on; None if the builder had none."""
     attention: str
-    """The form of attention: ``fused``, ``chunked`` or ``plain``."""
+    """The form of attention: `fused`, `chunked` or `plain`."""
     hardware_compatible: bool
     version_compatible: bool
     build_seconds: float
@@ -85,7 +85,7 @@ class PlanInfo:
     """Activation memory of one execution context, by bucket."""
     layers: tuple[Layer, ...]
     layers_from: str
-    """``inspector``, or ``build log`` where no GPU can load the engine: the builder logs the same
+    """`inspector`, or `build log` where no GPU can load the engine: the builder logs the same
     text."""
     disagreements: tuple[str, ...] = ()
     """Nodes that the engine computes in another type than asked. The parity gate judges them."""
@@ -94,7 +94,7 @@ class PlanInfo:
     beside_serving: bool = False
     """Whether the kernels were chosen by their times on a GPU that served meanwhile."""
     parity: Mapping[str, Any] | None = None
-    """Result of the parity gate once it has run: ``trt_build.parity.Parity``, and ``failures``,
+    """Result of the parity gate once it has run: `trt_build.parity.Parity`, and `failures`,
     which is empty where the engine may be served."""
 
     def precisions(self) -> dict[str, int]:
@@ -102,19 +102,23 @@ class PlanInfo:
         return dict(Counter(layer.reads[0] for layer in self.layers if layer.reads).most_common())
 
     def write(self, engine: Path) -> None:
-        """Write the sidecar beside ``engine`` atomically."""
+        """Write the sidecar beside `engine` atomically."""
         payload = dataclasses.asdict(self)
         payload["precisions"] = self.precisions()
         write_atomically(sidecar_path(engine), json.dumps(payload, indent=1).encode())
 
 
 def sidecar_path(engine: Path) -> Path:
-    """Return the path of the sidecar of ``engine``."""
+    """Return the path of the sidecar of `engine`."""
     return engine.with_name(engine.name + ".json")
 
 
 def read_plan_info(engine: Path) -> PlanInfo:
-    """Read the sidecar of ``engine``. Raises PlanError if it is missing or malformed."""
+    """Read the sidecar of `engine`.
+
+    Raises:
+        PlanError: it is missing or malformed.
+    """
     path = sidecar_path(engine)
     try:
         payload: dict[str, Any] = json.loads(path.read_bytes())
@@ -146,7 +150,11 @@ def read_plan_info(engine: Path) -> PlanInfo:
 
 
 def read_engine(engine: Path, info: PlanInfo) -> bytes:
-    """Return the engine file's bytes. Raises PlanError if they are not the built ones."""
+    """Return the engine file's bytes.
+
+    Raises:
+        PlanError: they are not the built ones.
+    """
     try:
         data = engine.read_bytes()
     except OSError as error:
@@ -165,13 +173,17 @@ def file_sha256(path: Path) -> str:
 
 
 def parse_buckets(text: str) -> tuple[int, ...]:
-    """Read text such as ``1,2,4,8``. Raises ValueError unless the sizes are positive and ascend."""
+    """Read text such as `1,2,4,8`.
+
+    Raises:
+        ValueError: the sizes are not positive, or do not ascend.
+    """
     buckets = tuple(int(part) for part in text.split(","))
     check_buckets(buckets)
     return buckets
 
 
 def check_buckets(buckets: Sequence[int]) -> None:
-    """Raise ValueError unless ``buckets`` are positive and ascend."""
+    """Raise ValueError unless `buckets` are positive and ascend."""
     if not buckets or buckets[0] < 1 or list(buckets) != sorted(set(buckets)):
         raise ValueError(f"buckets must be positive and ascend, such as 1,2,4,8: {list(buckets)}")

@@ -89,12 +89,14 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 class EngineRunner:
-    """An engine file, loaded and ready. ``infer`` may be called from any number of threads.
+    """An engine file, loaded and ready. `infer` may be called from any number of threads.
 
-    Raises PlanError (file missing, truncated, for another version or GPU), NoGpuError,
-    TensorRTError, EngineError (out of memory).
+    `spin`: threads wait for the GPU by asking it all the time, which takes a core for each slot.
 
-    ``spin``: threads wait for the GPU by asking it all the time, which takes a core for each slot.
+    Raises:
+        PlanError: the file is missing, truncated, or for another version or GPU.
+        NoGpuError, TensorRTError: nothing can run here.
+        EngineError: the memory does not suffice.
     """
 
     def __init__(self, engine: Path, *, spin: bool = False) -> None:
@@ -149,7 +151,8 @@ class EngineRunner:
 
         Each image is copied once, to the place where the GPU reads it.
 
-        Raises EngineError.
+        Raises:
+            EngineError: the GPU failed.
         """
         most = self.info.key.buckets[-1]
         if len(batch) > most:
@@ -164,7 +167,7 @@ class EngineRunner:
             self._slots.put(slot)
 
     def close(self) -> None:
-        """Free contexts, graphs and memory. No call of ``infer`` may be running or follow."""
+        """Free contexts, graphs and memory. No call of `infer` may be running or follow."""
         for slot in self._opened:
             slot.close()
         self._opened.clear()
@@ -224,7 +227,7 @@ class _Lane:
         return probability
 
     def _prove(self, pixels: NDArray[np.uint8], expected: NDArray[np.float32]) -> None:
-        """Drop the graph unless it gives the same answer for ``pixels`` as the engine alone."""
+        """Drop the graph unless it gives the same answer for `pixels` as the engine alone."""
         # Run another batch first: after it, a graph that does nothing gives the wrong answer.
         self._slot.image.array[...] = 0
         self._enqueue()

@@ -1,7 +1,7 @@
 """Photos for calibration and for the parity gate, with their true masks if there are any.
 
-A folder has the ISIC layout: ``NAME.jpg`` (or ``.png``), and the true mask as
-``NAME_segmentation.png`` in the same folder or another. ``model.truth`` lists other names of masks.
+A folder has the ISIC layout: `NAME.jpg` (or `.png`), and the true mask as
+`NAME_segmentation.png` in the same folder or another. `model.truth` lists other names of masks.
 """
 
 from __future__ import annotations
@@ -31,17 +31,19 @@ class Sample:
     pixels: NDArray[np.uint8]
     """The pixels [128, 128, 3], RGB."""
     width: int
-    """Width of the photo; like ``height``, in pixels."""
+    """Width of the photo; like `height`, in pixels."""
     height: int
     truth: NDArray[np.bool_] | None
     """The true mask [height, width], lesion true; None if there is none."""
 
 
 def load_samples(images: Path, masks: Path | None = None, limit: int | None = None) -> list[Sample]:
-    """Read up to ``limit`` photos of a folder, spread evenly over its sorted names.
+    """Read up to `limit` photos of a folder, spread evenly over its sorted names.
 
-    Raises FileNotFoundError where the folder holds none, photos.image.ImageError for a bad photo
-    and model.truth.DataError for a bad mask.
+    Raises:
+        FileNotFoundError: the folder holds none.
+        photos.image.ImageError: a photo is bad.
+        model.truth.DataError: a mask is bad.
     """
     files = find_photos(images) if images.is_dir() else []
     if not files:
@@ -63,6 +65,6 @@ def _load(path: Path, mask: Path | None) -> Sample:
 
 
 def batches(samples: Sequence[Sample], size: int = BATCH) -> Iterator[NDArray[np.uint8]]:
-    """Yield the samples' pixels as uint8 [n, 128, 128, 3] with n ≤ ``size``."""
+    """Yield the samples' pixels as uint8 [n, 128, 128, 3] with n ≤ `size`."""
     for start in range(0, len(samples), size):
         yield np.stack([sample.pixels for sample in samples[start : start + size]])

@@ -19,7 +19,7 @@ MODULES = (
     "tensorrt_lean_bindings",
 )
 """Modules, tried in this order. The plain wheels of RTX and of the lean runtime install
-``…_bindings``."""
+`…_bindings`."""
 
 _NEEDED = {
     "ICudaEngine": ("device_memory_size_v2", "get_device_memory_size_for_profile_v2"),
@@ -48,7 +48,7 @@ class TensorRTError(RuntimeError):
 
 @dataclass(frozen=True)
 class TensorRT:
-    """An imported TensorRT module. Its type is ``Any``, since none of the modules ships types."""
+    """An imported TensorRT module. Its type is `Any`, since none of the modules ships types."""
 
     module: Any
 
@@ -72,7 +72,7 @@ class TensorRT:
 
     @property
     def version(self) -> str:
-        """The version, such as ``11.4.0.106``."""
+        """The version, such as `11.4.0.106`."""
         return str(self.module.__version__)
 
     @property
@@ -92,7 +92,7 @@ class TensorRT:
         return f"tensorrt{kind} {self.version}"
 
     def logger(self, write: Callable[[str, str], None]) -> Any:
-        """Return an ILogger that hands each message to ``write(severity, message)``."""
+        """Return an ILogger that hands each message to `write(severity, message)`."""
         trt = self.module
         names = {
             getattr(trt.ILogger, name): name
@@ -121,11 +121,11 @@ class TensorRT:
         return builder.create_network(1 << int(flag))
 
     def can_be_recorded(self, context: Any, stream: int) -> bool:
-        """Whether the work of ``context`` may go into a CUDA graph. Only RTX has to be asked."""
+        """Whether the work of `context` may go into a CUDA graph. Only RTX has to be asked."""
         return not self.is_rtx or bool(context.is_stream_capturable(stream))
 
     def check_runs_on(self, gpu: Gpu) -> None:
-        """Raise TensorRTError where no engine runs on ``gpu``: RTX runs on RTX GPUs only."""
+        """Raise TensorRTError where no engine runs on `gpu`: RTX runs on RTX GPUs only."""
         if self.is_rtx and gpu.compute_capability not in self._targets():
             raise TensorRTError(
                 f"{self.library} does not run on {gpu.name}, whose compute capability is"
@@ -139,9 +139,10 @@ class TensorRT:
         return [f"{major}.{minor}" for major, minor in sorted(versions)]
 
     def target(self, config: Any, compute_capability: str) -> None:
-        """Build for one GPU alone, this machine's (``current``) or another. Only RTX can do that.
+        """Build for one GPU alone, this machine's (`current`) or another. Only RTX can do that.
 
-        Raises TensorRTError.
+        Raises:
+            TensorRTError: this is not RTX, or cannot build for that GPU.
         """
         name = "CURRENT"
         if compute_capability != "current":
@@ -157,7 +158,11 @@ class TensorRT:
 
 
 def find_tensorrt() -> TensorRT:
-    """Import the TensorRT that is installed. Raises TensorRTError."""
+    """Import the TensorRT that is installed.
+
+    Raises:
+        TensorRTError: none can be used.
+    """
     reasons = []
     for name in MODULES:
         try:
@@ -184,9 +189,10 @@ def plan_key(
 ) -> PlanKey:
     """Return the key of the engine that would be built here.
 
-    ``compute_capability`` is that of another GPU to build for, or ``current`` for this GPU alone.
+    `compute_capability` is that of another GPU to build for, or `current` for this GPU alone.
 
-    Raises NoGpuError where TensorRT needs a GPU to build for, and there is none.
+    Raises:
+        NoGpuError: TensorRT needs a GPU to build for, and there is none.
     """
     device = "any"
     if compute_capability is not None and compute_capability != "current":

@@ -170,11 +170,9 @@ def running(
     """Start the server, and ask until it answers with a mask. Kill it in the end.
 
     Args:
-        entrant: the server to start.
         python: the interpreter of a peer.
         environment: variables that the peers' handlers read.
         stub_ms: milliseconds of the stub in the network's place; None is the real network.
-        photo: the photo to ask with.
 
     Raises:
         Unavailable: the server ended or gave no mask in time; the message has its last output.

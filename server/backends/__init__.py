@@ -1,5 +1,4 @@
-"""
-Backends, which run the network: one small interface, and the choice of an implementation.
+"""Backends, which run the network: one small interface, and the choice of an implementation.
 
 A backend is loaded by its constructor. All its methods block, so the server calls them in threads,
 `infer` from at most `BackendInfo.slots` threads at a time.
@@ -63,16 +62,14 @@ class Backend(Protocol):
         """Describe the backend, and the batches that it takes."""
 
     def warm_up(self) -> None:
-        """
-        Make the first request as fast as any: run every bucket once.
+        """Make the first request as fast as any: run every bucket once.
 
         Raises:
             BackendError: the network does not run.
         """
 
     def infer(self, batch: Images) -> NDArray[np.float32]:
-        """
-        N images, each uint8 `[128, 128, 3]` RGB → lesion probability, float32 `[n, 128, 128]`.
+        """N images, each uint8 `[128, 128, 3]` RGB → lesion probability, float32 `[n, 128, 128]`.
 
         Images may be in separate arrays; each is copied straight to where the backend needs it.
 
@@ -85,8 +82,7 @@ class Backend(Protocol):
 
 
 def open_backend(name: str, model: Path, *, threads: int) -> Backend:
-    """
-    Load `model` (an ONNX file) into the backend called `name`.
+    """Load `model` (an ONNX file) into the backend called `name`.
 
     Args:
         name: `torch` or `onnxruntime`. For `auto` and `tensorrt` this loads ONNX Runtime, on CUDA

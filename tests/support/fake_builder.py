@@ -1,6 +1,6 @@
 """Stands in for the engine builder: same files, same exit codes, and the ways to fail.
 
-Run as ``python fake_builder.py ENGINE JOURNAL BEHAVIOUR [--beside-serving]``. The journal gets a
+Run as `python fake_builder.py ENGINE JOURNAL BEHAVIOUR [--beside-serving]`. The journal gets a
 line when a build starts and one when it ends.
 """
 

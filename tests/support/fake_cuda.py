@@ -3,7 +3,7 @@
 Keeps count of what is allocated, and fails on what would be an error on a GPU: an address that is
 none, a copy beyond a buffer, a run on scratch memory that is too small, a capture that does work.
 
-Its rules of capture are those of ``cudaThreadExchangeStreamCaptureMode``: what allocates, frees or
+Its rules of capture are those of `cudaThreadExchangeStreamCaptureMode`: what allocates, frees or
 waits is refused, and voids the capture, where this thread captures, or any thread in global mode. A
 sticky error is every later call's answer, as an illegal address is.
 """
@@ -59,7 +59,7 @@ class FakeStream:
 
 
 class FakeCuda:
-    """Stands for ``cuda.bindings.runtime``."""
+    """Stands for `cuda.bindings.runtime`."""
 
     cudaError_t = Status
     cudaStreamNonBlocking = 1

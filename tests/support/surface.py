@@ -1,6 +1,6 @@
 """TensorRT's modules as they are: classes that have exactly the attributes of the real ones.
 
-The surfaces were recorded from the bindings of NVIDIA's wheels (``dir()`` of each class). Whatever
+The surfaces were recorded from the bindings of NVIDIA's wheels (`dir()` of each class). Whatever
 the builder or the runtime touches that a version does not have, fails here as it would there.
 """
 

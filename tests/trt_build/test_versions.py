@@ -1,4 +1,4 @@
-"""Building with TensorRT 10, 11 and for RTX as they are (``surface``), with a made-up engine."""
+"""Building with TensorRT 10, 11 and for RTX as they are (`surface`), with a made-up engine."""
 
 import json
 from pathlib import Path
