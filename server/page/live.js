@@ -169,6 +169,7 @@ function show(controls) {
   video.play().catch(() => {});
   clearInterval(telling);
   telling = setInterval(tell, 500);
+  tell();
   nextFrame();
   byId("live-freeze").focus();
 }
