@@ -38,11 +38,16 @@ def test_axe_finds_nothing_serious(
     photos[0].write_bytes(drawn_photo(7, 900, 600))
     photos[1].write_bytes(drawn_photo(3, 640, 480))
     photos[2].write_text("no photo")
-    with browse(server.url, tmp_path, phone=phone) as page:
+    camera = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
+    with browse(server.url, tmp_path, *camera, phone=phone) as page:
         media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
         page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
         page.open()
         assert not serious(page)
+        page.find("live-camera").click()
+        page.until(page.find("live-freeze").is_displayed)
+        assert not serious(page)
+        page.find("live-stop").click()
         page.find("choose").send_keys("\n".join(map(str, photos)))
         page.until(lambda: page.text("progress") == "2 of 3 photos done, 1 refused")
         page.run("for (const box of document.querySelectorAll('details')) box.open = true")

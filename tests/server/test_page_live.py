@@ -184,7 +184,7 @@ def test_a_shared_screen_that_ends_gets_a_word(page: Page) -> None:
 def test_a_camera_that_is_refused_or_missing_gets_a_word(
     server: ServerProcess, tmp_path: Path
 ) -> None:
-    refused = {"profile.default_content_setting_values.media_stream_camera": 2}
+    refused: dict[str, object] = {"profile.default_content_setting_values.media_stream_camera": 2}
     fake = "--use-fake-device-for-media-stream"
     for arguments, settings, word in (
         ([fake], refused, "The camera was not allowed."),
