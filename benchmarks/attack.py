@@ -23,6 +23,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
+from benchmarks.percentiles import percentile
 from common.program import Help
 from tests.support.attacks import attacks
 from tests.support.launch import ServerProcess, serve
@@ -93,10 +94,6 @@ def _attack(
                     return
 
 
-def _percentile(values: list[float], share: float) -> float:
-    return float(np.percentile(values, 100 * share))
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code, which is 1 if a good photo did not get its mask."""
     parser = argparse.ArgumentParser(
@@ -156,13 +153,12 @@ def _table(quiet: list[list[float]], beside: list[list[float]], failed: int) -> 
     lines = ["| good photos | p50, ms | p99, ms | masks | other answers |", "|---|--:|--:|--:|--:|"]
     for name, turns in (("alone", quiet), ("beside the attack", beside)):
         p50, p99 = (
-            statistics.median(_percentile(taken, share) for taken in turns) for share in (0.5, 0.99)
+            statistics.median(percentile(taken, share) for taken in turns) for share in (0.5, 0.99)
         )
         lines.append(f"| {name} | {p50:.1f} | {p99:.1f} | {sum(map(len, turns))} | |")
     ratios = [
         statistics.median(
-            _percentile(b, share) / _percentile(q, share)
-            for q, b in zip(quiet, beside, strict=True)
+            percentile(b, share) / percentile(q, share) for q, b in zip(quiet, beside, strict=True)
         )
         for share in (0.5, 0.99)
     ]

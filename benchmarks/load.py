@@ -25,7 +25,6 @@ from pathlib import Path
 
 import gevent
 import locust  # first, since it turns all connections into gevent's
-import numpy as np
 from locust.env import Environment
 from locust.runners import LocalRunner
 
@@ -43,6 +42,7 @@ from benchmarks.locustfile import (
     OpenLoop,
     prepare,
 )
+from benchmarks.percentiles import percentile
 from common.program import Help
 from server.cores import available_cores
 from server.observe.stages import STAGES
@@ -317,11 +317,11 @@ def _step(
         answered_per_s=_per_s(answers, window),
         others_per_s=_per_s(others, window),
         mean_ms=mean,
-        p50_ms=_percentile(latency, 50),
-        p95_ms=_percentile(latency, 95),
-        p99_ms=_percentile(latency, 99),
+        p50_ms=percentile(latency, 0.5),
+        p95_ms=percentile(latency, 0.95),
+        p99_ms=percentile(latency, 0.99),
         max_ms=max(latency),
-        late_p99_ms=_percentile([1000 * (answer.sent - answer.due) for answer in counted], 99),
+        late_p99_ms=percentile([1000 * (answer.sent - answer.due) for answer in counted], 0.99),
         stages_ms={**stages, "outside": mean - sum(stages.values())},
         batch=len(ran) / sum(1 / batch for batch in ran),
         refused=sum(answer.status == 429 for answer in counted),
@@ -370,11 +370,6 @@ def _per_s(answers: Sequence[Answer], window: Window) -> float:
             within = min(end, window.end) - max(end - infer_s, window.start)
             masks += max(0.0, within) / infer_s
     return masks / (window.end - window.start)
-
-
-def _percentile(values: Sequence[float], percent: float) -> float:
-    """A percentile. Of few values it is the next higher one, so that it never looks too good."""
-    return float(np.percentile(values, percent, method="higher"))
 
 
 def _clients(count: int) -> str:

@@ -28,6 +28,7 @@ import httpx
 import psutil
 
 from benchmarks.deck import Card, deal, generated
+from benchmarks.percentiles import percentile
 from common.program import Help
 from server.settings import Settings
 from tests.support.launch import ServerProcess, serve
@@ -96,7 +97,7 @@ class Soak:
     @property
     def p99_ms(self) -> float:
         """The p99 of the served requests by the server's clock, without bulk."""
-        return _quantile(self.served_ms, 0.99)
+        return percentile(self.served_ms, 0.99)
 
     def settled(self, values: Sequence[float]) -> list[float]:
         """Medians of the parts that follow the first minutes."""
@@ -131,8 +132,8 @@ class Soak:
             faults.append(f"{self.verdicts['wrong']} masks are not their photo's")
         if self.p99_ms > DEADLINE_MS:
             faults.append(f"p99 {self.p99_ms:.0f} ms")
-        if _quantile(self.bulk_ms, 0.99) > BULK_DEADLINE_MS:
-            faults.append(f"p99 of bulk {_quantile(self.bulk_ms, 0.99):.0f} ms")
+        if percentile(self.bulk_ms, 0.99) > BULK_DEADLINE_MS:
+            faults.append(f"p99 of bulk {percentile(self.bulk_ms, 0.99):.0f} ms")
         if self.memory_band() > memory:
             faults.append(f"memory is not flat: ±{self.memory_band():.1%}")
         for name, values in (("files", self.files), ("threads", self.threads)):
@@ -319,12 +320,8 @@ def _in_flight(server: ServerProcess) -> float:
     return sum(float(line.split()[1]) for line in lines if line.startswith("slsnet_requests_in_f"))
 
 
-def _quantile(values: Sequence[float], q: float) -> float:
-    return float(sorted(values)[min(len(values) - 1, int(len(values) * q))]) if values else 0.0
-
-
 def _times(milliseconds: Sequence[float]) -> str:
-    p50, p99 = (_quantile(milliseconds, q) for q in (0.5, 0.99))
+    p50, p99 = (percentile(milliseconds, q) for q in (0.5, 0.99))
     return f"p50 {p50:.0f}, p99 {p99:.0f}, worst {max(milliseconds, default=0):.0f} ms"
 
 

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from benchmarks.peers.client import LOST, Answer, Load
 from benchmarks.peers.entrants import ENTRANTS, OURS, Entrant
+from benchmarks.percentiles import percentile
 
 __all__ = [
     "CLIENTS",
@@ -29,7 +30,6 @@ __all__ = [
     "Visit",
     "bad_photo_of",
     "overload_of",
-    "percentile",
     "step_of",
     "stop_of",
 ]
@@ -452,12 +452,6 @@ def _above_5_ms(visit: Visit) -> float:
 
 def _named(peer: str | None) -> str:
     return f" ({next(e.label for e in ENTRANTS if e.name == peer)})" if peer else ""
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that `share` of all are not above (nearest rank); 0 if there are none."""
-    ordered = sorted(values)
-    return ordered[max(0, -(-int(len(ordered) * share * 1000) // 1000) - 1)] if ordered else 0.0
 
 
 def _latencies_ms(answers: Sequence[Answer]) -> list[float]:

@@ -37,7 +37,6 @@ from benchmarks.peers.figures import (
     Visit,
     bad_photo_of,
     overload_of,
-    percentile,
     step_of,
     stop_of,
 )
@@ -45,6 +44,7 @@ from benchmarks.peers.measure import Deck, Masks
 from benchmarks.peers.overload import Round, table
 from benchmarks.peers.processes import Running, Unavailable
 from benchmarks.peers.report import write_report
+from benchmarks.percentiles import percentile
 from photos.image import encode_png
 from tests.support import ROOT
 from tests.support.waiting import until
