@@ -8,8 +8,6 @@ half-resolution attention is asleep for `pam_wake` of it, and awake for the rest
 averages keys and values at half resolution over 8×8 positions, with every attention awake.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import os

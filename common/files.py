@@ -1,7 +1,5 @@
 """Atomic files: a kill at any moment leaves the old file or the new one, never half of one."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import secrets

@@ -10,8 +10,6 @@ not repeated and a killed one goes on, so the same command fills what is missing
 one folder a run, `table.md`, `table.csv` (one row a run) and `plot.png`, rewritten after every run.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import statistics

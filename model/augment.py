@@ -10,8 +10,6 @@ like those of real photos (Touvron et al. 2019), the others strongly varied, so 
 forgotten.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 
@@ -101,17 +99,17 @@ class Augmenter:
         factor = self.stored // self.size
         return F.avg_pool2d(x, factor), F.avg_pool2d(y, factor)
 
-    def _flip(self, x: Tensor, y: Tensor, draw: _Draw) -> tuple[Tensor, Tensor]:
+    def _flip(self, x: Tensor, y: Tensor, draw: "_Draw") -> tuple[Tensor, Tensor]:
         for axis in (2, 3):
             flip = draw.chance(0.5)
             x, y = torch.where(flip, x.flip(axis), x), torch.where(flip, y.flip(axis), y)
         return x, y
 
-    def _strong(self, x: Tensor, y: Tensor, draw: _Draw) -> tuple[Tensor, Tensor]:
+    def _strong(self, x: Tensor, y: Tensor, draw: "_Draw") -> tuple[Tensor, Tensor]:
         x, y = self.artefacts(*self._pool(*self._warp(x, y, draw)), draw)
         return self._optics(self._colour(x, draw), draw).clamp(0, 1), y
 
-    def _paper(self, x: Tensor, y: Tensor, draw: _Draw) -> tuple[Tensor, Tensor]:
+    def _paper(self, x: Tensor, y: Tensor, draw: "_Draw") -> tuple[Tensor, Tensor]:
         from kornia.enhance import equalize_clahe  # only this recipe needs it
 
         x, y = self._flip(x, y, draw)
@@ -121,7 +119,7 @@ class Augmenter:
         equalised = equalize_clahe(x, clip_limit=clip, grid_size=(8, 8))
         return torch.where(draw.chance(0.5), equalised, x), y
 
-    def _warp(self, x: Tensor, y: Tensor, draw: _Draw) -> tuple[Tensor, Tensor]:
+    def _warp(self, x: Tensor, y: Tensor, draw: "_Draw") -> tuple[Tensor, Tensor]:
         """Flip, rotate, scale, stretch, shear, shift and bend; the frame's edges are mirrored."""
         angle = draw.uniform(-math.pi, math.pi)[:, 0, 0, 0]
         zoom = draw.log_uniform(0.8, 1.45)[:, 0, 0, 0]
@@ -147,7 +145,7 @@ class Augmenter:
         )
         return warped[:, :3], warped[:, 3:]
 
-    def artefacts(self, x: Tensor, y: Tensor, draw: _Draw) -> tuple[Tensor, Tensor]:
+    def artefacts(self, x: Tensor, y: Tensor, draw: "_Draw") -> tuple[Tensor, Tensor]:
         """Add hair or ruler marks, uneven light, and the dark surround of a dermatoscope's tube."""
         alpha = self.overlays[draw.index(len(self.overlays))].float() / 255
         alpha = alpha * draw.chance(0.3) * draw.uniform(0.3, 1)
@@ -162,7 +160,7 @@ class Augmenter:
         tube = torch.where(draw.chance(0.2), tube, 1)
         return x * tube, y * (tube > 0.5)  # annotators outline what they see
 
-    def _colour(self, x: Tensor, draw: _Draw) -> Tensor:
+    def _colour(self, x: Tensor, draw: "_Draw") -> Tensor:
         """Vary skin tone, white balance and rendering: a gamma, then an affine map of RGB."""
         x = x.clamp(1e-4, 1) ** draw.log_uniform(0.65, 1.5)
         luma = torch.tensor([0.299, 0.587, 0.114], device=self.device)
@@ -176,7 +174,7 @@ class Augmenter:
         mean = x.mean((1, 2, 3), keepdim=True)
         return (x - mean) * draw.log_uniform(0.65, 1.4) + mean + draw.uniform(-0.12, 0.12)
 
-    def _optics(self, x: Tensor, draw: _Draw) -> Tensor:
+    def _optics(self, x: Tensor, draw: "_Draw") -> Tensor:
         """Add defocus or sharpening, sensor noise and JPEG quantisation."""
         blurred = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
         blurred = F.avg_pool2d(blurred, 3, 1, 1, count_include_pad=False)

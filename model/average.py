@@ -9,8 +9,6 @@ more than one of them and is seldom worse than the best (Wortsman et al. 2022, "
 takes each run's averaged weights at its end, not those of its best epoch; of one run, it is these.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

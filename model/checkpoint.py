@@ -1,7 +1,5 @@
 """The folder of a run: its files are written and read here; one that does not fit is refused."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Mapping
 from pathlib import Path

@@ -13,8 +13,6 @@ The last columns say whether the position attention at half resolution is used: 
 (eq. 4), and what the Jaccard loses when it is left out of the trained network.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import sys

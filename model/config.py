@@ -3,8 +3,6 @@
 Presets are named configurations. `load_config` refuses keys that do not exist.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import itertools

@@ -6,8 +6,6 @@ A run is named by its file, or by its folder where the file is `history.csv`. Th
 the loss on (augmented) training images, the lower one the Jaccard of every selection set.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ is decoded once, by the function that serving uses, and kept as uint8, so that a
 waits for the disk.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import csv
@@ -245,7 +243,7 @@ class PixelSet:
     images: NDArray[np.uint8]
     masks: NDArray[np.uint8]
 
-    def of(self, samples: Sequence[Sample]) -> PixelSet:
+    def of(self, samples: Sequence[Sample]) -> "PixelSet":
         """The pixels of `samples`, in their order."""
         if (wanted := tuple(s.id for s in samples)) == self.ids:
             return self

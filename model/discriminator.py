@@ -4,8 +4,6 @@ Source: Sarker et al. 2019, section 3.0.3; a PatchGAN (Isola et al. 2017) with P
 and CAM after its third layer.
 """
 
-from __future__ import annotations
-
 from typing import cast
 
 import torch

@@ -10,8 +10,6 @@ out, so that its target says where annotators and networks agree rather than wha
 memorised. Predictions are averaged over the eight symmetries of the square. (Hinton et al. 2015.)
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

@@ -17,8 +17,6 @@ Weights that were trained at another size than 128 say so and give a graph of th
 server refuses.
 """
 
-from __future__ import annotations
-
 import argparse
 from hashlib import sha256
 from pathlib import Path

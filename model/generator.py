@@ -7,8 +7,6 @@
 Source: Sarker et al. 2019, figure 1 and section 3.0.1 to 3.0.2.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

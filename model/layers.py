@@ -5,8 +5,6 @@ PAM and CAM; ERFNet (Romera et al. 2018) for the down-sampler and the non-bottle
 All tensors are [n, C, H, W].
 """
 
-from __future__ import annotations
-
 from typing import Literal, cast
 
 import torch

@@ -1,7 +1,5 @@
 """Takes a run from its start, or its last checkpoint, to its end: epochs, validation, selection."""
 
-from __future__ import annotations
-
 import math
 import time
 from pathlib import Path

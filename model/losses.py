@@ -3,8 +3,6 @@
 Probabilities, logits and ground truth are [n, 1, H, W]; every loss is a mean over images.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,7 +1,5 @@
 """The arithmetic of a run: float32, or bf16 where the processor has it."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from pathlib import Path

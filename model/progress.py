@@ -1,7 +1,5 @@
 """What a run reports while it goes: lines on stderr, and events for TensorBoard."""
 
-from __future__ import annotations
-
 import math
 import time
 

@@ -3,8 +3,6 @@
 Training, averaging and distillation use it. `model.evaluate` scores files at their own sizes.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 import torch.nn.functional as F

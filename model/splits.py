@@ -1,7 +1,5 @@
 """The training and selection images of a run: samples by split and fold, and their pixels."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections import Counter

@@ -4,8 +4,6 @@ References: U-Net (Ronneberger et al. 2015), pre-activation residual blocks (He 
 squeeze and excitation (Hu et al. 2018).
 """
 
-from __future__ import annotations
-
 from typing import cast
 
 import torch

@@ -11,8 +11,6 @@ numbers follow from the seed and the step: a resumed run takes exactly the steps
 taken.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 from pathlib import Path

@@ -6,8 +6,6 @@ way. The weights' average is one fused call, with a decay that warms up, since
 `torch.optim.swa_utils.AveragedModel` walks all modules at every step.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import os

@@ -6,8 +6,6 @@ It writes the engine and, beside it, `slsnet.engine.json`: what it was built for
 made of it, layer by layer. It fails if the precision is not the one asked for.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

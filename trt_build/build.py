@@ -1,7 +1,5 @@
 """Builds one engine from the exported ONNX file, and refuses a result that was not asked for."""
 
-from __future__ import annotations
-
 import hashlib
 import time
 from collections.abc import Callable, Mapping

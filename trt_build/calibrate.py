@@ -6,8 +6,6 @@ writes `model/weights/slsnet.calibration.json`, which an int8 build reads. The f
 that one ONNX file and says so.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Mapping, Sequence

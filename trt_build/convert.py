@@ -16,8 +16,6 @@ In every precision these stay float32:
 - the last sigmoid.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal

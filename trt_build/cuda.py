@@ -5,8 +5,6 @@ because cuda-python returns an error beside each result, and PyTorch and CuPy, w
 gigabytes.
 """
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Callable
 from typing import Any
@@ -76,7 +74,7 @@ class Stream:
         kind = runtime.cudaMemcpyKind.cudaMemcpyDefault
         _call(runtime.cudaMemcpyAsync, target, source, size, kind, self._stream)
 
-    def capture(self, enqueue: Callable[[], None]) -> Graph:
+    def capture(self, enqueue: Callable[[], None]) -> "Graph":
         """Record what `enqueue` queues on this stream, without running it.
 
         Raises:

@@ -1,7 +1,5 @@
 """The GPU of this process, as CUDA describes it through cuda-python."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -5,8 +5,6 @@ GPU can load the engine, the inspector cannot be used. But the builder logs its 
 fields, one layer on each line.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Mapping

@@ -9,8 +9,6 @@ kernel that sums in float16 does. The command exits with 1 where the gate is not
 where nothing could be compared.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

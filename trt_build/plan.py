@@ -1,7 +1,5 @@
 """The description of an engine file: its key, and the JSON file beside it."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
@@ -44,7 +42,7 @@ class PlanKey:
         text = json.dumps(dataclasses.asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
-    def differences(self, other: PlanKey) -> list[str]:
+    def differences(self, other: "PlanKey") -> list[str]:
         """Describe, field by field, how `other` (the wanted key) differs from this key."""
         return [
             f"{f.name} is {getattr(self, f.name)}, wanted {getattr(other, f.name)}"

@@ -9,8 +9,6 @@ batch hide behind the compute of the other. A slot's contexts never run at the s
 its scratch memory.
 """
 
-from __future__ import annotations
-
 import logging
 import queue
 import sys
@@ -192,7 +190,7 @@ class _Lane:
         trt: TensorRT,
         context: Any,
         bucket: int,
-        slot: _Slot,
+        slot: "_Slot",
         profile: int,
         image: str,
         probability: str,

@@ -4,8 +4,6 @@ A folder has the ISIC layout: `NAME.jpg` (or `.png`), and the true mask as
 `NAME_segmentation.png` in the same folder or another. `model.truth` lists other names of masks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """TensorRT, its lean runtime or TensorRT for RTX, behind the few calls in which they differ."""
 
-from __future__ import annotations
-
 import importlib
 import re
 from collections.abc import Callable
