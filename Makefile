@@ -51,7 +51,7 @@ linkcheck: $(VENV)/.development
 	$(BIN)/python -m sphinx --keep-going -b linkcheck docs build/linkcheck
 
 imports: $(VENV)/.development
-	$(BIN)/pydeps server --no-config --max-module-depth 2 --only server model trt_build photos common \
+	$(BIN)/pydeps server --no-config --max-module-depth 2 --only server model engines trt_build photos common \
 		--noshow -T svg -o docs/imports.svg
 
 bare:

@@ -38,11 +38,11 @@ from numpy.typing import NDArray
 from benchmarks.latency import machine
 from common.program import Help
 from common.stamp import Infer
+from engines.plan import Precision
 from server.backends import BackendError, BackendInfo, open_backend
 from server.cores import available_cores
 from server.settings import SHIPPED_MODEL
 from trt_build.parity import GENERATED, compare, table
-from trt_build.plan import Precision
 from trt_build.samples import REFERENCE, load_samples
 
 MODEL = Path(__file__).parent.parent / SHIPPED_MODEL

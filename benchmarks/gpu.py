@@ -31,11 +31,11 @@ from numpy.typing import NDArray
 from common.files import write_atomically
 from common.onnx import onnx_runner
 from common.program import Help
+from engines.device import Gpu, NoGpuError, current_gpu
+from engines.plan import BUCKETS, Precision, parse_buckets
 from photos.image import MODEL_SIZE
 from server.backends import Backend, BackendError
-from trt_build.device import Gpu, NoGpuError, current_gpu
 from trt_build.parity import compare
-from trt_build.plan import BUCKETS, Precision, parse_buckets
 from trt_build.samples import REFERENCE, load_samples
 
 MODEL = Path(__file__).parent.parent / "model/weights/slsnet.onnx"
@@ -128,12 +128,12 @@ def _onnxruntime(model: Path) -> Backend:
 
 def _tensorrt(model: Path, work: Path, buckets: tuple[int, ...], precision: Precision) -> Open:
     def opened() -> Backend:
+        from engines.tensorrt_api import TensorRTError, find_tensorrt
         from server.backends.engine_cache import CORES_TO_SPIN
         from server.backends.tensorrt import TensorRtBackend
         from server.cores import available_cores
         from trt_build.build import BuildError, BuildOptions, build
         from trt_build.calibrate import CalibrationError, measure_ranges, read_ranges
-        from trt_build.tensorrt_api import TensorRTError, find_tensorrt
 
         engine = work / f"{precision}.engine"
         ranges = None

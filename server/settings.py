@@ -13,9 +13,9 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from common.program import Help, program
+from engines.plan import Precision
 from photos.image import DEFAULT_MAX_PIXELS
 from server.cores import available_cores
-from trt_build.plan import Precision
 
 __all__ = [
     "Settings",

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support import ROOT
 
-PARTS = ("server", "model", "trt_build", "benchmarks", "docs")
+PARTS = ("server", "model", "engines", "trt_build", "benchmarks", "docs")
 COMMANDS = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for part in PARTS

@@ -1,5 +1,4 @@
 """Turns the exported ONNX file into a TensorRT engine and its description.
 
-The server reads engines with `plan`, `device` and `tensorrt_api`, which import neither onnx nor
-TensorRT until a function needs it. `convert`, `calibrate`, `build` and `parity` build engines.
+Engines and their descriptions are read and run by `engines`, which knows nothing of this package.
 """

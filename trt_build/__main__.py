@@ -13,15 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.program import Help, program
+from engines.device import NoGpuError, current_gpu
+from engines.plan import BUCKETS, PRECISIONS, PlanError, parse_buckets
+from engines.runtime import EngineError
+from engines.tensorrt_api import TensorRTError, find_tensorrt
 from trt_build.build import DEFAULT_WORKSPACE_BYTES, BuildError, BuildOptions, build
 from trt_build.calibrate import CalibrationError, read_ranges
 from trt_build.convert import ConversionError
-from trt_build.device import NoGpuError, current_gpu
 from trt_build.parity import GENERATED, gate_engine
-from trt_build.plan import BUCKETS, PRECISIONS, PlanError, parse_buckets
-from trt_build.runtime import EngineError
 from trt_build.samples import REFERENCE, load_samples
-from trt_build.tensorrt_api import TensorRTError, find_tensorrt
 
 GATE_FAILED = 3
 """Exit code where the engine was built, but its masks differ too much for it to be served."""

@@ -11,17 +11,17 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from common.files import write_atomically
-from trt_build import layers as layer_reports
-from trt_build.convert import AttentionForm, ConversionError, convert, default_attention
-from trt_build.device import NoGpuError, current_gpu
-from trt_build.plan import (
+from engines.device import NoGpuError, current_gpu
+from engines.plan import (
     BUCKETS,
     PlanInfo,
     Precision,
     check_buckets,
     file_sha256,
 )
-from trt_build.tensorrt_api import TensorRT, TensorRTError, find_tensorrt, plan_key
+from engines.tensorrt_api import TensorRT, TensorRTError, find_tensorrt, plan_key
+from trt_build import layers as layer_reports
+from trt_build.convert import AttentionForm, ConversionError, convert, default_attention
 
 _NO_KERNEL = "not supported by a dedicated kernel"
 """TensorRT says this of an attention that it cannot fuse."""

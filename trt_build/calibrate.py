@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from common.files import write_atomically
 from common.onnx import onnx_session
 from common.program import Help
-from trt_build.plan import file_sha256
+from engines.plan import file_sha256
 from trt_build.samples import Sample, batches, load_samples
 
 PERCENTILE = 99.99

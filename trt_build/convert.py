@@ -26,7 +26,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from trt_build.plan import Precision
+from engines.plan import Precision
 
 AttentionForm = Literal["fused", "chunked", "plain"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import onnx
 from onnx import TensorProto
 
-from trt_build.plan import Layer
+from engines.plan import Layer
 
 _TYPES = (
     ("bf16", r"BFloat16|BF16"),

@@ -25,9 +25,9 @@ from common.files import write_atomically
 from common.onnx import onnx_runner
 from common.program import Help
 from common.stamp import Infer
+from engines.plan import Precision
 from model.metrics import count, jaccard
 from photos.image import THRESHOLD, lesion_mask, unpack_mask
-from trt_build.plan import Precision
 from trt_build.samples import REFERENCE, Sample, batches, load_samples
 
 GENERATED = "generated lesions"
@@ -162,9 +162,9 @@ def simulated_runner(onnx_path: Path, precision: Precision, *, half_sums: bool =
 def gate_engine(onnx_path: Path, engine: Path, samples: Sequence[Sample], source: str) -> Parity:
     """Compare an engine with its ONNX file on this machine's GPU; note the result in the sidecar.
 
-    Raises the errors of trt_build.runtime.EngineRunner.
+    Raises the errors of engines.runtime.EngineRunner.
     """
-    from trt_build.runtime import EngineRunner
+    from engines.runtime import EngineRunner
 
     runner = EngineRunner(engine)
     try:

@@ -25,7 +25,7 @@ quietly "$output/lean.log" build localhost/slsnet:lean-test docker/Dockerfile \
     --build-arg REQUIREMENTS=requirements-lean
 say "built with the lean runtime in $((($(now_ms) - started) / 1000)) s"
 size_and_layers localhost/slsnet:lean-test
-library='from trt_build.tensorrt_api import find_tensorrt; print(find_tensorrt().library)'
+library='from engines.tensorrt_api import find_tensorrt; print(find_tensorrt().library)'
 found=$(engine run --rm --network none "${hardened[@]}" --entrypoint /opt/venv/bin/python \
     localhost/slsnet:lean-test -c "$library")
 [[ $found = "tensorrt_lean "* ]] || fail "no lean runtime in it: $found"

@@ -22,11 +22,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
-import trt_build
-from server.backends import Backend, BackendError
-from server.backends.tensorrt import TensorRtBackend
-from trt_build.device import Gpu, NoGpuError, current_gpu
-from trt_build.plan import (
+import engines
+from engines.device import Gpu, NoGpuError, current_gpu
+from engines.plan import (
     BUCKETS,
     PlanError,
     PlanInfo,
@@ -37,18 +35,23 @@ from trt_build.plan import (
     read_plan_info,
     sidecar_path,
 )
-from trt_build.runtime import SLOTS, check_fits
-from trt_build.tensorrt_api import (
+from engines.runtime import SLOTS, check_fits
+from engines.tensorrt_api import (
     RTX_PORTABLE,
     TensorRT,
     TensorRTError,
     find_tensorrt,
     plan_key,
 )
+from server.backends import Backend, BackendError
+from server.backends.tensorrt import TensorRtBackend
 
 __all__ = ["CORES_TO_SPIN", "ENGINE_EVENTS", "EngineCache", "EngineEvent", "open_engine_cache"]
 
 log = logging.getLogger("slsnet.engine")
+
+# Where the builder's and the trial's modules are found.
+_ROOT = Path(engines.__file__).parent.parent
 
 EngineEvent = Literal[
     "hit",
@@ -280,7 +283,7 @@ class EngineCache:
         try:
             trial = subprocess.run(
                 self._trial(self.engine),
-                cwd=Path(trt_build.__file__).parent.parent,
+                cwd=_ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -356,7 +359,7 @@ class EngineCache:
         with tempfile.TemporaryFile() as output:
             builder = subprocess.Popen(
                 command,
-                cwd=Path(trt_build.__file__).parent.parent,
+                cwd=_ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -469,7 +472,7 @@ def open_engine_cache(
         key,
         command=command,
         load=lambda engine: TensorRtBackend(engine, spin=cores >= CORES_TO_SPIN),
-        trial=lambda engine: [sys.executable, "-m", "trt_build.runtime", str(engine)],
+        trial=lambda engine: [sys.executable, "-m", "engines.runtime", str(engine)],
         on_event=on_event,
         engine=engine,
     )

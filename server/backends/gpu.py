@@ -8,8 +8,8 @@ on the GPU too, for as long as the process lives.
 
 import sys
 
-from trt_build.device import NoGpuError, current_gpu
-from trt_build.tensorrt_api import TensorRTError, find_tensorrt
+from engines.device import NoGpuError, current_gpu
+from engines.tensorrt_api import TensorRTError, find_tensorrt
 
 __all__ = ["runs_on_gpu"]
 

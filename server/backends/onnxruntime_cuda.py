@@ -20,11 +20,11 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from engines.device import NoGpuError, current_gpu
 from photos.image import MODEL_SIZE
 from server.backends import BackendError, BackendInfo, Images
 from server.backends.model_file import read_model
 from server.backends.onnxruntime import check_contract
-from trt_build.device import NoGpuError, current_gpu
 
 __all__ = ["OnnxRuntimeCudaBackend"]
 

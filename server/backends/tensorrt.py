@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.device import NoGpuError
+from engines.plan import PlanError
+from engines.runtime import SLOTS, EngineError, EngineRunner
+from engines.tensorrt_api import TensorRTError
 from photos.image import MODEL_SIZE
 from server.backends import BackendError, BackendInfo, Images
-from trt_build.device import NoGpuError
-from trt_build.plan import PlanError
-from trt_build.runtime import SLOTS, EngineError, EngineRunner
-from trt_build.tensorrt_api import TensorRTError
 
 __all__ = ["TensorRtBackend"]
 

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from benchmarks import gpu
 from common.onnx import onnx_runner
+from engines.device import Gpu
 from server.backends import BackendInfo, Images
 from tests.support import MODEL
-from trt_build.device import Gpu
 from trt_build.samples import REFERENCE, load_samples
 
 

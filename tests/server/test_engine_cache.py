@@ -16,6 +16,9 @@ from typing import Any
 
 import pytest
 
+from engines import tensorrt_api
+from engines.device import Gpu, NoGpuError
+from engines.plan import file_sha256, read_plan_info, sidecar_path
 from server.backends import Backend, BackendError, engine_cache
 from server.backends.engine_cache import EngineCache, EngineEvent, open_engine_cache
 from tests.support import MODEL, ROOT, surface
@@ -23,9 +26,6 @@ from tests.support.devices import has_gpu
 from tests.support.engines import EngineStub, Harness
 from tests.support.fake_builder import CONTENT, KEY, plan_info
 from tests.support.waiting import until
-from trt_build import tensorrt_api
-from trt_build.device import Gpu, NoGpuError
-from trt_build.plan import file_sha256, read_plan_info, sidecar_path
 
 
 @pytest.fixture

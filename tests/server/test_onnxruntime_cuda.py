@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from engines.device import Gpu
 from server.backends import BackendError, onnxruntime_cuda
 from server.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from server.inference.batching import Batcher
 from server.observe.metrics import Metrics
 from tests.support import MODEL
 from tests.support.fake_cuda import FakeCuda, FakeStream, Status
-from trt_build.device import Gpu
 
 GLOBAL = 0
 BUCKETS = (1, 2, 4, 8, 16)

@@ -15,6 +15,8 @@ import httpx
 import psutil
 import pytest
 
+from engines.device import NoGpuError
+from engines.tensorrt_api import TensorRTError
 from server.backends import gpu
 from server.keys import new_key
 from server.observe.shared_metrics import Folder
@@ -27,8 +29,6 @@ from tests.support.launch import ServerProcess, serve
 from tests.support.samples import Sample
 from tests.support.site import Site, inverted
 from tests.support.waiting import until
-from trt_build.device import NoGpuError
-from trt_build.tensorrt_api import TensorRTError
 
 SHARED = ("--workers", "2", "--share-network", "yes", "--drain-grace-s", "0.5")
 

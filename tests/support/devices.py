@@ -1,6 +1,6 @@
 """What this machine has, for tests that need it or its absence."""
 
-from trt_build.device import NoGpuError, current_gpu
+from engines.device import NoGpuError, current_gpu
 
 
 def has_gpu() -> bool:

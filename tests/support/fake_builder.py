@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 from common.files import replacing, write_atomically
-from trt_build.plan import Layer, PlanInfo, PlanKey
+from engines.plan import Layer, PlanInfo, PlanKey
 
 KEY = PlanKey(
     "0" * 64,

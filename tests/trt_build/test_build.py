@@ -9,14 +9,14 @@ from pathlib import Path
 import onnx
 import pytest
 
+from engines.plan import PlanInfo, Precision, file_sha256, read_engine, read_plan_info
+from engines.tensorrt_api import TensorRTError, find_tensorrt, plan_key
 from tests.support import MODEL, ROOT
 from tests.support.devices import has_gpu
 from trt_build.__main__ import main
 from trt_build.build import BuildError, BuildOptions, build
 from trt_build.calibrate import CalibrationError, read_ranges
 from trt_build.layers import disagreements, expected_types
-from trt_build.plan import PlanInfo, Precision, file_sha256, read_engine, read_plan_info
-from trt_build.tensorrt_api import TensorRTError, find_tensorrt, plan_key
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT for RTX is not installed")
 

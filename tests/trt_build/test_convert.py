@@ -9,9 +9,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from common.onnx import onnx_runner
+from engines.plan import Precision
 from tests.support import MODEL
 from trt_build.convert import ConversionError, convert
-from trt_build.plan import Precision
 from trt_build.samples import REFERENCE, batches, load_samples
 
 

@@ -12,6 +12,9 @@ import onnxruntime
 import pytest
 
 from common.onnx import onnx_runner
+from engines.plan import PRECISIONS, PlanInfo, Precision, read_plan_info
+from engines.runtime import EngineRunner
+from engines.tensorrt_api import TensorRT, TensorRTError, find_tensorrt
 from server.backends import Backend, BackendError
 from server.backends.engine_cache import EngineEvent, open_engine_cache
 from server.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
@@ -21,10 +24,7 @@ from tests.support.devices import why_no_gpu
 from trt_build.build import BuildOptions, build
 from trt_build.calibrate import measure_ranges
 from trt_build.parity import GENERATED, gate_engine
-from trt_build.plan import PRECISIONS, PlanInfo, Precision, read_plan_info
-from trt_build.runtime import EngineRunner
 from trt_build.samples import REFERENCE, batches, load_samples
-from trt_build.tensorrt_api import TensorRT, TensorRTError, find_tensorrt
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,7 +49,7 @@ def built(trt: TensorRT, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 
 
 def test_memory_streams_and_graphs_of_cuda() -> None:
-    from trt_build import cuda
+    from engines import cuda
 
     pixels = cuda.PinnedArray((4, 1024), np.dtype(np.uint8))
     back = cuda.PinnedArray((4, 1024), np.dtype(np.uint8))

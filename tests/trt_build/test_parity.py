@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from common.onnx import onnx_runner
+from engines.device import NoGpuError
 from tests.support import MODEL
 from tests.support.lesions import write_pairs
 from trt_build.calibrate import calibration_path, read_ranges
 from trt_build.calibrate import main as calibrate
-from trt_build.device import NoGpuError
 from trt_build.parity import GATES, Parity, compare, mask_iou, table
 from trt_build.parity import main as parity
 from trt_build.samples import REFERENCE, Sample, load_samples

@@ -7,16 +7,16 @@ from typing import Any
 import onnx
 import pytest
 
+from engines.device import Gpu
+from engines.plan import read_plan_info
+from engines.tensorrt_api import TensorRT, TensorRTError, plan_key
 from tests.support import MODEL
 from tests.support import surface as surfaces
 from trt_build import __main__ as command
 from trt_build import build as build_module
 from trt_build.build import BuildOptions, build
 from trt_build.convert import convert
-from trt_build.device import Gpu
 from trt_build.layers import expected_types
-from trt_build.plan import read_plan_info
-from trt_build.tensorrt_api import TensorRT, TensorRTError, plan_key
 
 GPU = Gpu("NVIDIA H100 80GB HBM3", "9.0", 80 << 30, 132)
 
@@ -161,7 +161,7 @@ def _inspector_json(
 @pytest.fixture(params=["tensorrt-10.16", "tensorrt-11.4"])
 def fake(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
     monkeypatch.setattr(build_module, "current_gpu", lambda: GPU)
-    monkeypatch.setattr("trt_build.tensorrt_api.current_gpu", lambda: GPU)
+    monkeypatch.setattr("engines.tensorrt_api.current_gpu", lambda: GPU)
     return FakeTensorRT(request.param, _inspector_json(request.param))
 
 
@@ -290,7 +290,7 @@ def test_cards_of_one_compute_capability_share_no_engine(
     keys = []
     for name, multiprocessors in [("NVIDIA L4", 58), ("NVIDIA L40S", 142), ("NVIDIA L40S", 36)]:
         gpu = Gpu(name, "8.9", 24 << 30, multiprocessors)
-        monkeypatch.setattr("trt_build.tensorrt_api.current_gpu", lambda gpu=gpu: gpu)
+        monkeypatch.setattr("engines.tensorrt_api.current_gpu", lambda gpu=gpu: gpu)
         keys.append(plan_key("0" * 64, "fp16", (1, 2), trt))
         portable = plan_key("0" * 64, "fp16", (1, 2), trt, hardware_compatible=True)
         assert portable.device == "any"
@@ -305,7 +305,7 @@ def test_rtx_is_told_to_allocate_nothing_itself(
 ) -> None:
     """Or its work cannot be recorded in a CUDA graph (its release notes of 1.2)."""
     monkeypatch.setattr(build_module, "current_gpu", lambda: GPU)
-    monkeypatch.setattr("trt_build.tensorrt_api.current_gpu", lambda: GPU)
+    monkeypatch.setattr("engines.tensorrt_api.current_gpu", lambda: GPU)
     fake = FakeTensorRT(surface, _inspector_json(surface))
     build(MODEL, tmp_path / "x.engine", BuildOptions(buckets=(1, 2)), trt=TensorRT(fake.module))
     flags = fake.module.BuilderFlag

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from engines.plan import Precision
 from server.backends import Backend, BackendError, Images
 from server.backends.engine_cache import EngineCache, EngineEvent
 from server.http.app import create_app
@@ -19,7 +20,6 @@ from tests.support.engines import EngineStub, Harness
 from tests.support.lesions import drawn_photo
 from tests.support.offline import CPU_BACKEND
 from tests.support.waiting import until
-from trt_build.plan import Precision
 
 PHOTO = drawn_photo(0, 200, 150)
 

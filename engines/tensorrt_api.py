@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from trt_build.device import Gpu, current_gpu
-from trt_build.plan import PlanKey, Precision
+from engines.device import Gpu, current_gpu
+from engines.plan import PlanKey, Precision
 
 MODULES = (
     "tensorrt",

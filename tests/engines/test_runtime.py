@@ -14,18 +14,18 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from engines import cuda as cuda_module
+from engines import runtime as runtime_module
+from engines.device import Gpu, NoGpuError, current_gpu
+from engines.plan import PlanError
+from engines.runtime import SLOTS, EngineError, EngineRunner
+from engines.tensorrt_api import TensorRT
 from server.backends import BackendError
 from server.backends.tensorrt import TensorRtBackend
 from tests.support import surface
 from tests.support.devices import has_gpu
 from tests.support.fake_builder import CONTENT, KEY, plan_info
 from tests.support.fake_cuda import SIDE, FakeContext, FakeCuda, FakeEngine, Status
-from trt_build import cuda as cuda_module
-from trt_build import runtime as runtime_module
-from trt_build.device import Gpu, NoGpuError, current_gpu
-from trt_build.plan import PlanError
-from trt_build.runtime import SLOTS, EngineError, EngineRunner
-from trt_build.tensorrt_api import TensorRT
 
 GPU = Gpu("NVIDIA H100 80GB HBM3", "9.0", 80 << 30, 132)
 

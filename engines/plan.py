@@ -32,7 +32,7 @@ class PlanKey:
     compute_capability: str
     """Such as `9.0`; `any` for an engine that TensorRT for RTX compiles where it runs."""
     device: str
-    """`trt_build.device.Gpu.model`; `any` where only the compute capability counts, as for
+    """`engines.device.Gpu.model`; `any` where only the compute capability counts, as for
     hardware-compatible engines and those of TensorRT for RTX."""
     precision: Precision
     buckets: tuple[int, ...]

@@ -1,6 +1,6 @@
 """Runs a built engine: pinned buffers, one context and one captured CUDA graph for each bucket.
 
-    python -m trt_build.runtime slsnet.engine
+    python -m engines.runtime slsnet.engine
 
 loads an engine and runs it once, in a process of its own, since a bad engine may end the process.
 
@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.files import write_atomically
+from engines.device import Gpu, NoGpuError, current_gpu
+from engines.plan import PlanError, PlanInfo, read_engine, read_plan_info
+from engines.tensorrt_api import RTX_PORTABLE, TensorRT, TensorRTError, find_tensorrt
 from photos.image import MODEL_SIZE
-from trt_build.device import Gpu, NoGpuError, current_gpu
-from trt_build.plan import PlanError, PlanInfo, read_engine, read_plan_info
-from trt_build.tensorrt_api import RTX_PORTABLE, TensorRT, TensorRTError, find_tensorrt
 
 SLOTS = 2
 
@@ -105,7 +105,7 @@ class EngineRunner:
         self.library = trt.library
         data = read_engine(engine, self.info)
         # cuda-python is installed: current_gpu() would have failed otherwise.
-        from trt_build import cuda
+        from engines import cuda
 
         self._cuda = cuda
         free = cuda.free_memory()
@@ -248,7 +248,7 @@ class _Lane:
         )
 
     def _capture(self, trt: TensorRT) -> Any:
-        from trt_build import cuda
+        from engines import cuda
 
         try:
             if not trt.can_be_recorded(self._context, self._slot.stream.handle):
@@ -281,7 +281,7 @@ class _Slot:
         buckets: tuple[int, ...],
         configure: Callable[[Any], Any] | None,
     ) -> None:
-        from trt_build import cuda
+        from engines import cuda
 
         image, probability = _tensor_names(trt, engine)
         self.lanes: list[_Lane] = []
