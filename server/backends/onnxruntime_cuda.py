@@ -6,15 +6,12 @@ and `cuda_graph.cc`). So one thread of the process loads, records and runs all g
 """
 
 import logging
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Thread
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -25,12 +22,11 @@ from photos.image import MODEL_SIZE
 from server.backends import BackendError, BackendInfo, Images
 from server.backends.model_file import read_model
 from server.backends.onnxruntime import check_contract
+from server.backends.threads import DaemonThreads
 
 __all__ = ["OnnxRuntimeCudaBackend"]
 
 log = logging.getLogger("slsnet.onnxruntime")
-
-T = TypeVar("T")
 
 _PROVIDER = "CUDAExecutionProvider"
 
@@ -74,10 +70,10 @@ class OnnxRuntimeCudaBackend:
         onnxruntime.preload_dlls()
         self._file = read_model(model)
         try:
-            _gpu_thread()(lambda: None, STUCK_S)
+            _gpu_thread().submit(lambda: None).result(STUCK_S)
         except TimeoutError as error:
             raise BackendError(f"{self._gpu.name} has not come back for {STUCK_S:g} s") from error
-        _gpu_thread()(self._load)
+        _gpu_thread().submit(self._load).result()
 
     def describe(self) -> BackendInfo:
         return BackendInfo(
@@ -100,10 +96,10 @@ class OnnxRuntimeCudaBackend:
             parts = [self.infer(batch[i : i + most]) for i in range(0, len(batch), most)]
             return np.concatenate(parts)
         with _as_backend_error(f"a batch of {len(batch)} failed"):
-            return _gpu_thread()(lambda: self._run(batch))[: len(batch)]
+            return _gpu_thread().submit(lambda: self._run(batch)).result()[: len(batch)]
 
     def close(self) -> None:
-        _gpu_thread()(self._close)
+        _gpu_thread().submit(self._close).result()
 
     def _run(self, batch: Images) -> NDArray[np.float32]:
         lane = self._lane(next(size for size in _BUCKETS if size >= len(batch)))
@@ -164,32 +160,9 @@ class OnnxRuntimeCudaBackend:
         return self._lanes[bucket]
 
 
-class _Thread:
-    """A thread that runs calls in order; the end of the process does not wait for it."""
-
-    def __init__(self) -> None:
-        self._work: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
-        Thread(target=self._run, name="onnxruntime_cuda", daemon=True).start()
-
-    def __call__(self, work: Callable[[], T], timeout: float | None = None) -> T:
-        future: Future[T] = Future()
-        self._work.put((future, work))
-        return future.result(timeout)
-
-    def _run(self) -> None:
-        while True:
-            future, work = self._work.get()
-            try:
-                future.set_result(work())
-            except Exception as error:  # noqa: BLE001  # it goes to the caller that waits
-                future.set_exception(error)
-            # Otherwise the last batch would stay in memory until the next one.
-            del future, work
-
-
 @cache
-def _gpu_thread() -> _Thread:
-    return _Thread()
+def _gpu_thread() -> DaemonThreads:
+    return DaemonThreads(1, "onnxruntime_cuda")
 
 
 @contextmanager

@@ -15,18 +15,16 @@ own, and wait a fixed time for a batch to fill.
 
 import asyncio
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
-from queue import SimpleQueue
 
 import numpy as np
 from numpy.typing import NDArray
 
 from server.backends import Backend, BackendError
+from server.backends.threads import DaemonThreads
 from server.inference.errors import ClientGone, DeadlineExceeded, InferenceFailed, Unavailable
 from server.observe.metrics import Metrics
 
@@ -159,7 +157,7 @@ def is_wanted(item: Item, metrics: Metrics) -> bool:
 
 
 class Batcher:
-    """Feeds one backend from one event loop; `infer` is called on that loop."""
+    """Feeds one backend from one event loop; `submit` is called on that loop."""
 
     def __init__(
         self,
@@ -198,35 +196,13 @@ class Batcher:
         self._running: set[asyncio.Task[None]] = set()
         self._last_run = time.perf_counter()
         self._timer: asyncio.TimerHandle | None = None
-        self._threads = _Threads(info.slots)
+        self._threads = DaemonThreads(info.slots, "infer")
         self._on_failing = on_failing
         self._failures = 0
         self._is_failing = False
         self._hung = False
         self.seconds_per_image = 0.0
         """Moving average of the backend's time for a photo."""
-
-    async def infer(
-        self,
-        pixels: NDArray[np.uint8],
-        *,
-        deadline: float,
-        is_gone: Callable[[], bool] = lambda: False,
-    ) -> Inference:
-        """Run one photo's pixels, with others if the backend is busy.
-
-        Args:
-            pixels: uint8 [128, 128, 3].
-            deadline: second of `time.perf_counter` after which they are not run.
-            is_gone: whether the client has left; asked when a batch is formed.
-
-        Raises:
-            DeadlineExceeded: the deadline passed while they waited.
-            ClientGone: `is_gone` said so.
-            InferenceFailed: the backend failed on them in their batch and again alone.
-            Unavailable: the backend keeps failing, or a run does not come back.
-        """
-        return (await self.submit([pixels], deadline=deadline, is_gone=is_gone))[0]
 
     def submit(
         self,
@@ -236,15 +212,21 @@ class Batcher:
         is_gone: Callable[[], bool] = lambda: False,
         bulk: bool = False,
     ) -> asyncio.Future[list[Inference]]:
-        """Queue the pixels of a request's photos, each by itself; errors are those of `infer`.
+        """Queue the pixels of a request's photos, each by itself.
 
         Args:
             images: one at least, each uint8 [128, 128, 3].
-            deadline, is_gone: as for `infer`.
+            deadline: second of `time.perf_counter` after which they are not run.
+            is_gone: whether the client has left; asked when a batch is formed.
             bulk: let interactive photos go first.
 
         Returns:
-            Their answers, or the first failure; if it is cancelled, they leave the queue.
+            Their answers; if it is cancelled, they leave the queue. Or the first failure:
+
+            DeadlineExceeded: the deadline passed while they waited.
+            ClientGone: `is_gone` said so.
+            InferenceFailed: the backend failed on a photo in its batch and again alone.
+            Unavailable: the backend keeps failing, or a run does not come back.
         """
         request, items = items_of(images, deadline, is_gone)
         (self._bulk if bulk else self._interactive).extend(items)
@@ -417,46 +399,6 @@ class Batcher:
         if len(probabilities) != len(images) or not np.isfinite(probabilities).all():
             raise BackendError("The backend's answer is not one finite map for each image.")
         return started, time.perf_counter(), probabilities
-
-
-_Result = tuple[float, float, NDArray[np.float32]]
-
-
-class _Threads:
-    """Threads that do not delay the end of the process: one may be stuck in a driver.
-
-    The standard library's pool waits for its threads at exit.
-    """
-
-    def __init__(self, count: int) -> None:
-        self._work: SimpleQueue[tuple[Future[_Result], Callable[[], _Result]] | None] = (
-            SimpleQueue()
-        )
-        self._count = count
-        for number in range(count):
-            threading.Thread(target=self._run, name=f"infer_{number}", daemon=True).start()
-
-    def submit(self, work: Callable[[], _Result]) -> Future[_Result]:
-        future: Future[_Result] = Future()
-        self._work.put((future, work))
-        return future
-
-    def close(self) -> None:
-        """Let the threads end once they are idle."""
-        for _ in range(self._count):
-            self._work.put(None)
-
-    def _run(self) -> None:
-        while (item := self._work.get()) is not None:
-            future, work = item
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(work())
-            except Exception as error:  # noqa: BLE001  # it goes to who waits
-                future.set_exception(error)
-            # Otherwise the last batch would stay in memory until the next one.
-            del item, future, work
 
 
 def _refuse(item: Item) -> None:

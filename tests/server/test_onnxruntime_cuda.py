@@ -165,7 +165,7 @@ def test_what_serves_replays_what_was_captured_at_load(gpu: FakeOnnxRuntime) -> 
     async def serve() -> None:
         batcher = Batcher(backend, Metrics())
         for seed in range(3):
-            found = await batcher.infer(_image(seed), deadline=float("inf"))
+            (found,) = await batcher.submit([_image(seed)], deadline=float("inf"))
             np.testing.assert_allclose(found.probability, _image(seed)[..., 0] / 255, atol=1e-6)
         await batcher.close()
 

@@ -67,9 +67,14 @@ async def settle(expected: Callable[[], bool] = lambda: True) -> None:
         await asyncio.sleep(0.002)
 
 
-def ask(batcher: Batcher, value: int, **options: Any) -> asyncio.Task[Inference]:
+async def infer(batcher: Batcher, value: int, **options: Any) -> Inference:
     options.setdefault("deadline", FAR)
-    return asyncio.create_task(batcher.infer(image(value), **options))
+    (inference,) = await batcher.submit([image(value)], **options)
+    return inference
+
+
+def ask(batcher: Batcher, value: int, **options: Any) -> asyncio.Task[Inference]:
+    return asyncio.create_task(infer(batcher, value, **options))
 
 
 def submit(batcher: Batcher, *values: int, bulk: bool) -> list[asyncio.Future[list[Inference]]]:
@@ -232,7 +237,7 @@ def test_a_backend_that_always_fails_is_given_nothing_more() -> None:
         assert len(backend.batches) <= FAILURES + backend.info.slots
         assert batcher.is_failing
         with pytest.raises(Unavailable):
-            await batcher.infer(image(1), deadline=FAR)
+            await infer(batcher, 1)
         assert told == [True]
         await batcher.close()
         assert backend.closed
@@ -271,7 +276,7 @@ def test_an_answer_that_is_none_is_a_failure(wrong: str) -> None:
 
     async def scenario() -> None:
         with pytest.raises(InferenceFailed):
-            await Batcher(Wrong(), Metrics()).infer(image(1), deadline=FAR)
+            await infer(Batcher(Wrong(), Metrics()), 1)
 
     run(scenario)
 
