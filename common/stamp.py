@@ -64,23 +64,22 @@ def unstamped(content: bytes) -> bytes:
     return content
 
 
-def check_digest(content: bytes) -> bool:
-    """Whether the bytes have a digest.
+def check_digest(content: bytes) -> None:
+    """Check the bytes' digest, if they have one.
 
     Raises:
-        StampError: they have one, and it does not match.
+        StampError: it does not match.
     """
     start = _entry(DIGEST, "0" * 64)[:-64]
     at = content.rfind(start)
     if at < 0:
-        return False
+        return
     said = content[at + len(start) :]
     if said != hashlib.sha256(memoryview(content)[:at]).hexdigest().encode():
         raise StampError(
             f"its bytes are not those that its digest ({DIGEST} in its metadata) was made of: it is"
             " damaged, or was changed after `python -m model.export` wrote it"
         )
-    return True
 
 
 def difference_from(answers: str, infer: Infer) -> float:
