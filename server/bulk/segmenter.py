@@ -21,7 +21,6 @@ from photos.regions import mask_of
 from server.backends import BackendInfo
 from server.bulk.ledger import Row, Task
 from server.bulk.sources import BulkError
-from server.inference.budgets import PixelBudget
 from server.inference.errors import InferenceFailed, Unavailable
 from server.inference.loading import Loader
 from server.inference.service import Service
@@ -57,7 +56,7 @@ class Segmenter:
     def __init__(self, settings: Settings, options: Options, root: Path, masks: Path) -> None:
         self._service = Service(settings, Metrics())
         self._loader = Loader(self._service)
-        self._pixels = PixelBudget(settings.max_pixels_decoding)
+        self._pixels = self._service.pixels
         self._options = options
         self._root = root
         self._masks = masks
