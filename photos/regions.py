@@ -37,7 +37,10 @@ def mask_of(
 
 
 def largest_region(
-    probability: NDArray[np.float32], threshold: float = THRESHOLD
+    probability: NDArray[np.float32],
+    threshold: float = THRESHOLD,
+    *,
+    around: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.float32]:
     """Leave only the largest region above `threshold`, and fill its holes.
 
@@ -47,6 +50,8 @@ def largest_region(
     Args:
         probability: float32 [rows, columns].
         threshold: probability above which a pixel is lesion.
+        around: bool [rows, columns]; leave the region that has most of it, and the largest one only
+            if none has any.
 
     Returns:
         A copy, in which other regions are 0 and holes 1.
@@ -56,7 +61,7 @@ def largest_region(
     regions = _regions(lesion)
     if not regions:
         return cleaned
-    kept = max(regions, key=_area)
+    kept = max(regions, key=lambda region: (_shared(region, around), _area(region)))
     for region in regions:
         if region is not kept:
             _fill(cleaned, region, 0)
@@ -176,6 +181,13 @@ def _connected(runs: list[_Run]) -> list[list[_Run]]:
 
 def _area(region: list[_Run]) -> int:
     return sum(end - start for _, start, end in region)
+
+
+def _shared(region: list[_Run], mask: NDArray[np.bool_] | None) -> int:
+    """How many pixels of `mask` are in a region."""
+    if mask is None:
+        return 0
+    return sum(int(np.count_nonzero(mask[row, start:end])) for row, start, end in region)
 
 
 def _fill(pixels: NDArray[np.generic], region: list[_Run], value: float) -> None:

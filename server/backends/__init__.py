@@ -14,6 +14,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from photos.quality import QualityTable
+
 __all__ = ["Backend", "BackendError", "BackendInfo", "Images", "open_backend"]
 
 log = logging.getLogger("slsnet.backends")
@@ -53,6 +55,8 @@ class BackendInfo:
     """The ONNX file's metadata: `name`, `version`, `weights_sha256`, `training_data`, …"""
     file_sha256: str = ""
     """SHA-256 of the bytes that were loaded: it tells the network, whatever its metadata says."""
+    quality: QualityTable | None = None
+    """What turns its probabilities into a mask's quality; None if nothing is known of that."""
 
 
 class Backend(Protocol):

@@ -1,13 +1,17 @@
-"""The network's ONNX file is read once: the bytes that are checked and hashed are those loaded."""
+"""The network's ONNX file is read once: the bytes that are checked and hashed are those loaded.
+
+The table of its masks' quality lies beside it, and has to belong to the same weights.
+"""
 
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.stamp import StampError, check_digest
-from server.backends import BackendError
+from photos.quality import QualityTable
+from server.backends import BackendError, BackendInfo
 
-__all__ = ["ModelFile", "read_model"]
+__all__ = ["ModelFile", "read_model", "read_quality"]
 
 
 @dataclass(frozen=True)
@@ -33,3 +37,36 @@ def read_model(model: Path) -> ModelFile:
     except StampError as error:
         raise BackendError(f"The server does not load {model}: {error}") from error
     return ModelFile(model, content, hashlib.sha256(content).hexdigest())
+
+
+def read_quality(model: Path, network: BackendInfo) -> QualityTable | None:
+    """Read the table of quality beside a network's file.
+
+    Args:
+        model: the network's file, `X.onnx`; the table is `X.quality.json`.
+        network: what was loaded from it.
+
+    Returns:
+        The table; None if there is none, or if the network does not say which weights it has.
+
+    Raises:
+        BackendError: it cannot be read, or belongs to other weights.
+    """
+    path = model.with_suffix(".quality.json")
+    weights = network.model.get("weights_sha256")
+    try:
+        table = QualityTable.parse(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise BackendError(f"The server cannot load {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise BackendError(f"The server does not load {path}: {error}") from error
+    if weights is None:
+        return None
+    if weights != table.weights_sha256:
+        raise BackendError(
+            f"{path} belongs to the weights {table.weights_sha256[:12]}…, {model} has"
+            f" {weights[:12]}…: make it anew with `python -m model.quality`, or remove it."
+        )
+    return table

@@ -62,8 +62,12 @@ class TorchBackend:
             form = _attention(model, generator)
             set_attention(generator, form)
             network = Contract(generator).eval().to(self._device)
-            self._metadata = {**load_metadata(weights), "attention": form}
             self._sha256 = sha256(weights.read_bytes()).hexdigest()
+            self._metadata = {
+                **load_metadata(weights),
+                "attention": form,
+                "weights_sha256": self._sha256,
+            }
         except (OSError, ValueError, DecodeError) as error:
             raise BackendError(f"PyTorch cannot load {weights}: {error}") from error
         self._precision = precision

@@ -69,6 +69,8 @@ class Row:
     mean_probability: float | None = None
     """Mean over the pixels above the threshold, at the network's 128×128."""
     max_probability: float | None = None
+    quality: float | None = None
+    """The Jaccard that is to be expected of the mask, if that is known."""
     backend: str | None = None
     precision: str | None = None
     milliseconds: float | None = None
@@ -181,6 +183,11 @@ class Ledger:
                 f"{self.folder} was written by another version of this program. Choose a new"
                 " folder, or finish with that version."
             )
+        found = {row[1] for row in self._database.execute("PRAGMA table_info(photos)")}
+        for name in _ROW:
+            # Of the figures that a version before did not have, photos that are done have none.
+            if name not in found:
+                self._database.execute(f"ALTER TABLE photos ADD COLUMN {name}")
         # A write shows whether another process has it.
         self._database.execute("BEGIN EXCLUSIVE")
         self._database.execute("COMMIT")

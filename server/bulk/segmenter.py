@@ -154,6 +154,8 @@ class Segmenter:
                 raise BulkError(f"No mask can be written: {error.strerror}.") from error
             raise
         lesion = figures(probability, drawn, packed, width, threshold)
+        table = backend.quality
+        quality = None if table is None else table.quality(probability, drawn > threshold)
         x, y, box_width, box_height = lesion.bounding_box or (None,) * 4
         centroid_x, centroid_y = lesion.centroid or (None, None)
         return Row(
@@ -171,6 +173,7 @@ class Segmenter:
             centroid_y,
             lesion.mean_probability,
             lesion.max_probability,
+            quality,
             backend.name,
             backend.precision,
             round(1000 * (seconds + time.perf_counter() - started), 1),

@@ -33,6 +33,7 @@ COMMANDS = {
     "keys": Command("server.keys", "make API keys"),
     "train": Command("model.train", "train a network", "train"),
     "evaluate": Command("model.evaluate", "score a network on photos and masks"),
+    "quality": Command("model.quality", "learn, and test, how far masks can be trusted", "train"),
     "export": Command("model.export", "write trained weights as an ONNX file", "train"),
     "build-engine": Command("trt_build.__main__", "build a TensorRT engine", "gpu"),
 }

@@ -24,8 +24,10 @@ from common.program import Help, program
 from photos.image import THRESHOLD, ImageError, encode_png, read_photo
 from photos.masks import Rings, measure, polygons
 from photos.overlay import upright
+from photos.quality import QualityTable, grade
 from photos.regions import mask_of
 from server.backends import Backend, BackendError, open_backend
+from server.backends.model_file import read_quality
 from server.cores import available_cores
 from server.settings import Settings
 
@@ -68,7 +70,11 @@ def _targets(photo: Path, folder: Path | None, *, with_overlay: bool) -> list[Pa
 
 
 def _segment(
-    photo: Path, targets: Sequence[Path], backend: Backend, options: argparse.Namespace
+    photo: Path,
+    targets: Sequence[Path],
+    backend: Backend,
+    table: QualityTable | None,
+    options: argparse.Namespace,
 ) -> str:
     """Write the files of one photo; return the line that says what was found."""
     started = time.perf_counter()
@@ -86,6 +92,9 @@ def _segment(
         write_atomically(target, content)
     share = lesion.area / (read.width * read.height)
     found = f"lesion on {share:.1%} of the photo" if lesion.area else "no lesion found"
+    if table is not None:
+        quality = table.quality(probability, shown > threshold)
+        found += f", quality {quality:.3f} ({grade(quality)})"
     took_ms = 1000 * (time.perf_counter() - started)
     return f"{found}, {took_ms:.0f} ms -> {', '.join(map(str, targets))}"
 
@@ -142,12 +151,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.output:
             options.output.mkdir(parents=True, exist_ok=True)
         backend = open_backend("auto", options.model, threads=available_cores())
+        table = read_quality(options.model, backend.describe())
     except (BackendError, OSError) as error:
         parser.exit(1, f"{error}\n")
     failed = False
     for photo, targets in plan:
         try:
-            print(f"{photo}: {_segment(photo, targets, backend, options)}", flush=True)
+            print(f"{photo}: {_segment(photo, targets, backend, table, options)}", flush=True)
         except (ImageError, OSError, BackendError) as error:
             failed = True
             said = error.strerror if isinstance(error, OSError) and error.strerror else error

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from photos.image import encode_png, upsampled
 from photos.masks import coco_rle, figures, polygons
-from photos.regions import mask_of
+from photos.quality import Grade, grade
+from photos.regions import largest_region, mask_of
 from server.backends import BackendInfo
 from server.inference.submission import Segmentation
 
@@ -119,6 +120,41 @@ class LesionAnswer(_Answer):
     )
 
 
+class Outline(_Answer):
+    """The outlines at one level of probability."""
+
+    threshold: float = Field(description="the probability that they follow", examples=[0.94])
+    polygons: list[list[list[tuple[float, float]]]] = Field(
+        description="as in `mask`", examples=[[[[412.5, 300.25], [530.75, 310.5], [470.0, 402.25]]]]
+    )
+
+
+class Borders(_Answer):
+    """Where the lesion's border may lie: the mask's own outline is between these two."""
+
+    share: float = Field(
+        description="part of an annotator's outline that lies between them, on average",
+        examples=[0.8],
+    )
+    tight: Outline
+    generous: Outline
+
+
+class QualityAnswer(_Answer):
+    """How good the mask is likely to be."""
+
+    jaccard: float = Field(
+        ge=0,
+        le=1,
+        description="the Jaccard with an annotator's mask that masks like this one have on average",
+        examples=[0.871],
+    )
+    grade: Grade = Field(
+        description="the same in words: `good` from 0.8, `fair` from 0.65, `poor` below",
+        examples=["good"],
+    )
+
+
 Attention = Annotated[
     str,
     Field(
@@ -154,6 +190,14 @@ class SegmentationAnswer(_Answer):
     clean: bool = Field(description="whether all but the largest region was left out")
     mask: Mask
     lesion: LesionAnswer
+    quality: QualityAnswer | None = Field(
+        description="null where nothing is known of how good the network's masks are"
+    )
+    borders: Borders | None = Field(
+        None,
+        description="if `borders` asks for them; null where nothing is known of the network's"
+        " borders",
+    )
     timings_ms: dict[str, float] = Field(
         description="milliseconds by stage; Server-Timing has the last stage too",
         examples=[{"read": 0.4, "decode": 2.9, "queue": 0.1, "infer": 50.2}],
@@ -235,8 +279,8 @@ class BatchItemAnswer(_Answer):
 
 def png_answer(
     segmentation: Segmentation, threshold: float, original: bool, *, clean: bool
-) -> bytes:
-    """The mask as PNG.
+) -> tuple[bytes, float | None]:
+    """The mask as PNG, and its quality if that is known.
 
     Args:
         segmentation: the photo's.
@@ -245,8 +289,8 @@ def png_answer(
         clean: whether to leave only the largest region, without its holes.
     """
     width, height = _mask_size(segmentation, original)
-    _, packed = mask_of(segmentation.probability, width, height, threshold, clean=clean)
-    return encode_png(packed, width, height)
+    shown, packed = mask_of(segmentation.probability, width, height, threshold, clean=clean)
+    return encode_png(packed, width, height), _quality(segmentation, shown, threshold)
 
 
 def json_answer(
@@ -256,12 +300,14 @@ def json_answer(
     mask_format: MaskFormat,
     *,
     clean: bool,
+    borders: bool,
     request_id: str,
     timings_ms: dict[str, float],
     room: Callable[[int], AbstractContextManager[None]],
-) -> bytes:
-    """The mask with its measures as JSON, in ASCII; arguments are those of `png_answer`.
+) -> tuple[bytes, float | None]:
+    """The mask with its measures as JSON, in ASCII, and its quality; arguments: see `png_answer`.
 
+    `borders` adds a tight and a generous outline.
     `room` is entered while probabilities are enlarged to the photo's size, as in `read_photo`.
     """
     width, height = _mask_size(segmentation, original)
@@ -277,6 +323,7 @@ def json_answer(
     else:
         mask.polygons = polygons(probability, width, height, threshold, clean=clean)
     lesion = figures(segmentation.probability, probability, packed, width, threshold)
+    quality = _quality(segmentation, probability, threshold)
     answer = SegmentationAnswer(
         request_id=request_id,
         model=_model_id(segmentation.backend),
@@ -289,11 +336,59 @@ def json_answer(
         clean=clean,
         mask=mask,
         lesion=LesionAnswer(found=lesion.area > 0, **asdict(lesion)),
+        quality=None if quality is None else QualityAnswer(jaccard=quality, grade=grade(quality)),
         timings_ms=timings_ms,
     )
     # A mask has one form; the others are left out.
-    absent = {"mask": {str(form) for form in MaskFormat} - {str(mask_format)}}
-    return answer.model_dump_json(exclude=absent, ensure_ascii=True).encode()
+    absent: dict[str, set[str] | bool] = {
+        "mask": {str(form) for form in MaskFormat} - {str(mask_format)}
+    }
+    if borders:
+        answer.borders = _borders(
+            segmentation, probability, (width, height), threshold, clean=clean
+        )
+    else:
+        absent["borders"] = True
+    return answer.model_dump_json(exclude=absent, ensure_ascii=True).encode(), quality
+
+
+def _quality(
+    segmentation: Segmentation, shown: NDArray[np.float32], threshold: float
+) -> float | None:
+    """The Jaccard to be expected of the mask that was drawn from `shown`, if that is known."""
+    table = segmentation.backend.quality
+    return None if table is None else table.quality(segmentation.probability, shown > threshold)
+
+
+def _borders(
+    segmentation: Segmentation,
+    shown: NDArray[np.float32],
+    size: tuple[int, int],
+    threshold: float,
+    *,
+    clean: bool,
+) -> Borders | None:
+    """The tight and the generous outline beside that of the mask, which was drawn from `shown`.
+
+    Neither crosses the mask's own, whatever its threshold is.
+    """
+    table = segmentation.backend.quality
+    if table is None:
+        return None
+    tight, generous = max(table.tight, threshold), min(table.generous, threshold)
+    inner, outer = shown, segmentation.probability
+    if clean:
+        inner = largest_region(inner, tight)
+        outer = largest_region(outer, generous, around=shown > threshold)
+    tight_rings, generous_rings = (
+        polygons(drawn, *size, level, clean=clean)
+        for drawn, level in ((inner, tight), (outer, generous))
+    )
+    return Borders(
+        share=table.share,
+        tight=Outline(threshold=tight, polygons=tight_rings),
+        generous=Outline(threshold=generous, polygons=generous_rings),
+    )
 
 
 def probability_bytes(segmentation: Segmentation, original: bool, mask_format: MaskFormat) -> int:

@@ -26,6 +26,7 @@ __all__ = [
     "Priority",
     "Threshold",
     "TimeoutMs",
+    "WithBorders",
     "answer_type",
     "check_names",
     "is_bulk",
@@ -50,6 +51,14 @@ Clean = Annotated[
     Query(
         description="whether to leave only the largest region, without its holes: networks see a"
         " second lesion in hair, ink or a colour patch now and then",
+    ),
+]
+
+WithBorders = Annotated[
+    bool,
+    Query(
+        description="whether a JSON answer also has a tight and a generous outline, between which"
+        " most of an annotator's outline lies; it asks for JSON",
     ),
 ]
 
@@ -174,7 +183,12 @@ def is_original(size: str | None, mask: MaskFormat) -> bool:
 
 
 def answer_type(
-    headers: Headers, offers: Sequence[str], mask: MaskFormat, asked: str | None = None
+    headers: Headers,
+    offers: Sequence[str],
+    mask: MaskFormat,
+    asked: str | None = None,
+    *,
+    borders: bool = False,
 ) -> str:
     """The media type of `offers` to answer with; the first is the default.
 
@@ -183,17 +197,22 @@ def answer_type(
         offers: a form of PNG, and JSON.
         mask: form of the mask; run lengths and polygons ask for JSON.
         asked: the type that a parameter names, whatever `Accept` says.
+        borders: whether outlines beside the mask's are asked for, which only JSON has.
 
     Raises:
         NotAcceptable: `Accept` rules all of them out.
-        Unprocessable: `mask` needs JSON, and another type is asked for.
+        Unprocessable: `mask` or `borders` needs JSON, and another type is asked for.
     """
+    needs_json = "borders=true" if borders else ""
     if mask is not MaskFormat.PNG:
+        needs_json = f"mask={mask}"
+    if needs_json:
         offers = sorted(offers, key=_is_json, reverse=True)
     chosen = asked or _preferred(headers, offers)
-    if mask is not MaskFormat.PNG and not _is_json(chosen):
+    if needs_json and not _is_json(chosen):
+        name = needs_json.partition("=")[0]
         raise Unprocessable(
-            f"mask={mask} is for JSON answers, and {chosen} is asked for: leave mask out, or ask"
+            f"{needs_json} is for JSON answers, and {chosen} is asked for: leave {name} out, or ask"
             " for JSON."
         )
     return chosen

@@ -125,6 +125,16 @@ HEADERS: dict[str, Any] = {
     },
 }
 
+_PNG_HEADERS: dict[str, Any] = {
+    **HEADERS,
+    "Mask-Quality": {
+        "description": "what JSON has as `quality`: the Jaccard to be expected of the mask, and its"
+        " grade, for PNG; absent where it is not known",
+        "schema": {"type": "string"},
+        "example": "0.871;grade=good",
+    },
+}
+
 SEGMENT_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -241,7 +251,7 @@ SEGMENT_RESPONSES: dict[int | str, dict[str, Any]] = {
         "description": "The mask: a 1-bit PNG with the lesion white. If `Accept` prefers JSON, or"
         " `format=json` asks for it, what `POST /segment/json` answers, whose parameter `mask` is"
         " known here too.",
-        "headers": HEADERS,
+        "headers": _PNG_HEADERS,
         # The second name is for clients that know no image types, if `Accept` prefers it.
         "content": {"image/png": BINARY, "application/octet-stream": BINARY},
     },

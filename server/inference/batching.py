@@ -18,11 +18,12 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from photos.quality import QualityTable
 from server.backends import Backend, BackendError
 from server.backends.threads import DaemonThreads
 from server.inference.errors import ClientGone, DeadlineExceeded, InferenceFailed, Unavailable
@@ -167,6 +168,7 @@ class Batcher:
         max_batch: int = 0,
         max_wait_ms: float = 0,
         on_failing: Callable[[], None] = lambda: None,
+        quality: QualityTable | None = None,
     ) -> None:
         """Start the threads in which `backend` runs.
 
@@ -177,8 +179,9 @@ class Batcher:
             max_wait_ms: how long an idle backend waits for a batch to fill.
             on_failing: called once, when the backend has failed `FAILURES` times in a row, or
                 hangs.
+            quality: what turns its probabilities into a mask's quality.
         """
-        self.info = info = backend.describe()
+        self.info = info = replace(backend.describe(), quality=quality)
         self._backend = backend
         self._metrics = metrics
         self.max_batch = max_batch or info.max_batch

@@ -7,7 +7,8 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, TypeVar
 
-from server.backends import Backend, BackendInfo
+from server.backends import Backend, BackendError, BackendInfo
+from server.backends.model_file import read_quality
 from server.inference.admission import Gate
 from server.inference.batching import Batcher
 from server.inference.budgets import PixelBudget
@@ -99,15 +100,22 @@ class Service:
             on_failing: called if it fails many times in a row, or hangs.
 
         Raises:
-            BackendError: it does not work; the previous one goes on.
+            BackendError: it does not work, or the table of quality is not its own; the previous
+                one goes on.
         """
         seconds_an_image = await proved(backend, self.threads.interactive)
+        try:
+            quality = await self.threads.run(read_quality, self.settings.model, backend.describe())
+        except BackendError:
+            backend.close()
+            raise
         batcher = Batcher(
             backend,
             self.metrics,
             max_batch=self.settings.max_batch,
             max_wait_ms=self.settings.max_wait_ms,
             on_failing=on_failing,
+            quality=quality,
         )
         info = batcher.info
         self.metrics.serves(info)

@@ -37,6 +37,7 @@ _REFRESH_S = 1
 
 _STAGE_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+_QUALITIES = (0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 
 
 class Metrics:
@@ -116,6 +117,12 @@ class Metrics:
             "slsnet_stream_frames",
             "Frames of streams by status; `dropped` are those that a newer one took the place of",
             ["status"],
+            registry=self.registry,
+        )
+        self.mask_quality = Histogram(
+            "slsnet_mask_quality",
+            "Quality of the masks: the Jaccard that is to be expected of each",
+            buckets=_QUALITIES,
             registry=self.registry,
         )
         self.engine_events = Counter(

@@ -28,6 +28,7 @@ from server.http.parameters import (
     MaskSize,
     Threshold,
     TimeoutMs,
+    WithBorders,
     answer_type,
     is_original,
     only_known,
@@ -36,7 +37,7 @@ from server.http.parameters import (
 )
 from server.http.problems import PROBLEM_JSON, document
 from server.http.reference import BINARY, HEADERS, problem_responses
-from server.http.segment.masks import JSON, Asked, encoded
+from server.http.segment.masks import JSON, Asked, Encoded, encoded
 from server.http.uploads import MULTIPART, Fields, Part, read_parts
 from server.inference.errors import ClientGone, InferenceFailed, Problem
 from server.inference.service import Service
@@ -83,6 +84,7 @@ def bulk_router(service: Service) -> APIRouter:
             size: MaskSize = None,
             clean: Clean = False,
             mask: MaskForm = MaskFormat.PNG,
+            borders: WithBorders = False,
             file_names: FileNames = False,
             x_request_timeout_ms: TimeoutMs = None,
         ) -> Response:
@@ -94,6 +96,7 @@ def bulk_router(service: Service) -> APIRouter:
                     "size": size,
                     "clean": clean,
                     "mask": mask,
+                    "borders": borders,
                     "file_names": file_names,
                 },
                 route.timeout_s(service.settings, x_request_timeout_ms),
@@ -155,7 +158,9 @@ class _Answers(Response):
     def _read_options(self, request: Request, fields: Fields) -> None:
         given = with_fields(request, self._given, fields)
         self._file_names: bool = given["file_names"]
-        self._media_type = answer_type(request.headers, self._forms, given["mask"])
+        self._media_type = answer_type(
+            request.headers, self._forms, given["mask"], borders=given["borders"]
+        )
         self._asked = Asked(
             given["threshold"],
             is_original(given["size"], given["mask"]),
@@ -163,6 +168,7 @@ class _Answers(Response):
             given["mask"],
             self._media_type != MIXED,
             request.state.request_id,
+            given["borders"],
         )
 
     async def _send_all(
@@ -223,10 +229,10 @@ class _Answers(Response):
         held: contextlib.ExitStack,
     ) -> bytes:
         """The line or part of the answer for one photo."""
-        status, content = 200, b""
+        status, answer = 200, Encoded(b"", None)
         media_type = "image/png" if self._media_type == MIXED else "application/json"
         try:
-            content = await self._service.unless_closing(self._segment(part, many, network, held))
+            answer = await self._service.unless_closing(self._segment(part, many, network, held))
         except ClientGone:
             raise
         except Exception as error:
@@ -239,13 +245,13 @@ class _Answers(Response):
             members = document(
                 problem.status, problem.detail, request.url.path, request.state.request_id
             )
-            content = json.dumps(members).encode()
+            answer = Encoded(json.dumps(members).encode(), None)
             # Its traceback has this frame: the two would keep each other, and the photo.
             del problem
         self._service.metrics.bulk_photos.labels(str(int(status))).inc()
         if self._media_type == MIXED:
-            return self._mixed_part(index, part, int(status), media_type, content)
-        return self._line(index, part, int(status), content)
+            return self._mixed_part(index, part, int(status), media_type, answer)
+        return self._line(index, part, int(status), answer.content)
 
     def _line(self, index: int, part: Part, status: int, content: bytes) -> bytes:
         head: dict[str, Any] = {"index": index, "name": part.name, "status": status}
@@ -258,7 +264,7 @@ class _Answers(Response):
         return f'{start}, "{member}": '.encode() + content + b"}\n"
 
     def _mixed_part(
-        self, index: int, part: Part, status: int, media_type: str, content: bytes
+        self, index: int, part: Part, status: int, media_type: str, answer: Encoded
     ) -> bytes:
         file_name: tuple[str, ...] = ()
         if self._file_names and part.file_name is not None:
@@ -266,27 +272,28 @@ class _Answers(Response):
         lines = (
             f"--{self._boundary}",
             f"Content-Type: {media_type}",
-            f"Content-Length: {len(content)}",
+            f"Content-Length: {len(answer.content)}",
             f"Item-Index: {index}",
             f"Item-Name: {quote(part.name, safe='')}",
             f"Item-Status: {status}",
             *file_name,
+            *(f"{name}: {value}" for name, value in answer.headers.items()),
             "\r\n",
         )
-        return "\r\n".join(lines).encode() + content + b"\r\n"
+        return "\r\n".join(lines).encode() + answer.content + b"\r\n"
 
     async def _segment(
         self, part: Part, many: Many, network: str, held: contextlib.ExitStack
-    ) -> bytes:
+    ) -> Encoded:
         if isinstance(part.photo, Problem):
             raise part.photo
         stages = Stages()
         async with many.work(part.photo, stages) as work, self._service.bulk_photos:
             segmentation = await work.segment(network=network)
-            content = await encoded(work, segmentation, self._asked, held)
+            answer = await encoded(work, segmentation, self._asked, held)
         for stage, seconds in stages.seconds.items():
             self._service.metrics.stage_seconds.labels(stage).observe(seconds)
-        return content
+        return answer
 
 
 _BODY: dict[str, Any] = {
@@ -320,7 +327,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
         " JSON, such as the items of what `POST /segment/batch/json` answers, or, if `Accept`"
         " prefers multipart/mixed, a part with the mask as PNG (or a problem document) and the"
         " headers Item-Index, Item-Name (percent-encoded) and Item-Status; with file_names,"
-        " Item-File-Name (percent-encoded) too.",
+        " Item-File-Name (percent-encoded) too, and Mask-Quality where it is known.",
         "headers": HEADERS,
         "content": {
             # There are many JSON values, which a schema cannot describe.

@@ -3,13 +3,17 @@
 import contextlib
 from dataclasses import dataclass
 
+from photos.quality import grade
 from server.http.answers import MaskFormat, json_answer, png_answer, probability_bytes
 from server.inference.submission import Segmentation, Work
 
-__all__ = ["JSON", "PNG", "Asked", "encoded"]
+__all__ = ["JSON", "PNG", "QUALITY", "Asked", "Encoded", "encoded"]
 
 PNG = "image/png"
 JSON = "application/json"
+
+QUALITY = "Mask-Quality"
+"""Header of a mask as PNG: its quality, a number and a parameter as in RFC 9651."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +28,30 @@ class Asked:
     is_json: bool
     """Whether the answer is JSON; otherwise it is PNG."""
     request_id: str
+    borders: bool = False
+    """Whether JSON has a tight and a generous outline too."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A photo's answer."""
+
+    content: bytes
+    quality: float | None
+    """The Jaccard to be expected of its mask; None if that is not known."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What a PNG cannot hold."""
+        if self.quality is None:
+            return {}
+        return {QUALITY: f"{self.quality:.3f};grade={grade(self.quality)}"}
 
 
 async def encoded(
     work: Work, segmentation: Segmentation, asked: Asked, held: contextlib.ExitStack
-) -> bytes:
-    """The bytes of a photo's answer.
+) -> Encoded:
+    """A photo's answer.
 
     Args:
         work: the work that the photo belongs to.
@@ -42,21 +64,30 @@ async def encoded(
     """
     threshold, original, clean = asked.threshold, asked.original, asked.clean
     if not asked.is_json:
-        return await work.encode(
+        found = await work.encode(
             lambda: png_answer(segmentation, threshold, original, clean=clean),
             here=segmentation.is_small and not clean and not work.bulk,
         )
+        return _counted(work, *found)
     size = probability_bytes(segmentation, original, asked.mask)
     held.enter_context(work.service.gate.answer_bytes(size, bulk=work.bulk))
-    return await work.encode(
+    found = await work.encode(
         lambda: json_answer(
             segmentation,
             threshold,
             original,
             asked.mask,
             clean=clean,
+            borders=asked.borders,
             request_id=asked.request_id,
             timings_ms=work.stages.milliseconds(),
             room=work.service.pixels.room,
         )
     )
+    return _counted(work, *found)
+
+
+def _counted(work: Work, content: bytes, quality: float | None) -> Encoded:
+    if quality is not None:
+        work.service.metrics.mask_quality.observe(quality)
+    return Encoded(content, quality)

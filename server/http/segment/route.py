@@ -20,6 +20,7 @@ from server.http.parameters import (
     Priority,
     Threshold,
     TimeoutMs,
+    WithBorders,
     answer_type,
     is_bulk,
     is_original,
@@ -54,6 +55,7 @@ def segment_router(service: Service) -> APIRouter:
             Literal["png", "json"] | None, Query(alias="format", include_in_schema=False)
         ] = None,
         mask: Annotated[MaskFormat, Query(include_in_schema=False)] = MaskFormat.PNG,
+        borders: Annotated[bool, Query(include_in_schema=False)] = False,
         x_request_timeout_ms: TimeoutMs = None,
         priority: Priority = "",
     ) -> Response:
@@ -63,6 +65,7 @@ def segment_router(service: Service) -> APIRouter:
             "clean": clean,
             "format": answer_format,
             "mask": mask,
+            "borders": borders,
         }
         wishes = _Wishes(request, given, _FORMS)
         return await _answer(service, request, wishes, x_request_timeout_ms, priority)
@@ -73,10 +76,17 @@ def segment_router(service: Service) -> APIRouter:
         size: MaskSize = None,
         clean: Clean = False,
         mask: MaskForm = MaskFormat.PNG,
+        borders: WithBorders = False,
         x_request_timeout_ms: TimeoutMs = None,
         priority: Priority = "",
     ) -> Response:
-        given = {"threshold": threshold, "size": size, "clean": clean, "mask": mask}
+        given = {
+            "threshold": threshold,
+            "size": size,
+            "clean": clean,
+            "mask": mask,
+            "borders": borders,
+        }
         wishes = _Wishes(request, given, (JSON,))
         return await _answer(service, request, wishes, x_request_timeout_ms, priority)
 
@@ -146,8 +156,10 @@ async def _answer(
                 bare=bare,
             )
             stages.notes["batch"] = str(segmentation.batch_size)
-            content = await encoded(work, segmentation, wishes.asked(), held)
-        return _Answer(content, wishes.media_type(), held.pop_all())
+            asked = wishes.asked()
+            answer = await encoded(work, segmentation, asked, held)
+        about = {} if asked.is_json else answer.headers
+        return _Answer(answer.content, wishes.media_type(), about, held.pop_all())
 
 
 class _Wishes:
@@ -165,8 +177,14 @@ class _Wishes:
 
     def media_type(self) -> str:
         """The media type of the answer; see `answer_type`."""
-        by_name = _BY_FORMAT.get(self._given.get("format"))
-        return answer_type(self._request.headers, self._forms, self._given["mask"], by_name)
+        given = self._given
+        return answer_type(
+            self._request.headers,
+            self._forms,
+            given["mask"],
+            _BY_FORMAT.get(given.get("format")),
+            borders=given["borders"],
+        )
 
     def asked(self) -> Asked:
         """The form of the answer."""
@@ -178,6 +196,7 @@ class _Wishes:
             given["mask"],
             self.media_type() == JSON,
             self._request.state.request_id,
+            given["borders"],
         )
 
 
@@ -212,8 +231,10 @@ def _parameters(declared: APIRoute) -> list[Any]:
 class _Answer(Response):
     """An answer that may hold bytes of the budget until it is sent."""
 
-    def __init__(self, content: bytes, media_type: str, held: contextlib.ExitStack) -> None:
-        super().__init__(content, media_type=media_type, headers={"Vary": "Accept"})
+    def __init__(
+        self, content: bytes, media_type: str, headers: dict[str, str], held: contextlib.ExitStack
+    ) -> None:
+        super().__init__(content, media_type=media_type, headers={"Vary": "Accept", **headers})
         self._held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

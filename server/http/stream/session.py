@@ -228,7 +228,7 @@ class Session:
                 ):
                     bare = wishes.frames == "photo"
                     segmentation = await work.segment(wishes.photo_of, bare=bare)
-                    content = await encoded(work, segmentation, self._asked, held)
+                    answer = await encoded(work, segmentation, self._asked, held)
         except DeadlineExceeded:
             raise DeadlineExceeded(
                 f"The frame had no mask within {timeout_s * 1000:g} ms. Send fewer or smaller"
@@ -243,7 +243,7 @@ class Session:
             "total_ms": round((time.perf_counter() - stages.started) * 1000, 3),
         }
         # The mask's own answer is JSON already.
-        return f'{json.dumps(head).removesuffix("}")}, "result": {content.decode("ascii")}}}'
+        return f'{json.dumps(head).removesuffix("}")}, "result": {answer.content.decode("ascii")}}}'
 
 
 def _memory_full() -> Overloaded:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from photos.quality import QualityTable
 from server.backends import BackendError, BackendInfo
 from server.inference.batching import (
     FAILED_TWICE,
@@ -154,6 +155,8 @@ class _Owner(Channel):
     def network(self, card: dict[str, Any]) -> _SharedNetwork:
         """The network that the owner has told of."""
         fields = {**card["info"], "buckets": tuple(card["info"]["buckets"])}
+        if fields["quality"] is not None:
+            fields["quality"] = QualityTable.of(fields["quality"])
         self._owner_pid = card["owner"]
         info = BackendInfo(**fields)
         self._newest = _SharedNetwork(self, card["number"], info, card["max_batch"])

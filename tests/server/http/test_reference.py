@@ -67,7 +67,11 @@ def test_document_is_complete(server: ServerProcess) -> None:
     headers = {"x-request-timeout-ms", "priority", "X-Request-ID"}
     for path, types, names in (
         ("/segment", {"image/png", "application/octet-stream"}, {"threshold", "size", "clean"}),
-        ("/segment/json", {"application/json"}, {"threshold", "size", "clean", "mask"}),
+        (
+            "/segment/json",
+            {"application/json"},
+            {"threshold", "size", "clean", "mask", "borders"},
+        ),
     ):
         operation = document["paths"][path]["post"]
         assert set(operation["responses"]["200"]["content"]) == types

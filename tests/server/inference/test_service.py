@@ -254,7 +254,7 @@ def test_a_small_mask_does_not_wait_behind_photos_to_be_decoded(
 ) -> None:
     threads: list[str] = []
 
-    def makes(*arguments: Any, **options: Any) -> bytes:
+    def makes(*arguments: Any, **options: Any) -> tuple[bytes, float | None]:
         threads.append(threading.current_thread().name.partition("_")[0])
         return png_answer(*arguments, **options)
 
