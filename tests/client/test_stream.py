@@ -45,7 +45,7 @@ def _sync(
     **options: Any,
 ) -> list[Streamed]:
     with Client(url, api_key=key, verify=verify) as client:
-        return list(client.stream(frames, **options))
+        return list(client.stream(frames, **({"deadline_s": 60} | options)))
 
 
 def _async(
@@ -57,7 +57,8 @@ def _async(
 ) -> list[Streamed]:
     async def ask() -> list[Streamed]:
         async with AsyncClient(url, api_key=key, verify=verify) as client:
-            return [answer async for answer in client.stream(frames, **options)]
+            answers = client.stream(frames, **({"deadline_s": 60} | options))
+            return [answer async for answer in answers]
 
     return asyncio.run(ask())
 
@@ -107,7 +108,7 @@ def test_a_frame_is_taken_once_there_is_room(tmp_path: Path, run: Run) -> None:
         with hold():
             found: list[Streamed] = []
             thread = threading.Thread(
-                target=lambda: found.extend(run(server.url, camera(), in_flight=2, deadline_s=30))
+                target=lambda: found.extend(run(server.url, camera(), in_flight=2))
             )
             thread.start()
             until(lambda: figures(server)["slsnet_requests_in_flight"] == 1)
@@ -120,7 +121,7 @@ def test_a_frame_is_taken_once_there_is_room(tmp_path: Path, run: Run) -> None:
 
 def test_a_stream_that_is_left_ends(server: ServerProcess) -> None:
     with Client(server.url) as client:
-        for answer in client.stream([JPEG] * 100):
+        for answer in client.stream([JPEG] * 100, deadline_s=60):
             assert answer.result is not None
             break
         until(lambda: figures(server)["slsnet_streams"] == 0)

@@ -43,7 +43,9 @@ def opened(
 
 @contextlib.contextmanager
 def stream(server: ServerProcess, query: str = "", **options: Any) -> Iterator[ClientConnection]:
-    """A stream that is ready."""
+    """A stream that is ready, with time for its frames unless the query says otherwise."""
+    if "deadline_ms" not in query:
+        query += ("&" if query else "?") + "deadline_ms=600000"
     with opened(server, query, **options) as socket:
         assert said(socket)["type"] == "ready"
         yield socket

@@ -407,7 +407,7 @@ def test_messages_are_as_the_reference_says(server: ServerProcess) -> None:
         schema = {"$ref": f"#/components/schemas/{name}", "components": document["components"]}
         jsonschema_rs.validator_for(schema).validate(message)
 
-    with opened(server, "?mask=polygons") as session:
+    with opened(server, "?mask=polygons&deadline_ms=60000") as session:
         check(said(session), "Ready")
         session.send(JPEG)
         check(said(session), "Masked")
