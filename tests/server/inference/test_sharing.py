@@ -33,7 +33,14 @@ class Held:
 
     def __init__(self, name: str = "held", most: int = 4) -> None:
         self.info = BackendInfo(
-            name, "1", "cpu", "fp32", max_batch=most, model={"version": name}, file_sha256=name
+            name,
+            "1",
+            "a GPU",
+            "fp16",
+            max_batch=most,
+            buckets=(1, most),
+            model={"version": name},
+            file_sha256=name,
         )
         self.open = threading.Event()
         self.open.set()
