@@ -71,8 +71,8 @@ FAILED_TWICE = (
 INTERACTIVE_PER_BULK = 8
 """While both kinds wait, so many interactive photos run for one bulk photo."""
 
-# Seconds that a run of bulk photos alone should take: it cannot be interrupted.
-_BULK_RUN_S = 0.1
+BULK_RUN_S = 0.1
+"""Seconds that a run of bulk photos alone should take: it cannot be interrupted."""
 
 HUNG_S = 30.0
 """A run hangs if it takes longer than this, and `_HUNG_TIMES` as long as was expected."""
@@ -319,10 +319,10 @@ class Batcher:
                 batch.append(item)
 
     def _bulk_run(self) -> int:
-        """As many photos as take about `_BULK_RUN_S`; one while that is not known."""
+        """As many photos as take about `BULK_RUN_S`; one while that is not known."""
         if not self.seconds_per_image:
             return 1
-        size = max(1, min(self.max_batch, int(_BULK_RUN_S / self.seconds_per_image)))
+        size = max(1, min(self.max_batch, int(BULK_RUN_S / self.seconds_per_image)))
         return max((bucket for bucket in self._buckets if bucket <= size), default=size)
 
     def _bucket(self, images: int) -> int:

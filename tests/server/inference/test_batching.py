@@ -332,7 +332,10 @@ def test_max_wait_fills_a_batch_of_an_idle_backend() -> None:
     run(scenario)
 
 
-def test_interactive_goes_first_and_bulk_does_not_starve() -> None:
+def test_interactive_goes_first_and_bulk_does_not_starve(monkeypatch: pytest.MonkeyPatch) -> None:
+    # On a slow machine bulk would run one by one.
+    monkeypatch.setattr(batching, "BULK_RUN_S", 3600)
+
     async def scenario() -> None:
         backend = HeldBackend()
         batcher = Batcher(backend, Metrics(), max_batch=3)
