@@ -80,8 +80,7 @@ def build(
     Raises:
         BuildError: the engine is not the one asked for.
         ConversionError: the graph is not the exported one.
-        TensorRTError, NoGpuError: nothing can be built here.
-        OSError: the disk.
+        TensorRTError, NoGpuError, OSError: nothing can be built here, or written.
     """
     started = time.monotonic()
     trt = trt or find_tensorrt()
