@@ -1,6 +1,7 @@
 """Hostile photos: real encodings, damaged at random, must either decode or be refused.
 
     python -m benchmarks.fuzz --images 20000 [--photos FOLDER]
+    python -m benchmarks.fuzz --images 5000 --phones
 
 Seeds are photos in all formats and many modes, generated ones and those of a folder. Each image is
 one of them, with bytes flipped, cut, repeated, exchanged or spliced with another's. It passes if
@@ -9,6 +10,9 @@ must be back where it was after the first tenth. Before them come files that are
 decoder for minutes or gigabytes. Each has to be refused within those seconds, and none may raise
 the process's peak by more than 256 MiB. A crash of the process ends the run with its signal, and a
 hang ends it with a traceback. `--seed` and the printed number make an image again.
+
+With `--phones` the seeds are AVIF and HEIC, as far as their libraries are here. Each is decoded by
+a process of its own, ten a second, whose memory must stay below 512 MiB.
 """
 
 import argparse
@@ -32,6 +36,8 @@ from photos.image import FORMATS, MODEL_SIZE, ImageError, read_photo
 from server.observe.logs import silence_libtiff
 from tests.support.attacks import attacks
 from tests.support.lesions import encode_photo, lesion_photo
+from tests.support.phones import FORMATS as PHONE_FORMATS
+from tests.support.phones import encode_phone, is_here, turned
 
 __all__ = ["Report", "fuzz"]
 
@@ -39,6 +45,7 @@ _SLOW_S = 2.0
 _MOST_PEAK_MIB = 256.0
 _HANG_S = 60.0
 _MOST_GROWTH_MIB = 16.0
+_MOST_CHILD_MIB = 512.0
 _MAX_PIXELS = 4_000_000
 _INTERESTING = (b"\x00", b"\xff", b"\x7f", b"\x80", b"\xff\xff\xff\xff", b"\x00\x00\x00\x00")
 
@@ -53,6 +60,8 @@ class Report:
         """CPU seconds of the image that took longest."""
         self.growth_mib = 0.0
         """Growth of the process's memory after the first tenth."""
+        self.child_mib = 0.0
+        """Most memory of a process that decodes."""
 
 
 def seeds(folder: Path | None = None) -> list[bytes]:
@@ -78,6 +87,18 @@ def seeds(folder: Path | None = None) -> list[bytes]:
         encoded.append(encode_photo(pixels, "TIFF", compression="jpeg"))
         encoded.append(encode_photo(pixels, "TIFF", mode="CMYK", compression="tiff_adobe_deflate"))
         encoded.append(encode_photo(pixels, "BMP", mode="P"))
+    return encoded
+
+
+def phone_seeds() -> list[bytes]:
+    """Make small photos as phones store them, and in unusual modes."""
+    encoded: list[bytes] = []
+    for name in filter(is_here, PHONE_FORMATS):
+        pixels = lesion_photo(1, 96, 80).pixels
+        plain = encode_phone(pixels, name)
+        encoded += [plain, turned(plain, 1, 0), encode_phone(pixels[..., 0].copy(), name)]
+        encoded.append(encode_phone(np.dstack([pixels, pixels[..., 1]]), name))
+        encoded.append(encode_phone(lesion_photo(2, 600, 500).pixels, name))
     return encoded
 
 
@@ -120,13 +141,14 @@ def _damage(data: bytearray, originals: list[bytes], choose: random.Random) -> N
         data[at : at + length] = other[start : start + length]
 
 
-def fuzz(images: int, seed: int, folder: Path | None = None) -> Report:
-    """Try this many images. The report says what went wrong."""
+def fuzz(images: int, seed: int, folder: Path | None = None, *, phones: bool = False) -> Report:
+    """Try this many images, of phones' formats alone if so. The report says what went wrong."""
     choose = random.Random(seed)
     report = Report()
-    source = mutated(seeds(folder), choose)
+    source = mutated(phone_seeds() if phones else seeds(folder), choose)
     baseline = 0.0
-    _attack(report)
+    if not phones:
+        _attack(report)
     for number in range(images):
         data = next(source)
         faulthandler.dump_traceback_later(_HANG_S, exit=True)
@@ -151,6 +173,9 @@ def fuzz(images: int, seed: int, folder: Path | None = None) -> Report:
     report.growth_mib = _memory_mib() - baseline
     if report.growth_mib > _MOST_GROWTH_MIB:
         report.wrong.append(f"memory grew by {report.growth_mib:.1f} MiB")
+    report.child_mib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    if report.child_mib > _MOST_CHILD_MIB:
+        report.wrong.append(f"a decoder took {report.child_mib:.0f} MiB")
     return report
 
 
@@ -189,16 +214,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(formatter_class=Help, prog="python -m benchmarks.fuzz")
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--phones", action="store_true", help="AVIF and HEIC instead")
     parser.add_argument("--photos", type=Path, help="a folder of JPEG photos to damage, too")
     given = parser.parse_args()
     silence_libtiff()
     started = time.perf_counter()
-    report = fuzz(given.images, given.seed, given.photos)
+    report = fuzz(given.images, given.seed, given.photos, phones=given.phones)
     for outcome, count in report.outcomes.most_common():
         print(f"{outcome:24} {count}")
     print(
         f"{given.images} images, seed {given.seed}, {time.perf_counter() - started:.0f} s;"
-        f" slowest {report.slowest_s * 1000:.0f} ms; memory grew by {report.growth_mib:.1f} MiB"
+        f" slowest {report.slowest_s * 1000:.0f} ms; memory grew by {report.growth_mib:.1f} MiB;"
+        f" decoders took up to {report.child_mib:.0f} MiB"
     )
     print("\n".join(report.wrong))
     return 1 if report.wrong else 0

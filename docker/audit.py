@@ -20,6 +20,7 @@ _ROOT = Path(__file__).parent.parent
 SHIPPED = (
     *sorted((_ROOT / "docker").glob("requirements*.lock")),
     _ROOT / "requirements-otel.txt",
+    _ROOT / "requirements-heif.txt",
     _ROOT / "requirements-ray.txt",
 )
 

@@ -11,6 +11,7 @@ Errors:
 
     ImageError (ValueError)      the message tells the sender what to do
     ├── UnsupportedImageError    the format is not one of FORMATS
+    │   └── NoDecoderError       it is AVIF or HEIC, and the decoder is not installed
     ├── ImageTooLargeError       the header names more pixels than allowed
     └── CorruptImageError        the photo does not decode
 """
@@ -20,15 +21,16 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from photos import formats, pixels, structure
+from photos import formats, heif, pixels, structure
 
 __all__ = [
     "DEFAULT_MAX_PIXELS",
@@ -38,8 +40,12 @@ __all__ = [
     "CorruptImageError",
     "ImageError",
     "ImageTooLargeError",
+    "NoDecoderError",
     "Photo",
+    "Room",
     "UnsupportedImageError",
+    "always_room",
+    "encode_grey_png",
     "encode_png",
     "is_baseline_jpeg",
     "jpeg_scans",
@@ -56,7 +62,8 @@ THRESHOLD = 0.5
 """Default probability above which a pixel is lesion."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
-"""Formats that are read, by Pillow's names. Pillow's other decoders never run."""
+"""Formats that are read everywhere, by Pillow's names. Beside them `photos.heif` reads AVIF and
+HEIC, where their decoders are installed. Pillow's other decoders never run."""
 
 DEFAULT_MAX_PIXELS = 64_000_000
 """Enough for 61-megapixel sensors (9504×6336). A decoded photo takes up to 4 bytes a pixel, twice
@@ -78,6 +85,12 @@ _STRIP_PIXELS = 1_000_000
 
 # So many bytes of a mask are interpolated at a time: their floats stay in cache.
 _MASK_BYTES = 1 << 13
+
+# So many samples of a probability map are up-sampled at a time, for the same reason.
+_SAMPLES_AT_ONCE = 1 << 17
+
+# PNG's filter that stores the difference from the line above.
+_UP = 2
 
 _MAGIC = (
     (b"\xff\xd8\xff", "JPEG"),
@@ -113,6 +126,10 @@ class UnsupportedImageError(ImageError):
     """The bytes are not of a format in `FORMATS`."""
 
 
+class NoDecoderError(UnsupportedImageError):
+    """The decoder of this format is not installed."""
+
+
 class ImageTooLargeError(ImageError):
     """The picture has more pixels than allowed, or needs more memory than there is."""
 
@@ -135,7 +152,12 @@ class Photo:
     """EXIF orientation that was applied to the stored picture, 1 to 8 (EXIF 2.32, tag 0x0112)."""
 
 
-def _always_room(_pixels: int) -> AbstractContextManager[None]:
+Room = Callable[[int], AbstractContextManager[None]]
+"""Gets a number of pixels; what it returns is entered before memory is taken for them."""
+
+
+def always_room(_pixels: int) -> AbstractContextManager[None]:
+    """Room for any number of pixels."""
     return nullcontext()
 
 
@@ -144,7 +166,7 @@ def read_photo(
     *,
     size: int = MODEL_SIZE,
     max_pixels: int = DEFAULT_MAX_PIXELS,
-    room: Callable[[int], AbstractContextManager[None]] = _always_room,
+    room: Room = always_room,
 ) -> Photo:
     """Decode a photo of any size to `size`×`size` RGB by area average (Pillow's BOX filter).
 
@@ -153,13 +175,15 @@ def read_photo(
     height too. Any mode becomes RGB. Transparency lies over white. 12- and 16-bit grey is scaled to
     8 bits. Signed, 32-bit and float grey, which has no defined white, is stretched from its least
     to its greatest number. Embedded colour profiles are ignored. The first of several frames or
-    pages is taken. Safe to call from several threads.
+    pages is taken. AVIF and HEIC are decoded in a process of their own. Safe to call from several
+    threads.
 
     `room` gets the number of pixels and returns a context manager. It is entered before memory is
     taken for the pixels, so that photos that are decoded at once can wait for each other there.
 
     Raises:
-        UnsupportedImageError: the format is not one of `FORMATS`.
+        UnsupportedImageError: the format is not one of `FORMATS`, nor AVIF or HEIC with their
+            decoders installed.
         ImageTooLargeError: there are more than 65,535 pixels a side, or more than `max_pixels` (or
             than Pillow's own limit, 178,956,970).
         CorruptImageError: the photo is truncated, damaged, or stored in a way that is not read: see
@@ -197,9 +221,11 @@ def _decode(
     data: bytes,
     size: int,
     max_pixels: int,
-    room: Callable[[int], AbstractContextManager[None]],
+    room: Room,
 ) -> Photo:
     """`read_photo` of the format `name`; it also raises whatever the libraries below raise."""
+    if name in heif.FORMATS:
+        return _decode_heif(name, data, size, max_pixels, room)
     with ExitStack() as held:
         if name == "WEBP":
             # libwebp allocates its canvases on opening, so the size is checked before.
@@ -208,10 +234,7 @@ def _decode(
             held.enter_context(room(math.prod(webp_size)))
         odd = structure.check(name, data, jpeg_scans(data) if name == "JPEG" else 0)
         if odd:
-            raise CorruptImageError(
-                f"The {name} image has {odd}, which no photo needs: save it anew as a baseline"
-                " JPEG or a PNG, without its metadata."
-            )
+            raise _odd(name, odd)
         if name == "PNG":
             data = formats.without_text(data)
         file = structure.metered(data)
@@ -238,6 +261,31 @@ def _decode(
     if 5 <= orientation <= 8:
         width, height = height, width
     return Photo(square, width, height, applied if name == "TIFF" else orientation)
+
+
+def _decode_heif(name: str, data: bytes, size: int, max_pixels: int, room: Room) -> Photo:
+    if missing := heif.missing(name):
+        raise NoDecoderError(missing)
+    try:
+        told = heif.header(data)
+    except structure.OddError as odd:
+        raise _odd(name, str(odd)) from odd
+    if told is None:
+        raise CorruptImageError(
+            f"The {name} image has a damaged header, or no still picture: send the original photo."
+        )
+    for width, height in told.every:
+        _check_pixels(width, height, max_pixels)
+    with room(told.most_pixels):
+        square, width, height = heif.decode(name, data, size, told)
+    return Photo(square, width, height, told.orientation)
+
+
+def _odd(name: str, odd: str) -> CorruptImageError:
+    return CorruptImageError(
+        f"The {name} image has {odd}, which no photo needs: save it anew as a baseline JPEG or a"
+        " PNG, without its metadata."
+    )
 
 
 def is_baseline_jpeg(data: bytes) -> bool:
@@ -318,12 +366,49 @@ def encode_png(packed: NDArray[np.uint8], width: int, height: int) -> bytes:
             f" {(height, -(-width // 8))}"
         )
     lines = np.empty((height, packed.shape[1] + 1), np.uint8)
-    lines[:, 0] = 2  # filter type "Up"
+    lines[:, 0] = _UP
     lines[0, 1:] = packed[0]
     np.subtract(packed[1:], packed[:-1], out=lines[1:, 1:])
+    return _png(width, height, 1, [lines])
+
+
+def encode_grey_png(
+    probability: NDArray[np.float32], width: int, height: int, bits: Literal[8, 16]
+) -> bytes:
+    """A probability map at the photo's size → a greyscale PNG, white for 1.
+
+    It is hand-written as `encode_png` is, and so that the map is never whole in memory: it is
+    up-sampled, rounded and compressed some lines at a time.
+
+    Args:
+        probability: float32 [rows, columns], usually [128, 128].
+        width: the photo's, pixels.
+        height: the photo's, pixels.
+        bits: of a sample.
+    """
+    lines = max(1, _SAMPLES_AT_ONCE // width)
+
+    def filtered() -> Iterator[NDArray[np.uint8]]:
+        before = np.zeros((1, width * bits // 8), np.uint8)
+        for strip in upsampled(probability, width, height, lines):
+            strip *= (1 << bits) - 1
+            # 16-bit samples have their higher byte first.
+            samples = np.rint(strip).astype(f">u{bits // 8}").view(np.uint8)
+            rows = np.concatenate([before, samples])
+            before = samples[-1:]
+            up = np.empty((len(samples), 1 + samples.shape[1]), np.uint8)
+            up[:, 0] = _UP
+            np.subtract(rows[1:], rows[:-1], out=up[:, 1:])
+            yield up
+
+    return _png(width, height, bits, filtered())
+
+
+def _png(width: int, height: int, bits: int, lines: Iterable[NDArray[np.uint8]]) -> bytes:
+    """A greyscale PNG of filtered lines, each with its filter's type before it."""
     compressor = zlib.compressobj(level=1, strategy=zlib.Z_RLE)
-    pixels = compressor.compress(lines.data) + compressor.flush()
-    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)  # 1 bit, greyscale
+    pixels = b"".join([*(compressor.compress(part.data) for part in lines), compressor.flush()])
+    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
         for kind, body in ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b""))
@@ -340,6 +425,8 @@ def _sniff(data: bytes) -> str:
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WEBP"
     known = formats.foreign(data)
+    if known in heif.FORMATS:
+        return known
     raise UnsupportedImageError(
         f"This is a file of the format {known}, which is not read: send"
         f" {', '.join(FORMATS[:-1])} or {FORMATS[-1]}."

@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 
-__all__ = ["TakesTooLongError", "check", "header_is_read", "is_modest_exif", "metered"]
+__all__ = ["OddError", "TakesTooLongError", "check", "header_is_read", "is_modest_exif", "metered"]
 
 # Segments, chunks or fill bytes. A file of 64 MB with its pixels in pieces of 4 KB has 16,000.
 _MAX_PIECES = 30_000
@@ -110,7 +110,7 @@ def header_is_read(file: BytesIO) -> None:
         file.header_is_read()
 
 
-class _OddError(Exception):
+class OddError(Exception):
     """The file's structure is refused; the message says which part, as in "too many …"."""
 
 
@@ -135,7 +135,7 @@ def check(name: str, data: bytes, jpeg_scans: int = 0) -> str | None:
                 _check_bmp(data)
             case "TIFF":
                 _check_tiff(data)
-    except _OddError as odd:
+    except OddError as odd:
         return str(odd)
     except (struct.error, IndexError):
         return None
@@ -146,7 +146,7 @@ def is_modest_exif(exif: bytes) -> bool:
     """Whether a block of EXIF can be parsed at little cost."""
     try:
         _check_exif(exif)
-    except _OddError:
+    except OddError:
         return False
     except (struct.error, IndexError):
         # Damaged EXIF costs nothing.
@@ -165,7 +165,7 @@ def _check_jpeg(data: bytes, scans: int) -> None:
             return
         junk += marked - at
         if junk > _MAX_JUNK_BYTES:
-            raise _OddError("bytes that belong to no segment")
+            raise OddError("bytes that belong to no segment")
         marker = data[marked + 1]
         at = marked + (1 if marker == 0xFF else 2)
         if marker == 0xDA:
@@ -185,15 +185,15 @@ def _check_jpeg(data: bytes, scans: int) -> None:
         elif marker == 0xED:
             parsed += 1
         if max(tables, parsed, len(exif)) > _MAX_TABLE_SEGMENTS:
-            raise _OddError("too many segments of one kind")
+            raise OddError("too many segments of one kind")
     else:
-        raise _OddError(f"more than {_MAX_PIECES} segments or fill bytes")
+        raise OddError(f"more than {_MAX_PIECES} segments or fill bytes")
     if exif:
         _check_exif(b"".join(exif))
     if scans > _MAX_SCANS:
-        raise _OddError(f"more than {_MAX_SCANS} scans")
+        raise OddError(f"more than {_MAX_SCANS} scans")
     if scans > 1 and scans * pixels * weight > _MAX_SCANNED_PIXELS:
-        raise _OddError(f"{scans} scans, too many for its size")
+        raise OddError(f"{scans} scans, too many for its size")
 
 
 def _check_png(data: bytes) -> None:
@@ -204,9 +204,9 @@ def _check_png(data: bytes) -> None:
             return
         packed += kind in (b"zTXt", b"iTXt", b"iCCP")
         if packed > _MAX_PARSED_PIECES:
-            raise _OddError(f"more than {_MAX_PARSED_PIECES} packed texts or profiles")
+            raise OddError(f"more than {_MAX_PARSED_PIECES} packed texts or profiles")
         at += 12 + length
-    raise _OddError(f"more than {_MAX_PIECES} chunks")
+    raise OddError(f"more than {_MAX_PIECES} chunks")
 
 
 def _check_webp(data: bytes) -> None:
@@ -214,7 +214,7 @@ def _check_webp(data: bytes) -> None:
     for _ in range(_MAX_PIECES):
         (length,) = struct.unpack_from("<4xI", data, at)
         at += 8 + length + length % 2
-    raise _OddError(f"more than {_MAX_PIECES} chunks")
+    raise OddError(f"more than {_MAX_PIECES} chunks")
 
 
 def _check_bmp(data: bytes) -> None:
@@ -226,7 +226,7 @@ def _check_bmp(data: bytes) -> None:
     if compression in (1, 2) and (
         len(data) > _MAX_RUN_BYTES or abs(width * height) > _MAX_RUN_PIXELS
     ):
-        raise _OddError("run-length coding of so large a picture")
+        raise OddError("run-length coding of so large a picture")
 
 
 def _check_exif(exif: bytes) -> None:
@@ -237,7 +237,7 @@ def _check_exif(exif: bytes) -> None:
         # For each of them Pillow copies the rest of the file.
         start += len(_EXIF_PREFIX)
         if start > 4 * len(_EXIF_PREFIX):
-            raise _OddError("repeated EXIF headers")
+            raise OddError("repeated EXIF headers")
     _check_first_directory(exif[start:])
 
 
@@ -253,7 +253,7 @@ class _Directory:
         self._tags: dict[int, tuple[int, int, int]] = {}
         (tags,) = struct.unpack_from(order + ("Q" if big else "H"), data, at)
         if tags > _MAX_TAGS:
-            raise _OddError(f"more than {_MAX_TAGS} tags")
+            raise OddError(f"more than {_MAX_TAGS} tags")
         numbers, inline = 0, 8 if big else 4
         at += inline if big else 2
         for _ in range(tags):
@@ -269,7 +269,7 @@ class _Directory:
                 numbers += 0 if kind in _BYTE_STRINGS else count
             at += inline
         if numbers > _MAX_NUMBERS:
-            raise _OddError(f"more than {_MAX_NUMBERS} numbers in its tags")
+            raise OddError(f"more than {_MAX_NUMBERS} numbers in its tags")
 
     def numbers(self, *tags: int) -> list[int]:
         """The numbers of the first of these tags that is there."""
@@ -298,25 +298,25 @@ class _Directory:
         needed = -(-width // max(1, across)) * -(-height // down) * planes
         given = max(self._tags.get(tag, (0, 0))[1] for tag in (273, 279, 324, 325))
         if max(given, needed) > _MAX_STRIPS:
-            raise _OddError(f"more than {_MAX_STRIPS} strips or tiles")
+            raise OddError(f"more than {_MAX_STRIPS} strips or tiles")
         area = across * down
         # With room for tiles that reach over the edge.
         if needed * area > planes * (4 * width * height + (1 << 22)):
-            raise _OddError("tiles so much larger than the picture")
+            raise OddError("tiles so much larger than the picture")
         compression = self.number(259, 1)
         if compression == 1:
             return
         size = len(self._data)
         starts, lengths = self.numbers(273, 324), self.numbers(279, 325)
         if sum(min(length, size) for length in lengths) > 4 * size + (1 << 16):
-            raise _OddError("strips that lie over each other")
+            raise OddError("strips that lie over each other")
         if compression == 7:
             scans = sum(
                 self._data.count(b"\xff\xda", start, start + length)
                 for start, length in zip(starts, lengths, strict=False)
             )
             if scans > len(starts) and scans * area > _MAX_SCANNED_PIXELS:
-                raise _OddError(f"{scans} JPEG scans, too many for its size")
+                raise OddError(f"{scans} JPEG scans, too many for its size")
 
 
 def _check_first_directory(data: bytes) -> _Directory:

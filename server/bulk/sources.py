@@ -11,7 +11,19 @@ from common.tables import from_cell
 
 __all__ = ["SUFFIXES", "BulkError", "Listed", "Source", "open_source"]
 
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".tif", ".tiff", ".bmp")
+SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".png",
+    ".webp",
+    ".tif",
+    ".tiff",
+    ".bmp",
+    ".avif",
+    ".heic",
+    ".heif",
+)
 """Suffixes of a folder's photos, in any case; a manifest's files may have any suffix."""
 
 # The first columns of a table of results.

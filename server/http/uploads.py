@@ -51,6 +51,8 @@ RAW_TYPES = (
     "image/webp",
     "image/tiff",
     "image/bmp",
+    "image/avif",
+    "image/heic",
     "application/octet-stream",
 )
 """Content types of a body that is the photo itself, by their standard names."""

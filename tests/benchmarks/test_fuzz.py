@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from benchmarks.fuzz import fuzz
+from tests.support.phones import needs
 from tests.support.samples import Sample
 
 
@@ -13,3 +14,11 @@ def test_damaged_photos_decode_or_are_refused(tmp_path: Path, photos: list[Sampl
     assert report.wrong == []
     assert report.outcomes["decoded"] > 100
     assert report.outcomes["CorruptImageError"] > 100
+
+
+def test_damaged_photos_of_phones_decode_or_are_refused() -> None:
+    needs("AVIF")
+    report = fuzz(80, 7, phones=True)
+    assert report.wrong == []
+    assert report.outcomes["decoded"] > 5
+    assert report.outcomes["CorruptImageError"] > 20

@@ -390,10 +390,6 @@ def test_a_jpeg_ls_is_named() -> None:
 @pytest.mark.parametrize(
     ("data", "name"),
     [
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
-        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "HEIC"),
-        (b"\0\0\0\x18ftypavif\0\0\0\0mif1avif", "AVIF"),
-        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1avif", "AVIF"),
         (b"GIF89a", "GIF"),
         (b"GIF87a", "GIF"),
         (bytes(128) + b"DICM", "DICOM"),
