@@ -15,7 +15,6 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
-from http import HTTPStatus
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -23,11 +22,12 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
-from server.http.problems import STREAM_PROTOCOL, answer, end_stream
-from server.inference.errors import NotFound, Overloaded, Problem
+from server.http.errors import Forbidden, NotFound, TooManyRequests, Unauthorized
+from server.http.problems import STREAM_PROTOCOL, answer_problem, end_stream
+from server.inference.errors import Problem
 from server.keys import Key, KeyFile
 
-__all__ = ["KEY_PROTOCOL", "OPEN", "SPEND", "Access", "Forbidden", "Unauthorized"]
+__all__ = ["KEY_PROTOCOL", "OPEN", "SPEND", "Access"]
 
 OPEN = ("/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready")
 """Paths that never need a key."""
@@ -37,25 +37,6 @@ KEY_PROTOCOL = "slsnet.key."
 
 SPEND = "spend"
 """Key in a WebSocket's state: a function that counts one more request of its API key, or raises."""
-
-
-class Unauthorized(Problem):
-    """The request has no key, or an unknown one."""
-
-    status = HTTPStatus.UNAUTHORIZED
-    reason = "unauthorized"
-
-    def __init__(self, detail: str) -> None:
-        # Basic makes a browser ask for the key by itself.
-        challenge = 'Bearer realm="slsnet", Basic realm="slsnet", charset="UTF-8"'
-        super().__init__(detail, {"WWW-Authenticate": challenge})
-
-
-class Forbidden(Problem):
-    """The key does not open this path."""
-
-    status = HTTPStatus.FORBIDDEN
-    reason = "forbidden"
 
 
 @dataclass
@@ -107,9 +88,7 @@ class Access:
                 if scope["type"] == "websocket":
                     await end_stream(WebSocket(scope, receive, send), problem)
                     return
-                request = Request(scope)
-                request.state.reason = problem.reason
-                response = answer(request, problem.status, problem.detail, problem.headers)
+                response = answer_problem(Request(scope), problem)
                 await response(scope, receive, send)
                 return
         await self._app(scope, receive, send)
@@ -177,7 +156,7 @@ class Access:
         bucket.filled = now
         if bucket.tokens < 1:
             wait_s = math.ceil((1 - bucket.tokens) / self._rate)
-            raise Overloaded(
+            raise TooManyRequests(
                 f"This key may send {self._rate:g} requests a second. Try again in {wait_s} s"
                 " (Retry-After).",
                 wait_s,

@@ -15,8 +15,9 @@ from pydantic.json_schema import SkipJsonSchema
 from starlette.datastructures import Headers
 
 from server.http.answers import MaskFormat
+from server.http.errors import NotAcceptable
 from server.http.uploads import Fields
-from server.inference.errors import NotAcceptable, Unprocessable
+from server.inference.errors import Unprocessable
 
 __all__ = [
     "Clean",

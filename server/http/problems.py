@@ -1,12 +1,15 @@
 """Errors as answers: all RFC 9457 problem details are made here.
 
-`install` does so for the errors of `server.inference.errors` and those of the framework. Over a
-WebSocket they are messages (`error_message`), and the last one ends it (`end_stream`).
+`install` does so for the errors of `server.inference.errors`, of `server.http.errors` and of the
+framework. Over a WebSocket they are messages (`error_message`), and the last one ends it
+(`end_stream`). `told` is the one place that knows with which status, and with which advice, an
+error of the inference is told.
 """
 
 import contextlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
@@ -17,18 +20,35 @@ from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse, Response
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from server.inference.errors import ClientGone, Problem, Unprocessable
+from server.http.errors import HttpProblem
+from server.inference.admission import WOULD_BE_LATE
+from server.inference.errors import (
+    ClientGone,
+    DeadlineExceeded,
+    GoingDown,
+    InferenceFailed,
+    Overloaded,
+    Problem,
+    TooLarge,
+    Unavailable,
+    Unprocessable,
+    UnsupportedType,
+)
 
 __all__ = [
+    "EXAMPLES",
     "PROBLEM_JSON",
     "STREAM_PROTOCOL",
+    "Told",
     "accept_stream",
     "answer",
+    "answer_problem",
     "document",
     "end_stream",
     "error_message",
     "install",
     "of_invalid",
+    "told",
 ]
 
 PROBLEM_JSON = "application/problem+json"
@@ -42,14 +62,76 @@ _MAX_REASON = 123
 # Codes from here on are an application's own (RFC 6455, 7.4.2): an HTTP status follows.
 _FIRST_CODE = 4000
 
+_TOLD: dict[type[Problem], tuple[HTTPStatus, str]] = {
+    Problem: (HTTPStatus.INTERNAL_SERVER_ERROR, ""),
+    TooLarge: (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, ""),
+    UnsupportedType: (HTTPStatus.UNSUPPORTED_MEDIA_TYPE, ""),
+    Unprocessable: (HTTPStatus.UNPROCESSABLE_ENTITY, ""),
+    Overloaded: (
+        HTTPStatus.TOO_MANY_REQUESTS,
+        " Try again in about {retry_after_s} s (Retry-After).",
+    ),
+    InferenceFailed: (
+        HTTPStatus.INTERNAL_SERVER_ERROR,
+        " Trying again later may work; if it does not, report the request_id.",
+    ),
+    Unavailable: (
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        " Try again when GET /health/ready answers 200.",
+    ),
+    GoingDown: (HTTPStatus.SERVICE_UNAVAILABLE, ""),
+    DeadlineExceeded: (
+        HTTPStatus.GATEWAY_TIMEOUT,
+        " Send it again when the server is less busy, or allow more time with"
+        " X-Request-Timeout-Ms.",
+    ),
+}
+"""Status of each error of the inference, and what its sender can do."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """A problem as HTTP tells it."""
+
+    status: HTTPStatus
+    detail: str
+    headers: Mapping[str, str]
+
+
+def told(problem: Problem) -> Told:
+    """The status of a problem, its whole text and its headers."""
+    if isinstance(problem, HttpProblem):
+        return Told(problem.status, problem.detail, problem.headers)
+    status, advice = next(_TOLD[kind] for kind in type(problem).__mro__ if kind in _TOLD)
+    detail, headers = problem.detail, {}
+    if isinstance(problem, Overloaded):
+        headers = {"Retry-After": str(problem.retry_after_s)}
+        advice = advice.format(retry_after_s=problem.retry_after_s)
+        if problem.reason == WOULD_BE_LATE:
+            detail = f"{detail.removesuffix('.')} (X-Request-Timeout-Ms)."
+    elif isinstance(problem, Unavailable):
+        headers = {"Retry-After": "1"}
+    return Told(status, detail + advice, headers)
+
+
+EXAMPLES: dict[int, str] = {
+    int(said.status): said.detail
+    for said in (
+        told(Overloaded("The server is busy: the queue is full.", 3, "queue_full")),
+        told(InferenceFailed("The network failed on this photo twice.")),
+        told(Unavailable("The network is still being loaded.")),
+        told(DeadlineExceeded("The deadline passed before the photo reached the network.")),
+    )
+}
+"""A text for each status that the inference causes, for the API's document."""
+
 
 def install(app: FastAPI) -> None:
     """Answer every error with a problem document."""
 
     async def problem(request: Request, error: Exception) -> Response:
         assert isinstance(error, Problem)
-        request.state.reason = error.reason
-        return answer(request, error.status, error.detail, error.headers)
+        return answer_problem(request, error)
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -69,8 +151,7 @@ def install(app: FastAPI) -> None:
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        request.state.reason = Unprocessable.reason
-        return answer(request, Unprocessable.status, of_invalid(error.errors()), None)
+        return answer_problem(request, Unprocessable(of_invalid(error.errors())))
 
     async def gone(request: Request, _error: Exception) -> Response:
         request.state.reason = "client_gone"
@@ -140,14 +221,20 @@ def answer(
     return JSONResponse(body, status, headers, media_type=PROBLEM_JSON)
 
 
+def answer_problem(request: Request, problem: Problem) -> Response:
+    """The answer that tells `problem`; its reason goes to the metrics."""
+    request.state.reason = problem.reason
+    said = told(problem)
+    return answer(request, said.status, said.detail, said.headers)
+
+
 def error_message(
     websocket: WebSocket, problem: Problem, *, frame: int | None = None, dropped: int = 0
 ) -> str:
     """A problem of one frame as a message in JSON; without a frame it ends the stream."""
-    retry_after = problem.headers.get("Retry-After")
-    error = document(
-        problem.status, problem.detail, websocket.scope["path"], _request_id(websocket)
-    )
+    said = told(problem)
+    retry_after = said.headers.get("Retry-After")
+    error = document(said.status, said.detail, websocket.scope["path"], _request_id(websocket))
     return json.dumps(
         {
             "type": "error",
@@ -173,11 +260,12 @@ async def end_stream(
     It is said in a message, also where the handshake could be refused: a browser shows its page
     nothing of such a refusal.
     """
+    said = told(problem)
     if code is None:
-        websocket.state.reason, websocket.state.status = problem.reason, problem.status
-    reason = problem.detail.encode()[:_MAX_REASON].decode(errors="ignore")
+        websocket.state.reason, websocket.state.status = problem.reason, said.status
+    reason = said.detail.encode()[:_MAX_REASON].decode(errors="ignore")
     with contextlib.suppress(WebSocketDisconnect):
         if websocket.application_state is WebSocketState.CONNECTING:
             await accept_stream(websocket)
         await websocket.send_text(error_message(websocket, problem, dropped=dropped))
-        await websocket.close(code or _FIRST_CODE + problem.status, reason)
+        await websocket.close(code or _FIRST_CODE + said.status, reason)

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from server.http.access import OPEN
 from server.http.answers import ErrorAnswer, ProblemAnswer, SegmentationAnswer
 from server.http.context import REQUEST_ID
-from server.http.problems import PROBLEM_JSON
+from server.http.problems import EXAMPLES, PROBLEM_JSON
 from server.http.uploads import FIELD, RAW_TYPES
 
 __all__ = [
@@ -78,13 +78,8 @@ _EXAMPLES = {
     " version of it.",
     415: "The bytes are not an image of a known format: send JPEG, PNG, WEBP, TIFF or BMP.",
     422: "The JPEG image ends too early (truncated): send the whole file again.",
-    429: "The server is busy: the queue is full. Try again in about 3 s (Retry-After).",
     431: "Path and headers have more than the 32768 bytes that are allowed.",
-    500: "The network failed on this photo twice. Trying again later may work; if it does not,"
-    " report the request_id.",
-    503: "The network is still being loaded. Try again when GET /health/ready answers 200.",
-    504: "The deadline passed before the mask was ready. Send it again when the server is less"
-    " busy, or allow more time with X-Request-Timeout-Ms.",
+    **EXAMPLES,
 }
 
 # Errors that any path may answer with, unless it describes them itself. They arise before the path

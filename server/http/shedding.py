@@ -25,7 +25,7 @@ from uvicorn._types import HTTPScope
 from server.http.admitted import ADMITTED
 from server.http.context import CAME
 from server.http.prefix import without_prefix
-from server.http.problems import answer
+from server.http.problems import answer_problem
 from server.inference.errors import Overloaded
 from server.inference.service import Service
 
@@ -116,6 +116,5 @@ class Shedding:
             return
         # Those who count it take its path.
         scope["route"] = ADMITTED[scope["path"]]
-        scope["state"]["reason"] = problem.reason
-        response = answer(Request(scope), problem.status, problem.detail, problem.headers)
+        response = answer_problem(Request(scope), problem)
         await response(scope, receive, send)

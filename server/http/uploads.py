@@ -14,8 +14,8 @@ import multipart
 from starlette.datastructures import Headers
 from starlette.types import Receive
 
+from server.http.errors import BadRequest, Encoded
 from server.inference.errors import (
-    BadRequest,
     ClientGone,
     Problem,
     TooLarge,
@@ -94,7 +94,8 @@ def check_type(headers: Headers) -> None:
     """Refuse a body that is certainly no photo before it is read; otherwise its bytes decide.
 
     Raises:
-        UnsupportedType: the type is neither a form nor an image that is served, or is compressed.
+        UnsupportedType: the type is neither a form nor an image that is served.
+        Encoded: the body is compressed.
     """
     _check_encoding(headers)
     kind = _media_type(headers.get("content-type", ""))
@@ -109,7 +110,7 @@ def check_type(headers: Headers) -> None:
 def _check_encoding(headers: Headers) -> None:
     encoding = headers.get("content-encoding", "identity")
     if encoding.strip().lower() != "identity":
-        raise UnsupportedType(
+        raise Encoded(
             f"A body with Content-Encoding {encoding[:40]} is not served: photos are compressed"
             " already. Send it without Content-Encoding.",
             # RFC 9110, 15.5.16.
@@ -174,7 +175,8 @@ async def read_parts(
 
     Raises:
         BadRequest: the form is malformed, or empty.
-        UnsupportedType: the body is not a form, or compressed.
+        UnsupportedType: the body is not a form.
+        Encoded: it is compressed.
         TooLarge: it has too many photos, or bytes.
         ClientGone: the client hung up before the end.
     """

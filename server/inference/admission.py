@@ -25,7 +25,10 @@ from server.inference.budgets import ByteBudget
 from server.inference.errors import Overloaded
 from server.settings import Settings
 
-__all__ = ["Gate", "Pace", "Place"]
+__all__ = ["WOULD_BE_LATE", "Gate", "Pace", "Place"]
+
+WOULD_BE_LATE = "would_be_late"
+"""Reason of an `Overloaded`: there is room, but the request may not take as long as it would."""
 
 # So many photos, and batches, are averaged for a pace: the photos of a batch come all at once. The
 # pace of bulk depends on the others, so it is forgotten sooner.
@@ -337,8 +340,8 @@ class Gate:
         if wait_s and wait_s > left_s:
             raise self._overloaded(
                 f"by what is ahead the answer would take about {wait_s:.1f} s, longer than the"
-                " request may take (X-Request-Timeout-Ms)",
-                "would_be_late",
+                " request may take",
+                WOULD_BE_LATE,
             )
 
     def _count_arriving(self, bulk: bool) -> int:
@@ -356,8 +359,4 @@ class Gate:
 
     def _overloaded(self, why: str, reason: str) -> Overloaded:
         retry_s = max(1, math.ceil(self._pace.photos * self._pace.seconds_each))
-        return Overloaded(
-            f"The server is busy: {why}. Try again in about {retry_s} s (Retry-After).",
-            retry_s,
-            reason,
-        )
+        return Overloaded(f"The server is busy: {why}.", retry_s, reason)

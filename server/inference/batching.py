@@ -50,22 +50,13 @@ FAILURES = 5
 """A batch that fails and its retry can be one photo's fault; after this many runs in a row that
 failed, the backend is at fault."""
 
-FAILING = (
-    "The network does not work and is being loaded anew. Try again when GET /health/ready answers"
-    " 200."
-)
+FAILING = "The network does not work and is being loaded anew."
 """What clients are told then."""
 
-TOO_LATE = (
-    "The deadline passed before the photo reached the network. Send it again when the server is"
-    " less busy, or allow more time with X-Request-Timeout-Ms."
-)
+TOO_LATE = "The deadline passed before the photo reached the network."
 """What a client is told whose photo waited too long."""
 
-FAILED_TWICE = (
-    "The network failed on this photo twice. Trying again later may work; if it does not, report"
-    " the request_id."
-)
+FAILED_TWICE = "The network failed on this photo twice."
 """What a client is told on whose photo the network fails."""
 
 INTERACTIVE_PER_BULK = 8

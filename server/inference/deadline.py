@@ -52,6 +52,4 @@ class Deadline:
         except TimeoutError:
             raise DeadlineExceeded(
                 f"The deadline of {self._seconds * 1000:g} ms passed before the answer was ready."
-                " Send it again when the server is less busy, or allow more time with"
-                " X-Request-Timeout-Ms."
             ) from None

@@ -1,35 +1,28 @@
-"""What can go wrong with a photo, a request or the network.
+"""What can go wrong with a photo, in the queue or in the network.
 
     Problem
-    ├── BadRequest 400            malformed multipart, no image in the request
-    ├── NotFound 404              nothing has that name
-    ├── NotAcceptable 406         Accept rules out every form of the answer
-    ├── TooLarge 413              more bytes or more pixels than allowed
-    ├── UnsupportedType 415       a type of image or body that is not served
-    ├── Unprocessable 422         an image that does not decode, a parameter out of range
-    ├── Overloaded 429            queue full; carries Retry-After
-    ├── InferenceFailed 500       the network failed on this photo, twice
-    ├── Unavailable 503           not ready, or draining
-    └── DeadlineExceeded 504      the request's deadline passed
-    ClientGone                    the client hung up
+    ├── TooLarge            more bytes or more pixels than allowed
+    ├── UnsupportedType     a type of image that is not served
+    ├── Unprocessable       an image that does not decode
+    ├── Overloaded          no room, or it would be done too late
+    ├── InferenceFailed     the network failed on this photo, in its batch and alone
+    ├── Unavailable         the network is being loaded, or keeps failing
+    │   └── GoingDown       the process ends
+    └── DeadlineExceeded    the deadline passed before the photo was done
+    ClientGone              nobody waits for the answer
 
-They are raised where the cause is known. Each has its HTTP status, so that the two are one table;
-`server.http.problems` turns them into answers.
+They say what happened. What their sender can do about it is said where they are told: over HTTP in
+`server.http.problems`.
 """
-
-from collections.abc import Mapping
-from http import HTTPStatus
 
 from photos.image import ImageError as PhotoError
 from photos.image import ImageTooLargeError, UnsupportedImageError
 
 __all__ = [
-    "BadRequest",
     "ClientGone",
     "DeadlineExceeded",
+    "GoingDown",
     "InferenceFailed",
-    "NotAcceptable",
-    "NotFound",
     "Overloaded",
     "Problem",
     "TooLarge",
@@ -41,90 +34,63 @@ __all__ = [
 
 
 class Problem(Exception):
-    """A request that is answered with an error; `detail` says what its sender can do."""
+    """A request that cannot be served; `detail` says why, in whole sentences."""
 
-    status = HTTPStatus.INTERNAL_SERVER_ERROR
     reason = "failed"
     """Its label in the metrics."""
 
-    def __init__(self, detail: str, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(self, detail: str) -> None:
         super().__init__(detail)
         self.detail = detail
-        self.headers = dict(headers or {})
-
-
-class BadRequest(Problem):
-    """The request holds no image, or its form is malformed."""
-
-    status = HTTPStatus.BAD_REQUEST
-    reason = "bad_request"
-
-
-class NotFound(Problem):
-    """Nothing has that name."""
-
-    status = HTTPStatus.NOT_FOUND
-    reason = "not_found"
-
-
-class NotAcceptable(Problem):
-    """The client accepts none of the answer's media types."""
-
-    status = HTTPStatus.NOT_ACCEPTABLE
 
 
 class TooLarge(Problem):
     """More bytes or pixels than are allowed."""
 
-    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
     reason = "too_large"
 
 
 class UnsupportedType(Problem):
     """The type of image or body is not served."""
 
-    status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
     reason = "unsupported_type"
 
 
 class Unprocessable(Problem):
     """A photo does not decode, or a parameter is out of range."""
 
-    status = HTTPStatus.UNPROCESSABLE_ENTITY
     reason = "unprocessable"
 
 
 class Overloaded(Problem):
-    """The queue is full."""
-
-    status = HTTPStatus.TOO_MANY_REQUESTS
+    """There is no room, or the photos would be done too late."""
 
     def __init__(self, detail: str, retry_after_s: int, reason: str) -> None:
-        super().__init__(detail, {"Retry-After": str(retry_after_s)})
+        super().__init__(detail)
+        self.retry_after_s = retry_after_s
+        """Seconds until it may be worth trying again."""
         self.reason = reason
 
 
 class InferenceFailed(Problem):
     """The backend failed on this photo, in its batch and alone."""
 
-    status = HTTPStatus.INTERNAL_SERVER_ERROR
     reason = "inference_failed"
 
 
 class Unavailable(Problem):
-    """The server is not ready, or is shutting down."""
+    """The network is being loaded, or keeps failing."""
 
-    status = HTTPStatus.SERVICE_UNAVAILABLE
     reason = "unavailable"
 
-    def __init__(self, detail: str) -> None:
-        super().__init__(detail, {"Retry-After": "1"})
+
+class GoingDown(Unavailable):
+    """The process ends."""
 
 
 class DeadlineExceeded(Problem):
     """The request's deadline passed before its mask was ready."""
 
-    status = HTTPStatus.GATEWAY_TIMEOUT
     reason = "deadline"
 
 

@@ -173,4 +173,4 @@ def _name(network: Network) -> str:
     return network.info.file_sha256 or f"load {id(network)}"
 
 
-_STARTING = "The network is still being loaded. Try again when GET /health/ready answers 200."
+_STARTING = "The network is still being loaded."

@@ -12,7 +12,7 @@ from server.backends.model_file import read_quality
 from server.inference.admission import Gate
 from server.inference.batching import Batcher
 from server.inference.budgets import PixelBudget
-from server.inference.errors import Unavailable
+from server.inference.errors import GoingDown
 from server.inference.networks import Network, Networks
 from server.inference.proving import proved
 from server.inference.threads import Threads
@@ -90,7 +90,7 @@ class Service:
         """
         self.networks.check_works()
         if self.draining:
-            raise Unavailable(_GOING_DOWN)
+            raise GoingDown(_GOING_DOWN)
 
     async def use(self, backend: Backend, on_failing: Callable[[], None] = lambda: None) -> None:
         """Prove `backend` and let it serve from now on.
@@ -146,14 +146,14 @@ class Service:
         """The result of `work`, if the drain's time suffices.
 
         Raises:
-            Unavailable: it does not.
+            GoingDown: it does not.
         """
         doing = asyncio.ensure_future(work)
         closing = asyncio.ensure_future(self.closing.wait())
         try:
             await asyncio.wait((doing, closing), return_when=asyncio.FIRST_COMPLETED)
             if not doing.done():
-                raise Unavailable(_GOING_DOWN)
+                raise GoingDown(_GOING_DOWN)
             return await doing
         finally:
             doing.cancel()

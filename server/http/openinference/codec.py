@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 from starlette.datastructures import Headers
 
+from server.http.errors import BadRequest
 from server.http.openinference.protocol import (
     HEADER_LENGTH,
     IMAGE_BYTES,
@@ -30,7 +31,7 @@ from server.http.openinference.protocol import (
     RequestInput,
     RequestOutput,
 )
-from server.inference.errors import BadRequest, Problem, TooLarge
+from server.inference.errors import Problem, TooLarge
 from server.inference.submission import Body
 
 __all__ = ["answer", "json_length", "parse"]

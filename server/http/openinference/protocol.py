@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 
 from photos.image import MODEL_SIZE
+from server.http.problems import EXAMPLES
 from server.http.reference import HEADERS, error_content, error_headers, inlined
 
 __all__ = [
@@ -246,21 +247,19 @@ _ERRORS = {
     429: (
         "The server is full, or a key is used faster than allowed; Retry-After says when to come"
         " back.",
-        "The server is busy: the queue is full. Try again in about 3 s (Retry-After).",
+        EXAMPLES[429],
     ),
     500: (
         "The network failed on an image, in its batch and once more alone.",
-        "The network failed on this photo twice. Trying again later may work; if it does not,"
-        " report the request_id.",
+        EXAMPLES[500],
     ),
     503: (
         "The server is not ready, drains, fails, or has no connection left.",
-        "The network is still being loaded. Try again when GET /health/ready answers 200.",
+        EXAMPLES[503],
     ),
     504: (
         "The request's deadline passed.",
-        "The deadline passed before the photo reached the network. Send it again when the server"
-        " is less busy, or allow more time with X-Request-Timeout-Ms.",
+        EXAMPLES[504],
     ),
 }
 

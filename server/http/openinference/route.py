@@ -20,6 +20,7 @@ from fastapi import APIRouter, Depends, Path, Request, params
 from starlette.responses import Response
 
 from server.backends import BackendInfo
+from server.http.errors import BadRequest, NotFound
 from server.http.openinference.codec import answer, json_length, parse
 from server.http.openinference.protocol import (
     HEADER_LENGTH,
@@ -45,7 +46,7 @@ from server.http.openinference.protocol import (
 )
 from server.http.parameters import Priority, TimeoutMs, is_bulk
 from server.http.uploads import read_body
-from server.inference.errors import BadRequest, NotFound, TooLarge, UnsupportedType
+from server.inference.errors import TooLarge, UnsupportedType
 from server.inference.service import Service
 from server.inference.submission import Body, submitted
 from server.observe.stages import Stages

@@ -35,11 +35,11 @@ from server.http.parameters import (
     parameter_names,
     with_fields,
 )
-from server.http.problems import PROBLEM_JSON, document
+from server.http.problems import PROBLEM_JSON, document, told
 from server.http.reference import BINARY, HEADERS, problem_responses
 from server.http.segment.masks import JSON, Asked, Encoded, encoded
 from server.http.uploads import MULTIPART, Fields, Part, read_parts
-from server.inference.errors import ClientGone, InferenceFailed, Problem
+from server.inference.errors import ClientGone, Problem
 from server.inference.service import Service
 from server.inference.submission import Many, submitted
 from server.observe.stages import Stages
@@ -240,11 +240,10 @@ class _Answers(Response):
                 problem = error
             else:
                 log.exception("request %s failed on photo %d", request.state.request_id, index)
-                problem = InferenceFailed("The server failed on this photo.")
-            status, media_type = problem.status, PROBLEM_JSON
-            members = document(
-                problem.status, problem.detail, request.url.path, request.state.request_id
-            )
+                problem = Problem("The server failed on this photo.")
+            said = told(problem)
+            status, media_type = said.status, PROBLEM_JSON
+            members = document(said.status, said.detail, request.url.path, request.state.request_id)
             answer = Encoded(json.dumps(members).encode(), None)
             # Its traceback has this frame: the two would keep each other, and the photo.
             del problem

@@ -8,11 +8,12 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from server.http.errors import HttpProblem, TooManyRequests
 from server.http.problems import accept_stream, end_stream
 from server.http.stream.reference import Ready, asyncapi
 from server.http.stream.session import Session
 from server.http.stream.wishes import read_wishes
-from server.inference.errors import Overloaded, Problem
+from server.inference.errors import Problem
 from server.inference.service import Service
 
 __all__ = ["stream_router"]
@@ -21,7 +22,7 @@ __all__ = ["stream_router"]
 _RESTARTS = 1012
 
 
-class _NoWebSocket(Problem):
+class _NoWebSocket(HttpProblem):
     """The path is asked for over HTTP."""
 
     status = HTTPStatus.UPGRADE_REQUIRED
@@ -84,10 +85,10 @@ class _Streams:
         """Count one more during the block.
 
         Raises:
-            Overloaded: there are as many as may be.
+            TooManyRequests: there are as many as may be.
         """
         if self._open >= self._most:
-            raise Overloaded(
+            raise TooManyRequests(
                 f"The server has {self._most} streams, and no room for another. Try again in a"
                 " second.",
                 1,

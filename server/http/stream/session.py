@@ -17,17 +17,11 @@ from http import HTTPStatus
 from starlette.websockets import WebSocket
 
 from server.http.access import SPEND
-from server.http.problems import error_message
+from server.http.errors import BadRequest, HttpProblem, TooManyRequests
+from server.http.problems import error_message, told
 from server.http.segment.masks import encoded
 from server.http.stream.wishes import Wishes
-from server.inference.errors import (
-    BadRequest,
-    ClientGone,
-    DeadlineExceeded,
-    InferenceFailed,
-    Overloaded,
-    Problem,
-)
+from server.inference.errors import ClientGone, DeadlineExceeded, Problem
 from server.inference.service import Service
 from server.inference.submission import Body, submitted
 from server.observe.stages import Stages
@@ -43,11 +37,18 @@ DROPPED = "dropped"
 _PAUSE_S = 0.1
 
 
-class Idle(Problem):
+class Idle(HttpProblem):
     """No frame came for as long as a connection may be idle."""
 
     status = HTTPStatus.REQUEST_TIMEOUT
     reason = "idle"
+
+
+class _Late(HttpProblem):
+    """A frame had no mask in time."""
+
+    status = HTTPStatus.GATEWAY_TIMEOUT
+    reason = DeadlineExceeded.reason
 
 
 @dataclass
@@ -137,7 +138,7 @@ class Session:
         self._tokens = min(most, self._tokens + (now - self._counted) * most)
         self._counted = now
         if self._tokens < 1:
-            raise Overloaded(
+            raise TooManyRequests(
                 f"A stream may send {most} frames a second: send the next one once this one is"
                 " answered.",
                 1,
@@ -152,7 +153,7 @@ class Session:
         frame = _Frame(self._frames, Body(data), len(data), Stages(now))
         try:
             self._take(frame.size)
-        except Overloaded as problem:
+        except TooManyRequests as problem:
             frame.problem = problem.with_traceback(None)
             frame.size = 0
             frame.body.let_go()
@@ -194,8 +195,8 @@ class Session:
             else:
                 request_id = self._websocket.state.request_id
                 log.exception("request %s failed on frame %d", request_id, frame.number)
-                problem = InferenceFailed("The server failed on this frame.")
-            status = problem.status
+                problem = Problem("The server failed on this frame.")
+            status = told(problem).status
             message = error_message(
                 self._websocket, problem, frame=frame.number, dropped=self.dropped
             )
@@ -230,7 +231,7 @@ class Session:
                     segmentation = await work.segment(wishes.photo_of, bare=bare)
                     answer = await encoded(work, segmentation, self._asked, held)
         except DeadlineExceeded:
-            raise DeadlineExceeded(
+            raise _Late(
                 f"The frame had no mask within {timeout_s * 1000:g} ms. Send fewer or smaller"
                 " frames, or allow more time with deadline_ms."
             ) from None
@@ -246,7 +247,7 @@ class Session:
         return f'{json.dumps(head).removesuffix("}")}, "result": {answer.content.decode("ascii")}}}'
 
 
-def _memory_full() -> Overloaded:
-    return Overloaded(
+def _memory_full() -> TooManyRequests:
+    return TooManyRequests(
         "The server is busy: the photos in flight fill the memory set aside for them.", 1, "memory"
     )

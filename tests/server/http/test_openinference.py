@@ -16,9 +16,10 @@ from fastapi import FastAPI
 from numpy.typing import NDArray
 
 from photos.image import lesion_mask, read_photo, unpack_mask
+from server.http.errors import BadRequest
 from server.http.openinference import codec, route
 from server.http.openinference.route import openinference_router
-from server.inference.errors import BadRequest, ClientGone, DeadlineExceeded
+from server.inference.errors import ClientGone, DeadlineExceeded
 from server.inference.service import Service
 from server.inference.submission import Body
 from server.keys import new_key

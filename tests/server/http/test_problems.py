@@ -16,6 +16,9 @@ import pytest
 from photos.image import DEFAULT_MAX_PIXELS
 from server.http.answers import ProblemAnswer
 from server.http.app import create_app
+from server.http.errors import NotFound
+from server.http.problems import told
+from server.inference import errors
 from server.inference.service import Service
 from server.settings import Settings
 from tests.support.answers import assert_problem, figures
@@ -304,3 +307,57 @@ def test_problems_are_told_in_the_reference(server: ServerProcess) -> None:
         assert example["status"] == int(status)
         assert len(example["detail"]) > 20
         assert example.keys() == ProblemAnswer.model_fields.keys()
+
+
+BUSY = "The server is busy: "
+QUEUE_FULL = errors.Overloaded(f"{BUSY}the queue is full.", 3, "queue_full")
+LATE = errors.Overloaded(f"{BUSY}it takes longer than the request may take.", 2, "would_be_late")
+LESS_BUSY = (
+    "Send it again when the server is less busy, or allow more time with X-Request-Timeout-Ms."
+)
+
+
+TOLD: list[tuple[errors.Problem, int, str, str | None]] = [
+    (QUEUE_FULL, 429, f"{BUSY}the queue is full. Try again in about 3 s (Retry-After).", "3"),
+    (
+        LATE,
+        429,
+        f"{BUSY}it takes longer than the request may take (X-Request-Timeout-Ms). Try again in"
+        " about 2 s (Retry-After).",
+        "2",
+    ),
+    (
+        errors.Unavailable("It is being loaded."),
+        503,
+        "It is being loaded. Try again when GET /health/ready answers 200.",
+        "1",
+    ),
+    (errors.GoingDown("It goes down."), 503, "It goes down.", "1"),
+    (errors.DeadlineExceeded("It passed."), 504, f"It passed. {LESS_BUSY}", None),
+    (
+        errors.InferenceFailed("It failed."),
+        500,
+        "It failed. Trying again later may work; if it does not, report the request_id.",
+        None,
+    ),
+    (errors.Problem("It failed."), 500, "It failed.", None),
+    (errors.TooLarge("It is large."), 413, "It is large.", None),
+    (errors.UnsupportedType("It is a GIF."), 415, "It is a GIF.", None),
+    (errors.Unprocessable("It is cut."), 422, "It is cut.", None),
+    (NotFound("There is none."), 404, "There is none.", None),
+]
+
+
+@pytest.mark.parametrize(("problem", "status", "text", "retry_after"), TOLD)
+def test_http_adds_status_and_advice_to_what_happened(
+    problem: errors.Problem, status: int, text: str, retry_after: str | None
+) -> None:
+    said = told(problem)
+    assert (said.status, said.detail) == (status, text)
+    assert said.headers.get("Retry-After") == retry_after
+
+
+def test_the_table_above_has_every_error_of_the_inference() -> None:
+    kinds = {kind for kind in vars(errors).values() if isinstance(kind, type)}
+    problems = {kind for kind in kinds if issubclass(kind, errors.Problem)}
+    assert problems <= {type(problem) for problem, *_ in TOLD}

@@ -87,7 +87,7 @@ class Server:
                 place = stack.enter_context(self.gate.enter(deadline=now + deadline_s, bulk=False))
                 place.check()
             except Overloaded as refusal:
-                self.refused += int(refusal.headers["Retry-After"]) >= 1
+                self.refused += refusal.retry_after_s >= 1
                 return
             place.begin()
             queue.append(Request(now, now + deadline_s, stack.pop_all(), place))
