@@ -17,6 +17,7 @@ from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
     AsyncIterator,
+    Callable,
     Coroutine,
     Iterable,
     Iterator,
@@ -39,7 +40,7 @@ from slsnet_client.errors import (
     error_of,
 )
 from slsnet_client.photos import Photo, photo_bytes
-from slsnet_client.result import Result, result_of
+from slsnet_client.result import Network, Result, network_of, result_of
 from slsnet_client.stream import Streamed, streamed
 from slsnet_client.version import VERSION
 
@@ -123,9 +124,55 @@ class AsyncClient:
             SlsnetError: the server refused, failed, was not reached, or took too long.
             OSError, TypeError, ValueError: the photo cannot be read here.
         """
-        ends = time.monotonic() + (self._deadline_s if deadline_s is None else deadline_s)
-        query = {"threshold": str(threshold), "clean": str(clean).lower(), "size": "original"}
+        query = _query(threshold, clean=clean)
         query["mask"] = "probabilities" if probability else "png"
+        return await self._post("/segment/json", query, photo, _read_result, bulk, deadline_s)
+
+    async def segment_json(
+        self,
+        photo: Photo,
+        mask: str = "rle",
+        *,
+        threshold: float = 0.5,
+        clean: bool = False,
+        bulk: bool = False,
+        deadline_s: float | None = None,
+    ) -> dict[str, Any]:
+        """The server's JSON as it is; arguments and errors as for `segment`.
+
+        Args:
+            mask: how it holds the mask: `png`, `rle`, `polygons`, or another that the server knows.
+        """
+        query = _query(threshold, clean=clean) | {"mask": mask}
+        return await self._post("/segment/json", query, photo, _read_json, bulk, deadline_s)
+
+    async def network(self) -> Network:
+        """The network that the server runs.
+
+        Raises:
+            SlsnetError: the server was not reached, or refused.
+        """
+        try:
+            answer = await self._http.get("/model", timeout=self._deadline_s)
+        except httpx.RequestError as lost:
+            raise _unreachable(lost) from lost
+        if answer.status_code != 200:
+            raise _error_in(answer)
+        try:
+            return network_of(answer.json())
+        except (KeyError, TypeError, ValueError) as error:
+            raise _of_another_kind(answer) from error
+
+    async def _post(
+        self,
+        path: str,
+        query: dict[str, str],
+        photo: Photo,
+        read: Callable[[httpx.Response], _T],
+        bulk: bool,
+        deadline_s: float | None,
+    ) -> _T:
+        ends = time.monotonic() + (self._deadline_s if deadline_s is None else deadline_s)
         # The same for every repetition, so that the server's log shows them together.
         headers = {"Content-Type": "image/jpeg", "X-Request-ID": uuid.uuid4().hex}
         if bulk:
@@ -133,31 +180,32 @@ class AsyncClient:
         try:
             async with asyncio.timeout(ends - time.monotonic()):
                 content = await asyncio.to_thread(photo_bytes, photo)
-                return await self._ask(query, headers, content, ends)
+                answer = await self._ask(path, query, headers, content, ends)
+                return await asyncio.to_thread(read, answer)
         except TimeoutError:
             raise DeadlinePassed(
                 "No answer came before the deadline.", request_id=headers["X-Request-ID"]
             ) from None
 
     async def _ask(
-        self, query: dict[str, str], headers: dict[str, str], content: bytes, ends: float
-    ) -> Result:
+        self,
+        path: str,
+        query: dict[str, str],
+        headers: dict[str, str],
+        content: bytes,
+        ends: float,
+    ) -> httpx.Response:
         for repeated in range(self._retries + 1):
             left_ms = max(1.0, 1000 * (ends - time.monotonic()))
             headers["X-Request-Timeout-Ms"] = f"{left_ms:.0f}"
             try:
-                answer = await self._http.post(
-                    "/segment/json", params=query, headers=headers, content=content
-                )
+                answer = await self._http.post(path, params=query, headers=headers, content=content)
             except httpx.RequestError as lost:
-                error: SlsnetError = Unreachable(
-                    f"The server was not reached: {str(lost) or type(lost).__name__}.",
-                    request_id=headers["X-Request-ID"],
-                )
+                error: SlsnetError = _unreachable(lost, headers["X-Request-ID"])
                 again = isinstance(lost, httpx.NetworkError | httpx.RemoteProtocolError)
             else:
                 if answer.status_code == 200:
-                    return await asyncio.to_thread(_read_result, answer)
+                    return answer
                 error = _error_in(answer)
                 again = isinstance(error, ServerBusy)
             pause_s = min(_LONGEST_PAUSE_S, _PAUSE_S * 2**repeated) * random.uniform(0.5, 1)
@@ -294,6 +342,14 @@ class Client:
         """Segment one photo; as `AsyncClient.segment`."""
         return self._result(self._start(self._client.segment(photo, **options)))
 
+    def segment_json(self, photo: Photo, mask: str = "rle", **options: Any) -> dict[str, Any]:
+        """The server's JSON as it is; as `AsyncClient.segment_json`."""
+        return self._result(self._start(self._client.segment_json(photo, mask, **options)))
+
+    def network(self) -> Network:
+        """The network that the server runs; as `AsyncClient.network`."""
+        return self._result(self._start(self._client.network()))
+
     def segment_many(
         self,
         photos: Iterable[Photo],
@@ -388,15 +444,39 @@ def _check_concurrency(concurrency: int) -> None:
         raise ValueError(f"The concurrency is 1 or more, not {concurrency}.")
 
 
+def _query(threshold: float, *, clean: bool) -> dict[str, str]:
+    return {"threshold": str(threshold), "clean": str(clean).lower(), "size": "original"}
+
+
+def _read_json(answer: httpx.Response) -> dict[str, Any]:
+    try:
+        document = answer.json()
+        if not isinstance(document, dict):
+            raise TypeError
+    except (TypeError, ValueError) as error:
+        raise _of_another_kind(answer) from error
+    return document
+
+
 def _read_result(answer: httpx.Response) -> Result:
     try:
         return result_of(answer.json())
     except (KeyError, TypeError, ValueError, OSError) as error:
-        raise ServerFailed(
-            "This is no answer of an SLSNet Server: is the address right?",
-            status=answer.status_code,
-            request_id=answer.headers.get("X-Request-ID"),
-        ) from error
+        raise _of_another_kind(answer) from error
+
+
+def _unreachable(lost: httpx.RequestError, request_id: str | None = None) -> Unreachable:
+    return Unreachable(
+        f"The server was not reached: {str(lost) or type(lost).__name__}.", request_id=request_id
+    )
+
+
+def _of_another_kind(answer: httpx.Response) -> ServerFailed:
+    return ServerFailed(
+        "This is no answer of an SLSNet Server: is the address right?",
+        status=answer.status_code,
+        request_id=answer.headers.get("X-Request-ID"),
+    )
 
 
 def _error_in(answer: httpx.Response) -> SlsnetError:

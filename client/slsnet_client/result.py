@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-__all__ = ["Lesion", "Network", "Result", "result_of"]
+__all__ = ["Lesion", "Network", "Result", "network_of", "result_of"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,17 @@ class Result:
     request_id: str
 
 
+def network_of(model: dict[str, Any]) -> Network:
+    """The network that an answer names; other members are passed over.
+
+    Raises:
+        KeyError: it names none.
+    """
+    return Network(
+        **{key: model[key] for key in ("name", "version", "weights_sha256", "file_sha256")}
+    )
+
+
 def result_of(document: dict[str, Any]) -> Result:
     """The result in a JSON answer. Members that a newer server adds are passed over.
 
@@ -88,9 +99,7 @@ def result_of(document: dict[str, Any]) -> Result:
             mean_probability=lesion["mean_probability"],
             max_probability=lesion["max_probability"],
         ),
-        network=Network(
-            **{key: model[key] for key in ("name", "version", "weights_sha256", "file_sha256")}
-        ),
+        network=network_of(model),
         threshold=threshold,
         clean=document["clean"],
         timings_ms=document["timings_ms"],
