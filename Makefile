@@ -5,6 +5,7 @@
 # make linkcheck                            whether the documentation's links to other sites still lead somewhere
 # make imports                              the picture of the imports in docs; needs Graphviz
 # make bare                                 make serve and make test in a bare Debian, as root; before a release
+# make static [OUT=dir]                     the page as plain files, which compute in the browser; fetches with npm
 # make wheels                               the compiled loops as wheels for all systems, in build/wheels; minutes
 # make audit                                known vulnerabilities of what is shipped, where they can be asked for
 # make bench [IMAGES=dir] [RESULTS=dir]     a short load test with its report (docs/benchmarks.md)
@@ -16,6 +17,7 @@ HOST = $(or $(SLSNET_HOST),127.0.0.1)
 PORT = $(or $(SLSNET_PORT),8000)
 IMAGES ?=
 RESULTS ?= benchmarks/results
+OUT = build/static
 
 VENV := .venv
 NATIVE := $(addprefix photos/native/,pyproject.toml backend.py meson.build slsnet_pixels/__init__.py slsnet_pixels/pixels.c)
@@ -27,7 +29,7 @@ INSTALL_LOOPS = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: serve test lint docs linkcheck imports bare wheels audit bench peers clean
+.PHONY: serve test lint docs linkcheck imports bare static wheels audit bench peers clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.serving
@@ -57,6 +59,9 @@ imports: $(VENV)/.development
 bare:
 	docker/test/bare.sh
 
+static: $(VENV)/.browser
+	$(BIN)/python -m server.static "$(OUT)"
+
 wheels: $(VENV)/.development
 	$(BIN)/python photos/native/wheels.py build/wheels
 
@@ -85,6 +90,13 @@ $(VENV)/.serving: requirements.txt $(NATIVE) | $(BIN)/python
 	@echo "== installed"
 	@touch $@
 
+$(VENV)/.browser: requirements.txt $(NATIVE) requirements-browser.txt | $(BIN)/python
+	@echo "== installing requirements-browser.txt into $(VENV): what rewriting the network needs, a minute or less"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-browser.txt
+	@$(INSTALL_LOOPS)
+	@echo "== installed"
+	@touch $@ $(VENV)/.serving
+
 $(VENV)/.benchmarks: requirements.txt $(NATIVE) requirements-bench.txt | $(BIN)/python
 	@echo "== installing requirements-bench.txt into $(VENV): what the load tests need, a minute or two"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
@@ -93,11 +105,11 @@ $(VENV)/.benchmarks: requirements.txt $(NATIVE) requirements-bench.txt | $(BIN)/
 	@touch $@ $(VENV)/.serving
 
 $(VENV)/.development: requirements.txt $(NATIVE) requirements-train.txt requirements-otel.txt requirements-heif.txt requirements-ray.txt \
-		requirements-bench.txt docker/requirements-tools.txt requirements-dev.txt requirements-scorer.txt | $(BIN)/python
+		requirements-bench.txt requirements-browser.txt docker/requirements-tools.txt requirements-dev.txt requirements-scorer.txt | $(BIN)/python
 	@echo "== installing requirements-dev.txt into $(VENV): PyTorch, Ray and the development tools, some gigabytes, several minutes"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@$(INSTALL_LOOPS)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-scorer.txt 2>/dev/null || \
 		echo "== without the official ISIC scorer, which has to be compiled: its comparison is skipped"
 	@echo "== installed"
-	@touch $@ $(VENV)/.serving $(VENV)/.benchmarks
+	@touch $@ $(VENV)/.serving $(VENV)/.benchmarks $(VENV)/.browser

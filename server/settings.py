@@ -159,6 +159,11 @@ class Settings(BaseSettings):
         description="whether those pages may come from public addresses to a server on a private"
         " one",
     )
+    device_dir: Path | None = Field(
+        None,
+        description="folder that `python -m server.static` wrote; the page then offers to compute"
+        " in the browser",
+    )
     root_path: str = Field(
         "",
         pattern=r"^(/[A-Za-z0-9._~-]+)*$",

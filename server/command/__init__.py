@@ -31,6 +31,7 @@ COMMANDS = {
     "segment": Command("server.command.segment", "write masks of a few photos, without a server"),
     "bulk": Command("server.bulk.__main__", "segment a folder or list of any length"),
     "keys": Command("server.keys", "make API keys"),
+    "static": Command("server.static.__main__", "write the page as files, to compute in browsers"),
     "train": Command("model.train", "train a network", "train"),
     "evaluate": Command("model.evaluate", "score a network on photos and masks"),
     "quality": Command("model.quality", "learn, and test, how far masks can be trusted", "train"),

@@ -18,6 +18,7 @@ from server.backends import BackendError
 from server.http.access import Access
 from server.http.admin import admin_router
 from server.http.context import RequestContext
+from server.http.device import DeviceFiles, device_router
 from server.http.health import health_router
 from server.http.openinference.route import openinference_router
 from server.http.pages import page_router
@@ -85,10 +86,12 @@ def create_app(
 
     Raises:
         KeyFileError: the file of API keys cannot be read.
+        DeviceFilesError: the files for browsers are not whole.
         RuntimeError: traces are switched on and cannot be made.
     """
     tracing = open_tracing()
     keys = KeyFile(settings.api_keys_file) if settings.api_keys_file else None
+    device = DeviceFiles(settings.device_dir) if settings.device_dir else None
     service = Service(settings, Metrics())
     loader = Loader(service) if owner is None else Link(service, owner)
     app = FastAPI(
@@ -111,7 +114,8 @@ def create_app(
         segment_router(service),  # first, since a request is compared with one after the other
         health_router(service),
         router,
-        page_router,
+        page_router(offers_device=device is not None),
+        device_router(device),
         bulk_router(service),
         stream_router(service, VERSION),
         openinference_router(service, VERSION),

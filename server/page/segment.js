@@ -22,6 +22,7 @@ export const GONE = { status: 0, detail: "It is down, or the connection was lost
 
 /** What a refusal means, in a sentence. */
 export function heading({ status = -1 }) {
+  if (isLocal() && [400, 415, 422].includes(status)) return "This photo cannot be read here.";
   return HEADINGS[status] ?? (status >= 500 ? "The server failed." : "Something went wrong.");
 }
 
