@@ -201,7 +201,8 @@ class _Answers(Response):
                         await send({"type": "http.response.body", "body": body, "more_body": True})
 
         info = self._service.backend
-        at_work = min(len(waiting), 2 * info.max_batch * info.slots, _MAX_AT_WORK)
+        # One more, since the batcher may begin one before a slot is free.
+        at_work = min(len(waiting), 2 * info.max_batch * info.slots + 1, _MAX_AT_WORK)
         if self._asked.original and self._asked.mask is MaskFormat.PROBABILITIES:
             # Such answers can be larger than photos, so only one is held at a time.
             at_work = min(at_work, 1)
