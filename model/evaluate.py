@@ -4,6 +4,7 @@
     python -m model.evaluate --images DIR --masks DIR --model runs/a/best.safetensors \
         --report a.json --gallery a-gallery
     python -m model.evaluate --images DIR --masks DIR --camera 160x120
+    python -m model.evaluate --images DIR --masks DIR --report a-report     # by skin tone, …
 
 `X.jpg|png|bmp|…` belongs to `X_segmentation.png` or the like (`model.truth`). Every image is
 squashed to the network's input, its probabilities are up-sampled to the mask's size and thresholded
@@ -17,7 +18,7 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from common.program import Help, program
-from common.progress import Progress
+from common.progress import Progress, say
 from common.tables import to_cell
 from model.data import Sample, find_pairs
 from model.metrics import (
@@ -338,6 +339,15 @@ def _progress(stage: str, total: int, *, shown: bool) -> Iterator[Callable[[], N
         progress.end()
 
 
+def write_table(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows with the same keys, one or more, as CSV."""
+    first, *others = rows
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, first.keys())
+        writer.writeheader()
+        writer.writerows([first, *others])
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         formatter_class=Help,
@@ -376,7 +386,12 @@ def _parser() -> argparse.ArgumentParser:
         help="reduce each image to what such a camera sends, as 160x120 (default: as it is)",
     )
     parser.add_argument(
-        "--report", type=Path, metavar="OUT.json", help="the figures; OUT.csv has them per image"
+        "--report",
+        type=Path,
+        metavar="OUT.json|DIR",
+        help="the figures, OUT.csv has them per image; or a folder for a page with the figures by"
+        " skin tone, lesion size, hair and so on, and on blurred, noisy and other poorer photos,"
+        " which takes minutes",
     )
     parser.add_argument("--csv", type=Path, metavar="OUT.csv", help="per image, somewhere else")
     parser.add_argument(
@@ -398,7 +413,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not (sides := re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", options.camera)):
             parser.error(f"--camera {options.camera} is not width x height, as 160x120")
         camera = int(sides[1]), int(sides[2])
-    table = options.csv or (options.report and options.report.with_suffix(".csv"))
+    figures = options.report if options.report and options.report.suffix == ".json" else None
+    table = options.csv or (figures and figures.with_suffix(".csv"))
     try:
         for file in filter(None, (options.report, table)):
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -410,14 +426,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             samples, network, options.threshold, clean=options.clean, camera=camera, progress=True
         )
         report = evaluation.report()
-        if options.report:
-            options.report.write_text(json.dumps(report, indent=2) + "\n")
+        if figures:
+            figures.write_text(json.dumps(report, indent=2) + "\n")
+        elif options.report:
+            import_module("model.report").write_report(evaluation, options.report, say)
         if table:
-            with table.open("w", newline="") as file:
-                rows = list(evaluation.rows())
-                writer = csv.DictWriter(file, rows[0].keys())
-                writer.writeheader()
-                writer.writerows(rows)
+            write_table(table, evaluation.rows())
         if write_gallery:
             write_gallery(evaluation, options.gallery)
     except ModuleNotFoundError as error:
