@@ -39,7 +39,8 @@ def halved(content: bytes) -> bytes:
         values = numpy_helper.to_array(weight)
         if values.dtype != np.float32 or values.size < _LEAST_VALUES:
             continue
-        half = values.astype(np.float16)
+        with np.errstate(over="ignore"):
+            half = values.astype(np.float16)
         if not np.isfinite(half).all():
             raise ValueError(f"its weights {weight.name} do not fit into float16")
         name = weight.name

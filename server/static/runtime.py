@@ -13,7 +13,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-__all__ = ["PACKAGE", "RUNTIMES", "RuntimeMissingError", "runtime_files"]
+__all__ = ["PACKAGE", "RUNTIMES", "RuntimeMissingError", "fetched", "runtime_files"]
 
 PACKAGE = "onnxruntime-web@1.30.0"
 
@@ -54,7 +54,7 @@ def runtime_files(package: Path | None = None) -> dict[str, bytes]:
         RuntimeMissingError: see there.
     """
     try:
-        data = _fetched() if package is None else package.read_bytes()
+        data = fetched() if package is None else package.read_bytes()
     except OSError as error:
         raise RuntimeMissingError(f"{package} cannot be read: {error}") from error
     digest = base64.b64encode(hashlib.sha512(data).digest()).decode()
@@ -72,7 +72,12 @@ def runtime_files(package: Path | None = None) -> dict[str, bytes]:
     return found
 
 
-def _fetched() -> bytes:
+def fetched() -> bytes:
+    """The package's file, fetched by npm.
+
+    Raises:
+        RuntimeMissingError: npm is missing, or cannot fetch it.
+    """
     npm = shutil.which("npm")
     if npm is None:
         raise RuntimeMissingError(

@@ -161,6 +161,7 @@ def variants() -> dict[str, bytes]:
     return found
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_browsers_are_left_nothing_to_turn_or_to_convert(tmp_path: Path) -> None:
     photos = variants()
     for name, data in photos.items():
