@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import psutil
 import pytest
 
@@ -26,6 +27,7 @@ from tests.support import MODEL
 from tests.support.answers import assert_problem, figures
 from tests.support.clients import masks_of, sending
 from tests.support.launch import ServerProcess, serve
+from tests.support.lesions import drawn_photo
 from tests.support.samples import Sample
 from tests.support.site import Site, inverted
 from tests.support.waiting import until
@@ -94,10 +96,11 @@ def test_there_is_one_network_and_one_account(shared: ServerProcess, photos: lis
     assert shared.log().count(" ready: ") == 1
 
 
-def test_an_owner_that_dies_is_told_at_once_and_replaced(
-    shared: ServerProcess, photos: list[Sample]
-) -> None:
-    masks = masks_of(shared, photos[:6])
+def test_an_owner_that_dies_is_told_at_once_and_replaced(shared: ServerProcess) -> None:
+    # Small ones: a body that is refused while it still comes may lose its connection with it.
+    no_mask = np.zeros((0, 0), np.bool_)
+    photos = [Sample(str(seed), drawn_photo(seed, 300, 200), no_mask) for seed in range(6)]
+    masks = masks_of(shared, photos)
     with sending(shared, photos, masks) as ledgers:
         until(lambda: all(ledger.right > 2 for ledger in ledgers))
         owner_of(shared).kill()
