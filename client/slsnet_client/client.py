@@ -27,7 +27,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from ssl import SSLContext
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import httpx
 
@@ -44,9 +44,14 @@ from slsnet_client.result import Network, Result, network_of, result_of
 from slsnet_client.stream import Streamed, streamed
 from slsnet_client.version import VERSION
 
-__all__ = ["AsyncClient", "Client", "Outcome"]
+__all__ = ["AsyncClient", "Client", "Form", "Outcome"]
 
 _T = TypeVar("_T")
+
+Form = Literal[
+    "png", "overlay", "overlay-png", "probability8", "probability16", "npy", "svg", "coco"
+]
+"""Files that the server makes of what it finds."""
 
 # Seconds before the first repetition, unless the server asks for more; each next waits twice as
 # long, up to the second figure.
@@ -106,6 +111,7 @@ class AsyncClient:
         threshold: float = 0.5,
         clean: bool = False,
         probability: bool = False,
+        features: bool = False,
         bulk: bool = False,
         deadline_s: float | None = None,
     ) -> Result:
@@ -117,6 +123,7 @@ class AsyncClient:
             clean: whether to leave only the largest region, without its holes.
             probability: whether to fetch probabilities too, 2.7 bytes for each pixel of the photo.
                 They are rounded to 16 bits, so pixels at the very threshold may differ.
+            features: whether to fetch measurements of shape and colours, which are no diagnosis.
             bulk: whether to let interactive requests go first.
             deadline_s: instead of the client's.
 
@@ -126,7 +133,28 @@ class AsyncClient:
         """
         query = _query(threshold, clean=clean)
         query["mask"] = "probabilities" if probability else "png"
+        if features:
+            query["features"] = "true"
         return await self._post("/segment/json", query, photo, _read_result, bulk, deadline_s)
+
+    async def segment_as(
+        self,
+        photo: Photo,
+        form: Form,
+        *,
+        threshold: float = 0.5,
+        clean: bool = False,
+        bulk: bool = False,
+        deadline_s: float | None = None,
+    ) -> bytes:
+        """Segment one photo into a file of another form; arguments and errors as for `segment`.
+
+        Args:
+            form: `overlay` (JPEG), `overlay-png`, `probability8` or `probability16` (greyscale
+                PNG), `npy`, `svg`, `coco` (JSON), or the mask as `png`.
+        """
+        query = _query(threshold, clean=clean) | {"format": form}
+        return await self._post("/segment", query, photo, _read_bytes, bulk, deadline_s)
 
     async def segment_json(
         self,
@@ -342,6 +370,10 @@ class Client:
         """Segment one photo; as `AsyncClient.segment`."""
         return self._result(self._start(self._client.segment(photo, **options)))
 
+    def segment_as(self, photo: Photo, form: Form, **options: Any) -> bytes:
+        """Segment one photo into a file of another form; as `AsyncClient.segment_as`."""
+        return self._result(self._start(self._client.segment_as(photo, form, **options)))
+
     def segment_json(self, photo: Photo, mask: str = "rle", **options: Any) -> dict[str, Any]:
         """The server's JSON as it is; as `AsyncClient.segment_json`."""
         return self._result(self._start(self._client.segment_json(photo, mask, **options)))
@@ -446,6 +478,10 @@ def _check_concurrency(concurrency: int) -> None:
 
 def _query(threshold: float, *, clean: bool) -> dict[str, str]:
     return {"threshold": str(threshold), "clean": str(clean).lower(), "size": "original"}
+
+
+def _read_bytes(answer: httpx.Response) -> bytes:
+    return answer.content
 
 
 def _read_json(answer: httpx.Response) -> dict[str, Any]:

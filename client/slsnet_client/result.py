@@ -48,6 +48,9 @@ class Result:
     """[height, width], 0 to 1; None unless it was asked for."""
     quality: dict[str, Any] | None
     """What the server says of the photo's quality; None where it says nothing."""
+    features: dict[str, Any] | None
+    """Measurements of shape and colours, as the server names them; None unless they were asked for,
+    or without a lesion."""
     lesion: Lesion
     network: Network
     threshold: float
@@ -90,6 +93,7 @@ def result_of(document: dict[str, Any]) -> Result:
         mask=bitmap,
         probability=probability,
         quality=document.get("quality"),
+        features=document.get("features"),
         lesion=Lesion(
             found=lesion["found"],
             area=lesion["area"],

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from common.program import Help, program
 from common.progress import Progress
+from photos.forms import Form, forms
 from photos.image import THRESHOLD
 from server.backends import BackendError, BackendInfo
-from server.bulk.ledger import MASKS, STATE, TABLE, Ledger, Row
+from server.bulk.ledger import ALSO, MASKS, STATE, TABLE, Ledger, Row
 from server.bulk.local import Runner, this_machine
 from server.bulk.segmenter import Options
 from server.bulk.sources import SUFFIXES, BulkError, Source, open_source
@@ -51,8 +52,7 @@ signal's number if one stopped it.
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run, or continue; return the process's exit code."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         formatter_class=Help, prog=program("server.bulk"), description=_DESCRIPTION, epilog=_EPILOG
     )
@@ -71,6 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="leave only the largest region of a mask, without its holes",
     )
     parser.add_argument(
+        "--also",
+        default="",
+        metavar="FORM,…",
+        help=f"files to write for each photo, into {ALSO}/: {', '.join(Form)} (default: none)",
+    )
+    parser.add_argument(
         "--ray",
         metavar="ADDRESS",
         help="of a Ray cluster to run on (requirements-ray.txt): auto, HOST:PORT, or local; every"
@@ -85,9 +91,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         " --threads, or one",
     )
     add_flags(parser, _SETTINGS)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run, or continue; return the process's exit code."""
+    parser = _parser()
     given = vars(parser.parse_args(arguments))
     source_path, results = given.pop("source"), given.pop("results")
-    options = Options(given.pop("threshold"), given.pop("clean"))
+    try:
+        also = forms(given.pop("also"))
+    except ValueError as error:
+        parser.error(f"--also: {error}")
+    options = Options(given.pop("threshold"), given.pop("clean"), ",".join(also))
     address, gpus = given.pop("ray"), given.pop("ray_gpus")
     if not 0 <= options.threshold <= 1:
         parser.error(f"--threshold is a probability, 0 to 1, got {options.threshold:g}")

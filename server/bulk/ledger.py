@@ -15,11 +15,13 @@ from typing import Any, Literal, Self
 
 from common.files import replacing
 from common.tables import csv_line
+from photos.forms import Form, forms
 from server.bulk.sources import BulkError, Listed
 
-__all__ = ["Counts", "Ledger", "Listing", "Row", "Task"]
+__all__ = ["Counts", "Ledger", "Listing", "Row", "Task", "also_path"]
 
 MASKS = "masks"
+ALSO = "also"
 TABLE = "table.csv"
 STATE = "state.sqlite"
 
@@ -31,7 +33,7 @@ _AT_ONCE = 10_000
 _PAGE = 1000
 
 # The names that `common.files.replacing` gives.
-_LEFTOVER = re.compile(r"\..+\.png\.[a-z0-9_]{8}\.png")
+_LEFTOVER = re.compile(r"\..+(\.\w+)\.[a-z0-9_]{8}\1")
 _LEFTOVER_TABLE = re.compile(rf"\.{re.escape(TABLE)}\.[a-z0-9_]{{8}}\.csv")
 
 
@@ -209,9 +211,12 @@ class Ledger:
         """
         for name, value in wanted.items():
             found = self._get(name)
+            if name == "also" and found is None and self._get("source") is not None:
+                found = ""  # a version that wrote masks alone
             if found is not None and found != value:
                 raise BulkError(
-                    f"{self.folder} has results for {name} {found}, and this run is for {value}."
+                    f"{self.folder} has results for {name} {_told(found)}, and this run is for"
+                    f" {_told(value)}."
                     " Choose another folder, or delete that one to start anew."
                 )
         for name, value in wanted.items():
@@ -223,9 +228,10 @@ class Ledger:
 
     def _remove_leftovers(self) -> None:
         """Remove files that a killed process had begun to write."""
-        for parent, _, names in os.walk(self.masks):
-            for name in filter(_LEFTOVER.fullmatch, names):
-                Path(parent, name).unlink(missing_ok=True)
+        for folder in (self.masks, self.folder / ALSO):
+            for parent, _, names in os.walk(folder):
+                for name in filter(_LEFTOVER.fullmatch, names):
+                    Path(parent, name).unlink(missing_ok=True)
         for path in self.folder.iterdir():
             if _LEFTOVER_TABLE.fullmatch(path.name):
                 path.unlink(missing_ok=True)
@@ -287,7 +293,7 @@ class Ledger:
         done = (status == "ok" and has_mask) or (status == "unusable" and not has_mask)
         if not done or stamp != [photo.size, photo.modified_ns]:
             if has_mask:
-                (self.masks / mask).unlink(missing_ok=True)
+                self._remove(mask)
             nothing = ", ".join(f"{name} = NULL" for name in _ROW)
             self._database.execute(
                 f"UPDATE photos SET {nothing}, size = ?, modified_ns = ? WHERE path = ?",
@@ -325,8 +331,14 @@ class Ledger:
         values = (self._listing, *values)
         for (mask,) in execute(f"SELECT mask {these}", values):
             if self._has_mask(name := os.fsdecode(mask)):
-                (self.masks / name).unlink(missing_ok=True)
+                self._remove(name)
         return execute(f"DELETE {these}", values).rowcount
+
+    def _remove(self, mask: str) -> None:
+        """Remove a mask, and the files beside it."""
+        for form in forms(self._get("also") or ""):
+            also_path(self.folder, form, mask).unlink(missing_ok=True)
+        (self.masks / mask).unlink(missing_ok=True)
 
     def _has_mask(self, mask: str) -> bool:
         # pathlib would raise if no file can have that name.
@@ -392,6 +404,10 @@ class Ledger:
         self._database.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", (name, value))
 
 
+def _told(value: Any) -> Any:
+    return "none" if value == "" else value
+
+
 def mask_path(path: str) -> str:
     """The path of a photo's mask, a PNG, below the folder of masks.
 
@@ -402,3 +418,8 @@ def mask_path(path: str) -> str:
     *folders, name = path.lstrip("/").split("/")
     folders = [f"{each}_" if each.lower().endswith(".png") else each for each in folders]
     return "/".join([*folders, os.path.splitext(name)[0] + ".png"])  # noqa: PTH122
+
+
+def also_path(results: Path, form: Form, mask: str) -> Path:
+    """The path of another form of file, beside the mask with this path below its folder."""
+    return results / ALSO / (mask.removesuffix(".png") + form.suffix)

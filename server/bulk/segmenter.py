@@ -15,11 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.files import write_atomically
-from photos.image import ImageError, Photo, encode_png, read_photo
-from photos.masks import figures
-from photos.regions import mask_of
+from photos.forms import Form, Found, encoded, forms
+from photos.image import ImageError, NoDecoderError, Photo, encode_png, read_photo
 from server.backends import BackendInfo
-from server.bulk.ledger import Row, Task
+from server.bulk.ledger import Row, Task, also_path
 from server.bulk.sources import BulkError
 from server.inference.errors import InferenceFailed, Unavailable
 from server.inference.loading import Loader
@@ -41,6 +40,8 @@ class Options:
     """Probability above which a pixel is lesion."""
     clean: bool
     """Whether only the largest region is left, without its holes."""
+    also: str = ""
+    """Forms of files to write beside the mask, as `photos.forms.forms` reads them."""
 
 
 class Segmenter:
@@ -97,6 +98,8 @@ class Segmenter:
             return await service.threads.run(
                 self._finish, task, photo, inference.probability, backend, decode_s + infer_s
             )
+        except NoDecoderError as error:
+            return Row("failed", str(error))
         except ImageError as error:
             return Row("unusable", str(error))
         except OSError as error:
@@ -122,14 +125,23 @@ class Segmenter:
                 # It was listed although it could not be read: say why it cannot.
                 os.scandir(path).close()
             raise OSError(0, "no file")
-        with path.open("rb") as file:
-            data = file.read(settings.max_body_bytes + 1)
-        if len(data) > settings.max_body_bytes:
-            raise ImageError(
-                f"The file has more than {settings.max_body_bytes} bytes, look at --max-body-bytes."
-            )
+        data = self._bytes(path)
         photo = read_photo(data, max_pixels=settings.max_pixels, room=self._pixels.room)
         return photo, time.perf_counter() - started
+
+    def _bytes(self, path: Path) -> bytes:
+        most = self._service.settings.max_body_bytes
+        with path.open("rb") as file:
+            data = file.read(most + 1)
+        if len(data) > most:
+            raise ImageError(f"The file has more than {most} bytes, look at --max-body-bytes.")
+        return data
+
+    def _encoded(self, form: Form, found: Found, task: Task) -> bytes:
+        # Read again rather than kept, so that memory holds one photo for each thread.
+        data = self._bytes(self._root / task.path) if form.draws_photo else b""
+        max_pixels = self._service.settings.max_pixels
+        return encoded(form, found, data, max_pixels=max_pixels, room=self._pixels.room)
 
     def _finish(
         self,
@@ -142,20 +154,28 @@ class Segmenter:
         """Run in a thread: write the mask, and measure it."""
         started = time.perf_counter()
         width, height = photo.width, photo.height
-        threshold = self._options.threshold
-        drawn, packed = mask_of(probability, width, height, threshold, clean=self._options.clean)
-        mask = self._masks / task.mask
-        png = encode_png(packed, width, height)
+        found = Found(
+            *(probability, width, height, self._options.threshold),
+            clean=self._options.clean,
+            pixels=photo.pixels,
+        )
+        lesion = found.lesion
         try:
+            # The mask comes last: a photo that has one is done.
+            for form in forms(self._options.also):
+                path = also_path(self._masks.parent, form, task.mask)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, self._encoded(form, found, task))
+            mask = self._masks / task.mask
             mask.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(mask, png)
+            write_atomically(mask, encode_png(found.packed, width, height))
         except OSError as error:
             if error.errno in _ALL_FAIL:
                 raise BulkError(f"No mask can be written: {error.strerror}.") from error
             raise
-        lesion = figures(probability, drawn, packed, width, threshold)
         table = backend.quality
-        quality = None if table is None else table.quality(probability, drawn > threshold)
+        drawn = found.probability > found.threshold
+        quality = None if table is None else table.quality(probability, drawn)
         x, y, box_width, box_height = lesion.bounding_box or (None,) * 4
         centroid_x, centroid_y = lesion.centroid or (None, None)
         return Row(

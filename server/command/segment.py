@@ -1,7 +1,8 @@
 """`slsnet segment`: the masks of some photos, written beside them, without a server.
 
     slsnet segment lesion.jpg                     lesion_mask.png, in the photo's folder
-    slsnet segment *.jpg -o masks --overlay       and the outline drawn over each photo
+    slsnet segment *.jpg -o masks --also overlay,features    and the outline drawn over each photo,
+                                                             and measurements as JSON
     slsnet segment lesion.jpg --clean --threshold 0.4
 
 The masks are those of `POST /segment`: 1-bit PNG at the photo's size, lesion white. A photo that
@@ -12,61 +13,28 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ImageDraw
 
 from common.files import write_atomically
 from common.program import Help, program
+from photos.forms import Form, Found, encoded, forms
 from photos.image import THRESHOLD, ImageError, encode_png, read_photo
-from photos.masks import Rings, measure, polygons
-from photos.overlay import upright
 from photos.quality import QualityTable, grade
-from photos.regions import mask_of
 from server.backends import Backend, BackendError, open_backend
 from server.backends.model_file import read_quality
 from server.cores import available_cores
 from server.settings import Settings
 
-__all__ = ["main", "overlay"]
-
-_LARGEST_OVERLAY = 2048
-# Bluish green on black: people who cannot tell red from green can tell it from skin.
-_LINE, _EDGE = (0, 235, 200), (0, 0, 0)
+__all__ = ["main"]
 
 
-def overlay(data: bytes, width: int, height: int, outlines: Sequence[Rings]) -> bytes:
-    """The photo with its lesion's outline, as JPEG.
-
-    Args:
-        data: the photo as stored.
-        width, height: size of the upright photo, pixels.
-        outlines: result of `photos.masks.polygons`, in the photo's pixels.
-
-    Returns:
-        JPEG at the photo's size; a larger photo is reduced to a longer side of 2048 pixels.
-    """
-    picture = upright(data, width, height, _LARGEST_OVERLAY)
-    scale = picture.width / width
-    draw = ImageDraw.Draw(picture)
-    thick = max(2, round(max(picture.size) / 300))
-    for colour, line in ((_EDGE, thick + 2), (_LINE, thick)):
-        for rings in outlines:
-            for ring in rings:
-                points = [(x * scale, y * scale) for x, y in [*ring, ring[0], ring[1]]]
-                draw.line(points, colour, line, joint="curve")
-    out = BytesIO()
-    picture.save(out, "JPEG", quality=90)
-    return out.getvalue()
-
-
-def _targets(photo: Path, folder: Path | None, *, with_overlay: bool) -> list[Path]:
+def _targets(photo: Path, folder: Path | None, forms: Sequence[Form]) -> list[Path]:
     stem = (folder or photo.parent) / photo.stem
-    names = ["_mask.png", "_overlay.jpg"] if with_overlay else ["_mask.png"]
-    return [stem.with_name(stem.name + name) for name in names]
+    suffixes = ["_mask.png", *(form.suffix for form in forms)]
+    return [stem.with_name(stem.name + suffix) for suffix in suffixes]
 
 
 def _segment(
@@ -81,22 +49,22 @@ def _segment(
     data = photo.read_bytes()
     read = read_photo(data)
     probability: NDArray[np.float32] = backend.infer(read.pixels[np.newaxis])[0]
-    threshold = options.threshold
-    shown, packed = mask_of(probability, read.width, read.height, threshold, clean=options.clean)
-    lesion = measure(packed, read.width)
-    contents = [encode_png(packed, read.width, read.height)]
-    if options.overlay:
-        rings = polygons(shown, read.width, read.height, threshold, clean=options.clean)
-        contents.append(overlay(data, read.width, read.height, rings))
+    found = Found(
+        *(probability, read.width, read.height, options.threshold),
+        clean=options.clean,
+        pixels=read.pixels,
+    )
+    contents = [encode_png(found.packed, read.width, read.height)]
+    contents += [encoded(form, found, data) for form in options.also]
     for target, content in zip(targets, contents, strict=True):
         write_atomically(target, content)
-    share = lesion.area / (read.width * read.height)
-    found = f"lesion on {share:.1%} of the photo" if lesion.area else "no lesion found"
+    share = found.lesion.area / (read.width * read.height)
+    says = f"lesion on {share:.1%} of the photo" if share else "no lesion found"
     if table is not None:
-        quality = table.quality(probability, shown > threshold)
-        found += f", quality {quality:.3f} ({grade(quality)})"
+        quality = table.quality(probability, found.probability > found.threshold)
+        says += f", quality {quality:.3f} ({grade(quality)})"
     took_ms = 1000 * (time.perf_counter() - started)
-    return f"{found}, {took_ms:.0f} ms -> {', '.join(map(str, targets))}"
+    return f"{says}, {took_ms:.0f} ms -> {', '.join(map(str, targets))}"
 
 
 def _threshold(text: str) -> float:
@@ -106,8 +74,7 @@ def _threshold(text: str) -> float:
     return value
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program("server.command.segment"),
         description=__doc__,
@@ -117,7 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "-o", "--output", type=Path, metavar="DIR", help="default: each photo's own folder"
     )
-    parser.add_argument("--overlay", action="store_true", help="write the outlined photo too")
+    parser.add_argument(
+        "--also",
+        default="",
+        metavar="FORM,…",
+        help=f"files to write beside each mask: {', '.join(Form)} (default: none)",
+    )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace masks that are there (default: refuse)"
     )
@@ -134,11 +106,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="FILE",
         help="ONNX file (default: the shipped network)",
     )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    parser = _parser()
     options = parser.parse_args(arguments)
-    plan = [
-        (photo, _targets(photo, options.output, with_overlay=options.overlay))
-        for photo in options.photos
-    ]
+    try:
+        options.also = forms(options.also)
+    except ValueError as error:
+        parser.error(f"--also: {error}")
+    plan = [(photo, _targets(photo, options.output, options.also)) for photo in options.photos]
     taken: dict[Path, Path] = {}
     for photo, targets in plan:
         for target in targets:

@@ -1,18 +1,18 @@
 """The bodies of answers: how a segmentation becomes one, and their schemas for `GET /docs`."""
 
 import base64
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from photos.image import encode_png, upsampled
-from photos.masks import coco_rle, figures, polygons
+from photos.drawings import LARGEST_OVERLAY
+from photos.forms import Form, Found, coco_annotation, encoded, measured, sample_bytes
+from photos.image import Room, always_room, encode_png, upsampled
+from photos.masks import coco_rle, polygons
 from photos.quality import Grade, grade
 from photos.regions import largest_region, mask_of
 from server.backends import BackendInfo
@@ -27,10 +27,11 @@ __all__ = [
     "ProblemAnswer",
     "SegmentationAnswer",
     "StatusAnswer",
+    "answer_bytes",
+    "form_answer",
     "json_answer",
     "model_answer",
     "png_answer",
-    "probability_bytes",
 ]
 
 
@@ -45,6 +46,12 @@ class MaskFormat(StrEnum):
     RLE = "rle"
     POLYGONS = "polygons"
     PROBABILITIES = "probabilities"
+    OVERLAY = "overlay"
+    PROBABILITY8 = "probability8"
+    PROBABILITY16 = "probability16"
+    NPY = "npy"
+    SVG = "svg"
+    COCO = "coco"
 
 
 class _Answer(BaseModel):
@@ -72,6 +79,18 @@ class CocoRle(_Answer):
     counts: str = Field(examples=["Ygf21fg0O1O1N2N2N2N1O1O1O"])
 
 
+class CocoAnnotation(_Answer):
+    """The mask as an annotation of a COCO data set; the ids are to be changed."""
+
+    id: int
+    image_id: int
+    category_id: int
+    segmentation: CocoRle
+    area: int
+    bbox: tuple[int, int, int, int] = Field(description="x, y, width, height")
+    iscrowd: int
+
+
 class Mask(_Answer):
     """The mask, in the one form that was asked for."""
 
@@ -95,6 +114,33 @@ class Mask(_Answer):
         " edges, as it is at the photo's size, it gives the mask of any threshold",
         examples=["AAABAAMA//8="],
     )
+    overlay: str | None = Field(
+        None,
+        description="the photo with the outline drawn on it, at most 2048 pixels a side: a JPEG in"
+        " base64",
+        examples=["/9j/4AAQSkZJRgABAQ"],
+    )
+    probability8: str | None = Field(
+        None,
+        description="the map that `probabilities` has, as a greyscale PNG of 8 bits in base64",
+        examples=["iVBORw0KGgoAAAANSUhEU"],
+    )
+    probability16: str | None = Field(
+        None,
+        description="the same with 16 bits",
+        examples=["iVBORw0KGgoAAAANSUhEU"],
+    )
+    npy: str | None = Field(
+        None,
+        description="the same as a NumPy file, float32 [height, width], in base64",
+        examples=["k05VTVBZAQB2AHsn"],
+    )
+    svg: str | None = Field(
+        None,
+        description="the outlines that `polygons` has, as an SVG document",
+        examples=['<svg xmlns="http://www.w3.org/2000/svg" width="1024" height="768">…</svg>'],
+    )
+    coco: CocoAnnotation | None = None
 
 
 class LesionAnswer(_Answer):
@@ -155,6 +201,53 @@ class QualityAnswer(_Answer):
     )
 
 
+class ColourShares(_Answer):
+    """Shares of the lesion's pixels, 0 to 1, by the nearest of six colours."""
+
+    white: float
+    red: float
+    light_brown: float
+    dark_brown: float
+    blue_grey: float
+    black: float
+
+
+class FeaturesAnswer(_Answer):
+    """Measurements of the lesion's shape and colours, and no diagnosis.
+
+    P is the perimeter, A the area, a and b are the long and the short axis.
+    """
+
+    perimeter: float = Field(description="of all outlines, pixels of the photo", examples=[1571.0])
+    major_axis: float = Field(
+        description="of the ellipse with the mask's second moments, pixels", examples=[402.5]
+    )
+    minor_axis: float = Field(description="the same, across", examples=[391.0])
+    orientation: float = Field(
+        description="of the long axis: degrees from the x axis towards the y axis, which points"
+        " down; above -90, up to 90",
+        examples=[-31.4],
+    )
+    eccentricity: float = Field(description="√(1 - b²/a²), 0 for a circle", examples=[0.24])
+    asymmetry_major: float = Field(
+        description="share of the lesion whose mirror image at the long axis is no lesion",
+        examples=[0.05],
+    )
+    asymmetry_minor: float = Field(description="the same at the short axis", examples=[0.07])
+    compactness: float = Field(description="P²/(4πA), 1 for a circle", examples=[1.25])
+    irregularity: float = Field(
+        description="P²ab/(2π(a²+b²)A), about 1 for any ellipse", examples=[1.2]
+    )
+    solidity: float = Field(description="A over that of the convex hull", examples=[0.97])
+    colours: ColourShares
+    colour_mean: tuple[float, float, float] = Field(
+        description="mean red, green and blue inside, 0 to 255", examples=[[121.4, 82.3, 70.1]]
+    )
+    colour_deviation: tuple[float, float, float] = Field(
+        description="their standard deviations", examples=[[24.1, 20.6, 19.2]]
+    )
+
+
 Attention = Annotated[
     str,
     Field(
@@ -197,6 +290,9 @@ class SegmentationAnswer(_Answer):
         None,
         description="if `borders` asks for them; null where nothing is known of the network's"
         " borders",
+    )
+    features: FeaturesAnswer | None = Field(
+        None, description="if `features` asks for them; null if nothing was found"
     )
     timings_ms: dict[str, float] = Field(
         description="milliseconds by stage; Server-Timing has the last stage too",
@@ -293,6 +389,30 @@ def png_answer(
     return encode_png(packed, width, height), _quality(segmentation, shown, threshold)
 
 
+def form_answer(
+    segmentation: Segmentation,
+    threshold: float,
+    original: bool,
+    form: Form,
+    *,
+    clean: bool,
+    photo: bytes,
+    room: Room,
+    max_pixels: int,
+) -> tuple[bytes, float | None]:
+    """What was found as a file of another form, and its quality; arguments: see `png_answer`.
+
+    Args:
+        form: of the file.
+        photo: the photo's bytes; only an overlay needs them.
+        room, max_pixels: as for `read_photo`, which reads the photo again for an overlay.
+    """
+    found = _found(segmentation, threshold, original, clean=clean)
+    room = room if original else always_room
+    content = encoded(form, found, photo, max_pixels=max_pixels, room=room)
+    return content, _quality(segmentation, found.probability, threshold)
+
+
 def json_answer(
     segmentation: Segmentation,
     threshold: float,
@@ -301,29 +421,19 @@ def json_answer(
     *,
     clean: bool,
     borders: bool,
+    features: bool,
+    photo: bytes,
     request_id: str,
     timings_ms: dict[str, float],
-    room: Callable[[int], AbstractContextManager[None]],
+    room: Room,
+    max_pixels: int,
 ) -> tuple[bytes, float | None]:
-    """The mask with its measures as JSON, in ASCII, and its quality; arguments: see `png_answer`.
+    """The mask with its measures as JSON, in ASCII, and its quality; arguments: see `form_answer`.
 
-    `borders` adds a tight and a generous outline.
-    `room` is entered while probabilities are enlarged to the photo's size, as in `read_photo`.
+    `borders` adds a tight and a generous outline, `features` measurements of shape and colours.
     """
-    width, height = _mask_size(segmentation, original)
-    probability, packed = mask_of(segmentation.probability, width, height, threshold, clean=clean)
-    mask = Mask(format=mask_format, width=width, height=height)
-    if mask_format is MaskFormat.PNG:
-        mask.png = base64.b64encode(encode_png(packed, width, height)).decode("ascii")
-    elif mask_format is MaskFormat.RLE:
-        mask.rle = CocoRle.model_validate(coco_rle(packed, width))
-    elif mask_format is MaskFormat.PROBABILITIES:
-        with room(width * height) if original else nullcontext():
-            mask.probabilities = _levels(probability, width, height)
-    else:
-        mask.polygons = polygons(probability, width, height, threshold, clean=clean)
-    lesion = figures(segmentation.probability, probability, packed, width, threshold)
-    quality = _quality(segmentation, probability, threshold)
+    found = _found(segmentation, threshold, original, clean=clean)
+    quality = _quality(segmentation, found.probability, threshold)
     answer = SegmentationAnswer(
         request_id=request_id,
         model=_model_id(segmentation.backend),
@@ -334,21 +444,24 @@ def json_answer(
         ),
         threshold=threshold,
         clean=clean,
-        mask=mask,
-        lesion=LesionAnswer(found=lesion.area > 0, **asdict(lesion)),
+        mask=_mask(
+            found, mask_format, photo, room if original else always_room, max_pixels=max_pixels
+        ),
+        lesion=LesionAnswer(found=found.lesion.area > 0, **asdict(found.lesion)),
         quality=None if quality is None else QualityAnswer(jaccard=quality, grade=grade(quality)),
         timings_ms=timings_ms,
     )
     # A mask has one form; the others are left out.
-    absent: dict[str, set[str] | bool] = {
-        "mask": {str(form) for form in MaskFormat} - {str(mask_format)}
-    }
+    absent: dict[str, Any] = {"mask": {str(form) for form in MaskFormat} - {str(mask_format)}}
     if borders:
-        answer.borders = _borders(
-            segmentation, probability, (width, height), threshold, clean=clean
-        )
+        size = (found.width, found.height)
+        answer.borders = _borders(segmentation, found.probability, size, threshold, clean=clean)
     else:
         absent["borders"] = True
+    if not features:
+        absent["features"] = True
+    elif measures := measured(_found(segmentation, threshold, True, clean=clean)):
+        answer.features = FeaturesAnswer.model_validate(asdict(measures))
     return answer.model_dump_json(exclude=absent, ensure_ascii=True).encode(), quality
 
 
@@ -391,11 +504,51 @@ def _borders(
     )
 
 
-def probability_bytes(segmentation: Segmentation, original: bool, mask_format: MaskFormat) -> int:
-    """Bytes of an answer with probabilities at the photo's size; 0 for all other answers."""
-    if mask_format is not MaskFormat.PROBABILITIES or not original:
+def _found(segmentation: Segmentation, threshold: float, original: bool, *, clean: bool) -> Found:
+    width, height = _mask_size(segmentation, original)
+    return Found(
+        segmentation.probability, width, height, threshold, clean=clean, pixels=segmentation.pixels
+    )
+
+
+def _mask(
+    found: Found, mask_format: MaskFormat, photo: bytes, room: Room, *, max_pixels: int
+) -> Mask:
+    width, height = found.width, found.height
+    mask = Mask(format=mask_format, width=width, height=height)
+    match mask_format:
+        case MaskFormat.PNG:
+            mask.png = _base64(encode_png(found.packed, width, height))
+        case MaskFormat.RLE:
+            mask.rle = CocoRle.model_validate(coco_rle(found.packed, width))
+        case MaskFormat.POLYGONS:
+            mask.polygons = found.outlines
+        case MaskFormat.PROBABILITIES:
+            with room(width * height):
+                mask.probabilities = _levels(found.probability, width, height)
+        case MaskFormat.COCO:
+            mask.coco = CocoAnnotation.model_validate(coco_annotation(found))
+        case _:
+            content = encoded(Form(mask_format), found, photo, max_pixels=max_pixels, room=room)
+            is_text = mask_format is MaskFormat.SVG
+            setattr(mask, mask_format, content.decode() if is_text else _base64(content))
+    return mask
+
+
+def answer_bytes(segmentation: Segmentation, original: bool, form: str, *, as_json: bool) -> int:
+    """Bytes of an answer that may be larger than its photo, at most; 0 for all others."""
+    pixels = segmentation.width * segmentation.height
+    if form in (Form.OVERLAY, Form.OVERLAY_PNG):
+        size = min(pixels, LARGEST_OVERLAY**2) * (3 if form == Form.OVERLAY_PNG else 1)
+    elif original:
+        size = pixels * (2 if form == MaskFormat.PROBABILITIES else sample_bytes(form))
+    else:
         return 0
-    return 4 * -(-2 * segmentation.width * segmentation.height // 3)
+    return 4 * -(-size // 3) if as_json else size
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode("ascii")
 
 
 def _levels(probability: NDArray[np.float32], width: int, height: int) -> str:

@@ -5,7 +5,7 @@ be a second framework.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import Header, Query, Request
@@ -14,6 +14,7 @@ from pydantic import WithJsonSchema
 from pydantic.json_schema import SkipJsonSchema
 from starlette.datastructures import Headers
 
+from photos.forms import Form, sample_bytes
 from server.http.answers import MaskFormat
 from server.http.errors import NotAcceptable
 from server.http.uploads import Fields
@@ -21,6 +22,7 @@ from server.inference.errors import Unprocessable
 
 __all__ = [
     "Clean",
+    "Features",
     "FileNames",
     "MaskForm",
     "MaskSize",
@@ -32,6 +34,7 @@ __all__ = [
     "check_names",
     "is_bulk",
     "is_original",
+    "json_for",
     "only_known",
     "parameter_names",
     "with_fields",
@@ -52,6 +55,14 @@ Clean = Annotated[
     Query(
         description="whether to leave only the largest region, without its holes: networks see a"
         " second lesion in hair, ink or a colour patch now and then",
+    ),
+]
+
+Features = Annotated[
+    bool,
+    Query(
+        description="whether JSON has measurements of the lesion's shape and colours too, which are"
+        " no diagnosis",
     ),
 ]
 
@@ -176,54 +187,72 @@ def check_names(
         seen.add(name)
 
 
-def is_original(size: str | None, mask: MaskFormat) -> bool:
-    """Whether the mask is to have the photo's size."""
+def is_original(size: str | None, form: str) -> bool:
+    """Whether the mask is to have the photo's size.
+
+    Args:
+        size: what was asked for.
+        form: of the answer, or of the mask in JSON.
+
+    Raises:
+        Unprocessable: an overlay of another size is asked for.
+    """
+    if form in (Form.OVERLAY, Form.OVERLAY_PNG):
+        if size == "model":
+            raise Unprocessable(
+                "An overlay has the photo's size: leave size=model out, or ask for another form."
+            )
+        return True
     if size is None:
-        return mask is not MaskFormat.PROBABILITIES
+        return form != MaskFormat.PROBABILITIES and not sample_bytes(form)
     return size == "original"
 
 
 def answer_type(
     headers: Headers,
     offers: Sequence[str],
-    mask: MaskFormat,
+    json_for: str,
     asked: str | None = None,
     *,
-    borders: bool = False,
+    others: Sequence[str] = (),
 ) -> str:
     """The media type of `offers` to answer with; the first is the default.
 
     Args:
         headers: headers of the request.
         offers: a form of PNG, and JSON.
-        mask: form of the mask; run lengths and polygons ask for JSON.
+        json_for: the parameter that asks for JSON, if any; see `json_for`.
         asked: the type that a parameter names, whatever `Accept` says.
-        borders: whether outlines beside the mask's are asked for, which only JSON has.
+        others: taken only if `Accept` prefers them to each of `offers`. Browsers name
+            `image/svg+xml` beside `image/*` wherever they ask for an image.
 
     Raises:
         NotAcceptable: `Accept` rules all of them out.
-        Unprocessable: `mask` or `borders` needs JSON, and another type is asked for.
+        Unprocessable: `json_for` needs JSON, and another type is asked for.
     """
-    needs_json = "borders=true" if borders else ""
-    if mask is not MaskFormat.PNG:
-        needs_json = f"mask={mask}"
-    if needs_json:
-        offers = sorted(offers, key=_is_json, reverse=True)
-    chosen = asked or _preferred(headers, offers)
-    if needs_json and not _is_json(chosen):
-        name = needs_json.partition("=")[0]
+    if json_for:
+        offers, others = sorted(offers, key=_is_json, reverse=True), ()
+    chosen = asked or _preferred(headers, offers, others)
+    if json_for and not _is_json(chosen):
         raise Unprocessable(
-            f"{needs_json} is for JSON answers, and {chosen} is asked for: leave {name} out, or ask"
-            " for JSON."
+            f"{json_for} is for JSON answers, and {chosen} is asked for: leave"
+            f" {json_for.partition('=')[0]} out, or ask for JSON."
         )
     return chosen
+
+
+def json_for(given: Mapping[str, Any]) -> str:
+    """The parameter that only a JSON answer can follow, such as `mask=rle`; empty for none."""
+    if given["mask"] is not MaskFormat.PNG:
+        return f"mask={given['mask']}"
+    return next((f"{name}=true" for name in ("borders", "features") if given[name]), "")
 
 
 def _is_json(media_type: str) -> bool:
     return media_type.endswith("json")
 
 
-def _preferred(headers: Headers, offers: Sequence[str]) -> str:
+def _preferred(headers: Headers, offers: Sequence[str], others: Sequence[str]) -> str:
     """Which of `offers` the `Accept` headers prefer (RFC 9110, 12.5.1).
 
     Of equal ones it takes the one that they name, then the first. Headers that name no offer are
@@ -245,6 +274,9 @@ def _preferred(headers: Headers, offers: Sequence[str]) -> str:
         return 0, 0
 
     best = max(offers, key=rank)
+    other = max(others, key=rank, default=best)
+    if rank(other)[0] > max(rank(best)[0], 0):
+        return other
     if rank(best)[0] == _RULED_OUT:
         raise NotAcceptable(
             f"Accept rules out every form of the answer: {', '.join(offers)}. Leave it out, or"

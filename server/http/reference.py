@@ -134,7 +134,8 @@ SEGMENT_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "description": f"The photo: as the field `{FIELD}` of a form, or as the body itself. JPEG,"
-        " PNG, WebP, TIFF or BMP; the type is told by the bytes, not by a name. The form's other"
+        " PNG, WebP, TIFF or BMP, and AVIF or HEIC where the server has their decoders; the type is"
+        " told by the bytes, not by a name. The form's other"
         " fields are parameters, as in the query.",
         "content": {
             "multipart/form-data": {
@@ -244,8 +245,10 @@ _SEGMENT_PROBLEMS = problem_responses(400, 406, 413, 415, 422, 429, 500, 503, 50
 SEGMENT_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The mask: a 1-bit PNG with the lesion white. If `Accept` prefers JSON, or"
-        " `format=json` asks for it, what `POST /segment/json` answers, whose parameter `mask` is"
-        " known here too.",
+        " `format=json` asks for it, what `POST /segment/json` answers, whose parameters `mask` and"
+        " `features` are known here too. `format` also knows `overlay` (JPEG), `overlay-png`,"
+        " `probability8` and `probability16` (PNG), `npy`, `svg` and `coco`; `Accept` may prefer"
+        " image/jpeg, application/x-npy or image/svg+xml.",
         "headers": _PNG_HEADERS,
         # The second name is for clients that know no image types, if `Accept` prefers it.
         "content": {"image/png": BINARY, "application/octet-stream": BINARY},

@@ -19,7 +19,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar, TypeVarTuple
+from typing import Generic, Self, TypeVar, TypeVarTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +66,8 @@ class Segmentation:
     """Photos that ran through the network together."""
     backend: BackendInfo
     """The backend that ran it."""
+    pixels: NDArray[np.uint8]
+    """uint8 [128, 128, 3], RGB: what the network saw."""
 
     @property
     def is_small(self) -> bool:
@@ -110,6 +112,13 @@ class Body:
     def let_go(self) -> None:
         """Free the bytes: nobody needs them."""
         self._data, self._is_wanted = None, False
+
+    def __enter__(self) -> Self:
+        """The bytes are let go at the end of the block."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.let_go()
 
 
 class _Request:
@@ -367,6 +376,7 @@ class Work:
             photo.orientation,
             inference.batch_size,
             backend,
+            photo.pixels,
         )
 
     async def _wait_for(self, turn: contextlib.AsyncExitStack) -> None:
@@ -420,11 +430,28 @@ class Work:
         self.stages.end("infer", max(result.ended for result in results))
         return results, backend
 
-    async def encode(self, make: Callable[[], Result], *, here: bool = False) -> Result:
-        """The answer that `make` returns, made in a thread, or `here` if that takes no longer."""
-        content = make() if here else await self.service.threads.run(make, bulk=self.bulk)
+    async def encode(
+        self, make: Callable[[], Result], *, here: bool = False, slow: bool = False
+    ) -> Result:
+        """The answer that `make` returns, made in a thread, or `here` if that takes no longer.
+
+        `slow` says that it may take seconds; see `is_slow`.
+
+        Raises:
+            Problem: the photo, which `make` reads once more, took too long or too much memory.
+        """
+        try:
+            content = (
+                make() if here else await self.service.threads.run(make, bulk=self.bulk, slow=slow)
+            )
+        except PhotoError as error:
+            raise of_photo_error(error) from error
         self.stages.end("encode")
         return content
+
+    def is_slow(self, photo: bytes, pixels: int) -> bool:
+        """Whether it may take seconds to decode a photo of so many pixels."""
+        return not self.bulk and pixels > _SLOW_PIXELS and not is_baseline_jpeg(photo)
 
     def _decode_here(self, data: bytes) -> Photo | None:
         """Decode a lone small photo on the event loop: changing threads takes a fifth of its time.

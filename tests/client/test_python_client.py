@@ -134,7 +134,7 @@ def test_every_kind_of_photo_gets_the_mask_of_the_network(
         assert np.array_equal(result.mask, expected)
         assert result.lesion.area == expected.sum() and result.lesion.found
         assert result.network.name == "slsnet" and result.request_id and result.timings_ms
-        assert result.probability is None and result.quality is None
+        assert result.probability is None
     assert [entry.name for entry in tmp_path.iterdir()] == ["lesion.png"]
 
 
@@ -164,6 +164,25 @@ def test_options_reach_the_network(server: ServerProcess, segment: Segment) -> N
     assert result.probability is not None and result.probability.shape == result.mask.shape
     plain = segment(server.url, PNG, threshold=0.3, clean=True)
     assert np.mean(plain.mask != result.mask) < 1e-4
+
+
+def test_features_and_other_forms(server: ServerProcess, segment: Segment) -> None:
+    result = segment(server.url, PNG, features=True)
+    assert result.features is not None and result.features["perimeter"] > 0
+    assert segment(server.url, PNG).features is None
+    with Client(server.url) as client:
+        drawn = client.segment_as(PNG, "overlay-png", threshold=0.3)
+        levels = client.segment_as(PIXELS, "npy", clean=True, bulk=True)
+        with pytest.raises(RequestRefused, match="format"):
+            client.segment_as(PNG, "gif")  # type: ignore[arg-type]
+    assert Image.open(BytesIO(drawn)).size == PIXELS.shape[1::-1]
+    assert np.load(BytesIO(levels)).shape == PIXELS.shape[:2]
+
+    async def ask() -> bytes:
+        async with AsyncClient(server.url) as client:
+            return await client.segment_as(PNG, "overlay-png", threshold=0.3)
+
+    assert asyncio.run(ask()) == drawn
 
 
 def test_the_outline_is_drawn_where_the_mask_ends(server: ServerProcess) -> None:

@@ -27,6 +27,8 @@ ASKED = [
     {"mask": "png", "size": "model"},
     {"mask": "rle", "clean": True},
     {"mask": "polygons"},
+    {"mask": "coco", "features": True},
+    {"mask": "svg", "features": True},
     {"mask": "probabilities"},
     {"mask": "probabilities", "size": "original"},
 ]
@@ -73,6 +75,8 @@ def told(answer: Any) -> Any:
         # A client may have the forms that were not asked for as null.
         mask = {name: value for name, value in answer["mask"].items() if value is not None}
         answer = answer | {"mask": mask}
+    if answer.get("features", "") is None:
+        answer = {name: value for name, value in answer.items() if name != "features"}
     return {
         name: value for name, value in answer.items() if name not in ("request_id", "timings_ms")
     }

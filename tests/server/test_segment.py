@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from photos.image import read_photo
-from tests.support.answers import post, read_png
-from tests.support.launch import ServerProcess
+from tests.support.answers import assert_problem, post, read_png
+from tests.support.launch import ServerProcess, serve
 from tests.support.lesions import drawn_photo, encode_photo, lesion_photo
 from tests.support.offline import CPU_BACKEND, Offline
+from tests.support.phones import FORMATS as PHONE_FORMATS
+from tests.support.phones import encode_phone, needs
 from tests.support.samples import Sample
 
 Bits = NDArray[np.bool_]
@@ -60,6 +62,28 @@ def test_a_file_name_may_be_in_any_charset(server: ServerProcess, photos: list[S
 def test_every_format_is_read(server: ServerProcess, image_format: str, offline: Offline) -> None:
     data = drawn_photo(1, 400, 300, image_format)
     np.testing.assert_array_equal(read_png(post(server, data).content), offline.mask(data))
+
+
+@pytest.mark.parametrize("image_format", PHONE_FORMATS)
+def test_phones_formats_are_read(
+    server: ServerProcess, image_format: str, offline: Offline
+) -> None:
+    needs(image_format)
+    data = encode_phone(lesion_photo(1, 400, 300).pixels, image_format)
+    np.testing.assert_array_equal(read_png(post(server, data).content), offline.mask(data))
+    drawn = post(server, data, params={"format": "overlay"})
+    assert drawn.headers["content-type"] == "image/jpeg"
+
+
+def test_a_server_without_the_decoder_says_what_to_do() -> None:
+    start = (
+        "import runpy, sys; sys.modules['pillow_heif'] = None;"
+        "runpy.run_module('server', run_name='__main__')"
+    )
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64)
+    with serve(command=("-c", start)) as server:
+        answer = httpx.post(f"{server.url}/segment", content=heic)
+    assert_problem(answer, 415, "HEIC", "requirements-heif.txt", "JPEG")
 
 
 def test_mask_lies_as_the_photo_is_looked_at(server: ServerProcess) -> None:

@@ -19,10 +19,12 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from photos.forms import sample_bytes
 from server.http.admitted import BATCH, BATCH_JSON, Admitted
 from server.http.answers import BatchItemAnswer, MaskFormat
 from server.http.parameters import (
     Clean,
+    Features,
     FileNames,
     MaskForm,
     MaskSize,
@@ -31,17 +33,18 @@ from server.http.parameters import (
     WithBorders,
     answer_type,
     is_original,
+    json_for,
     only_known,
     parameter_names,
     with_fields,
 )
 from server.http.problems import PROBLEM_JSON, document, told
 from server.http.reference import BINARY, HEADERS, problem_responses
-from server.http.segment.masks import JSON, Asked, Encoded, encoded
+from server.http.segment.masks import JSON, MEDIA_TYPES, PNG, Asked, Encoded, encoded
 from server.http.uploads import MULTIPART, Fields, Part, read_parts
 from server.inference.errors import ClientGone, Problem
 from server.inference.service import Service
-from server.inference.submission import Many, submitted
+from server.inference.submission import Body, Many, submitted
 from server.observe.stages import Stages
 
 __all__ = ["bulk_router"]
@@ -85,6 +88,7 @@ def bulk_router(service: Service) -> APIRouter:
             clean: Clean = False,
             mask: MaskForm = MaskFormat.PNG,
             borders: WithBorders = False,
+            features: Features = False,
             file_names: FileNames = False,
             x_request_timeout_ms: TimeoutMs = None,
         ) -> Response:
@@ -97,6 +101,7 @@ def bulk_router(service: Service) -> APIRouter:
                     "clean": clean,
                     "mask": mask,
                     "borders": borders,
+                    "features": features,
                     "file_names": file_names,
                 },
                 route.timeout_s(service.settings, x_request_timeout_ms),
@@ -158,15 +163,20 @@ class _Answers(Response):
     def _read_options(self, request: Request, fields: Fields) -> None:
         given = with_fields(request, self._given, fields)
         self._file_names: bool = given["file_names"]
-        self._media_type = answer_type(
-            request.headers, self._forms, given["mask"], borders=given["borders"]
-        )
+        mask = given["mask"]
+        # A part may be a file of any form.
+        is_file = mask in MEDIA_TYPES and not given["features"] and not given["borders"]
+        needed_by = "" if is_file else json_for(given)
+        self._media_type = answer_type(request.headers, self._forms, needed_by)
+        form = str(mask) if self._media_type == MIXED else "json"
+        self._part_type = MEDIA_TYPES.get(form, PNG)
         self._asked = Asked(
             given["threshold"],
-            is_original(given["size"], given["mask"]),
+            is_original(given["size"], mask),
             given["clean"],
-            given["mask"],
-            self._media_type != MIXED,
+            mask,
+            given["features"],
+            form,
             request.state.request_id,
             given["borders"],
         )
@@ -203,7 +213,8 @@ class _Answers(Response):
         info = self._service.backend
         # One more, since the batcher may begin one before a slot is free.
         at_work = min(len(waiting), 2 * info.max_batch * info.slots + 1, _MAX_AT_WORK)
-        if self._asked.original and self._asked.mask is MaskFormat.PROBABILITIES:
+        holds_samples = sample_bytes(self._asked.mask) > 0
+        if self._asked.original and (holds_samples or self._asked.mask is MaskFormat.PROBABILITIES):
             # Such answers can be larger than photos, so only one is held at a time.
             at_work = min(at_work, 1)
         workers = asyncio.gather(*(work() for _ in range(at_work)))
@@ -231,7 +242,7 @@ class _Answers(Response):
     ) -> bytes:
         """The line or part of the answer for one photo."""
         status, answer = 200, Encoded(b"", None)
-        media_type = "image/png" if self._media_type == MIXED else "application/json"
+        media_type = self._part_type if self._media_type == MIXED else JSON
         try:
             answer = await self._service.unless_closing(self._segment(part, many, network, held))
         except ClientGone:
@@ -288,9 +299,10 @@ class _Answers(Response):
         if isinstance(part.photo, Problem):
             raise part.photo
         stages = Stages()
-        async with many.work(part.photo, stages) as work, self._service.bulk_photos:
-            segmentation = await work.segment(network=network)
-            answer = await encoded(work, segmentation, self._asked, held)
+        with Body(part.photo.data if self._asked.draws_photo else b"") as drawn:
+            async with many.work(part.photo, stages) as work, self._service.bulk_photos:
+                segmentation = await work.segment(network=network)
+                answer = await encoded(work, segmentation, self._asked, drawn, held)
         for stage, seconds in stages.seconds.items():
             self._service.metrics.stage_seconds.labels(stage).observe(seconds)
         return answer
@@ -325,8 +337,9 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "One answer for each photo, in the order in which they get done: a line of"
         " JSON, such as the items of what `POST /segment/batch/json` answers, or, if `Accept`"
-        " prefers multipart/mixed, a part with the mask as PNG (or a problem document) and the"
-        " headers Item-Index, Item-Name (percent-encoded) and Item-Status; with file_names,"
+        " prefers multipart/mixed, a part with the mask as PNG, or as another form of file that"
+        " `mask` names (or a problem document), and the headers Item-Index, Item-Name"
+        " (percent-encoded) and Item-Status; with file_names,"
         " Item-File-Name (percent-encoded) too, and Mask-Quality where it is known.",
         "headers": HEADERS,
         "content": {

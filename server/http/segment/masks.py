@@ -3,17 +3,29 @@
 import contextlib
 from dataclasses import dataclass
 
+from photos.forms import Form
 from photos.quality import grade
-from server.http.answers import MaskFormat, json_answer, png_answer, probability_bytes
-from server.inference.submission import Segmentation, Work
+from server.http.answers import MaskFormat, answer_bytes, form_answer, json_answer, png_answer
+from server.inference.submission import Body, Segmentation, Work
 
-__all__ = ["JSON", "PNG", "QUALITY", "Asked", "Encoded", "encoded"]
+__all__ = ["JSON", "MEDIA_TYPES", "PNG", "QUALITY", "Asked", "Encoded", "encoded"]
 
 PNG = "image/png"
 JSON = "application/json"
 
 QUALITY = "Mask-Quality"
 """Header of a mask as PNG: its quality, a number and a parameter as in RFC 9651."""
+
+MEDIA_TYPES: dict[str, str] = {
+    Form.OVERLAY: "image/jpeg",
+    Form.OVERLAY_PNG: PNG,
+    Form.PROBABILITY8: PNG,
+    Form.PROBABILITY16: PNG,
+    Form.NPY: "application/x-npy",
+    Form.SVG: "image/svg+xml",
+    Form.COCO: JSON,
+}
+"""Forms that an answer may be as a whole, beside the mask as PNG and JSON."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +37,20 @@ class Asked:
     """Whether the mask has the photo's size."""
     clean: bool
     mask: MaskFormat
-    is_json: bool
-    """Whether the answer is JSON; otherwise it is PNG."""
+    """How a JSON answer holds the mask."""
+    features: bool
+    """Whether a JSON answer has the lesion's features."""
+    form: str
+    """`json`, `png`, or one of `MEDIA_TYPES`."""
     request_id: str
     borders: bool = False
     """Whether JSON has a tight and a generous outline too."""
+
+    @property
+    def draws_photo(self) -> bool:
+        """Whether the photo is drawn, so that its bytes are needed until the answer is made."""
+        held = self.mask if self.form == "json" else self.form
+        return held in (Form.OVERLAY, Form.OVERLAY_PNG)
 
 
 @dataclass(frozen=True)
@@ -49,7 +70,11 @@ class Encoded:
 
 
 async def encoded(
-    work: Work, segmentation: Segmentation, asked: Asked, held: contextlib.ExitStack
+    work: Work,
+    segmentation: Segmentation,
+    asked: Asked,
+    photo: Body,
+    held: contextlib.ExitStack,
 ) -> Encoded:
     """A photo's answer.
 
@@ -57,34 +82,51 @@ async def encoded(
         work: the work that the photo belongs to.
         segmentation: the photo's.
         asked: the form of the answer.
+        photo: its bytes, if `asked.draws_photo`; let go once the answer is made.
         held: gets the budget's bytes of a large answer, to give them back once it is sent.
 
     Raises:
         Overloaded: there is no room for a large answer.
     """
     threshold, original, clean = asked.threshold, asked.original, asked.clean
-    if not asked.is_json:
+    if asked.form == "png":
         found = await work.encode(
             lambda: png_answer(segmentation, threshold, original, clean=clean),
             here=segmentation.is_small and not clean and not work.bulk,
         )
         return _counted(work, *found)
-    size = probability_bytes(segmentation, original, asked.mask)
+    as_json = asked.form == "json"
+    size = answer_bytes(
+        segmentation, original, asked.mask if as_json else asked.form, as_json=as_json
+    )
     held.enter_context(work.service.gate.answer_bytes(size, bulk=work.bulk))
-    found = await work.encode(
-        lambda: json_answer(
-            segmentation,
-            threshold,
-            original,
-            asked.mask,
+    max_pixels, room = work.service.settings.max_pixels, work.service.pixels.room
+    pixels = segmentation.width * segmentation.height
+
+    def make() -> tuple[bytes, float | None]:
+        data = photo.take()
+        if not as_json:
+            return form_answer(
+                *(segmentation, threshold, original, Form(asked.form)),
+                clean=clean,
+                photo=data,
+                room=room,
+                max_pixels=max_pixels,
+            )
+        return json_answer(
+            *(segmentation, threshold, original, asked.mask),
             clean=clean,
             borders=asked.borders,
+            features=asked.features,
+            photo=data,
             request_id=asked.request_id,
             timings_ms=work.stages.milliseconds(),
-            room=work.service.pixels.room,
+            room=room,
+            max_pixels=max_pixels,
         )
-    )
-    return _counted(work, *found)
+
+    slow = asked.draws_photo and work.is_slow(photo.data, pixels)
+    return _counted(work, *await work.encode(make, slow=slow))
 
 
 def _counted(work: Work, content: bytes, quality: float | None) -> Encoded:

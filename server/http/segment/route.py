@@ -15,6 +15,7 @@ from server.http.admitted import SEGMENT, SEGMENT_JSON, Admitted
 from server.http.answers import MaskFormat
 from server.http.parameters import (
     Clean,
+    Features,
     MaskForm,
     MaskSize,
     Priority,
@@ -24,14 +25,16 @@ from server.http.parameters import (
     answer_type,
     is_bulk,
     is_original,
+    json_for,
     only_known,
     with_fields,
 )
 from server.http.reference import SEGMENT_BODY, SEGMENT_JSON_RESPONSES, SEGMENT_RESPONSES
-from server.http.segment.masks import JSON, PNG, Asked, encoded
+from server.http.segment.masks import JSON, MEDIA_TYPES, PNG, Asked, encoded
 from server.http.uploads import Fields, check_type, image_in_body, is_form, read_body
+from server.inference.errors import Unprocessable
 from server.inference.service import Service
-from server.inference.submission import submitted
+from server.inference.submission import Body, submitted
 from server.observe.stages import Stages
 
 __all__ = ["segment_router"]
@@ -39,6 +42,23 @@ __all__ = ["segment_router"]
 # The last one is PNG too, for clients that take bytes only under this name.
 _FORMS = (PNG, JSON, "application/octet-stream")
 _BY_FORMAT: dict[str | None, str] = {"png": PNG, "json": JSON}
+
+# Forms that `Accept` may name. A type that several forms have is the mask's.
+_BY_ACCEPT = {
+    media_type: form for form, media_type in MEDIA_TYPES.items() if media_type not in (PNG, JSON)
+}
+
+_Format = Literal[
+    "png",
+    "json",
+    "overlay",
+    "overlay-png",
+    "probability8",
+    "probability16",
+    "npy",
+    "svg",
+    "coco",
+]
 
 
 def segment_router(service: Service) -> APIRouter:
@@ -52,10 +72,11 @@ def segment_router(service: Service) -> APIRouter:
         size: MaskSize = None,
         clean: Clean = False,
         answer_format: Annotated[
-            Literal["png", "json"] | None, Query(alias="format", include_in_schema=False)
+            _Format | None, Query(alias="format", include_in_schema=False)
         ] = None,
         mask: Annotated[MaskFormat, Query(include_in_schema=False)] = MaskFormat.PNG,
         borders: Annotated[bool, Query(include_in_schema=False)] = False,
+        features: Annotated[bool, Query(include_in_schema=False)] = False,
         x_request_timeout_ms: TimeoutMs = None,
         priority: Priority = "",
     ) -> Response:
@@ -66,6 +87,7 @@ def segment_router(service: Service) -> APIRouter:
             "format": answer_format,
             "mask": mask,
             "borders": borders,
+            "features": features,
         }
         wishes = _Wishes(request, given, _FORMS)
         return await _answer(service, request, wishes, x_request_timeout_ms, priority)
@@ -77,6 +99,7 @@ def segment_router(service: Service) -> APIRouter:
         clean: Clean = False,
         mask: MaskForm = MaskFormat.PNG,
         borders: WithBorders = False,
+        features: Features = False,
         x_request_timeout_ms: TimeoutMs = None,
         priority: Priority = "",
     ) -> Response:
@@ -86,6 +109,7 @@ def segment_router(service: Service) -> APIRouter:
             "clean": clean,
             "mask": mask,
             "borders": borders,
+            "features": features,
         }
         wishes = _Wishes(request, given, (JSON,))
         return await _answer(service, request, wishes, x_request_timeout_ms, priority)
@@ -137,9 +161,16 @@ async def _answer(
     bare = not is_form(content_type := headers.get("content-type", ""))
     if bare:
         # A form's parameters are known only once it is parsed.
-        wishes.media_type()
+        wishes.asked()
     read = partial(read_body, request.receive, headers, max_bytes=settings.max_body_bytes)
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as held, Body(b"") as drawn:
+
+        def unpack(data: bytes) -> bytes:
+            photo = image_in_body(data, content_type, wishes.take_fields)
+            if wishes.asked().draws_photo:
+                drawn.put(photo)
+            return photo
+
         async with (
             submitted(
                 service,
@@ -151,14 +182,14 @@ async def _answer(
             ) as received,
             received.work() as work,
         ):
-            segmentation = await work.segment(
-                lambda data: image_in_body(data, content_type, wishes.take_fields),
-                bare=bare,
-            )
+            if bare and wishes.asked().draws_photo:
+                # A small photo is decoded without being unpacked.
+                drawn.put(received.body.data)
+            segmentation = await work.segment(unpack, bare=bare)
             stages.notes["batch"] = str(segmentation.batch_size)
             asked = wishes.asked()
-            answer = await encoded(work, segmentation, asked, held)
-        about = {} if asked.is_json else answer.headers
+            answer = await encoded(work, segmentation, asked, drawn, held)
+        about = {} if asked.form == "json" else answer.headers
         return _Answer(answer.content, wishes.media_type(), about, held.pop_all())
 
 
@@ -169,35 +200,52 @@ class _Wishes:
         self._request = request
         self._given = given
         self._forms = forms
+        self._asked: Asked | None = None
 
     def take_fields(self, fields: Fields) -> None:
         """Apply the form's fields, or raise what is wrong with them."""
         self._given = with_fields(self._request, self._given, fields)
-        self.media_type()
+        self._asked = None
+        self.asked()
 
     def media_type(self) -> str:
-        """The media type of the answer; see `answer_type`."""
-        given = self._given
-        return answer_type(
-            self._request.headers,
-            self._forms,
-            given["mask"],
-            _BY_FORMAT.get(given.get("format")),
-            borders=given["borders"],
-        )
+        """The media type of the answer.
+
+        Raises:
+            NotAcceptable, Unprocessable: see `answer_type`.
+        """
+        headers, given = self._request.headers, self._given
+        asked = given.get("format")
+        needed_by = json_for(given)
+        if asked in MEDIA_TYPES:
+            if needed_by:
+                raise Unprocessable(
+                    f"{needed_by} is for format=json, and format={asked} is asked for: leave one of"
+                    " them out."
+                )
+            return MEDIA_TYPES[asked]
+        others = tuple(_BY_ACCEPT) if PNG in self._forms else ()
+        by_name = _BY_FORMAT.get(asked)
+        return answer_type(headers, self._forms, needed_by, by_name, others=others)
 
     def asked(self) -> Asked:
-        """The form of the answer."""
-        given = self._given
-        return Asked(
-            given["threshold"],
-            is_original(given["size"], given["mask"]),
-            given["clean"],
-            given["mask"],
-            self.media_type() == JSON,
-            self._request.state.request_id,
-            given["borders"],
-        )
+        """The form of the answer; raises what `media_type` raises."""
+        if self._asked is None:
+            given, media_type = self._given, self.media_type()
+            form = given.get("format")
+            if form not in MEDIA_TYPES:
+                form = _BY_ACCEPT.get(media_type) or ("json" if media_type == JSON else "png")
+            self._asked = Asked(
+                given["threshold"],
+                is_original(given["size"], given["mask"] if form == "json" else form),
+                given["clean"],
+                given["mask"],
+                given["features"],
+                form,
+                self._request.state.request_id,
+                given["borders"],
+            )
+        return self._asked
 
 
 def _briefly(declared: APIRoute) -> Callable[[Request], Coroutine[Any, Any, Response]]:

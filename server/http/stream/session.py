@@ -229,7 +229,8 @@ class Session:
                 ):
                     bare = wishes.frames == "photo"
                     segmentation = await work.segment(wishes.photo_of, bare=bare)
-                    answer = await encoded(work, segmentation, self._asked, held)
+                    # A mask of a stream is not drawn over its frame.
+                    answer = await encoded(work, segmentation, self._asked, Body(b""), held)
         except DeadlineExceeded:
             raise _Late(
                 f"The frame had no mask within {timeout_s * 1000:g} ms. Send fewer or smaller"

@@ -52,9 +52,8 @@ class Wishes(BaseModel):
     def asked(self, request_id: str) -> Asked:
         """The form of the answers."""
         is_original = self.size == "original"
-        return Asked(
-            self.threshold, is_original, self.clean, MaskFormat(self.mask), True, request_id
-        )
+        mask = MaskFormat(self.mask)
+        return Asked(self.threshold, is_original, self.clean, mask, False, "json", request_id)
 
     def photo_of(self, frame: bytes) -> bytes:
         """A frame as a photo's file. Bare pixels get the header of a TIFF.

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import gc
+import json
 import logging
 import os
 import random
@@ -69,6 +70,10 @@ def write(path: Path, data: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
     return path
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def bulk(source: Path, results: Path, *flags: str) -> int:
@@ -154,6 +159,52 @@ def test_threshold_and_cleaning_are_those_of_the_service(
         centroid = float(line["centroid_x"]), float(line["centroid_y"])
         assert centroid == pytest.approx(lesion["centroid"], abs=0.1)
     assert cleaned
+
+
+def test_other_forms_lie_beside_the_masks(
+    archive: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "results"
+    also = ("--also", "overlay,probability16,npy,svg,coco,features")
+    write(archive / "a/no photo.jpg", b"none")
+    assert bulk(archive, results, *also) == 1
+    found = {line["mask"]: line for line in table(results).values() if line["mask"]}
+    names = {str(path.relative_to(results / "also")) for path in files(results / "also")}
+    suffixes = ["overlay.jpg", "probability16.png", "probability.npy", "outline.svg"]
+    suffixes += ["coco.json", "features.json"]
+    stems = [mask.removeprefix("masks/").removesuffix(".png") for mask in found]
+    assert names == {f"{stem}_{suffix}" for stem in stems for suffix in suffixes}
+    for mask, line in found.items():
+        stem = results / "also" / mask.removeprefix("masks/").removesuffix(".png")
+        size = int(line["width"]), int(line["height"])
+        with Image.open(f"{stem}_overlay.jpg") as drawn:
+            assert drawn.size == size
+        assert np.load(f"{stem}_probability.npy").shape == size[::-1]
+        annotation = json.loads(Path(f"{stem}_coco.json").read_text())
+        assert annotation["area"] == int(line["area"])
+
+    # Those of a photo that is run again are written anew, those of one that is gone go with it.
+    (first, *_) = sorted(archive.rglob("*.JPG"))
+    first.write_bytes(drawn_photo(5, 90, 70))
+    assert bulk(archive, results, *also) == 1
+    changed = str(first.relative_to(archive).with_suffix(""))
+    with Image.open(results / "also" / f"{changed}_overlay.jpg") as drawn:
+        assert drawn.size == (90, 70)
+    first.write_bytes(b"none any more")
+    assert bulk(archive, results, *also) == 1
+    assert not list((results / "also").glob(f"{changed}_*"))
+
+    capfd.readouterr()
+    assert bulk(archive, results) == 2
+    assert "also" in capfd.readouterr().err
+
+
+def test_a_form_that_does_not_exist_is_told(
+    archive: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        bulk(archive, tmp_path / "results", "--also", "gif")
+    assert "no form gif" in capfd.readouterr().err
 
 
 def test_what_is_wrong_with_a_photo_is_in_its_line_and_stops_nothing(

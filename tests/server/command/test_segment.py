@@ -1,5 +1,6 @@
 """`slsnet segment`: the server's masks without a server, and no file lost."""
 
+import json
 from io import BytesIO
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def test_the_overlay_is_the_upright_photo_with_the_outline(tmp_path: Path) -> No
             tmp_path / "side.jpg", exif=exif, quality=95
         )
         pixels = np.asarray(upright, np.int16)
-    assert main([str(tmp_path / "side.jpg"), "-o", str(tmp_path / "out"), "--overlay"]) == 0
+    assert main([str(tmp_path / "side.jpg"), "-o", str(tmp_path / "out"), "--also", "overlay"]) == 0
     shown = np.asarray(Image.open(tmp_path / "out/side_overlay.jpg"), np.int16)
     mask = np.asarray(Image.open(tmp_path / "out/side_mask.png"))
     assert shown.shape == pixels.shape and mask.shape == pixels.shape[:2]
@@ -84,3 +85,34 @@ def test_no_file_is_replaced_unasked(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "would both become" in capsys.readouterr().err
     assert main(["docs/lesion.jpg", *out, "--overwrite"]) == 0
     assert (tmp_path / "lesion_mask.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_other_forms_are_those_of_the_server(tmp_path: Path, server: ServerProcess) -> None:
+    also = "overlay,overlay-png,probability8,probability16,npy,svg,coco,features"
+    assert main(["docs/lesion.jpg", "-o", str(tmp_path), "--also", also]) == 0
+    written = {path.name.removeprefix("lesion_"): path.read_bytes() for path in tmp_path.iterdir()}
+    photo = Path("docs/lesion.jpg").read_bytes()
+    names = {
+        "overlay.jpg": "overlay",
+        "overlay.png": "overlay-png",
+        "probability8.png": "probability8",
+        "probability16.png": "probability16",
+        "probability.npy": "npy",
+        "outline.svg": "svg",
+        "coco.json": "coco",
+        "mask.png": "png",
+    }
+    for name, form in names.items():
+        query = {"format": form, "size": "original"}
+        answer = httpx.post(f"{server.url}/segment", content=photo, params=query)
+        assert answer.raise_for_status().content == written.pop(name), name
+    answer = httpx.post(f"{server.url}/segment/json", content=photo, params={"features": "true"})
+    assert json.loads(written.pop("features.json")) == answer.json()["features"]
+    assert not written
+
+
+def test_an_unknown_form_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["docs/lesion.jpg", "-o", str(tmp_path), "--also", "svg,gif"])
+    assert ended.value.code == 2 and "no form gif" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
