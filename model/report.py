@@ -49,7 +49,7 @@ class Group:
     low: int
     """Photos with a Jaccard below 0.65."""
     against_rest: float
-    """Mean Jaccard less that of all other photos; NaN if there are none."""
+    """Mean Jaccard less that of all other photos; NaN if those are too few."""
     against_error: float
     """Standard error of that."""
 
@@ -100,7 +100,7 @@ def _group(factor: str, name: str, scores: Scores, inside: NDArray[np.bool_]) ->
         float(own.mean()),
         error,
         int((own < THRESHOLD_JACCARD).sum()),
-        float(own.mean() - rest.mean()) if rest.size else float("nan"),
+        float(own.mean() - rest.mean()) if rest.size >= FEW else float("nan"),
         float(np.hypot(error, rest_error)),
     )
 
