@@ -57,6 +57,8 @@ def test_document_is_complete(server: ServerProcess) -> None:
     segment = document["paths"]["/segment"]["post"]
     assert set(segment["requestBody"]["content"]) == {
         "multipart/form-data",
+        "image/avif",
+        "image/heic",
         "image/jpeg",
         "image/png",
         "image/webp",
@@ -70,7 +72,7 @@ def test_document_is_complete(server: ServerProcess) -> None:
         (
             "/segment/json",
             {"application/json"},
-            {"threshold", "size", "clean", "mask", "borders"},
+            {"threshold", "size", "clean", "mask", "borders", "features"},
         ),
     ):
         operation = document["paths"][path]["post"]
