@@ -191,7 +191,9 @@ def report(evaluation: Evaluation, table: QualityTable) -> str:
         rng = np.random.default_rng(0)
         every = np.arange(len(truth))
         drawn = [figure(rng.choice(every, len(every))) for _ in range(_RESAMPLES)]
-        lines.append(f"| {name} | {figure(every):.3f} | {np.nanstd(drawn):.3f} |")
+        # Where no mask is so bad, there is nothing to find.
+        error = np.std([value for value in drawn if math.isfinite(value)] or [math.nan])
+        lines.append(f"| {name} | {figure(every):.3f} | {error:.3f} |")
     lines += _coverage(expected, truth) + _borders(evaluation, table)
     spent = time.process_time()
     for case in evaluation.cases:
