@@ -16,9 +16,10 @@ from typing import Any
 __all__ = ["SHIPPED", "main", "verdict"]
 
 _ROOT = Path(__file__).parent.parent
-# Traces and Ray are installed by who wants them; all else is in an image.
+# gRPC, traces and Ray are installed by who wants them; all else is in an image.
 SHIPPED = (
     *sorted((_ROOT / "docker").glob("requirements*.lock")),
+    _ROOT / "requirements-grpc.txt",
     _ROOT / "requirements-otel.txt",
     _ROOT / "requirements-heif.txt",
     _ROOT / "requirements-ray.txt",

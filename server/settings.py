@@ -40,6 +40,12 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 is every one")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    grpc_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="port for V2 over gRPC; none if not given (needs requirements-grpc.txt)",
+    )
     model: Path = Field(
         Path(__file__).parent.parent / SHIPPED_MODEL, description="the network, an ONNX file"
     )

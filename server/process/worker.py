@@ -24,7 +24,7 @@ import ssl
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -39,6 +39,9 @@ from server.observe.shared_metrics import SHARED_FOLDER
 from server.process.child import ORPHANED, end_after, hold_signals, outlives
 from server.process.connections import WANTED_ON_TOP, Connection, House
 from server.settings import Settings, read_settings
+
+if TYPE_CHECKING:
+    from server.rpc.listener import Listener
 
 __all__ = ["run"]
 
@@ -75,9 +78,11 @@ class _Server(uvicorn.Server):
         self._service = service
         self._held = held
         self._feeds = feeds
+        door = Door(service)
         self._house = House(
-            service.settings, service.metrics, Door(service).refuses, service.gate.body_bytes
+            service.settings, service.metrics, door.refuses, service.gate.body_bytes
         )
+        self._grpc = _grpc_listener(config, service, door, self.server_state.tasks)
         self.servers = []
         self._reloading: asyncio.Task[None] | None = None
 
@@ -117,6 +122,8 @@ class _Server(uvicorn.Server):
                 # It is tried apart first: a failure would leave half of it in use.
                 for context in (ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), self.config.ssl):
                     context.load_cert_chain(settings.tls_cert, settings.tls_key)
+                if self._grpc is not None:
+                    self._grpc.reload()
             except OSError as error:
                 log.error("the certificate is not changed: %s", error)
         if self._feeds:
@@ -139,6 +146,12 @@ class _Server(uvicorn.Server):
             self._on_hangup()
         if set(self._held) - {signal.SIGHUP}:
             self._drain()
+        if self._grpc is not None:
+            try:
+                await self._grpc.start()
+            except OSError as error:
+                log.error("%s", error)
+                sys.exit(1)
         for listener in sockets or []:
             listener.setblocking(False)
             listener.listen(self.config.backlog)
@@ -202,6 +215,11 @@ class _Server(uvicorn.Server):
         timeout_s = self._service.settings.drain_timeout_s
         give_up_s = max(timeout_s - _LAST_ANSWERS_S, timeout_s / 2)
         self._loop.call_later(give_up_s, self._service.closing.set)
+        if self._grpc is not None:
+            # Uvicorn waits for it, as for a request, before it closes the service.
+            stopping = self._loop.create_task(self._grpc.stop(timeout_s))
+            self.server_state.tasks.add(stopping)
+            stopping.add_done_callback(self.server_state.tasks.discard)
         await super().shutdown(sockets)
 
     async def _accept_backlog(self, listener: socket.socket) -> None:
@@ -231,6 +249,20 @@ class _Server(uvicorn.Server):
         patience_s = LAST_HANDSHAKES_S + _LAST_REQUESTS_S + _MARGIN_S
         patience_s += math.ceil(self._service.settings.drain_timeout_s)
         end_after(patience_s)
+
+
+def _grpc_listener(
+    config: uvicorn.Config, service: Service, door: Door, tasks: set[asyncio.Task[None]]
+) -> "Listener | None":
+    """The port of gRPC, if it is wanted."""
+    if service.settings.grpc_port is None:
+        return None
+    # Its packages are optional, and are only loaded here.
+    from server.rpc.bridge import Bridge
+    from server.rpc.listener import Listener
+
+    scheme = "https" if service.settings.tls_cert else "http"
+    return Listener(service.settings, Bridge(config.loaded_app, door.refuses, tasks, scheme))
 
 
 def _allow_files(wanted: int) -> None:
@@ -296,7 +328,11 @@ def run(
     except OSError as error:
         log.error("TLS cannot be set up, look at --tls-cert and the other --tls flags: %s", error)
         return 1
-    server = _Server(config, service, held, feeds=owner is not None)
+    try:
+        server = _Server(config, service, held, feeds=owner is not None)
+    except ImportError as error:
+        log.error("--grpc-port needs `pip install -r requirements-grpc.txt`: %s", error)
+        return 1
     server.warn_of_limit()
     server.run([listener])
     return 1 if failed else 0
