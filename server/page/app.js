@@ -269,9 +269,17 @@ function show() {
   byId("undo").disabled = !editor.canUndo;
   byId("start-over").disabled = !good.edited;
   byId("scale-um").value = scale ? Number((scale * 1000).toPrecision(5)) : "";
+  showQuality();
   drawRuler();
   editor.place();
   if (photos.length > 1) fill(good, figures, scale);
+}
+
+/** How good the mask is likely to be: known of the one that the server would answer with. */
+function showQuality() {
+  const asked = drawn.threshold === HALF && !good.edited && !byId("clean").checked;
+  byId("quality-row").hidden = !(asked && good.quality);
+  if (good.quality) byId("quality").textContent = `${good.quality.jaccard.toFixed(2)}, ${good.quality.grade}`;
 }
 
 /** Once a frame at most; while a photo is under way, its answer draws. */
@@ -314,7 +322,7 @@ function clearResult() {
   drawn = null;
   for (const id of [...PATHS, "ruler"]) byId(id).removeAttribute("d");
   for (const id of ["percent", "area", "diameter", "perimeter", "dimensions", "box"]) byId(id).textContent = "–";
-  for (const id of ["nothing", "cut", "handles"]) byId(id).toggleAttribute("hidden", true);
+  for (const id of ["nothing", "cut", "handles", "quality-row"]) byId(id).toggleAttribute("hidden", true);
   showTimings({});
 }
 

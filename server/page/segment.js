@@ -45,8 +45,8 @@ export function computeBy(other = ask) {
  * Find the lesion in a photo.
  *
  * `photo` is a Blob, `signal` an AbortSignal; `sent` is told the share that has been sent, if at all.
- * Gives `map` (as `decode` does), `size` (upright pixels, and EXIF's orientation of what is stored)
- * and `milliseconds` by stage. Rejects with a problem: `status`, `detail` and perhaps `request_id`.
+ * Gives `map` (as `decode` does), `size` (upright pixels, and EXIF's orientation of what is stored),
+ * `quality` (of the mask at one half; only the server knows it) and `milliseconds` by stage. Rejects with a problem: `status`, `detail` and perhaps `request_id`.
  */
 export function segment(photo, { signal, sent = () => {} } = {}) {
   return way(photo, { signal, sent });
@@ -73,7 +73,7 @@ function ask(photo, { signal, sent }) {
       }
       if (sending.status === 200 && body) {
         const milliseconds = timings(sending.getResponseHeader("Server-Timing"));
-        resolve({ map: decode(body.mask), size: body.image, milliseconds });
+        resolve({ map: decode(body.mask), size: body.image, quality: body.quality, milliseconds });
       } else if (body && type.startsWith("application/problem+json")) {
         reject(body);
       } else {

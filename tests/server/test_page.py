@@ -69,7 +69,9 @@ def test_a_photo_is_chosen_and_its_mask_shown_and_saved(
     data = photo.read_bytes()
     expected = httpx.post(
         f"{page.url}/segment", content=data, params={"format": "json"}, timeout=30
-    ).json()["lesion"]
+    ).json()
+    quality, expected = expected["quality"], expected["lesion"]
+    assert page.text("quality") == f"{quality['jaccard']:.2f}, {quality['grade']}"
     assert page.text("percent") == f"{expected['area_fraction'] * 100:.1f}"
     assert page.text("area") == f"{expected['area']:,} px"
     assert page.text("dimensions") == "900 × 600 px"
@@ -100,10 +102,13 @@ def test_threshold_and_views_by_keyboard(page: Page) -> None:
     page.find("example").send_keys(Keys.ENTER)
     page.until_done()
     at_half = float(page.text("percent"))
+    assert page.find("quality").is_displayed()
     slider = page.find("threshold")
     slider.send_keys(Keys.HOME)
     assert page.text("threshold-value") == "0.05"
     page.until(lambda: page.state() == "done" and float(page.text("percent")) > at_half)
+    # It is known of the mask at one half only.
+    assert not page.find("quality").is_displayed()
 
     # Colours matter: nothing is tinted unless asked for.
     assert page.find("stage").get_attribute("data-view") == "outline"
