@@ -60,6 +60,7 @@ _CORS_ANSWER_HEADERS = [
     "Accept-Encoding",
     "Allow",
     "Inference-Header-Content-Length",
+    "Mask-Quality",
     "Retry-After",
     "Server-Timing",
     "WWW-Authenticate",

@@ -81,7 +81,7 @@ def test_a_parameter_may_have_a_file_name(
         ("", {"threshold": "2"}, ["form.threshold", "less than or equal to 1", "2"]),
         ("", {"threshold": "nan"}, ["form.threshold"]),
         ("", {"threshold": ""}, ["form.threshold"]),
-        ("", {"mask": "svg"}, ["form.mask", "polygons"]),
+        ("", {"mask": "gif"}, ["form.mask", "polygons"]),
         ("", {"clean": "perhaps", "size": "huge"}, ["form.clean", "form.size"]),
         ("", {"threshold": ["0.5", "0.6"]}, ["'threshold' comes more than once"]),
         ("?threshold=0.5", {"threshold": "0.9"}, ["threshold=0.5", "'0.9'", "once"]),

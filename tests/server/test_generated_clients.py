@@ -75,8 +75,11 @@ def told(answer: Any) -> Any:
         # A client may have the forms that were not asked for as null.
         mask = {name: value for name, value in answer["mask"].items() if value is not None}
         answer = answer | {"mask": mask}
-    if answer.get("features", "") is None:
-        answer = {name: value for name, value in answer.items() if name != "features"}
+    answer = {
+        name: value
+        for name, value in answer.items()
+        if value is not None or name not in ("borders", "features")
+    }
     return {
         name: value for name, value in answer.items() if name not in ("request_id", "timings_ms")
     }

@@ -165,7 +165,7 @@ def test_422_a_truncated_jpeg(server: ServerProcess, good: Sample, tenths: int) 
         ("threshold=half", ["threshold", "number"]),
         ("size=huge", ["size", "original", "model"]),
         ("format=gif", ["format", "png", "json"]),
-        ("format=json&mask=svg", ["mask", "polygons"]),
+        ("format=json&mask=gif", ["mask", "polygons"]),
         ("treshold=0.3", ["no parameter 'treshold'", "threshold, size, clean, format, mask"]),
         ("threshold=0.3&threshold=0.7", ["'threshold' comes more than once"]),
         ("format=png&mask=rle", ["mask=rle", "JSON", "image/png"]),
