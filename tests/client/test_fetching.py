@@ -67,8 +67,19 @@ def test_redirects_lead_nowhere_else(studio: Studio, path: str) -> None:
         fetch(f"{studio.url}/{path}", [f"127.0.0.1:{studio.port}"])
 
 
-def test_private_addresses_are_asked_only_if_allowed(studio: Studio) -> None:
-    for host in ("127.0.0.1", "localhost"):
+def test_private_addresses_are_asked_only_if_allowed(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A minimal system has no name of its own.
+    known = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda host, *rest, **more: known(
+            "127.0.0.1" if host == "inside.invalid" else host, *rest, **more
+        ),
+    )
+    for host in ("127.0.0.1", "inside.invalid"):
         with pytest.raises(FetchError, match="private address: --allow-private"):
             fetch(
                 f"http://{host}:{studio.port}/photo.jpg", [f"{host}:{studio.port}"], private=False
