@@ -258,8 +258,12 @@ def _grpc_listener(
     if service.settings.grpc_port is None:
         return None
     # Its packages are optional, and are only loaded here.
-    from server.rpc.bridge import Bridge
-    from server.rpc.listener import Listener
+    try:
+        from server.rpc.bridge import Bridge
+        from server.rpc.listener import Listener
+    except ImportError as error:
+        log.error("--grpc-port needs `pip install -r requirements-grpc.txt`: %s", error)
+        sys.exit(1)
 
     scheme = "https" if service.settings.tls_cert else "http"
     return Listener(service.settings, Bridge(config.loaded_app, door.refuses, tasks, scheme))
@@ -328,11 +332,7 @@ def run(
     except OSError as error:
         log.error("TLS cannot be set up, look at --tls-cert and the other --tls flags: %s", error)
         return 1
-    try:
-        server = _Server(config, service, held, feeds=owner is not None)
-    except ImportError as error:
-        log.error("--grpc-port needs `pip install -r requirements-grpc.txt`: %s", error)
-        return 1
+    server = _Server(config, service, held, feeds=owner is not None)
     server.warn_of_limit()
     server.run([listener])
     return 1 if failed else 0
