@@ -20,7 +20,6 @@ from pathlib import Path
 
 import httpx
 import numpy as np
-import psutil
 from PIL import Image
 
 from benchmarks.percentiles import percentile
@@ -53,20 +52,14 @@ def largest_sound() -> dict[str, bytes]:
     return files
 
 
-def _cpu_s(server: ServerProcess) -> float:
-    root = psutil.Process(server.process.pid)
-    times = [p.cpu_times() for p in (root, *root.children(recursive=True))]
-    return sum(t.user + t.system for t in times)
-
-
 def costs(server: ServerProcess, files: dict[str, bytes]) -> list[tuple[float, str, int]]:
     """CPU seconds, name and status of each file when it is sent alone; the costliest first."""
     found = []
     with httpx.Client(base_url=server.url, timeout=_TIMEOUT_S) as client:
         for name, data in files.items():
-            before = _cpu_s(server)
+            before = server.cpu_s()
             status = client.post("/segment", content=data).status_code
-            found.append((_cpu_s(server) - before, name, status))
+            found.append((server.cpu_s() - before, name, status))
     return sorted(found, reverse=True)
 
 

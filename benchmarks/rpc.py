@@ -7,13 +7,12 @@ Figures are medians over the turns; ratios are medians of the turns' own ratios,
 """
 
 import argparse
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ import tritonclient.grpc
 import tritonclient.http
 
 from benchmarks.latency import machine
+from benchmarks.turns import compared
 from common.program import Help
 from tests.support.launch import ServerProcess, free_port, serve
 
@@ -50,20 +50,11 @@ def compare(server: ServerProcess, grpc_port: int, load: Load, turns: int) -> st
         load: what is sent.
         turns: number of turns that the medians are of; the first one only warms up.
     """
-    ways = ((tritonclient.http, server.port), (tritonclient.grpc, grpc_port))
-    measured: list[list[tuple[float, float, float]]] = [[], []]
-    for turn in range(turns + 1):
-        for way in (0, 1) if turn % 2 else (1, 0):
-            figures = _measure(server, *ways[way], load)
-            if turn:
-                measured[way].append(figures)
-    cells = []
-    for over_http, over_grpc in zip(
-        zip(*measured[0], strict=True), zip(*measured[1], strict=True), strict=True
-    ):
-        ratio = statistics.median(b / a for a, b in zip(over_http, over_grpc, strict=True))
-        medians = f"{statistics.median(over_http):.2f} | {statistics.median(over_grpc):.2f}"
-        cells.append(f"{medians} | **{ratio:.2f}**")
+    cells = compared(
+        partial(_measure, server, tritonclient.http, server.port, load),
+        partial(_measure, server, tritonclient.grpc, grpc_port, load),
+        turns,
+    )
     return f"| {load.clients} | {load.images} | {' | '.join(cells)} |"
 
 
@@ -78,10 +69,10 @@ def _measure(
         with library.InferenceServerClient(f"127.0.0.1:{port}") as client:
             return [_seconds(lambda: client.infer("slsnet", [image])) for _ in range(load.requests)]
 
-    cpu_s, started = _cpu_s(server), time.perf_counter()
+    cpu_s, started = server.cpu_s(), time.perf_counter()
     with ThreadPoolExecutor(load.clients) as threads:
         taken = [one for series in threads.map(send, range(load.clients)) for one in series]
-    seconds, cpu_s = time.perf_counter() - started, _cpu_s(server) - cpu_s
+    seconds, cpu_s = time.perf_counter() - started, server.cpu_s() - cpu_s
     images = len(taken) * load.images
     return statistics.median(taken) * 1000, images / seconds, cpu_s / images * 1000
 
@@ -90,13 +81,6 @@ def _seconds(ask: Callable[[], object]) -> float:
     started = time.perf_counter()
     ask()
     return time.perf_counter() - started
-
-
-def _cpu_s(server: ServerProcess) -> float:
-    # proc(5): utime and stime, in ticks.
-    stat = Path(f"/proc/{server.process.pid}/stat").read_text(encoding="utf-8")
-    fields = stat.rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -92,12 +92,12 @@ def measure(
     found = {way: Figures() for way in WAYS}
     for turn in range(rounds):
         for way in WAYS if turn % 2 else reversed(WAYS):
-            before, started = _cpu_s(server), time.perf_counter()
+            before, started = server.cpu_s(), time.perf_counter()
             answered, failed = uvloop.run(_run(way, server, frames, clients, seconds))
             wall_s = time.perf_counter() - started
             figures = found[way]
             figures.per_s.append(len(answered) / wall_s)
-            figures.cpu_ms.append(1000 * (_cpu_s(server) - before) / max(1, len(answered)))
+            figures.cpu_ms.append(1000 * (server.cpu_s() - before) / max(1, len(answered)))
             figures.seconds += answered
             figures.failed += failed
     return found
@@ -178,13 +178,6 @@ async def _streams(
     until = time.perf_counter() + seconds
     await asyncio.gather(*(client() for _ in range(clients)))
     return answered, failed
-
-
-def _cpu_s(server: ServerProcess) -> float:
-    """CPU time of the server's process up to now (proc(5): utime, stime)."""
-    stat = Path(f"/proc/{server.process.pid}/stat").read_text(encoding="ascii")
-    user, system = stat.rpartition(")")[2].split()[11:13]
-    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def table(clients: int, found: dict[str, Figures]) -> list[str]:

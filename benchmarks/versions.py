@@ -23,18 +23,20 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
 from PIL import Image, ImageOps
 
 from benchmarks.latency import JPEG_QUALITY, Client, machine
+from benchmarks.turns import compared
 from common.program import Help
 from tests.support import ROOT
 from tests.support.launch import ServerProcess, serve
 from tests.support.lesions import lesion_photo
 
-__all__ = ["Figures", "Load", "compare"]
+__all__ = ["Load", "compare"]
 
 _SMALL = (600, 450)
 _LARGE = (3024, 2016)
@@ -51,18 +53,6 @@ class Load:
     clients: int
 
 
-@dataclass(frozen=True)
-class Figures:
-    """What a turn measured of one server."""
-
-    cpu_ms: float
-    """CPU time of the server for a photo."""
-    p50_ms: float
-    """Half of the requests took at most this long, as the client sees it."""
-    per_s: float
-    """Photos answered in a second."""
-
-
 def compare(before: ServerProcess, now: ServerProcess, load: Load, turns: int) -> str:
     """Ask both servers in turn, once more than `turns`, and make a row of the table.
 
@@ -72,45 +62,27 @@ def compare(before: ServerProcess, now: ServerProcess, load: Load, turns: int) -
         load: what each of them gets in each turn.
         turns: number of turns that the medians are of; the first one only warms up.
     """
-    measured: list[tuple[Figures, Figures]] = []
-    for turn in range(turns + 1):
-        if turn % 2:
-            first, second = _measure(before, load), _measure(now, load)
-        else:
-            second, first = _measure(now, load), _measure(before, load)
-        measured.append((first, second))
-    cells = []
-    for field in ("cpu_ms", "p50_ms", "per_s"):
-        pairs = [(getattr(first, field), getattr(second, field)) for first, second in measured[1:]]
-        ratio = statistics.median(second / first for first, second in pairs)
-        middle = [statistics.median(series) for series in zip(*pairs, strict=True)]
-        cells.append(f"{middle[0]:.2f} | {middle[1]:.2f} | **{ratio:.2f}**")
+    cells = compared(partial(_measure, before, load), partial(_measure, now, load), turns)
     return f"| {load.name} | {load.clients} | {' | '.join(cells)} |"
 
 
-def _measure(server: ServerProcess, load: Load) -> Figures:
+def _measure(server: ServerProcess, load: Load) -> tuple[float, float, float]:
+    """Ms of CPU time a photo, p50 of a request in ms, and photos a second."""
     with contextlib.ExitStack() as stack:
         clients = [Client(server) for _ in range(load.clients)]
         for client in clients:
             stack.callback(client.close)
         shares = [load.photos[number :: load.clients] for number in range(load.clients)]
-        cpu_s, started = _cpu_s(server), time.perf_counter()
+        cpu_s, started = server.cpu_s(), time.perf_counter()
         with ThreadPoolExecutor(load.clients) as threads:
             series = list(threads.map(_send, clients, shares))
-        seconds, cpu_s = time.perf_counter() - started, _cpu_s(server) - cpu_s
+        seconds, cpu_s = time.perf_counter() - started, server.cpu_s() - cpu_s
     times = [whole for one in series for whole in one]
-    return Figures(cpu_s / len(times) * 1000, statistics.median(times), len(times) / seconds)
+    return cpu_s / len(times) * 1000, statistics.median(times), len(times) / seconds
 
 
 def _send(client: Client, photos: Sequence[bytes]) -> list[float]:
     return [client.segment(photo).whole for photo in photos]
-
-
-def _cpu_s(server: ServerProcess) -> float:
-    # proc(5): utime and stime, in ticks.
-    stat = Path(f"/proc/{server.process.pid}/stat").read_text(encoding="utf-8")
-    fields = stat.rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def unpack(revision: str, folder: Path) -> None:

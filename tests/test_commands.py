@@ -8,13 +8,13 @@ import sys
 
 import pytest
 
-from tests.support import ROOT
+from tests.support import ROOT, python_files
 
 PARTS = ("server", "model", "engines", "trt_build", "benchmarks", "docs")
 COMMANDS = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for part in PARTS
-    for path in (ROOT / part).rglob("*.py")
+    for path in python_files(part)
     if path != ROOT / "benchmarks/load.py"
     # It changes ssl and sockets of the process that imports it.
     and "argparse.ArgumentParser(" in (text := path.read_text())

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT
+from tests.support import ROOT, python_files
 
 _MOST_LINES = 60
 _ROOMS = (
     *("common", "photos", "engines", "model", "trt_build", "server"),
     *("benchmarks", "client", "docker"),
 )
-_FILES = [path for room in _ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+_FILES = [path for room in _ROOMS for path in python_files(room)]
 
 
 def _lengths(path: Path) -> Iterator[tuple[str, int]]:

@@ -43,6 +43,15 @@ class ServerProcess:
         """What it has written so far."""
         return self.log_file.read_text(encoding="utf-8")
 
+    def cpu_s(self) -> float:
+        """CPU seconds that it and the processes that it has now have used."""
+        # Only here: `benchmarks.latency` runs where nothing but the server is installed.
+        import psutil
+
+        first = psutil.Process(self.process.pid)
+        times = [one.cpu_times() for one in (first, *first.children(recursive=True))]
+        return sum(one.user + one.system for one in times)
+
     def terminate(self) -> None:
         """Ask it to drain and stop (SIGTERM)."""
         self.process.send_signal(signal.SIGTERM)
