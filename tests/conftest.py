@@ -19,6 +19,12 @@ from tests.support.samples import Sample
 from tests.support.waiting import until
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first, so that none of them is left to one process at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path | None:
     """Folder of real dermoscopic data sets, if this machine has one."""
