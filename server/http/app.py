@@ -25,7 +25,7 @@ from server.http.pages import page_router
 from server.http.prefix import UnderPrefix
 from server.http.problems import install
 from server.http.reference import DESCRIPTION, router
-from server.http.segment.batch import bulk_router
+from server.http.segment.batch import batch_router
 from server.http.segment.route import segment_router
 from server.http.shedding import Shedding
 from server.http.stream.route import stream_router
@@ -117,7 +117,7 @@ def create_app(
         router,
         page_router(offers_device=device is not None),
         device_router(device),
-        bulk_router(service),
+        batch_router(service),
         stream_router(service, VERSION),
         openinference_router(service, VERSION),
         admin_router(loader.load, on_reloaded),

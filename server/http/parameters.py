@@ -5,40 +5,30 @@ be a second framework.
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Collection, Iterable, Sequence
+from typing import Annotated, TypeVar
 
-from fastapi import Header, Query, Request
-from fastapi.exceptions import RequestValidationError
-from pydantic import WithJsonSchema
-from pydantic.json_schema import SkipJsonSchema
+from fastapi import Header, Query, Request, params
+from pydantic import BaseModel, ValidationError
 from starlette.datastructures import Headers
 
-from photos.forms import Form, sample_bytes
-from server.http.answers import MaskFormat
 from server.http.errors import NotAcceptable
-from server.http.uploads import Fields
+from server.http.problems import of_invalid
 from server.inference.errors import Unprocessable
 
 __all__ = [
     "Clean",
-    "Features",
-    "FileNames",
-    "MaskForm",
-    "MaskSize",
     "Priority",
     "Threshold",
     "TimeoutMs",
-    "WithBorders",
     "answer_type",
     "check_names",
     "is_bulk",
-    "is_original",
-    "json_for",
     "only_known",
-    "parameter_names",
-    "with_fields",
+    "validated",
 ]
+
+Model = TypeVar("Model", bound=BaseModel)
 
 Threshold = Annotated[
     float,
@@ -56,43 +46,6 @@ Clean = Annotated[
         description="whether to leave only the largest region, without its holes: networks see a"
         " second lesion in hair, ink or a colour patch now and then",
     ),
-]
-
-Features = Annotated[
-    bool,
-    Query(
-        description="whether JSON has measurements of the lesion's shape and colours too, which are"
-        " no diagnosis",
-    ),
-]
-
-WithBorders = Annotated[
-    bool,
-    Query(
-        description="whether a JSON answer also has a tight and a generous outline, between which"
-        " most of an annotator's outline lies; it asks for JSON",
-    ),
-]
-
-FileNames = Annotated[
-    bool,
-    Query(description="whether each answer has the photo's file name, as its sender gave it"),
-]
-
-MaskSize = Annotated[
-    Literal["original", "model"] | SkipJsonSchema[None],
-    Query(
-        description="of the mask: the photo's, or the network's 128×128; default: the photo's, but"
-        " for probabilities the network's",
-        examples=["original"],
-    ),
-]
-
-MaskForm = Annotated[
-    MaskFormat,
-    # Inlined: client generators ignore the type of a reference that has a description.
-    WithJsonSchema({"type": "string", "enum": [str(form) for form in MaskFormat]}),
-    Query(description="how a JSON answer holds the mask; all but `png` ask for JSON"),
 ]
 
 TimeoutMs = Annotated[
@@ -120,58 +73,39 @@ def is_bulk(priority: str) -> bool:
     return any(entry.partition(";")[0].strip().lower() == "bulk" for entry in priority.split(","))
 
 
-async def only_known(request: Request) -> None:
-    """Refuse a query with unknown parameters; a dependency of the path.
+def only_known(model: type[BaseModel]) -> params.Depends:
+    """A dependency of a path that refuses a query with parameters that `model` does not have.
 
-    It is `async` because FastAPI would run it in a thread otherwise.
-
-    Raises:
-        Unprocessable: the path has no such parameter, or one comes twice.
+    It raises Unprocessable for them, and for one that comes twice.
     """
-    names = [name for name, _ in request.query_params.multi_items()]
-    check_names(parameter_names(request), names)
+
+    # It is `async` because FastAPI would run it in a thread otherwise.
+    async def check(request: Request) -> None:
+        check_names(model.model_fields, [name for name, _ in request.query_params.multi_items()])
+
+    return params.Depends(check)
 
 
-def with_fields(request: Request, given: dict[str, Any], fields: Fields) -> dict[str, Any]:
-    """The request's parameters, with those that came as fields of its form.
-
-    A field has the meaning and the limits of the query's parameter of the same name.
+def validated(model: type[Model], given: Iterable[tuple[str, str]], *where: str) -> Model:
+    """The parameters as `model` has them.
 
     Args:
-        request: the request, whose route knows the parameters.
-        given: the value of each parameter by its name, from the query or by default.
-        fields: the fields of the form.
+        model: their names and limits.
+        given: name and value of each.
+        where: they are, for the text of an error.
 
     Raises:
-        Unprocessable: a field is no parameter, comes twice, or contradicts the query.
-        RequestValidationError: a value that would be wrong in the query too.
+        Unprocessable: a value is out of range.
     """
-    names = [name for name, _ in fields]
-    check_names(parameter_names(request), names, "The form's field {} is no parameter: there")
-    asked = dict(given)
-    errors: list[Any] = []
-    for parameter in request.scope["route"].dependant.query_params:
-        name = parameter.alias
-        for value in (value for field, value in fields if field == name):
-            asked[name], found = parameter.validate(value, {}, loc=("form", name))
-            errors += found or []
-            if not found and name in request.query_params and asked[name] != given[name]:
-                raise Unprocessable(
-                    f"The query says {name}={request.query_params[name][:40]}, the form's field"
-                    f" {value[:40]!r}: say it once."
-                )
-    if errors:
-        raise RequestValidationError(errors)
-    return asked
-
-
-def parameter_names(request: Request) -> list[str]:
-    """The names of the parameters that the request's path has."""
-    return [field.alias for field in request.scope["route"].dependant.query_params]
+    try:
+        return model.model_validate(dict(given))
+    except ValidationError as error:
+        errors = [{**item, "loc": (*where, *item["loc"])} for item in error.errors()]
+        raise Unprocessable(of_invalid(errors)) from error
 
 
 def check_names(
-    known: Sequence[str], names: Sequence[str], unknown: str = "There is no parameter {}: there"
+    known: Collection[str], names: Iterable[str], unknown: str = "There is no parameter {}: there"
 ) -> None:
     """Check that each of `names` is known, and comes once.
 
@@ -185,27 +119,6 @@ def check_names(
         if name in seen:
             raise Unprocessable(f"The parameter {name!r} comes more than once: send it once.")
         seen.add(name)
-
-
-def is_original(size: str | None, form: str) -> bool:
-    """Whether the mask is to have the photo's size.
-
-    Args:
-        size: what was asked for.
-        form: of the answer, or of the mask in JSON.
-
-    Raises:
-        Unprocessable: an overlay of another size is asked for.
-    """
-    if form in (Form.OVERLAY, Form.OVERLAY_PNG):
-        if size == "model":
-            raise Unprocessable(
-                "An overlay has the photo's size: leave size=model out, or ask for another form."
-            )
-        return True
-    if size is None:
-        return form != MaskFormat.PROBABILITIES and not sample_bytes(form)
-    return size == "original"
 
 
 def answer_type(
@@ -239,13 +152,6 @@ def answer_type(
             f" {json_for.partition('=')[0]} out, or ask for JSON."
         )
     return chosen
-
-
-def json_for(given: Mapping[str, Any]) -> str:
-    """The parameter that only a JSON answer can follow, such as `mask=rle`; empty for none."""
-    if given["mask"] is not MaskFormat.PNG:
-        return f"mask={given['mask']}"
-    return next((f"{name}=true" for name in ("borders", "features") if given[name]), "")
 
 
 def _is_json(media_type: str) -> bool:

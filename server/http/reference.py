@@ -15,18 +15,14 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from server.http.access import OPEN
-from server.http.answers import ErrorAnswer, ProblemAnswer, SegmentationAnswer
+from server.http.answers import ErrorAnswer, ProblemAnswer
 from server.http.context import REQUEST_ID
 from server.http.problems import EXAMPLES, PROBLEM_JSON
-from server.http.uploads import FIELD, RAW_TYPES
 
 __all__ = [
     "BINARY",
     "DESCRIPTION",
     "HEADERS",
-    "SEGMENT_BODY",
-    "SEGMENT_JSON_RESPONSES",
-    "SEGMENT_RESPONSES",
     "error_content",
     "error_headers",
     "inlined",
@@ -120,38 +116,6 @@ HEADERS: dict[str, Any] = {
     },
 }
 
-_PNG_HEADERS: dict[str, Any] = {
-    **HEADERS,
-    "Mask-Quality": {
-        "description": "what JSON has as `quality`: the Jaccard to be expected of the mask, and its"
-        " grade, for PNG; absent where it is not known",
-        "schema": {"type": "string"},
-        "example": "0.871;grade=good",
-    },
-}
-
-SEGMENT_BODY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "description": f"The photo: as the field `{FIELD}` of a form, or as the body itself. JPEG,"
-        " PNG, WebP, TIFF or BMP, and AVIF or HEIC where the server has their decoders; the type is"
-        " told by the bytes, not by a name. The form's other"
-        " fields are parameters, as in the query.",
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": [FIELD],
-                    "properties": {
-                        FIELD: {"type": "string", "format": "binary", "description": "the photo"}
-                    },
-                }
-            },
-            **{kind: {"schema": {"type": "string", "format": "binary"}} for kind in RAW_TYPES},
-        },
-    }
-}
-
 
 def inlined(schema: dict[str, Any]) -> dict[str, Any]:
     """A JSON schema with its `$ref`s replaced by their targets: OpenAPI has no `$defs`."""
@@ -239,31 +203,6 @@ def _problem(status: int, detail: str, instance: str) -> dict[str, Any]:
 
 BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
 """OpenAPI content: bytes."""
-
-_SEGMENT_PROBLEMS = problem_responses(400, 406, 413, 415, 422, 429, 500, 503, 504)
-
-SEGMENT_RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "The mask: a 1-bit PNG with the lesion white. If `Accept` prefers JSON, or"
-        " `format=json` asks for it, what `POST /segment/json` answers, whose parameters `mask` and"
-        " `features` are known here too. `format` also knows `overlay` (JPEG), `overlay-png`,"
-        " `probability8` and `probability16` (PNG), `npy`, `svg` and `coco`; `Accept` may prefer"
-        " image/jpeg, application/x-npy or image/svg+xml.",
-        "headers": _PNG_HEADERS,
-        # The second name is for clients that know no image types, if `Accept` prefers it.
-        "content": {"image/png": BINARY, "application/octet-stream": BINARY},
-    },
-    **_SEGMENT_PROBLEMS,
-}
-
-SEGMENT_JSON_RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "The mask in the form that was asked for, and what was found.",
-        "headers": HEADERS,
-        "model": SegmentationAnswer,
-    },
-    **_SEGMENT_PROBLEMS,
-}
 
 _REQUEST_ID: dict[str, Any] = {
     "name": "X-Request-ID",

@@ -279,15 +279,12 @@ def is_form(content_type: str) -> bool:
     return _media_type(content_type) == MULTIPART
 
 
-def image_in_body(
-    body: bytes, content_type: str, take_fields: Callable[[Fields], None] | None = None
-) -> bytes:
-    """The photo's bytes: the body itself, or the field `file` of a multipart form.
+def image_in_body(body: bytes, content_type: str) -> tuple[bytes, Fields]:
+    """The photo's bytes: the body itself, or the field `file` of a form; and its other fields.
 
     Args:
         body: the whole body.
         content_type: the body's.
-        take_fields: gets a form's other fields, and raises what is wrong with them.
 
     Raises:
         BadRequest: the body is empty, the form is malformed, or it has not exactly one such field.
@@ -303,7 +300,7 @@ def image_in_body(
                 f"The body is a form, but its Content-Type is {content_type[:80] or 'missing'}."
                 f" {_LEAVE_TO_CLIENT}"
             )
-        return body
+        return body, ()
     images: list[list[bytes]] = []
     others: list[tuple[str, list[bytes]]] = []
     wanted: list[bytes] = []
@@ -328,9 +325,7 @@ def image_in_body(
     image = b"".join(images[0])
     if not image:
         raise BadRequest(f"The field {FIELD!r} is empty: put the photo's bytes there.")
-    if take_fields is not None:
-        take_fields([(name, _field_value(name, b"".join(value))) for name, value in others])
-    return image
+    return image, [(name, _field_value(name, b"".join(value))) for name, value in others]
 
 
 def _field_value(name: str, value: bytes) -> str:

@@ -42,6 +42,8 @@ class Asked:
     """Whether a JSON answer has the lesion's features."""
     form: str
     """`json`, `png`, or one of `MEDIA_TYPES`."""
+    media_type: str
+    """Of the whole answer."""
     request_id: str
     borders: bool = False
     """Whether JSON has a tight and a generous outline too."""

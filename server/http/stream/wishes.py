@@ -3,13 +3,12 @@
 import struct
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.websockets import WebSocket
 
 from server.http.answers import MaskFormat
-from server.http.parameters import Clean, Threshold, check_names
-from server.http.problems import of_invalid
-from server.http.segment.masks import Asked
+from server.http.parameters import Clean, Threshold, check_names, validated
+from server.http.segment.masks import JSON, Asked
 from server.inference.errors import Unprocessable
 from server.settings import Settings
 
@@ -51,9 +50,16 @@ class Wishes(BaseModel):
 
     def asked(self, request_id: str) -> Asked:
         """The form of the answers."""
-        is_original = self.size == "original"
-        mask = MaskFormat(self.mask)
-        return Asked(self.threshold, is_original, self.clean, mask, False, "json", request_id)
+        return Asked(
+            threshold=self.threshold,
+            original=self.size == "original",
+            clean=self.clean,
+            mask=MaskFormat(self.mask),
+            features=False,
+            form="json",
+            media_type=JSON,
+            request_id=request_id,
+        )
 
     def photo_of(self, frame: bytes) -> bytes:
         """A frame as a photo's file. Bare pixels get the header of a TIFF.
@@ -79,11 +85,8 @@ def read_wishes(websocket: WebSocket, settings: Settings) -> Wishes:
         Unprocessable: one is unknown, comes twice, is out of range, or misses another.
     """
     given = websocket.query_params.multi_items()
-    check_names(list(Wishes.model_fields), [name for name, _ in given])
-    try:
-        wishes = Wishes.model_validate(dict(given))
-    except ValidationError as error:
-        raise Unprocessable(of_invalid(error.errors())) from error
+    check_names(Wishes.model_fields, [name for name, _ in given])
+    wishes = validated(Wishes, given)
     sides = (wishes.width, wishes.height)
     if wishes.frames == "photo":
         if sides != (None, None):
