@@ -55,10 +55,12 @@ def load(trainer: Trainer) -> None:
         ) from error
     except Exception as error:  # torch.load raises whatever its unpickler and zip reader do
         raise TrainingError(f"{path} is not a readable checkpoint: {error}") from error
-    theirs, ours = _flat(state["config"]), _flat(config_dict(trainer.config))
-    if changed := [k for k in ours if theirs.get(k) != ours[k]]:
+    ours = _flat(config_dict(trainer.config))
+    # A key that the run did not know yet has its default.
+    theirs = _flat(config_dict(TrainConfig())) | _flat(state["config"])
+    if changed := [k for k in ours if theirs[k] != ours[k]]:
         raise ConfigError(
-            f"{path} was made with {changed[0]}={theirs.get(changed[0])}, "
+            f"{path} was made with {changed[0]}={theirs[changed[0]]}, "
             f"not {ours[changed[0]]}: "
             "resume with the run's own configuration, or start another run"
         )

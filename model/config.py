@@ -1,6 +1,7 @@
 """What is trained and how. Every choice that the paper leaves open or ablates is a frozen value.
 
-Presets are named configurations. `load_config` refuses keys that do not exist.
+Presets are named configurations. `load_config` refuses keys that do not exist. The default of a new
+field does what was done without it, so that earlier runs can be resumed.
 """
 
 import dataclasses

@@ -306,6 +306,27 @@ def test_checkpoints_of_something_else_are_refused(tmp_path: Path) -> None:
         checkpoint.load(trainer(tmp_path, config))
 
 
+@pytest.mark.parametrize(
+    ("section", "key"), [("data", "group_column"), ("generator", "pam_pool"), (None, "early_stop")]
+)
+def test_a_run_that_did_not_know_a_key_yet_is_resumed_with_its_default(
+    tmp_path: Path, section: str | None, key: str
+) -> None:
+    config = tiny_config(epochs=2)
+    run = trainer(tmp_path, config)
+    run.progress.epoch = 1
+    checkpoint.save(run)
+    saved = state(tmp_path)
+    del (saved["config"][section] if section else saved["config"])[key]
+    torch.save(saved, tmp_path / "last.pt")
+    resumed = trainer(tmp_path, config)
+    checkpoint.load(resumed)
+    assert resumed.progress.epoch == 1
+    patient = dataclasses.replace(config, early_stop=3)
+    with pytest.raises(ConfigError, match="made with early_stop=0, not 3: resume"):
+        checkpoint.load(trainer(tmp_path, patient))
+
+
 # Resuming and sharing out
 
 
