@@ -125,7 +125,7 @@ class Segmenter:
 
     async def __del__(self) -> None:
         """End: Serve has waited for accepted requests, and sends no more."""
-        self._service.draining = True
+        self._service.begin_drain()
         await self._lifespan.shutdown()
 
 

@@ -33,9 +33,8 @@ class Service:
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings = settings
         self.metrics = metrics
-        self.draining = False
-        self.closing = asyncio.Event()
-        """Set when the drain's time is nearly up: requests with several photos no longer wait."""
+        self._draining = False
+        self._giving_up = asyncio.Event()
         self.gate = Gate(settings)
         self.pixels = PixelBudget(settings.max_pixels_decoding)
         """Pixels of photos being decoded, and of probabilities being enlarged to a photo's size."""
@@ -67,6 +66,19 @@ class Service:
     def _longest_wait_s(self) -> float:
         waits = [turns.longest_wait_s() for turns in self.turns.values()]
         return max(self.networks.longest_wait_s(), *waits)
+
+    @property
+    def draining(self) -> bool:
+        """Whether the server is about to stop, and wants no more requests."""
+        return self._draining
+
+    def begin_drain(self) -> None:
+        """Want no more requests; those that come nevertheless are served."""
+        self._draining = True
+
+    def give_up(self) -> None:
+        """Let requests with several photos wait no longer: the drain's time is nearly up."""
+        self._giving_up.set()
 
     @property
     def is_ready(self) -> bool:
@@ -142,22 +154,22 @@ class Service:
         await self.networks.close()
         self.threads.close()
 
-    async def unless_closing(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """The result of `work`, if the drain's time suffices.
+    async def unless_given_up(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """The result of `work`, if the drain's time suffices; see `give_up`.
 
         Raises:
             GoingDown: it does not.
         """
         doing = asyncio.ensure_future(work)
-        closing = asyncio.ensure_future(self.closing.wait())
+        giving_up = asyncio.ensure_future(self._giving_up.wait())
         try:
-            await asyncio.wait((doing, closing), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((doing, giving_up), return_when=asyncio.FIRST_COMPLETED)
             if not doing.done():
                 raise GoingDown(_GOING_DOWN)
             return await doing
         finally:
             doing.cancel()
-            closing.cancel()
+            giving_up.cancel()
             # Its exception's traceback has this frame: the two would keep each other, and a photo.
             del doing
 
