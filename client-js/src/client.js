@@ -2,6 +2,7 @@
 
 import { DeadlinePassed, ServerBusy, ServerFailed, Unreachable, errorOf } from "./errors.js";
 import { resultOf } from "./result.js";
+import { streamed } from "./stream.js";
 
 // Before the first repetition, unless the server asks for more; each next waits twice as long, up to
 // the second figure.
@@ -12,12 +13,16 @@ const LONGEST_DEADLINE_MS = 2 ** 31 - 1;
 
 export class Client {
   #address;
+  #apiKey;
   #headers;
   #deadlineMs;
   #retries;
+  #Socket;
 
-  constructor(url, { apiKey, deadlineMs = 30_000, retries = 4 } = {}) {
-    this.#address = new URL("segment/json", String(url).replace(/\/?$/, "/"));
+  constructor(url, { apiKey, deadlineMs = 30_000, retries = 4, WebSocket = globalThis.WebSocket } = {}) {
+    this.#address = new URL(String(url).replace(/\/?$/, "/"));
+    this.#apiKey = apiKey;
+    this.#Socket = WebSocket;
     // The server tells the type by the bytes.
     this.#headers = { "Content-Type": "application/octet-stream" };
     if (apiKey !== undefined) this.#headers.Authorization = `Bearer ${apiKey}`;
@@ -26,11 +31,22 @@ export class Client {
   }
 
   async segment(photo, options = {}) {
-    const { threshold = 0.5, clean = false, probability = false, bulk = false } = options;
-    const { deadlineMs = this.#deadlineMs, signal } = options;
-    const address = new URL(this.#address);
-    const query = { threshold, clean, size: "original", mask: probability ? "probabilities" : "rle" };
-    address.search = new URLSearchParams(query);
+    const { probability = false, features = false } = options;
+    const query = { mask: probability ? "probabilities" : "rle", ...(features && { features }) };
+    return this.#post("segment/json", query, photo, options, (body) => resultOf(jsonOf(body)));
+  }
+
+  async segmentAs(photo, form, options = {}) {
+    return this.#post("segment", { format: form }, photo, options, (body, type) => {
+      if (type.startsWith("text/")) throw new TypeError(`it is ${type}`);
+      return new Blob([body], { type });
+    });
+  }
+
+  async #post(path, query, photo, options, read) {
+    const { threshold = 0.5, clean = false, bulk = false, deadlineMs = this.#deadlineMs, signal } = options;
+    const address = new URL(path, this.#address);
+    address.search = new URLSearchParams({ threshold, clean, size: "original", ...query });
     // The same for every repetition, so that the server's log shows them together.
     const requestId = newId();
     const headers = { ...this.#headers, "X-Request-ID": requestId, ...(bulk && { Priority: "bulk" }) };
@@ -39,24 +55,19 @@ export class Client {
     return within(Math.min(deadlineMs, LONGEST_DEADLINE_MS), late, signal, async (stop) => {
       const body = await bytesOf(photo);
       stop.throwIfAborted();
-      return this.#ask(address, headers, body, ends, stop);
+      return this.#ask(address, headers, body, ends, stop, read);
     });
   }
 
-  async #ask(address, headers, body, ends, signal) {
+  async #ask(address, headers, body, ends, signal, read) {
     for (let repeated = 0; ; repeated++) {
       const leftMs = Math.max(1, Math.round(ends - performance.now()));
-      const { result, error } = await once(address, {
-        method: "POST",
-        headers: { ...headers, "X-Request-Timeout-Ms": String(leftMs) },
-        body,
-        signal,
-      });
+      headers = { ...headers, "X-Request-Timeout-Ms": String(leftMs) };
+      const { result, error } = await once(address, { method: "POST", headers, body, signal }, read);
       if (result) return result;
       signal.throwIfAborted();
       const again = error instanceof ServerBusy || error instanceof Unreachable;
-      const grown = Math.min(LONGEST_PAUSE_MS, PAUSE_MS * 2 ** repeated) * (0.5 + Math.random() / 2);
-      const pauseMs = Math.max(grown, error.retryAfterMs ?? 0);
+      const pauseMs = pauseBefore(repeated, error);
       // Where the pause ends after the deadline, the caller knows at once.
       if (!again || repeated >= this.#retries || performance.now() + pauseMs >= ends) throw error;
       await pause(pauseMs, signal);
@@ -93,6 +104,18 @@ export class Client {
     }
   }
 
+  async *stream(frames, { inFlight = 2, threshold = 0.5, clean = false, deadlineMs = 2000, signal } = {}) {
+    if (!(inFlight >= 1)) throw new RangeError(`At least 1 frame is in flight, not ${inFlight}.`);
+    if (!this.#Socket) throw new TypeError("There is no WebSocket here: give the client one, such as that of the package ws.");
+    signal?.throwIfAborted();
+    const address = new URL("stream", this.#address);
+    address.protocol = address.protocol.replace("http", "ws");
+    address.search = new URLSearchParams({ threshold, clean, mask: "rle", deadline_ms: deadlineMs });
+    const pauseMs = (repeated, error) => (repeated < this.#retries ? pauseBefore(repeated, error) : null);
+    const kept = { apiKey: this.#apiKey, Socket: this.#Socket, inFlight, signal };
+    yield* streamed(address, frames, { ...kept, bytesOf, pauseMs, pause });
+  }
+
   #task(index, photo, options) {
     const task = {};
     task.done = this.segment(photo, options).then(
@@ -121,32 +144,44 @@ async function within(ms, late, signal, work) {
   }
 }
 
-/** One request: its `result`, or what was wrong as `error`. */
-async function once(address, request) {
+/** One request: its `result` as `read` makes it of body and type, or what was wrong as `error`. */
+async function once(address, request, read) {
   const asked = request.headers["X-Request-ID"];
-  let [answer, text] = [null, ""];
+  let [answer, body] = [null, null];
   try {
     answer = await fetch(address, { ...request, redirect: "manual" });
-    text = await answer.text();
+    body = await answer.arrayBuffer();
   } catch (cause) {
     const why = cause?.cause?.message || cause?.message || String(cause);
     return { error: new Unreachable(`The server was not reached: ${why}.`, { requestId: asked, cause }) };
   }
-  let document = null;
-  try {
-    document = JSON.parse(text);
-  } catch {
-    // What stands between here and the server may answer in HTML.
-  }
   const { status, headers } = answer;
   const requestId = headers.get("X-Request-ID") ?? asked;
-  if (status !== 200) return { error: errorOf(status, document, requestId, retryAfterMs(headers)) };
+  if (status !== 200) {
+    let document = null;
+    try {
+      document = jsonOf(body);
+    } catch {
+      // What stands between here and the server may answer in HTML.
+    }
+    return { error: errorOf(status, document, requestId, retryAfterMs(headers)) };
+  }
   try {
-    return { result: resultOf(document) };
+    return { result: read(body, headers.get("Content-Type") ?? "") };
   } catch (cause) {
     const detail = "This is no answer of an SLSNet Server: is the address right?";
     return { error: new ServerFailed(detail, { status, requestId, cause }) };
   }
+}
+
+function jsonOf(body) {
+  return JSON.parse(new TextDecoder().decode(body));
+}
+
+/** Milliseconds before a repetition: longer each time, and no less than the server asks for. */
+function pauseBefore(repeated, error) {
+  const grown = Math.min(LONGEST_PAUSE_MS, PAUSE_MS * 2 ** repeated) * (0.5 + Math.random() / 2);
+  return Math.max(grown, error.retryAfterMs ?? 0);
 }
 
 /** Milliseconds, from either form that HTTP allows; null where it says nothing. */
@@ -160,7 +195,7 @@ function retryAfterMs(headers) {
 function pause(ms, signal) {
   return new Promise((resolve) => {
     const timer = setTimeout(resolve, ms);
-    signal.addEventListener("abort", () => {
+    signal?.addEventListener("abort", () => {
       clearTimeout(timer);
       resolve();
     });

@@ -10,22 +10,43 @@ export interface ClientOptions {
   apiKey?: string;
   /** For a photo, all repetitions included. The server is told what is left. Default: 30,000. */
   deadlineMs?: number;
-  /** How often a photo is sent again where the server is full or not reached. Default: 4. */
+  /** How often a photo is sent again, or a stream opened, where the server is full or not reached. Default: 4. */
   retries?: number;
+  /** What opens streams, where there is none of the platform's own: before Node 22, that of the package ws. */
+  WebSocket?: typeof globalThis.WebSocket;
 }
 
-export interface SegmentOptions {
+/** The forms of `segmentAs`: the mask or what is drawn or told of it, as a file. */
+export type Form = "png" | "overlay" | "overlay-png" | "probability8" | "probability16" | "npy" | "svg" | "coco";
+
+export interface AskOptions {
   /** Lesion is where the probability is above it. Default: 0.5. */
   threshold?: number;
   /** Whether to leave only the largest region, without its holes. */
   clean?: boolean;
-  /** Whether to fetch probabilities too, 2.7 bytes for each pixel of the photo, rounded to 16 bits. */
-  probability?: boolean;
   /** Whether to let interactive requests go first. */
   bulk?: boolean;
   /** Instead of the client's. */
   deadlineMs?: number;
   /** Ends the request; the promise is rejected with its reason. */
+  signal?: AbortSignal;
+}
+
+export interface SegmentOptions extends AskOptions {
+  /** Whether to fetch probabilities too, 2.7 bytes for each pixel of the photo, rounded to 16 bits. */
+  probability?: boolean;
+  /** Whether to fetch measurements of shape and colours, which are no diagnosis. */
+  features?: boolean;
+}
+
+export interface StreamOptions {
+  /** Frames that are unanswered at the same time, at most. Default: 2, so one is on its way meanwhile. */
+  inFlight?: number;
+  threshold?: number;
+  clean?: boolean;
+  /** Within which a frame's mask is of use. Default: 2,000. */
+  deadlineMs?: number;
+  /** Ends the stream; the loop then throws its reason. */
   signal?: AbortSignal;
 }
 
@@ -45,7 +66,9 @@ export interface Result {
   width: number;
   height: number;
   /** What the server says of the photo's quality; null where it says nothing. */
-  quality: unknown;
+  quality: components["schemas"]["QualityAnswer"] | null;
+  /** Measurements of shape and colours; null unless they were asked for, or without a lesion. */
+  features: components["schemas"]["FeaturesAnswer"] | null;
   /** The lesion that was found, in pixels of the mask. */
   lesion: components["schemas"]["LesionAnswer"];
   network: components["schemas"]["ModelId"];
@@ -61,6 +84,33 @@ export type Outcome =
   | { index: number; result: Result; error: null }
   | { index: number; result: null; error: unknown };
 
+/** The answer to one frame of a stream: it has either `result` or `error`. `index` counts the frames from 0. */
+export type Streamed = {
+  index: number;
+  /** Frames of the stream up to now that were dropped: for a newer one, or with a lost connection. */
+  dropped: number;
+  /** From when the frame was taken from its source to its answer. */
+  latencyMs: number;
+} & ({ result: Result; error: null } | { result: null; error: SlsnetError });
+
+/** RGBA, row by row, such as an `ImageData`. */
+export interface Picture {
+  data: Uint8ClampedArray | Uint8Array;
+  width: number;
+  height: number;
+}
+
+/**
+ * A copy of an upright picture with the outline of its photo's mask over it, for
+ * `new ImageData(data, width)`. `colour` is RGB, 0 to 255. Throws a `RangeError` where the two differ
+ * in size.
+ */
+export function overlay(
+  picture: Picture,
+  result: Pick<Result, "mask" | "width" | "height">,
+  options?: { colour?: [number, number, number] },
+): { data: Uint8ClampedArray<ArrayBuffer>; width: number; height: number };
+
 /** Asks an SLSNet Server. */
 export class Client {
   /** `url` is the server's, such as `http://127.0.0.1:8000`. */
@@ -71,6 +121,18 @@ export class Client {
    * took too long; a `TypeError` or Node's own error where the photo cannot be read here.
    */
   segment(photo: Photo, options?: SegmentOptions): Promise<Result>;
+
+  /** Segment one photo into a file of another form; errors as for `segment`. */
+  segmentAs(photo: Photo, form: Form, options?: AskOptions): Promise<Blob>;
+
+  /**
+   * Segment the frames of a camera, over one WebSocket. The next frame is taken once there is room for
+   * it, so a source that gives its latest picture when it is asked keeps the latency low. A stream that
+   * is lost, or that the server ends because it stops or is full, is opened again `retries` times in a
+   * row; what was unanswered then is dropped. It ends with its source. Throws a `SlsnetError` where the
+   * server refused the stream or was not reached; what is wrong with one frame is in its answer only.
+   */
+  stream(frames: Iterable<Photo> | AsyncIterable<Photo>, options?: StreamOptions): AsyncGenerator<Streamed, void, void>;
 
   /**
    * Segment many photos, which are taken one by one, as there is room; what is wrong with one is in

@@ -1,6 +1,7 @@
 // Client of SLSNet Server, for browsers and Node. It keeps no photo and writes none.
 
 export { Client } from "./client.js";
+export { overlay } from "./overlay.js";
 export {
   DeadlinePassed,
   KeyRefused,

@@ -28,6 +28,12 @@ export interface components {
             clean: boolean;
             mask: components["schemas"]["Mask"];
             lesion: components["schemas"]["LesionAnswer"];
+            /** @description null where nothing is known of how good the network's masks are */
+            quality: components["schemas"]["QualityAnswer"] | null;
+            /** @description if `borders` asks for them; null where nothing is known of the network's borders */
+            borders?: components["schemas"]["Borders"] | null;
+            /** @description if `features` asks for them; null if nothing was found */
+            features?: components["schemas"]["FeaturesAnswer"] | null;
             /**
              * Timings Ms
              * @description milliseconds by stage; Server-Timing has the last stage too
@@ -154,13 +160,44 @@ export interface components {
              * @example AAABAAMA//8=
              */
             probabilities?: string | null;
+            /**
+             * Overlay
+             * @description the photo with the outline drawn on it, at most 2048 pixels a side: a JPEG in base64
+             * @example /9j/4AAQSkZJRgABAQ
+             */
+            overlay?: string | null;
+            /**
+             * Probability8
+             * @description the map that `probabilities` has, as a greyscale PNG of 8 bits in base64
+             * @example iVBORw0KGgoAAAANSUhEU
+             */
+            probability8?: string | null;
+            /**
+             * Probability16
+             * @description the same with 16 bits
+             * @example iVBORw0KGgoAAAANSUhEU
+             */
+            probability16?: string | null;
+            /**
+             * Npy
+             * @description the same as a NumPy file, float32 [height, width], in base64
+             * @example k05VTVBZAQB2AHsn
+             */
+            npy?: string | null;
+            /**
+             * Svg
+             * @description the outlines that `polygons` has, as an SVG document
+             * @example <svg xmlns="http://www.w3.org/2000/svg" width="1024" height="768">…</svg>
+             */
+            svg?: string | null;
+            coco?: components["schemas"]["CocoAnnotation"] | null;
         };
         /**
          * MaskFormat
          * @description How a JSON answer holds the mask.
          * @enum {string}
          */
-        MaskFormat: "png" | "rle" | "polygons" | "probabilities";
+        MaskFormat: "png" | "rle" | "polygons" | "probabilities" | "overlay" | "probability8" | "probability16" | "npy" | "svg" | "coco";
         /**
          * CocoRle
          * @description COCO's compressed run-length encoding; `pycocotools.mask.decode` reads it.
@@ -183,6 +220,33 @@ export interface components {
              * @example Ygf21fg0O1O1N2N2N2N1O1O1O
              */
             counts: string;
+        };
+        /**
+         * CocoAnnotation
+         * @description The mask as an annotation of a COCO data set; the ids are to be changed.
+         */
+        CocoAnnotation: {
+            /** Id */
+            id: number;
+            /** Image Id */
+            image_id: number;
+            /** Category Id */
+            category_id: number;
+            segmentation: components["schemas"]["CocoRle"];
+            /** Area */
+            area: number;
+            /**
+             * Bbox
+             * @description x, y, width, height
+             */
+            bbox: [
+                number,
+                number,
+                number,
+                number
+            ];
+            /** Iscrowd */
+            iscrowd: number;
         };
         /**
          * LesionAnswer
@@ -246,6 +310,190 @@ export interface components {
              * @example 0.9987
              */
             max_probability: number;
+        };
+        /**
+         * QualityAnswer
+         * @description How good the mask is likely to be.
+         */
+        QualityAnswer: {
+            /**
+             * Jaccard
+             * @description the Jaccard with an annotator's mask that masks like this one have on average
+             * @example 0.871
+             */
+            jaccard: number;
+            /**
+             * Grade
+             * @description the same in words: `good` from 0.8, `fair` from 0.65, `poor` below
+             * @example good
+             * @enum {string}
+             */
+            grade: "good" | "fair" | "poor";
+        };
+        /**
+         * Borders
+         * @description Where the lesion's border may lie: the mask's own outline is between these two.
+         */
+        Borders: {
+            /**
+             * Share
+             * @description part of an annotator's outline that lies between them, on average
+             * @example 0.8
+             */
+            share: number;
+            tight: components["schemas"]["Outline"];
+            generous: components["schemas"]["Outline"];
+        };
+        /**
+         * Outline
+         * @description The outlines at one level of probability.
+         */
+        Outline: {
+            /**
+             * Threshold
+             * @description the probability that they follow
+             * @example 0.94
+             */
+            threshold: number;
+            /**
+             * Polygons
+             * @description as in `mask`
+             * @example [
+             *       [
+             *         [
+             *           412.5,
+             *           300.25
+             *         ],
+             *         [
+             *           530.75,
+             *           310.5
+             *         ],
+             *         [
+             *           470,
+             *           402.25
+             *         ]
+             *       ]
+             *     ]
+             */
+            polygons: [
+                number,
+                number
+            ][][][];
+        };
+        /**
+         * FeaturesAnswer
+         * @description Measurements of the lesion's shape and colours, and no diagnosis.
+         *
+         *     P is the perimeter, A the area, a and b are the long and the short axis.
+         */
+        FeaturesAnswer: {
+            /**
+             * Perimeter
+             * @description of all outlines, pixels of the photo
+             * @example 1571
+             */
+            perimeter: number;
+            /**
+             * Major Axis
+             * @description of the ellipse with the mask's second moments, pixels
+             * @example 402.5
+             */
+            major_axis: number;
+            /**
+             * Minor Axis
+             * @description the same, across
+             * @example 391
+             */
+            minor_axis: number;
+            /**
+             * Orientation
+             * @description of the long axis: degrees from the x axis towards the y axis, which points down; above -90, up to 90
+             * @example -31.4
+             */
+            orientation: number;
+            /**
+             * Eccentricity
+             * @description √(1 - b²/a²), 0 for a circle
+             * @example 0.24
+             */
+            eccentricity: number;
+            /**
+             * Asymmetry Major
+             * @description share of the lesion whose mirror image at the long axis is no lesion
+             * @example 0.05
+             */
+            asymmetry_major: number;
+            /**
+             * Asymmetry Minor
+             * @description the same at the short axis
+             * @example 0.07
+             */
+            asymmetry_minor: number;
+            /**
+             * Compactness
+             * @description P²/(4πA), 1 for a circle
+             * @example 1.25
+             */
+            compactness: number;
+            /**
+             * Irregularity
+             * @description P²ab/(2π(a²+b²)A), about 1 for any ellipse
+             * @example 1.2
+             */
+            irregularity: number;
+            /**
+             * Solidity
+             * @description A over that of the convex hull
+             * @example 0.97
+             */
+            solidity: number;
+            colours: components["schemas"]["ColourShares"];
+            /**
+             * Colour Mean
+             * @description mean red, green and blue inside, 0 to 255
+             * @example [
+             *       121.4,
+             *       82.3,
+             *       70.1
+             *     ]
+             */
+            colour_mean: [
+                number,
+                number,
+                number
+            ];
+            /**
+             * Colour Deviation
+             * @description their standard deviations
+             * @example [
+             *       24.1,
+             *       20.6,
+             *       19.2
+             *     ]
+             */
+            colour_deviation: [
+                number,
+                number,
+                number
+            ];
+        };
+        /**
+         * ColourShares
+         * @description Shares of the lesion's pixels, 0 to 1, by the nearest of six colours.
+         */
+        ColourShares: {
+            /** White */
+            white: number;
+            /** Red */
+            red: number;
+            /** Light Brown */
+            light_brown: number;
+            /** Dark Brown */
+            dark_brown: number;
+            /** Blue Grey */
+            blue_grey: number;
+            /** Black */
+            black: number;
         };
     };
     responses: never;

@@ -20,6 +20,7 @@ export function resultOf(document) {
     width,
     height,
     quality: document.quality ?? null,
+    features: document.features ?? null,
     lesion,
     network: model,
     threshold,

@@ -17,6 +17,7 @@ import {
   ServerFailed,
   SlsnetError,
   Unreachable,
+  overlay,
 } from "../src/index.js";
 
 const ROOT = fileURLToPath(new URL("../../", import.meta.url));
@@ -25,13 +26,14 @@ const photo = await readFile(PHOTO);
 
 /** A real server; it can be killed and started again on its port. */
 class Server {
-  constructor(port) {
+  constructor(port, ...options) {
     this.port = port;
+    this.options = options;
     this.url = `http://127.0.0.1:${port}`;
   }
 
   async start() {
-    const flags = ["-m", "server", "--port", String(this.port), "--log-level", "error"];
+    const flags = ["-m", "server", "--port", String(this.port), "--log-level", "error", ...this.options];
     this.process = spawn(process.env.SLSNET_PYTHON ?? "python3", flags, { cwd: ROOT, stdio: "ignore" });
   }
 
@@ -295,7 +297,124 @@ test("one of many fails alone, and who leaves early leaves nothing running", asy
   assert.ok(closed && asked <= 3);
 });
 
+test("other forms are files", async () => {
+  const client = new Client(server.url);
+  const png = await client.segmentAs(photo, "png", { threshold: 0.4 });
+  assert.equal(png.type, "image/png");
+  assert.equal(Buffer.from(await png.arrayBuffer()).subarray(1, 4).toString(), "PNG");
+  const coco = JSON.parse(await (await client.segmentAs(photo, "coco")).text());
+  assert.deepEqual(coco.segmentation.size, [450, 600]);
+  assert.ok((await rejected(client.segmentAs(photo, "gif"))) instanceof RequestRefused);
+  const page = await stub(() => [200, { "Content-Type": "text/html" }, "<html>"]);
+  const other = await rejected(new Client(page.url).segmentAs(photo, "png"));
+  page.stop();
+  assert.ok(other instanceof ServerFailed && /address/.test(other.detail));
+});
+
+test("features come where they are asked for", async () => {
+  const client = new Client(server.url);
+  const result = await client.segment(photo, { features: true });
+  assert.ok(result.features.asymmetry >= 0 || Object.keys(result.features).length > 3);
+  assert.equal((await client.segment(photo)).features, null);
+});
+
+test("the outline is drawn over the picture", async () => {
+  const [width, height] = [30, 20];
+  const mask = new Uint8Array(width * height);
+  for (let y = 5; y < 15; y++) mask.fill(1, y * width + 8, y * width + 22);
+  const picture = { data: new Uint8ClampedArray(4 * width * height).fill(200), width, height };
+  const drawn = overlay(picture, { mask, width, height }, { colour: [255, 0, 0] });
+  const at = (x, y) => [...drawn.data.subarray(4 * (y * width + x), 4 * (y * width + x) + 3)];
+  assert.deepEqual(at(8, 5), [255, 0, 0]);
+  assert.deepEqual(at(7, 4), [255, 0, 0]);
+  assert.deepEqual(at(6, 3), [0, 0, 0]);
+  assert.deepEqual(at(15, 10), [200, 200, 200]);
+  assert.deepEqual(at(0, 0), [200, 200, 200]);
+  assert.ok(picture.data.every((value) => value === 200));
+  // At the picture's rim the lesion ends too.
+  assert.deepEqual([...overlay(picture, { mask: mask.fill(1), width, height }).data.subarray(0, 3)], [0, 235, 200]);
+  assert.throws(() => overlay(picture, { mask, width: 20, height: 30 }), RangeError);
+});
+
+const streamOptions = { deadlineMs: 30_000 };
+const noSocket = typeof WebSocket === "undefined" && "needs Node 22, or --experimental-websocket";
+
+async function collected(stream) {
+  const answers = [];
+  for await (const answer of stream) answers.push(answer);
+  return answers;
+}
+
+test("frames of a stream get the masks of photos", { skip: noSocket }, async () => {
+  const client = new Client(server.url);
+  const expected = await client.segment(photo, { threshold: 0.4 });
+  const frames = [photo, Buffer.from("no photo"), new Blob([photo]), PHOTO];
+  const answers = await collected(client.stream(frames, { ...streamOptions, threshold: 0.4, inFlight: 1 }));
+  assert.deepEqual(answers.map(({ index }) => index), [0, 1, 2, 3]);
+  assert.ok(answers[1].error instanceof RequestRefused && answers[1].error.status === 415);
+  for (const { result, error, dropped, latencyMs } of [answers[0], answers[2], answers[3]]) {
+    assert.deepEqual(result.mask, expected.mask);
+    assert.deepEqual([error, dropped], [null, 0]);
+    assert.ok(latencyMs > 0);
+  }
+});
+
+test("no frame is taken before there is room, and who leaves a stream ends it", { skip: noSocket }, async () => {
+  const client = new Client(server.url);
+  let [taken, closed] = [0, false];
+  async function* camera() {
+    try {
+      for (;;) yield (taken++, photo);
+    } finally {
+      closed = true;
+    }
+  }
+  for await (const { index } of client.stream(camera(), { ...streamOptions, inFlight: 2 })) {
+    assert.ok(taken <= index + 3);
+    if (index === 4) break;
+  }
+  assert.ok(closed);
+  const stop = new AbortController();
+  const left = await rejected(
+    (async () => {
+      for await (const _ of client.stream(camera(), { ...streamOptions, signal: stop.signal })) stop.abort(new Error("enough"));
+    })(),
+  );
+  assert.equal(left.message, "enough");
+  await rejected(collected(client.stream(["absent.jpg"], streamOptions)));
+  await assert.rejects(client.stream([photo], { inFlight: 0 }).next(), RangeError);
+  await assert.rejects(new Client(server.url, { WebSocket: null }).stream([photo]).next(), TypeError);
+});
+
+test("a stream outlives its server", { skip: noSocket }, async () => {
+  const client = new Client(server.url, { retries: 1000 });
+  const answers = [];
+  for await (const answer of client.stream(Array(6).fill(photo), { ...streamOptions, inFlight: 1 })) {
+    answers.push(answer);
+    if (answers.length === 2) {
+      await server.kill();
+      await server.start();
+    }
+  }
+  const [mask] = answers.map(({ result }) => result.mask);
+  assert.ok(answers.every(({ result }) => result.mask.length === mask.length));
+  // Where the next frame was on its way already, it is dropped, and counted.
+  assert.equal(answers.length + answers.at(-1).dropped, 6);
+  assert.equal(answers.at(-1).index, 5);
+  await server.ready();
+});
+
+test("what ends a stream is told", { skip: noSocket }, async () => {
+  const client = new Client(server.url);
+  const error = await rejected(collected(client.stream([photo], { threshold: 2 })));
+  assert.ok(error instanceof RequestRefused && error.status === 422 && /threshold/.test(error.detail));
+  const nowhere = new Client(`http://127.0.0.1:${await freePort()}`, { retries: 1 });
+  assert.ok((await rejected(collected(nowhere.stream([photo])))) instanceof Unreachable);
+});
+
 test("a browser without Node's modules can load it", async () => {
-  const code = await readFile(new URL("../src/client.js", import.meta.url), "utf8");
-  assert.ok(!/^import .* from "node:/m.test(code));
+  for (const name of ["client", "errors", "overlay", "result", "stream"]) {
+    const code = await readFile(new URL(`../src/${name}.js`, import.meta.url), "utf8");
+    assert.ok(!/^import .* from "(node:|[^.])/m.test(code));
+  }
 });

@@ -75,8 +75,8 @@ class AsyncClient:
         url: of the server, such as `http://127.0.0.1:8000`.
         api_key: if the server has keys.
         deadline_s: seconds for a photo, all repetitions included. The server is told what is left.
-        retries: how often a photo is sent again where the server is full or cannot be reached. To
-            segment changes nothing in the server, so it is safe to repeat.
+        retries: how often a photo is sent again, or a stream opened, where the server is full or
+            cannot be reached. To segment changes nothing in the server, so it is safe to repeat.
         verify: how its certificate is checked, as in httpx.
     """
 
@@ -236,8 +236,7 @@ class AsyncClient:
                     return answer
                 error = _error_in(answer)
                 again = isinstance(error, ServerBusy)
-            pause_s = min(_LONGEST_PAUSE_S, _PAUSE_S * 2**repeated) * random.uniform(0.5, 1)
-            pause_s = max(pause_s, error.retry_after_s or 0)
+            pause_s = _pause_s(repeated, error)
             # Where the pause ends after the deadline, the caller knows at once.
             if not again or repeated == self._retries or time.monotonic() + pause_s >= ends:
                 raise error
@@ -299,7 +298,9 @@ class AsyncClient:
         """Segment the frames of a camera, over one WebSocket.
 
         The next frame is taken from `frames` once there is room for it, so a source that gives its
-        latest picture when it is asked keeps the latency low. The stream ends with its source.
+        latest picture when it is asked keeps the latency low. A stream that is lost, or that the
+        server ends because it stops or is full, is opened again, as often as `retries` says without
+        an answer in between; frames that were unanswered then are dropped. It ends with its source.
 
         Args:
             frames: photos as for `segment`.
@@ -327,6 +328,10 @@ class AsyncClient:
             scheme="wss" if secure else "ws", path=f"{address.path.rstrip('/')}/stream"
         )
         tls = _tls(self._verify) if secure else None
+
+        def pause_s(repeated: int, error: SlsnetError) -> float | None:
+            return _pause_s(repeated, error) if repeated < self._retries else None
+
         async with contextlib.aclosing(
             streamed(
                 str(address),
@@ -335,6 +340,7 @@ class AsyncClient:
                 tls=tls,
                 query=query,
                 in_flight=in_flight,
+                pause_s=pause_s,
             )
         ) as answers:
             async for answer in answers:
@@ -478,6 +484,12 @@ def _check_concurrency(concurrency: int) -> None:
 
 def _query(threshold: float, *, clean: bool) -> dict[str, str]:
     return {"threshold": str(threshold), "clean": str(clean).lower(), "size": "original"}
+
+
+def _pause_s(repeated: int, error: SlsnetError) -> float:
+    """Seconds before a repetition: longer each time, and no less than the server asks for."""
+    grown = min(_LONGEST_PAUSE_S, _PAUSE_S * 2.0**repeated) * random.uniform(0.5, 1)
+    return max(grown, error.retry_after_s or 0)
 
 
 def _read_bytes(answer: httpx.Response) -> bytes:

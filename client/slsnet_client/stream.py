@@ -5,13 +5,20 @@ import contextlib
 import json
 import ssl
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Iterable,
+    Iterator,
+)
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
-from slsnet_client.errors import ServerFailed, SlsnetError, Unreachable, error_of
+from slsnet_client.errors import ServerBusy, ServerFailed, SlsnetError, Unreachable, error_of
 from slsnet_client.photos import Photo, photo_bytes
 from slsnet_client.result import Result, result_of
 
@@ -35,7 +42,7 @@ class Streamed:
     result: Result | None
     error: SlsnetError | None
     dropped: int
-    """Frames of the stream up to now that the server dropped for a newer one."""
+    """Frames of the stream up to now that were dropped: for a newer one, or with a lost stream."""
     latency_s: float
     """Seconds from when the frame was taken from the source to its answer."""
 
@@ -48,8 +55,12 @@ async def streamed(
     tls: ssl.SSLContext | None,
     query: dict[str, str],
     in_flight: int,
+    pause_s: Callable[[int, SlsnetError], float | None],
 ) -> AsyncGenerator[Streamed, None]:
     """Send frames as there is room for them, and yield their answers.
+
+    A connection that is lost, or that the server ends because it stops or is full, is opened again;
+    frames that were unanswered then are dropped.
 
     Args:
         url: of the WebSocket.
@@ -58,24 +69,56 @@ async def streamed(
         tls: for `wss`.
         query: the stream's parameters.
         in_flight: frames that are unanswered at the same time.
+        pause_s: from how often it was opened again without an answer in between, and why it ended,
+            how long to wait before the next time; None to give up.
 
     Raises:
         SlsnetError: the server refused the stream, ended it, or was not reached.
     """
     try:
-        from websockets.exceptions import WebSocketException
+        import websockets  # noqa: F401 - only whether it is there
     except ImportError as error:
         raise ImportError(
             "Streams need the package websockets: pip install 'slsnet-client[stream]'."
         ) from error
+    address, repeated = f"{url}?{urlencode(query)}", 0
+    async with contextlib.aclosing(_Source(frames)) as source:
+        while True:
+            try:
+                async with contextlib.aclosing(
+                    _connected(address, headers, tls, source, in_flight)
+                ) as answers:
+                    async for answer in answers:
+                        repeated = 0
+                        yield answer
+            except (ServerBusy, Unreachable) as error:
+                wait_s = pause_s(repeated, error)
+                if wait_s is None:
+                    raise
+                repeated += 1
+                await asyncio.sleep(wait_s)
+            else:
+                return
+
+
+async def _connected(
+    address: str,
+    headers: dict[str, str],
+    tls: ssl.SSLContext | None,
+    source: "_Source",
+    in_flight: int,
+) -> AsyncGenerator[Streamed, None]:
+    """The answers of one connection, until its end or that of the frames."""
+    from websockets.exceptions import WebSocketException
+
     try:
-        socket = await _connect(f"{url}?{urlencode(query)}", headers, tls)
+        socket = await _connect(address, headers, tls)
     except (OSError, WebSocketException) as error:
         raise _of_lost(error) from error
     try:
         async with socket:
             _check_ready(json.loads(await socket.recv()))
-            sender = _Sender(socket, frames, in_flight)
+            sender = _Sender(socket, source, in_flight)
             sending = asyncio.create_task(sender.run())
             try:
                 async with contextlib.aclosing(sender.answers(sending)) as answers:
@@ -103,33 +146,57 @@ def _connect(url: str, headers: dict[str, str], tls: ssl.SSLContext | None) -> A
     )
 
 
+class _Source:
+    """The frames one by one. A frame that is awaited outlives the connection that it was for."""
+
+    def __init__(self, frames: Iterable[Photo] | AsyncIterable[Photo]) -> None:
+        self._frames = _each(frames)
+        self._next: asyncio.Task[tuple[float, bytes] | None] | None = None
+        self.sent = 0
+        self.dropped = 0
+
+    async def next(self) -> tuple[float, bytes] | None:
+        """The next frame's time and bytes: the same until that is sent. None: the end."""
+        self._next = self._next or asyncio.create_task(self._take())
+        return await asyncio.shield(self._next)
+
+    def is_sent(self) -> None:
+        self._next = None
+        self.sent += 1
+
+    async def _take(self) -> tuple[float, bytes] | None:
+        try:
+            photo = await anext(self._frames)
+        except StopAsyncIteration:
+            return None
+        return time.monotonic(), await asyncio.to_thread(photo_bytes, photo)
+
+    async def aclose(self) -> None:
+        if self._next is not None:
+            self._next.cancel()
+            await asyncio.gather(self._next, return_exceptions=True)
+
+
 class _Sender:
     """Sends frames while few are unanswered, and knows when each was taken."""
 
-    def __init__(
-        self,
-        socket: "ClientConnection",
-        frames: Iterable[Photo] | AsyncIterable[Photo],
-        in_flight: int,
-    ) -> None:
+    def __init__(self, socket: "ClientConnection", source: _Source, in_flight: int) -> None:
         self._socket = socket
-        self._frames = _each(frames)
+        self._source = source
+        # The server counts each connection's frames from 1, and what it drops from 0.
+        self._sent_before, self._dropped_before = source.sent, source.dropped
         self._room = asyncio.Semaphore(in_flight)
         self._taken: dict[int, float] = {}
-        self._sent = 0
 
     async def run(self) -> None:
         """Send all frames."""
         while True:
             await self._room.acquire()
-            try:
-                photo = await anext(self._frames)
-            except StopAsyncIteration:
+            if (frame := await self._source.next()) is None:
                 return
-            taken = time.monotonic()
-            content = await asyncio.to_thread(photo_bytes, photo)
-            self._sent += 1
-            self._taken[self._sent] = taken
+            taken, content = frame
+            self._source.is_sent()
+            self._taken[self._source.sent - self._sent_before] = taken
             await self._socket.send(content)
 
     async def answers(self, sending: asyncio.Task[None]) -> AsyncGenerator[Streamed, None]:
@@ -147,6 +214,7 @@ class _Sender:
         finally:
             if receiving is not None:
                 receiving.cancel()
+            self._source.dropped += len(self._taken)
 
     def _is_over(self, sending: asyncio.Task[None]) -> bool:
         """Whether nothing more will come; raises what is wrong with a frame."""
@@ -170,11 +238,12 @@ class _Sender:
             del self._taken[older]
             self._room.release()
         failed = message["type"] == "error"
+        self._source.dropped = self._dropped_before + message["dropped"]
         return Streamed(
-            number - 1,
+            self._sent_before + number - 1,
             None if failed else result_of(message["result"]),
             _error_in(message) if failed else None,
-            message["dropped"],
+            self._source.dropped,
             latency_s,
         )
 

@@ -1,6 +1,7 @@
 """`stream()` of the Python client, against a real server."""
 
 import asyncio
+import contextlib
 import ssl
 import subprocess
 import sys
@@ -42,9 +43,10 @@ def _sync(
     frames: Any,
     key: str | None = None,
     verify: ssl.SSLContext | bool = True,
+    retries: int = 0,
     **options: Any,
 ) -> list[Streamed]:
-    with Client(url, api_key=key, verify=verify) as client:
+    with Client(url, api_key=key, verify=verify, retries=retries) as client:
         return list(client.stream(frames, **({"deadline_s": 60} | options)))
 
 
@@ -53,10 +55,11 @@ def _async(
     frames: Any,
     key: str | None = None,
     verify: ssl.SSLContext | bool = True,
+    retries: int = 0,
     **options: Any,
 ) -> list[Streamed]:
     async def ask() -> list[Streamed]:
-        async with AsyncClient(url, api_key=key, verify=verify) as client:
+        async with AsyncClient(url, api_key=key, verify=verify, retries=retries) as client:
             answers = client.stream(frames, **({"deadline_s": 60} | options))
             return [answer async for answer in answers]
 
@@ -126,6 +129,58 @@ def test_a_stream_that_is_left_ends(server: ServerProcess) -> None:
             break
         until(lambda: figures(server)["slsnet_streams"] == 0)
         assert client.segment(JPEG).mask.any()
+
+
+@contextlib.contextmanager
+def _killed_and_started_again() -> Iterator[tuple[str, Callable[[], None]]]:
+    """A server's address, and what kills it and starts it again there."""
+    with serve() as server, contextlib.ExitStack() as running:
+
+        def again() -> None:
+            server.process.kill()
+            server.wait()
+            started = subprocess.Popen(
+                server.process.args,
+                cwd=ROOT,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            running.callback(started.wait)
+            running.callback(started.kill)
+
+        yield server.url, again
+
+
+def test_a_stream_outlives_its_server() -> None:
+    answers = []
+    with _killed_and_started_again() as (url, again), Client(url, retries=1000) as client:
+        for answer in client.stream([JPEG] * 6, deadline_s=60, in_flight=1):
+            answers.append(answer)
+            if len(answers) == 2:
+                again()
+    assert [answer.error for answer in answers] == [None] * len(answers)
+    # A frame that was on its way when the server died is dropped, and counted.
+    assert len(answers) + answers[-1].dropped == 6
+    assert answers[-1].index == 5
+
+
+def test_a_frame_that_is_awaited_while_the_server_dies_is_not_lost() -> None:
+    taken, there = threading.Event(), threading.Event()
+
+    def camera() -> Iterator[Photo]:
+        yield JPEG
+        taken.set()
+        there.wait()
+        yield PIXELS
+
+    with _killed_and_started_again() as (url, again), Client(url, retries=1000) as client:
+        stream = client.stream(camera(), deadline_s=60)
+        assert next(stream).index == 0
+        taken.wait()
+        again()
+        there.set()
+        (answer,) = stream
+    assert (answer.index, answer.dropped, answer.error) == (1, 0, None)
 
 
 def test_keys(tmp_path: Path, run: Run) -> None:
