@@ -300,6 +300,16 @@ class SegmentationAnswer(_Answer):
     )
 
 
+class BorderLevels(_Answer):
+    """Where the uncertain part of a border begins and ends."""
+
+    share: float = Field(
+        description="of an annotator's outline, that lies between the two", examples=[0.8]
+    )
+    tight: float = Field(description="probability at the tight outline", examples=[0.87])
+    generous: float = Field(description="probability at the generous outline", examples=[0.08])
+
+
 class ModelAnswer(_Answer):
     """The model card."""
 
@@ -317,6 +327,9 @@ class ModelAnswer(_Answer):
     licence: str = Field(examples=["Apache-2.0"])
     input: str = Field(examples=["image: uint8 [n, 128, 128, 3] RGB"])
     output: str = Field(examples=["probability: float32 [n, 128, 128]"])
+    borders: BorderLevels | None = Field(
+        description="null where nothing is known of the network's borders"
+    )
     backend: "BackendAnswer"
 
 
@@ -571,7 +584,8 @@ def _model_id(backend: BackendInfo) -> ModelId:
 
 def model_answer(backend: BackendInfo) -> ModelAnswer:
     """The model card of the network that `backend` runs."""
-    card = backend.model
+    card, table = backend.model, backend.quality
+    levels = table and BorderLevels(share=table.share, tight=table.tight, generous=table.generous)
     return ModelAnswer(
         name=card.get("name", "unknown"),
         version=card.get("version", "unknown"),
@@ -585,6 +599,7 @@ def model_answer(backend: BackendInfo) -> ModelAnswer:
         licence=card.get("licence", "unknown"),
         input="image: uint8 [n, 128, 128, 3] RGB",
         output="probability: float32 [n, 128, 128]",
+        borders=levels,
         backend=BackendAnswer(
             name=backend.name,
             version=backend.version,

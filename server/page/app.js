@@ -7,7 +7,7 @@ import { resume, startLive, stop as stopLive } from "./live.js";
 import { cocoRle, encodePng, largestPart, largestRegion, largestRing, lesionMask, outlineRings, svgPath } from "./mask.js";
 import { areaText, lengthText, measure } from "./measure.js";
 import { GONE, heading, passes, segment } from "./segment.js";
-import { tellServer } from "./server.js";
+import { borders, tellServer } from "./server.js";
 import { addPhoto, clearStrip, fill, tell } from "./strip.js";
 import { View } from "./view.js";
 
@@ -18,6 +18,7 @@ const MOST = 500;
 /** Where the outline is not seen, or not all of it, and so not corrected. */
 const HIDING = ["photo", "compare"];
 const PATHS = ["shade", "halo", "contour"];
+const ALL_PATHS = [...PATHS, "band", "ruler"];
 
 /** All photos: what was chosen, its state, and what was found. */
 let photos = [];
@@ -270,6 +271,7 @@ function show() {
   byId("start-over").disabled = !good.edited;
   byId("scale-um").value = scale ? Number((scale * 1000).toPrecision(5)) : "";
   showQuality();
+  drawBand();
   drawRuler();
   editor.place();
   if (photos.length > 1) fill(good, figures, scale);
@@ -280,6 +282,25 @@ function showQuality() {
   const asked = drawn.threshold === HALF && !good.edited && !byId("clean").checked;
   byId("quality-row").hidden = !(asked && good.quality);
   if (good.quality) byId("quality").textContent = `${good.quality.jaccard.toFixed(2)}, ${good.quality.grade}`;
+}
+
+/** Between a tight outline and a generous one, where annotators' outlines lie; neither crosses the mask's own. */
+function drawBand() {
+  byId("band-row").hidden = !borders || Boolean(good.edited);
+  const isShown = !byId("band-row").hidden && byId("borders").checked;
+  byId("band").setAttribute("d", isShown ? svgPath(bandRings(good, drawn)) : "");
+}
+
+/** Rings of both outlines: what is inside of one of them only is the band. */
+function bandRings({ map, size }, { map: used, threshold }) {
+  const [tight, generous] = [Math.max(borders.tight, threshold), Math.min(borders.generous, threshold)];
+  const clean = byId("clean").checked;
+  const around = (at) => used.values[at] > threshold;
+  const [inner, outer] = clean ? [largestRegion(used, tight), largestRegion(map, generous, around)] : [map, map];
+  return [[inner, tight], [outer, generous]].flatMap(([one, level]) => {
+    const rings = outlineRings(one, size.width, size.height, level);
+    return clean && rings.length ? [largestRing(rings)] : rings;
+  });
 }
 
 /** Once a frame at most; while a photo is under way, its answer draws. */
@@ -320,7 +341,7 @@ function showTimings(milliseconds) {
 
 function clearResult() {
   drawn = null;
-  for (const id of [...PATHS, "ruler"]) byId(id).removeAttribute("d");
+  for (const id of ALL_PATHS) byId(id).removeAttribute("d");
   for (const id of ["percent", "area", "diameter", "perimeter", "dimensions", "box"]) byId(id).textContent = "–";
   for (const id of ["nothing", "cut", "handles", "quality-row"]) byId(id).toggleAttribute("hidden", true);
   showTimings({});
@@ -555,6 +576,8 @@ byId("threshold").addEventListener("input", ({ target }) => {
   redraw();
 });
 byId("threshold").addEventListener("change", refill);
+
+byId("borders").addEventListener("change", redraw);
 
 byId("clean").addEventListener("change", () => {
   redraw();

@@ -9,8 +9,11 @@ export function decode({ width, height, probabilities }) {
   return { width, height, values };
 }
 
-/** Leave only the largest region above the threshold, joined by edges, and fill its holes. */
-export function largestRegion({ width, height, values }, threshold) {
+/**
+ * Leave only the largest region above the threshold, joined by edges, and fill its holes. With `counts`
+ * it is the one that has most of the pixels that count, by their index.
+ */
+export function largestRegion({ width, height, values }, threshold, counts = () => true) {
   const label = new Int32Array(width * height);
   const flood = (from, mark, inside) => {
     const found = [from];
@@ -32,11 +35,12 @@ export function largestRegion({ width, height, values }, threshold) {
     }
     return found;
   };
-  let kept = [];
+  let [kept, most] = [[], -1];
   for (let at = 0; at < values.length; at++) {
     if (values[at] > threshold && label[at] === 0) {
       const region = flood(at, 1, (to) => values[to] > threshold);
-      if (region.length > kept.length) kept = region;
+      const counted = region.filter(counts).length;
+      if (counted > most || (counted === most && region.length > kept.length)) [kept, most] = [region, counted];
     }
   }
   if (!kept.length) return { width, height, values };

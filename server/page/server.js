@@ -7,6 +7,9 @@ const PAUSE_GONE_MS = 2_000;
 
 let pause = 0;
 
+/** The probabilities at the tight and the generous outline of the server's network, if they are known. */
+export let borders = null;
+
 /** Tell it now and from time to time; nothing where the page was written without a server. */
 export async function tellServer() {
   if (document.documentElement.dataset.server === "none") return;
@@ -16,6 +19,7 @@ export async function tellServer() {
   try {
     const response = await fetch("model", { cache: "no-store" });
     const model = response.ok ? await response.json() : null;
+    borders = model?.borders ?? null;
     told = model
       ? `${model.name} ${model.version} · ${model.backend.name}`
       : response.status === 503

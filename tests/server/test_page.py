@@ -120,6 +120,41 @@ def test_threshold_and_views_by_keyboard(page: Page) -> None:
     assert page.find("shade").is_displayed()
 
 
+def test_the_band_is_where_the_border_may_lie(page: Page, photo: Path) -> None:
+    page.open()
+    page.find("choose").send_keys(str(photo))
+    page.until_done()
+    assert not page.find("band").get_attribute("d")
+    page.find("borders").send_keys(Keys.SPACE)
+    page.until(lambda: page.find("band").get_attribute("d"))
+
+    answer = httpx.post(
+        f"{page.url}/segment/json",
+        content=photo.read_bytes(),
+        params={"borders": "true", "mask": "polygons"},
+        timeout=60,
+    ).json()
+    tight, generous = (
+        np.array([at for polygon in answer["borders"][name]["polygons"] for at in polygon[0]])
+        for name in ("tight", "generous")
+    )
+    band = page.run(
+        "const { x, y, width, height } = document.getElementById('band').getBBox();"
+        "return [x, y, x + width, y + height]"
+    )
+    assert band == pytest.approx([*generous.min(0), *generous.max(0)], abs=2)
+    nearest = np.argmin(np.hypot(*(generous - tight[0]).T))
+    points = [tight.mean(0), [1, 1], (tight[0] + generous[nearest]) / 2]
+    is_in = page.run(
+        "const band = document.getElementById('band');"
+        "return arguments[0].map(([x, y]) => band.isPointInFill(new DOMPoint(x, y)))",
+        np.array(points).tolist(),
+    )
+    assert is_in == [False, False, True]
+    page.find("borders").send_keys(Keys.SPACE)
+    page.until(lambda: not page.find("band").get_attribute("d"))
+
+
 def test_clean_leaves_one_outline(page: Page, two_lesions: bytes, tmp_path: Path) -> None:
     photo = tmp_path / "two.png"
     photo.write_bytes(two_lesions)
