@@ -82,8 +82,7 @@ _TOLD: dict[type[Problem], tuple[HTTPStatus, str]] = {
     GoingDown: (HTTPStatus.SERVICE_UNAVAILABLE, ""),
     DeadlineExceeded: (
         HTTPStatus.GATEWAY_TIMEOUT,
-        " Send it again when the server is less busy, or allow more time with"
-        " X-Request-Timeout-Ms.",
+        " Send it again when the server is less busy, or allow more time with {deadline}.",
     ),
 }
 """Status of each error of the inference, and what its sender can do."""
@@ -98,8 +97,8 @@ class Told:
     headers: Mapping[str, str]
 
 
-def told(problem: Problem) -> Told:
-    """The status of a problem, its whole text and its headers."""
+def told(problem: Problem, deadline: str = "X-Request-Timeout-Ms") -> Told:
+    """The status of a problem, its whole text and its headers; `deadline` names what sets it."""
     if isinstance(problem, HttpProblem):
         return Told(problem.status, problem.detail, problem.headers)
     status, advice = next(_TOLD[kind] for kind in type(problem).__mro__ if kind in _TOLD)
@@ -108,7 +107,9 @@ def told(problem: Problem) -> Told:
         headers = {"Retry-After": str(problem.retry_after_s)}
         advice = advice.format(retry_after_s=problem.retry_after_s)
         if problem.reason == WOULD_BE_LATE:
-            detail = f"{detail.removesuffix('.')} (X-Request-Timeout-Ms)."
+            detail = f"{detail.removesuffix('.')} ({deadline})."
+    elif isinstance(problem, DeadlineExceeded):
+        advice = advice.format(deadline=deadline)
     elif isinstance(problem, Unavailable):
         headers = {"Retry-After": "1"}
     return Told(status, detail + advice, headers)
@@ -232,7 +233,7 @@ def error_message(
     websocket: WebSocket, problem: Problem, *, frame: int | None = None, dropped: int = 0
 ) -> str:
     """A problem of one frame as a message in JSON; without a frame it ends the stream."""
-    said = told(problem)
+    said = told(problem, "deadline_ms")
     retry_after = said.headers.get("Retry-After")
     error = document(said.status, said.detail, websocket.scope["path"], _request_id(websocket))
     return json.dumps(

@@ -21,7 +21,7 @@ from server.http.errors import BadRequest, HttpProblem, TooManyRequests
 from server.http.problems import error_message, told
 from server.http.segment.masks import encoded
 from server.http.stream.wishes import Wishes
-from server.inference.errors import ClientGone, DeadlineExceeded, Problem
+from server.inference.errors import ClientGone, Problem
 from server.inference.service import Service
 from server.inference.submission import Body, submitted
 from server.observe.stages import Stages
@@ -42,13 +42,6 @@ class Idle(HttpProblem):
 
     status = HTTPStatus.REQUEST_TIMEOUT
     reason = "idle"
-
-
-class _Late(HttpProblem):
-    """A frame had no mask in time."""
-
-    status = HTTPStatus.GATEWAY_TIMEOUT
-    reason = DeadlineExceeded.reason
 
 
 @dataclass
@@ -219,23 +212,17 @@ class Session:
         async def read(_: Callable[[int], None]) -> Body:
             return frame.body
 
-        try:
-            with contextlib.ExitStack() as held:
-                async with (
-                    submitted(
-                        service, self._gone.wait, stages, timeout_s, read, is_there=True
-                    ) as received,
-                    received.work() as work,
-                ):
-                    bare = wishes.frames == "photo"
-                    segmentation = await work.segment(wishes.photo_of, bare=bare)
-                    # A mask of a stream is not drawn over its frame.
-                    answer = await encoded(work, segmentation, self._asked, Body(b""), held)
-        except DeadlineExceeded:
-            raise _Late(
-                f"The frame had no mask within {timeout_s * 1000:g} ms. Send fewer or smaller"
-                " frames, or allow more time with deadline_ms."
-            ) from None
+        with contextlib.ExitStack() as held:
+            async with (
+                submitted(
+                    service, self._gone.wait, stages, timeout_s, read, is_there=True
+                ) as received,
+                received.work() as work,
+            ):
+                bare = wishes.frames == "photo"
+                segmentation = await work.segment(wishes.photo_of, bare=bare)
+                # A mask of a stream is not drawn over its frame.
+                answer = await encoded(work, segmentation, self._asked, Body(b""), held)
         for stage, seconds in stages.seconds.items():
             service.metrics.stage_seconds.labels(stage).observe(seconds)
         head = {
