@@ -24,6 +24,7 @@ from PIL import Image
 
 from benchmarks.percentiles import percentile
 from common.program import Help
+from common.tables import markdown
 from tests.support.attacks import attacks
 from tests.support.launch import ServerProcess, serve
 from tests.support.lesions import drawn_photo
@@ -143,20 +144,20 @@ def main(argv: list[str] | None = None) -> int:
 
 def _table(quiet: list[list[float]], beside: list[list[float]], failed: int) -> str:
     """Latencies of good photos, ms by turn, alone and beside the attack."""
-    lines = ["| good photos | p50, ms | p99, ms | masks | other answers |", "|---|--:|--:|--:|--:|"]
+    rows = []
     for name, turns in (("alone", quiet), ("beside the attack", beside)):
         p50, p99 = (
             statistics.median(percentile(taken, share) for taken in turns) for share in (0.5, 0.99)
         )
-        lines.append(f"| {name} | {p50:.1f} | {p99:.1f} | {sum(map(len, turns))} | |")
+        rows.append((name, f"{p50:.1f}", f"{p99:.1f}", str(sum(map(len, turns))), ""))
     ratios = [
         statistics.median(
             percentile(b, share) / percentile(q, share) for q, b in zip(quiet, beside, strict=True)
         )
         for share in (0.5, 0.99)
     ]
-    lines.append(f"| ratio | {ratios[0]:.2f} | {ratios[1]:.2f} | | {failed} |")
-    return "\n".join(lines)
+    rows.append(("ratio", f"{ratios[0]:.2f}", f"{ratios[1]:.2f}", "", str(failed)))
+    return markdown(("good photos", "p50, ms", "p99, ms", "masks", "other answers"), rows)
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def table(rows: list[Compared]) -> str:
 
 
 def main() -> int:
-    """Run the command."""
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.browser", description=__doc__, formatter_class=Help
     )

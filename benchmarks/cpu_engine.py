@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 from benchmarks.latency import machine
 from common.program import Help
 from common.stamp import Infer
+from common.tables import markdown
 from engines.plan import Precision
 from server.backends import BackendError, BackendInfo, open_backend
 from server.cores import available_cores
@@ -250,18 +251,18 @@ def measure(
 
 def speed_table(figures: Figures, names: Sequence[str], batches: Sequence[int]) -> str:
     """Milliseconds for an image, and the ratio to stock, as Markdown."""
-    lines = [
-        "| engine | batch | ms an image, least | median | × stock, least | median | CPU, ms |",
-        "|---|--:|--:|--:|--:|--:|--:|",
-    ]
+    head = (
+        *("engine", "batch", "ms an image, least", "median", "× stock, least", "median"),
+        "CPU, ms",
+    )
+    rows = []
     for size, name in itertools.product(batches, names):
         least, median = figures.wall_ms(name, size)
         stock_least, stock_median = figures.wall_ms(STOCK, size)
-        lines.append(
-            f"| {name} | {size} | {least:.1f} | {median:.1f} | {stock_least / least:.2f} |"
-            f" **{stock_median / median:.2f}** | {figures.cpu_ms(name, size):.1f} |"
-        )
-    return "\n".join(lines)
+        ratios = f"{stock_least / least:.2f}", f"**{stock_median / median:.2f}**"
+        cpu_ms = f"{figures.cpu_ms(name, size):.1f}"
+        rows.append((name, str(size), f"{least:.1f}", f"{median:.1f}", *ratios, cpu_ms))
+    return markdown(head, rows)
 
 
 def disturbance(others: Sequence[float]) -> str:

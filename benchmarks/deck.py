@@ -24,8 +24,6 @@ from server.cores import available_cores
 from server.http.uploads import FIELD
 from tests.support.expected import Expected
 
-__all__ = ["Card", "Deck", "bare_network_ms", "deal", "generated", "given"]
-
 # Width, height, format, and how many of the 24 cards: mostly small JPEGs, as are the photos of
 # dermatoscopes, and the copies that applications send of them.
 MIX = (

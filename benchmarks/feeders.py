@@ -26,12 +26,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from benchmarks.latency import machine
 from benchmarks.peers.client import closed_loop, post
 from common.program import Help
+from common.tables import markdown
 from photos.image import read_photo
 from tests.support.launch import ServerProcess, serve
 from tests.support.lesions import drawn_photo
 from tests.support.waiting import until
-
-__all__ = ["ARRANGEMENTS", "Round", "measure", "table"]
 
 ARRANGEMENTS = {
     "one process": (),
@@ -114,22 +113,23 @@ def decode_us(photo: bytes, turns: int = 200) -> float:
 
 def table(rounds: dict[str, list[Round]], decoding_us: float) -> str:
     """The medians as a Markdown table."""
-    lines = ["| " + " | ".join(_HEAD) + " |", "|---" + "|--:" * (len(_HEAD) - 1) + "|"]
+    rows = []
     for name, mine in rounds.items():
         http_us = statistics.median(found.http_us for found in mine)
         network_us = statistics.median(found.network_us for found in mine)
         rest_us = http_us + network_us - decoding_us
-        cells = (
-            name,
-            f"{statistics.median(found.photos_per_s for found in mine):.0f}",
-            f"{http_us:.0f}",
-            f"{network_us:.0f}" if network_us else "–",
-            f"{http_us + network_us:.0f}",
-            f"{rest_us:.0f}",
-            f"{_CORES * 1e6 / rest_us:,.0f}",
+        rows.append(
+            (
+                name,
+                f"{statistics.median(found.photos_per_s for found in mine):.0f}",
+                f"{http_us:.0f}",
+                f"{network_us:.0f}" if network_us else "–",
+                f"{http_us + network_us:.0f}",
+                f"{rest_us:.0f}",
+                f"{_CORES * 1e6 / rest_us:,.0f}",
+            )
         )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return markdown(_HEAD, rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

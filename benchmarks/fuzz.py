@@ -39,8 +39,6 @@ from tests.support.lesions import encode_photo, lesion_photo
 from tests.support.phones import FORMATS as PHONE_FORMATS
 from tests.support.phones import encode_phone, is_here, turned
 
-__all__ = ["Report", "fuzz"]
-
 _SLOW_S = 2.0
 _MOST_PEAK_MIB = 256.0
 _HANG_S = 60.0

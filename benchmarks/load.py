@@ -246,7 +246,7 @@ def run(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command."""
+    """Load the server, and write the report."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.load",
         description=__doc__,

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Kind", "Report", "Scenario", "Step"]
-
 Scenario = Literal["ramp", "open loop", "burst", "priority"]
 
 

@@ -13,8 +13,6 @@ from benchmarks.load_figures import Report, Step
 from benchmarks.pages import Block, Heading, Plot, Table, write_pages
 from server.observe.stages import STAGES
 
-__all__ = ["write_report"]
-
 _BLUE, _ORANGE, _RED, _GREY = "#1f6feb", "#d97706", "#c2263d", "#8b949e"
 _STAGE_COLOURS = {
     "read": "#a5d6ff",

@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-__all__ = ["Block", "Heading", "Plot", "Table", "write_pages"]
+from common.tables import markdown
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,7 @@ def _markdown(block: Block) -> str:
         case Heading(text):
             return f"## {text}"
         case Table(head, rows):
-            lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
-            return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            return markdown(head, rows)
         case Plot(name, caption):
             return f"![{caption}]({name}.svg)"
         case _:

@@ -36,8 +36,6 @@ from server.inference.batching import Batcher
 from server.observe.metrics import Metrics
 from server.settings import SHIPPED_MODEL
 
-__all__ = ["ARRIVALS", "STEPS", "Comparison", "Copies", "compare", "queue_us"]
-
 STEPS = ("decode", "mask", "encode")
 """Bytes → network's pixels; network's probability → mask of the photo's size; mask → PNG."""
 

@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-__all__ = ["percentile"]
-
 
 def percentile(values: Sequence[float], share: float) -> float:
     """The smallest value that `share` of all are not above (nearest rank); 0 if there are none."""

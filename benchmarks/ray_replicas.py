@@ -31,8 +31,6 @@ from server.settings import Settings
 from tests.support.launch import serve
 from tests.support.ray_cluster import GATEWAY, PROXY, SEGMENTER, RayService, ray_service
 
-__all__ = ["Figures", "measure", "report"]
-
 REPLICAS = (1, 2, 4)
 
 

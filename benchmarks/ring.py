@@ -27,6 +27,7 @@ import numpy as np
 from benchmarks.latency import machine
 from benchmarks.path import Copies
 from common.program import Help
+from common.tables import markdown
 from photos.image import MODEL_SIZE
 from server.inference.service import Service
 from server.inference.sharing.feeder import Address, Link
@@ -35,10 +36,19 @@ from server.inference.sharing.owner import SharedService
 from server.observe.metrics import Metrics
 from server.settings import Settings
 
-__all__ = ["Part", "measure", "table"]
-
 _FEEDERS = (0, 1, 2, 4)
 """Numbers of feeders; 0 is one process that runs the network itself."""
+
+
+_HEAD = (
+    "feeders",
+    "photos/s",
+    "photos in a run",
+    "feeder, µs of CPU a photo",
+    "owner",
+    "its loop",
+    "photos/s of one loop",
+)
 
 
 @dataclass(frozen=True)
@@ -170,26 +180,23 @@ def _part(parts: Sequence[dict[str, float]], owner: dict[str, float]) -> Part:
 
 def table(rounds: dict[int, list[Part]]) -> str:
     """The medians as a Markdown table."""
-    lines = [
-        "| feeders | photos/s | photos in a run | feeder, µs of CPU a photo | owner | its loop |"
-        " photos/s of one loop |",
-        "|--:" * 7 + "|",
-    ]
+    rows = []
     for feeders, parts in rounds.items():
         per_s, together, feeder_us, owner_us, loop_us = (
             statistics.median(getattr(part, field.name) for part in parts) for field in fields(Part)
         )
-        cells = (
-            str(feeders or "one process"),
-            f"{per_s:,.0f}",
-            f"{together:.0f}",
-            f"{feeder_us:.0f}",
-            f"{owner_us:.0f}" if feeders else "–",
-            f"{loop_us:.0f}",
-            f"{1e6 / loop_us:,.0f}",
+        rows.append(
+            (
+                str(feeders or "one process"),
+                f"{per_s:,.0f}",
+                f"{together:.0f}",
+                f"{feeder_us:.0f}",
+                f"{owner_us:.0f}" if feeders else "–",
+                f"{loop_us:.0f}",
+                f"{1e6 / loop_us:,.0f}",
+            )
         )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return markdown(_HEAD, rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

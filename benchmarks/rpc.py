@@ -24,8 +24,6 @@ from benchmarks.turns import compared
 from common.program import Help
 from tests.support.launch import ServerProcess, free_port, serve
 
-__all__ = ["LOADS", "Load", "compare"]
-
 
 @dataclass(frozen=True)
 class Load:

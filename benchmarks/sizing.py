@@ -17,8 +17,6 @@ from pathlib import Path
 
 from common.program import Help
 
-__all__ = ["Cost", "Prices", "read_costs", "tables"]
-
 HEADROOM = 0.7
 """Share of a server's throughput at which it still answers about as fast as an idle one."""
 

@@ -33,8 +33,6 @@ from common.program import Help
 from server.settings import Settings
 from tests.support.launch import ServerProcess, serve
 
-__all__ = ["Soak", "soak"]
-
 DEADLINE_MS = 2000
 BULK_DEADLINE_MS = 10_000
 OVERLOAD = 1.5

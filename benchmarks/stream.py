@@ -35,8 +35,6 @@ from common.program import Help
 from tests.support.launch import ServerProcess, serve
 from tests.support.lesions import lesion_photo
 
-__all__ = ["WAYS", "Figures", "frames_of", "measure", "table"]
-
 CLIENTS = (1, 4, 16)
 
 WAYS = ("HTTP", "stream", "stream, 2 in flight")

@@ -35,7 +35,7 @@ Step = Callable[[], float]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command."""
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.training",
         description=__doc__,

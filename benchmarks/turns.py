@@ -3,8 +3,6 @@
 import statistics
 from collections.abc import Callable, Sequence
 
-__all__ = ["compared"]
-
 
 def compared(
     first: Callable[[], Sequence[float]], second: Callable[[], Sequence[float]], turns: int

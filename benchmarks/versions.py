@@ -36,8 +36,6 @@ from tests.support import ROOT
 from tests.support.launch import ServerProcess, serve
 from tests.support.lesions import lesion_photo
 
-__all__ = ["Load", "compare"]
-
 _SMALL = (600, 450)
 _LARGE = (3024, 2016)
 _PHOTOS = 20

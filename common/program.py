@@ -3,6 +3,8 @@
 import argparse
 import sys
 
+__all__ = ["Help", "program"]
+
 
 def program(module: str) -> str:
     """`slsnet COMMAND` if it was called so, else `python -m MODULE`."""

@@ -1,12 +1,13 @@
-"""Text in CSV tables that people open in spreadsheets.
+"""Tables as text: CSV that people open in spreadsheets, and Markdown.
 
-It is hand-written because the standard library's writer neither guards against formulas nor quotes
+CSV is hand-written because the standard library's writer neither guards against formulas nor quotes
 a lone carriage return.
 """
 
 import re
+from collections.abc import Iterable, Sequence
 
-__all__ = ["csv_line", "from_cell", "to_cell"]
+__all__ = ["csv_line", "from_cell", "markdown", "to_cell"]
 
 # Characters that make a spreadsheet take a cell for a formula, also behind blanks and in full
 # width; and the apostrophe itself, so that different texts make different cells.
@@ -26,6 +27,12 @@ def from_cell(cell: str) -> str:
 def csv_line(cells: list[object]) -> str:
     """A row, with quotes where they are needed; text goes through `to_cell`, None is empty."""
     return ",".join(map(_quoted, cells)) + "\n"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, whose columns after the first one hold figures."""
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _quoted(cell: object) -> str:

@@ -13,8 +13,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SHIPPED", "main", "verdict"]
-
 _ROOT = Path(__file__).parent.parent
 # gRPC, traces and Ray are installed by who wants them; all else is in an image.
 SHIPPED = (

@@ -248,7 +248,7 @@ def _range(values: Sequence[int]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command."""
+    """Train what is missing, and write the report."""
     parser = argparse.ArgumentParser(
         prog="python -m model.ablate",
         description=__doc__,

@@ -84,7 +84,7 @@ def average(runs: list[Path], data: Path, out: Path, cache: Path) -> dict[str, f
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command."""
+    """Average, score and write the weights."""
     parser = argparse.ArgumentParser(
         prog="python -m model.average",
         description=__doc__,

@@ -138,7 +138,7 @@ def _figure(values: NDArray[np.float64], sign: str = "") -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command."""
+    """Compare, and print the tables."""
     parser = argparse.ArgumentParser(
         prog="python -m model.compare",
         description=__doc__,

@@ -22,8 +22,6 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-__all__ = ["SIDE", "SKIN_TONES", "Conditions", "conditions", "lab"]
-
 SIDE = 256
 """Side of the square that the detectors look at, pixels."""
 

@@ -73,7 +73,7 @@ def draw(files: Sequence[Path], out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command."""
+    """Read the histories, and draw."""
     parser = argparse.ArgumentParser(
         prog="python -m model.curves",
         description=__doc__,

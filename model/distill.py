@@ -62,7 +62,7 @@ def predict(network: nn.Module, images: Tensor, size: int, side: int) -> Tensor:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command."""
+    """Judge every image, and write the file."""
     parser = argparse.ArgumentParser(
         prog="python -m model.distill",
         description=__doc__,

@@ -9,8 +9,6 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-__all__ = ["groups"]
-
 _SIDE = 16
 """The compared thumbnails have this side, in pixels."""
 

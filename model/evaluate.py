@@ -401,7 +401,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command."""
+    """Score, and print or write what is asked for."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if not 0 <= options.threshold <= 1:

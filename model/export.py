@@ -216,7 +216,7 @@ def _forget_origin(model: onnx.ModelProto) -> None:
 
 
 def main() -> None:
-    """Run the command."""
+    """Export, check and write the file."""
     parser = argparse.ArgumentParser(
         prog=program("model.export"),
         description=__doc__,

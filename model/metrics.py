@@ -12,23 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = [
-    "METRICS",
-    "THRESHOLD_JACCARD",
-    "Calibration",
-    "Confusion",
-    "accuracy",
-    "count",
-    "count_packed",
-    "dice",
-    "jaccard",
-    "macro_average",
-    "sensitivity",
-    "specificity",
-    "stack",
-    "threshold_jaccard",
-]
-
 Counts = NDArray[np.int64]
 Figures = NDArray[np.float64]
 

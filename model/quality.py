@@ -338,7 +338,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command."""
+    """Make a table, or test one."""
     parser = _parser()
     options = parser.parse_args(arguments)
     try:

@@ -25,8 +25,6 @@ from model.truth import is_lesion, read_truth
 from model.variations import ROTATIONS, VARIATIONS, rotated
 from photos.image import lesion_mask, read_photo, unpack_mask
 
-__all__ = ["Group", "write_report"]
-
 FEW = 10
 """A group of fewer photos is too small for a judgement."""
 

@@ -31,7 +31,7 @@ from model.truth import DataError
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command."""
+    """Train, or go on with a run."""
     parser = argparse.ArgumentParser(
         prog=program("model.train"),
         description=__doc__,

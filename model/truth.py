@@ -15,8 +15,6 @@ from PIL import Image, ImageFile, ImageOps
 from photos import formats
 from photos.image import FORMATS
 
-__all__ = ["IMAGE_SUFFIXES", "DataError", "find_masks", "find_photos", "is_lesion", "read_truth"]
-
 LESION_ABOVE = 128
 """A mask's grey value (of 255) above this is lesion, as in the official scorer."""
 

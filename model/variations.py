@@ -12,8 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-__all__ = ["ROTATIONS", "VARIATIONS", "rotated"]
-
 Pixels = NDArray[np.uint8]
 
 

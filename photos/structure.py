@@ -249,7 +249,7 @@ class _Directory:
     """The tags of a TIFF directory, none of them unpacked."""
 
     def __init__(self, data: bytes, at: int, *, order: str, big: bool) -> None:
-        self._data, self._order, self._big = data, order, big
+        self._data, self._order = data, order
         self._tags: dict[int, tuple[int, int, int]] = {}
         (tags,) = struct.unpack_from(order + ("Q" if big else "H"), data, at)
         if tags > _MAX_TAGS:

@@ -93,7 +93,7 @@ def read_ranges(onnx_path: Path, calibration: Path | None = None) -> dict[str, f
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command."""
+    """Measure, and write the ranges."""
     parser = argparse.ArgumentParser(
         formatter_class=Help, prog="python -m trt_build.calibrate", description=__doc__
     )

@@ -207,7 +207,7 @@ def table(results: Sequence[Parity]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command."""
+    """Compare; the exit code is 1 if they differ too much, 2 if they cannot be compared."""
     parser = argparse.ArgumentParser(
         prog="python -m trt_build.parity",
         description=__doc__,

@@ -189,7 +189,7 @@ class Run:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command."""
+    """Measure, and write the report."""
     parser = _parser()
     options = parser.parse_args(arguments)
     plan = QUICK if options.quick else FULL

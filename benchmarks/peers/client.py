@@ -16,18 +16,6 @@ from typing import NamedTuple, cast
 
 import uvloop
 
-__all__ = [
-    "LOST",
-    "Answer",
-    "Connection",
-    "Load",
-    "at_once",
-    "closed_loop",
-    "open_loop",
-    "post",
-    "until_closed",
-]
-
 LOST = 0
 """Status of a request that was sent, or was due, but got no complete answer."""
 

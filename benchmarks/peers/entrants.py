@@ -9,8 +9,6 @@ from pathlib import Path
 
 from benchmarks.peers.client import post
 
-__all__ = ["ENTRANTS", "OURS", "Entrant"]
-
 OURS = "slsnet"
 """This server, with its defaults."""
 

@@ -9,31 +9,6 @@ from benchmarks.peers.client import LOST, Answer, Load
 from benchmarks.peers.entrants import ENTRANTS, OURS, Entrant
 from benchmarks.percentiles import percentile
 
-__all__ = [
-    "CLIENTS",
-    "LARGE",
-    "NETWORKS",
-    "STOCK",
-    "STOP_S",
-    "Aim",
-    "BadPhoto",
-    "Bare",
-    "Comparison",
-    "Missing",
-    "Network",
-    "Overload",
-    "PhotoPath",
-    "Setting",
-    "Step",
-    "Stop",
-    "Value",
-    "Visit",
-    "bad_photo_of",
-    "overload_of",
-    "step_of",
-    "stop_of",
-]
-
 Network = Literal["real", "stub 0 ms", "stub 5 ms"]
 CLIENTS = (1, 8, 32, 128)
 """Numbers of clients in a closed loop."""

@@ -46,17 +46,6 @@ from photos.image import lesion_mask, read_photo, unpack_mask
 from server.cores import available_cores
 from trt_build.parity import mask_iou
 
-__all__ = [
-    "Deck",
-    "Masks",
-    "Plan",
-    "layout",
-    "measure_bare",
-    "measure_path",
-    "measure_stock",
-    "visit",
-]
-
 _STUB_MS: dict[Network, float | None] = {"stub 0 ms": 0, "stub 5 ms": 5, "real": None}
 
 _SAME_MASK_IOU = 0.9

@@ -28,8 +28,7 @@ from benchmarks.peers.figures import Overload, overload_of
 from benchmarks.peers.measure import layout
 from benchmarks.peers.processes import Unavailable, end_on_signals, prepare, python_of, running
 from common.program import Help
-
-__all__ = ["Round", "table"]
+from common.tables import markdown
 
 _STUB_MS = 5
 _TIMES = (1.0, 2.0, 10.0)
@@ -91,7 +90,7 @@ def measure(entrant: Entrant, python: Path, times: Sequence[float], seconds: flo
 
 def table(rounds: Sequence[Round], times: Sequence[float]) -> str:
     """The medians as a Markdown table."""
-    rows = [list(_HEAD)]
+    rows = []
     of = {name: [f for f in rounds if f.entrant == name] for name in (f.entrant for f in rounds)}
     for multiple in times:
         goodput = {
@@ -118,12 +117,11 @@ def table(rounds: Sequence[Round], times: Sequence[float]) -> str:
                     f"{statistics.median(found.generator_cores[multiple] for found in mine):.2f}",
                 ]
             )
-    rows.insert(1, ["---", *["--:"] * (len(rows[0]) - 1)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(_HEAD, rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command."""
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.peers.overload",
         description=__doc__,

@@ -21,8 +21,6 @@ from pathlib import Path
 from benchmarks.peers.client import LOST, at_once
 from benchmarks.peers.entrants import Entrant
 
-__all__ = ["Running", "Unavailable", "end_on_signals", "prepare", "python_of", "running"]
-
 ROOT = Path(__file__).parents[2]
 _ENVIRONMENTS = Path(__file__).parent / ".envs"
 _SERVERS = Path(__file__).parent / "servers"

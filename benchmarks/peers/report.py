@@ -24,8 +24,6 @@ from benchmarks.peers.figures import (
 )
 from benchmarks.peers.servers.handler import MAX_BATCH
 
-__all__ = ["write_report"]
-
 _NONE = "–"
 _LABELS = {entrant.name: entrant.label for entrant in ENTRANTS}
 _COLOURS = {

@@ -92,7 +92,7 @@ def _name_musl_as_its_systems_do(folder: Path, wheel: str, processor: str) -> No
 
 
 def main() -> None:
-    """Run the command."""
+    """Build and check each wheel."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

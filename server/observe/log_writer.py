@@ -58,7 +58,6 @@ class LogWriter(io.TextIOBase):
         return len(text)
 
     def writable(self) -> bool:
-        """Always true."""
         return True
 
     def fileno(self) -> int:

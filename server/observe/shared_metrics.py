@@ -55,7 +55,7 @@ class Folder:
         # The lock gets its name once it is held: until then nobody removes the folder.
         unlocked = self.path / "unlocked"
         self.lock = os.open(unlocked, os.O_RDWR | os.O_CREAT, 0o600)
-        """File descriptor."""
+        """File descriptor of the lock, which the folder belongs to while it is held."""
         fcntl.flock(self.lock, fcntl.LOCK_EX)
         unlocked.rename(self.path / _LOCK)
 

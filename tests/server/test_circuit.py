@@ -41,9 +41,9 @@ class Fragile:
         pass
 
 
-def test_a_backend_that_keeps_failing_is_left_alone_until_it_is_brought_back(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def fragile(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, list[Fragile]]:
+    """What breaks the backends that a server opens, and these backends."""
     broken = threading.Event()
     opened: list[Fragile] = []
 
@@ -52,6 +52,13 @@ def test_a_backend_that_keeps_failing_is_left_alone_until_it_is_brought_back(
         return opened[-1]
 
     monkeypatch.setattr(loading, "open_backend", open_fragile)
+    return broken, opened
+
+
+def test_a_backend_that_keeps_failing_is_left_alone_until_it_is_brought_back(
+    fragile: tuple[threading.Event, list[Fragile]],
+) -> None:
+    broken, opened = fragile
     app, _ = create_app(Settings(backend="onnxruntime"))
     with serve_app(app) as client:
 
@@ -114,15 +121,10 @@ def test_a_backend_that_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch) ->
     # What hangs does not hold up the end.
 
 
-def test_single_failures_leave_the_backend_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = threading.Event()
-    opened: list[Fragile] = []
-
-    def open_fragile(*_: Any, **__: Any) -> Fragile:
-        opened.append(Fragile(broken))
-        return opened[-1]
-
-    monkeypatch.setattr(loading, "open_backend", open_fragile)
+def test_single_failures_leave_the_backend_in_use(
+    fragile: tuple[threading.Event, list[Fragile]],
+) -> None:
+    broken, opened = fragile
     app, _ = create_app(Settings(backend="onnxruntime"))
     with serve_app(app) as client:
         until(lambda: backend_of(client) == "fragile")

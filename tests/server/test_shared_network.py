@@ -25,7 +25,7 @@ from server.process import supervisor
 from server.settings import Settings
 from tests.support import MODEL
 from tests.support.answers import assert_problem, figures
-from tests.support.clients import masks_of, sending
+from tests.support.clients import masks_of, sending, terminate_under_load
 from tests.support.launch import ServerProcess, serve
 from tests.support.lesions import drawn_photo
 from tests.support.samples import Sample
@@ -124,13 +124,7 @@ def test_an_owner_that_dies_is_told_at_once_and_replaced(shared: ServerProcess) 
 def test_sigterm_loses_nothing(shared: ServerProcess, photos: list[Sample]) -> None:
     everybody = psutil.Process(shared.process.pid).children()
     assert len(everybody) == 3
-    masks = masks_of(shared, photos[:6])
-    with sending(shared, photos, masks) as ledgers:
-        until(lambda: all(ledger.right > 2 for ledger in ledgers))
-        shared.terminate()
-        until(lambda: all(ledger.is_refused for ledger in ledgers))
-        assert shared.wait() == 0
-    assert [ledger.wrong for ledger in ledgers] == [[]] * 6
+    terminate_under_load(shared, photos[:6])
     assert not any(child.is_running() for child in everybody)
 
 

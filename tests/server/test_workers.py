@@ -18,7 +18,7 @@ import pytest
 from server.observe.shared_metrics import Folder
 from tests.support import ROOT
 from tests.support.answers import figures
-from tests.support.clients import masks_of, sending
+from tests.support.clients import terminate_under_load
 from tests.support.launch import ServerProcess, free_port, serve
 from tests.support.samples import Sample
 from tests.support.waiting import until
@@ -90,13 +90,7 @@ def test_sigterm_drains_all_workers_and_loses_nothing(
 ) -> None:
     folder = metrics_folder(pair)
     children = workers(pair)
-    masks = masks_of(pair, photos[:6])
-    with sending(pair, photos, masks) as ledgers:
-        until(lambda: all(ledger.right > 2 for ledger in ledgers))
-        pair.terminate()
-        until(lambda: all(ledger.is_refused for ledger in ledgers))
-        assert pair.wait() == 0
-    assert [ledger.wrong for ledger in ledgers] == [[]] * 6
+    terminate_under_load(pair, photos[:6])
     assert not any(child.is_running() for child in children)
     assert not folder.exists()
 

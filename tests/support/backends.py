@@ -1,11 +1,44 @@
 """Backends that a test can tell what to do."""
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from server.backends import BackendInfo, Images
+from server.backends import BackendError, BackendInfo, Images
+
+POISON = 255
+"""A batch with an image of this value fails in a `Held`."""
+
+
+class Held:
+    """Answers each image with its own first value, when it is let."""
+
+    def __init__(self, info: BackendInfo, wait: Callable[[], bool]) -> None:
+        """Each batch calls `wait`, which returns once it may end; False means never."""
+        self.info = info
+        self._wait = wait
+        self.batches: list[list[int]] = []
+        self.closed = False
+
+    def describe(self) -> BackendInfo:
+        return self.info
+
+    def warm_up(self) -> None:
+        pass
+
+    def infer(self, batch: Images) -> NDArray[np.float32]:
+        values = [int(image[0, 0, 0]) for image in batch]
+        self.batches.append(values)
+        assert self._wait()
+        assert not self.closed
+        if POISON in values:
+            raise BackendError("poisoned")
+        return np.stack([np.full((128, 128), value / 255, np.float32) for value in values])
+
+    def close(self) -> None:
+        self.closed = True
 
 
 class Constant:

@@ -10,6 +10,7 @@ import httpx
 
 from tests.support.launch import ServerProcess
 from tests.support.samples import Sample
+from tests.support.waiting import until
 
 
 @dataclass
@@ -30,6 +31,17 @@ def masks_of(server: ServerProcess, photos: list[Sample]) -> list[bytes]:
     # Or nobody would see that two were mixed up.
     assert len(set(masks)) == len(masks)
     return masks
+
+
+def terminate_under_load(server: ServerProcess, photos: list[Sample]) -> None:
+    """End a server that clients send to: it answers all that it takes, and exits with 0."""
+    masks = masks_of(server, photos)
+    with sending(server, photos, masks) as ledgers:
+        until(lambda: all(ledger.right > 2 for ledger in ledgers))
+        server.terminate()
+        until(lambda: all(ledger.is_refused for ledger in ledgers))
+        assert server.wait() == 0
+    assert [ledger.wrong for ledger in ledgers] == [[]] * len(photos)
 
 
 @contextlib.contextmanager

@@ -188,6 +188,7 @@ class _Answers:
             finally:
                 for task in at_work:
                     task.cancel()
+                await asyncio.gather(*at_work, return_exceptions=True)
 
     def _most_at_work(self) -> int:
         asked, info = self._asked, self._service.backend

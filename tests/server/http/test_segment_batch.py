@@ -261,6 +261,7 @@ def test_photos_of_who_hung_up_are_not_run(server: ServerProcess) -> None:
     until(lambda: figures(server)["slsnet_requests_in_flight"] == 0)
     assert figures(server)["slsnet_batch_size_sum"] - before < count / 2
     assert figures(server)["slsnet_bytes_in_flight"] == 0
+    assert "never retrieved" not in server.log()
 
 
 def test_polygons_and_size_are_those_of_segment(

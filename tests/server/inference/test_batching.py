@@ -15,39 +15,21 @@ from server.inference import batching
 from server.inference.batching import FAILURES, Batcher, Inference
 from server.inference.errors import ClientGone, DeadlineExceeded, InferenceFailed, Unavailable
 from server.observe.metrics import Metrics
+from tests.support.backends import POISON, Held
 
 FAR = time.perf_counter() + 3600
-POISON = 255
 """A batch with an image of this value fails."""
 
 
-class HeldBackend:
-    """Answers each image with its own first value, when it is let."""
+class HeldBackend(Held):
+    """It ends a batch for each permit of its gate."""
 
     def __init__(self, *, slots: int = 1, buckets: tuple[int, ...] = ()) -> None:
-        self.info = BackendInfo(
-            "held", "1", "cpu", "fp32", max_batch=4, slots=slots, buckets=buckets
-        )
         self.gate = threading.Semaphore(0)
-        self.batches: list[list[int]] = []
-        self.closed = False
-
-    def describe(self) -> BackendInfo:
-        return self.info
-
-    def warm_up(self) -> None:
-        pass
-
-    def infer(self, batch: Images) -> NDArray[np.float32]:
-        values = [int(image[0, 0, 0]) for image in batch]
-        self.batches.append(values)
-        assert self.gate.acquire(timeout=60)
-        if POISON in values:
-            raise BackendError("poisoned")
-        return np.stack([np.full((128, 128), value / 255, np.float32) for value in values])
-
-    def close(self) -> None:
-        self.closed = True
+        super().__init__(
+            BackendInfo("held", "1", "cpu", "fp32", max_batch=4, slots=slots, buckets=buckets),
+            lambda: self.gate.acquire(timeout=60),
+        )
 
 
 def image(value: int) -> NDArray[np.uint8]:

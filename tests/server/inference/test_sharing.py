@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
-from server.backends import BackendError, BackendInfo, Images
+from server.backends import BackendError, BackendInfo
 from server.inference.batching import FAILURES, Inference
 from server.inference.errors import ClientGone, DeadlineExceeded, InferenceFailed, Unavailable
 from server.inference.service import Service
@@ -23,16 +22,16 @@ from server.inference.sharing.memory import BULK_SLOTS, INTERACTIVE_SLOTS, Slots
 from server.inference.sharing.owner import SharedService
 from server.observe.metrics import Metrics
 from server.settings import Settings
-
-POISON = 255
-"""A batch with an image of this value fails."""
+from tests.support.backends import POISON, Held
 
 
-class Held:
-    """Answers each image with its own first value, while it is let."""
+class OpenBackend(Held):
+    """It ends batches while it is open."""
 
     def __init__(self, name: str = "held", most: int = 4) -> None:
-        self.info = BackendInfo(
+        self.open = threading.Event()
+        self.open.set()
+        info = BackendInfo(
             name,
             "1",
             "a GPU",
@@ -42,28 +41,7 @@ class Held:
             model={"version": name},
             file_sha256=name,
         )
-        self.open = threading.Event()
-        self.open.set()
-        self.batches: list[list[int]] = []
-        self.closed = False
-
-    def describe(self) -> BackendInfo:
-        return self.info
-
-    def warm_up(self) -> None:
-        pass
-
-    def infer(self, batch: Images) -> NDArray[np.float32]:
-        values = [int(image[0, 0, 0]) for image in batch]
-        self.batches.append(values)
-        assert self.open.wait(60)
-        assert not self.closed
-        if POISON in values:
-            raise BackendError("poisoned")
-        return np.stack([np.full((128, 128), value / 255, np.float32) for value in values])
-
-    def close(self) -> None:
-        self.closed = True
+        super().__init__(info, lambda: self.open.wait(60))
 
 
 class Shared:
@@ -101,7 +79,7 @@ class Shared:
 
 
 @contextlib.asynccontextmanager
-async def shared(folder: Path, backend: Held, count: int = 1) -> AsyncIterator[Shared]:
+async def shared(folder: Path, backend: OpenBackend, count: int = 1) -> AsyncIterator[Shared]:
     """All of them, ready."""
     pair = Shared(SharedService(Settings(), Metrics(), []), folder, count)
     server = await asyncio.get_running_loop().create_server(pair.owner.listen, sock=pair.listener)
@@ -159,7 +137,7 @@ def dropped(service: Service, reason: str) -> float:
 
 def test_photos_of_all_feeders_run_together_and_each_gets_its_own_answer(tmp_path: Path) -> None:
     async def scenario() -> None:
-        backend = Held()
+        backend = OpenBackend()
         async with shared(tmp_path, backend, 2) as pair:
             backend.open.clear()
             first = ask(pair.feeders[0], 1)
@@ -178,7 +156,7 @@ def test_photos_of_all_feeders_run_together_and_each_gets_its_own_answer(tmp_pat
 
 def test_more_photos_than_slots_are_answered_in_their_order(tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with shared(tmp_path, Held()) as pair:
+        async with shared(tmp_path, OpenBackend()) as pair:
             values = [n % POISON for n in range(2 * INTERACTIVE_SLOTS + 1)]
             assert await ask(pair.feeders[0], *values) == values
             assert await ask(pair.feeders[0], *values, bulk=True) == values
@@ -189,7 +167,7 @@ def test_more_photos_than_slots_are_answered_in_their_order(tmp_path: Path) -> N
 @pytest.mark.parametrize("reason", ["client_gone", "abandoned"])
 def test_photos_that_nobody_waits_for_free_their_slots(tmp_path: Path, reason: str) -> None:
     async def scenario() -> None:
-        backend = Held()
+        backend = OpenBackend()
         async with shared(tmp_path, backend) as pair:
             (feeder,) = pair.feeders
             backend.open.clear()
@@ -222,7 +200,7 @@ def test_photos_that_nobody_waits_for_free_their_slots(tmp_path: Path, reason: s
 
 def test_a_deadline_holds_at_the_owner_too(tmp_path: Path) -> None:
     async def scenario() -> None:
-        backend = Held()
+        backend = OpenBackend()
         async with shared(tmp_path, backend) as pair:
             (feeder,) = pair.feeders
             backend.open.clear()
@@ -244,7 +222,7 @@ def test_a_deadline_holds_at_the_owner_too(tmp_path: Path) -> None:
 
 def test_a_bad_photo_harms_no_other(tmp_path: Path) -> None:
     async def scenario() -> None:
-        backend = Held()
+        backend = OpenBackend()
         async with shared(tmp_path, backend, 2) as pair:
             backend.open.clear()
             first = ask(pair.feeders[0], 1)
@@ -264,7 +242,7 @@ def test_a_bad_photo_harms_no_other(tmp_path: Path) -> None:
 
 def test_bulk_takes_no_slot_from_others(tmp_path: Path) -> None:
     async def scenario() -> None:
-        backend = Held()
+        backend = OpenBackend()
         async with shared(tmp_path, backend) as pair:
             (feeder,) = pair.feeders
             backend.open.clear()
@@ -287,7 +265,7 @@ def test_bulk_takes_no_slot_from_others(tmp_path: Path) -> None:
 
 def test_a_network_stays_until_the_last_request_that_began_with_it(tmp_path: Path) -> None:
     async def scenario() -> None:
-        old, new = Held("old"), Held("new")
+        old, new = OpenBackend("old"), OpenBackend("new")
         async with shared(tmp_path, old, 2) as pair:
             feeder, other = pair.feeders
             with feeder.networks.pinned() as network:
@@ -308,7 +286,7 @@ def test_a_network_stays_until_the_last_request_that_began_with_it(tmp_path: Pat
 
 def test_what_a_feeder_left_behind_is_dropped(tmp_path: Path) -> None:
     async def scenario() -> None:
-        old, new = Held("old"), Held("new")
+        old, new = OpenBackend("old"), OpenBackend("new")
         async with shared(tmp_path, old, 2) as pair:
             dying, other = pair.feeders
             old.open.clear()
@@ -338,7 +316,7 @@ def test_what_a_feeder_left_behind_is_dropped(tmp_path: Path) -> None:
 
 def test_a_network_that_fails_is_used_by_nobody_until_there_is_another(tmp_path: Path) -> None:
     async def scenario() -> None:
-        backend = Held()
+        backend = OpenBackend()
         async with shared(tmp_path, backend, 2) as pair:
             for _ in range(FAILURES):
                 with pytest.raises((InferenceFailed, Unavailable)):
@@ -351,7 +329,7 @@ def test_a_network_that_fails_is_used_by_nobody_until_there_is_another(tmp_path:
             assert not backend.batches
             await pair.links[0].close()
             latecomer = await pair.join(0)
-            await pair.owner.use(Held("another"))
+            await pair.owner.use(OpenBackend("another"))
             await pair.settle(lambda: latecomer.is_ready and pair.feeders[1].is_ready)
             assert await ask(pair.feeders[1], 2) == [2]
             assert await ask(latecomer, 3) == [3]
@@ -361,7 +339,7 @@ def test_a_network_that_fails_is_used_by_nobody_until_there_is_another(tmp_path:
 
 def test_all_feeders_together_decode_as_far_ahead_as_one_would(tmp_path: Path) -> None:
     async def scenario() -> None:
-        backend = Held(most=64)
+        backend = OpenBackend(most=64)
         async with shared(tmp_path, backend, 4) as pair:
             feeder = pair.feeders[0]
             decoders = feeder.settings.decoders
@@ -378,13 +356,13 @@ def test_all_feeders_together_decode_as_far_ahead_as_one_would(tmp_path: Path) -
 
 def test_an_administrator_reaches_the_owner(tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with shared(tmp_path, Held()) as pair:
+        async with shared(tmp_path, OpenBackend()) as pair:
             problems: list[BackendError] = []
 
             async def reload() -> None:
                 if problems:
                     raise problems[0]
-                await pair.owner.use(Held("again"))
+                await pair.owner.use(OpenBackend("again"))
 
             pair.owner.reload = reload
             assert (await pair.links[0].load()).name == "again"
@@ -409,7 +387,7 @@ def test_what_speaks_another_language_is_cut_off(
     tmp_path: Path, bytes_sent: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def scenario() -> None:
-        async with shared(tmp_path, Held()) as pair:
+        async with shared(tmp_path, OpenBackend()) as pair:
             reader, writer = await asyncio.open_unix_connection(pair.path)
             writer.write(bytes_sent)
             with contextlib.suppress(ConnectionError):
