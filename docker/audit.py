@@ -20,6 +20,7 @@ SHIPPED = (
     _ROOT / "requirements-grpc.txt",
     _ROOT / "requirements-otel.txt",
     _ROOT / "requirements-heif.txt",
+    _ROOT / "requirements-dicom.txt",
     _ROOT / "requirements-ray.txt",
 )
 

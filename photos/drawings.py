@@ -28,6 +28,7 @@ def overlay(
     image_format: Literal["JPEG", "PNG"] = "JPEG",
     max_pixels: int = DEFAULT_MAX_PIXELS,
     room: Room = always_room,
+    frame: int | None = None,
 ) -> bytes:
     """The photo with its lesion's outline.
 
@@ -36,12 +37,14 @@ def overlay(
         width, height: size of the upright photo, pixels.
         outlines: result of `photos.masks.polygons`, in the photo's pixels.
         image_format: of the result.
-        max_pixels, room: as for `read_photo`.
+        max_pixels, room, frame: as for `read_photo`.
 
     Returns:
         The picture at the photo's size; a larger photo is reduced to `LARGEST_OVERLAY`.
     """
-    picture = upright(data, width, height, LARGEST_OVERLAY, max_pixels=max_pixels, room=room)
+    picture = upright(
+        *(data, width, height, LARGEST_OVERLAY), max_pixels=max_pixels, room=room, frame=frame
+    )
     scale = picture.width / width
     draw = ImageDraw.Draw(picture)
     thick = max(2, round(max(picture.size) / 300))

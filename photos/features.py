@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from photos.image import lesion_mask, unpack_mask
 from photos.masks import Rings
 
-__all__ = ["COLOURS", "Features", "features"]
+__all__ = ["COLOURS", "Features", "convex_hull", "features", "perimeter"]
 
 # Moments and asymmetry are computed on a mask whose longer side has so many pixels: beyond that
 # they change in the third digit.
@@ -119,7 +119,7 @@ def features(
     covariance = np.cov(np.stack([x, y]), bias=True) + np.diag([across**2, down**2]) / 12
     (least, most), axes = np.linalg.eigh(covariance)
     a, b = 4 * math.sqrt(most), 4 * math.sqrt(least)
-    perimeter = sum(_length(ring) for part in outlines for ring in part)
+    length = perimeter(outlines)
 
     def asymmetry(axis: NDArray[np.float64]) -> float:
         along = 2 * (x * axis[0] + y * axis[1])
@@ -127,15 +127,15 @@ def features(
         return 1 - _share_inside(mask, mirrored[0] / across, mirrored[1] / down)
 
     return Features(
-        perimeter=perimeter,
+        perimeter=length,
         major_axis=a,
         minor_axis=b,
         orientation=_degrees(axes[:, 1]),
         eccentricity=math.sqrt(1 - least / most),
         asymmetry_major=asymmetry(axes[:, 1]),
         asymmetry_minor=asymmetry(axes[:, 0]),
-        compactness=perimeter**2 / (4 * math.pi * area),
-        irregularity=perimeter**2 * a * b / (2 * math.pi * (a**2 + b**2) * area),
+        compactness=length**2 / (4 * math.pi * area),
+        irregularity=length**2 * a * b / (2 * math.pi * (a**2 + b**2) * area),
         solidity=min(1.0, area / _hull_area([point for part in outlines for point in part[0]])),
         colours=_shares(inside),
         colour_mean=_triple(inside.mean(axis=0)),
@@ -156,16 +156,26 @@ def _share_inside(mask: NDArray[np.bool_], x: NDArray[np.float64], y: NDArray[np
     return float(np.count_nonzero(hits) / x.size)
 
 
+def perimeter(outlines: Sequence[Rings]) -> float:
+    """Length of all outlines, those of holes too."""
+    return sum(_length(ring) for part in outlines for ring in part)
+
+
 def _length(ring: list[tuple[float, float]]) -> float:
     return sum(math.dist(a, b) for a, b in itertools.pairwise([*ring, ring[0]]))
 
 
 def _hull_area(points: list[tuple[float, float]]) -> float:
-    """The area of the convex hull (monotone chain; Andrew, 1979), at least that of a pixel."""
-    ordered = sorted(set(points))
-    hull = [*_half_hull(ordered), *_half_hull(ordered[::-1])]
+    """The area of the convex hull, at least that of a pixel."""
+    hull = convex_hull(points)
     twice = sum(a[0] * b[1] - a[1] * b[0] for a, b in itertools.pairwise([*hull, hull[0]]))
     return max(1.0, abs(twice) / 2)
+
+
+def convex_hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The corners of the convex hull (monotone chain; Andrew, 1979), each once and in order."""
+    ordered = sorted(set(points))
+    return [*_half_hull(ordered), *_half_hull(ordered[::-1])]
 
 
 def _half_hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

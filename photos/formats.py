@@ -18,7 +18,15 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-__all__ = ["Grey", "foreign", "is_lossless_jpeg", "rare", "refusal", "without_text"]
+__all__ = [
+    "Grey",
+    "foreign",
+    "is_lossless_jpeg",
+    "jpeg_frame",
+    "rare",
+    "refusal",
+    "without_text",
+]
 
 # Tags, by their names in TIFF 6.0.
 _WIDTH, _LENGTH, _BITS, _COMPRESSION, _PHOTOMETRIC, _SAMPLES = 256, 257, 258, 259, 262, 277
@@ -143,8 +151,6 @@ def foreign(data: bytes) -> str | None:
         if brand[:3] in (b"hei", b"hev") or brand in (b"mif1", b"msf1"):
             return "HEIC"
         return "camera raw (CR3)" if brand == b"crx " else "video"
-    if data[128:132] == b"DICM":
-        return "DICOM"
     for magic, name in (
         (b"GIF8", "GIF"),
         (b"\xff\x0a", "JPEG XL"),
@@ -166,7 +172,7 @@ def foreign(data: bytes) -> str | None:
     return None
 
 
-def _jpeg_frame(data: bytes) -> tuple[int, int, int] | None:
+def jpeg_frame(data: bytes) -> tuple[int, int, int] | None:
     """A JPEG's first frame header: marker (SOF0 is C0), bits a sample, components."""
     at = 2
     for _ in range(_MAX_JPEG_SEGMENTS):
@@ -189,7 +195,7 @@ def _jpeg_frame(data: bytes) -> tuple[int, int, int] | None:
 
 def is_lossless_jpeg(data: bytes) -> bool:
     """Whether a JPEG is lossless (SOF3): such a file does not decode at reduced scale."""
-    frame = _jpeg_frame(data)
+    frame = jpeg_frame(data)
     return frame is not None and frame[0] == 0xC3
 
 
@@ -278,7 +284,7 @@ def _is_subsampled(tags: ImageFileDirectory_v2, pixels: int) -> bool:
 def rare(name: str, data: bytes, error: Exception) -> str | None:
     """What to tell the sender of a sound file that is not read; None if it may be damaged."""
     if name == "JPEG":
-        frame = _jpeg_frame(data)
+        frame = jpeg_frame(data)
         if frame is None:
             return None
         marker, bits, components = frame

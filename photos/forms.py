@@ -14,13 +14,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from photos.dicom.process import Spacing
 from photos.drawings import overlay, svg
 from photos.features import Features, features
 from photos.image import DEFAULT_MAX_PIXELS, Room, always_room, encode_grey_png, upsampled
 from photos.masks import Figures, Rings, coco_rle, figures, polygons
+from photos.millimetres import Millimetres, millimetres
 from photos.regions import mask_of
 
-__all__ = ["Form", "Found", "coco_annotation", "encoded", "forms", "measured", "sample_bytes"]
+__all__ = [
+    "Form",
+    "Found",
+    "coco_annotation",
+    "encoded",
+    "forms",
+    "in_millimetres",
+    "measured",
+    "sample_bytes",
+]
 
 # So many samples of a probability map are up-sampled at a time, so that they stay in cache.
 _SAMPLES_AT_ONCE = 1 << 17
@@ -105,6 +116,8 @@ class Found:
     """Whether only the largest region is left, without its holes."""
     pixels: NDArray[np.uint8]
     """uint8 [rows, columns, 3]: the photo as the network saw it."""
+    frame: int | None = None
+    """Which frame of the photo's file it is, as it was asked for."""
 
     @cached_property
     def _shown(self) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
@@ -124,6 +137,16 @@ class Found:
     def lesion(self) -> Figures:
         """The lesion's figures."""
         return figures(self.network, self.probability, self.packed, self.width, self.threshold)
+
+    @cached_property
+    def features(self) -> Features | None:
+        """The lesion's features; None if there is no lesion."""
+        return features(
+            *(self.probability, self.width, self.height, self.threshold),
+            area=self.lesion.area,
+            outlines=self.outlines,
+            pixels=self.pixels,
+        )
 
     @cached_property
     def outlines(self) -> list[Rings]:
@@ -155,6 +178,7 @@ def encoded(
                 image_format="PNG" if form is Form.OVERLAY_PNG else "JPEG",
                 max_pixels=max_pixels,
                 room=room,
+                frame=found.frame,
             )
         case Form.PROBABILITY8 | Form.PROBABILITY16 | Form.NPY:
             with room(width * height):
@@ -173,13 +197,21 @@ def encoded(
 
 def measured(found: Found) -> Features | None:
     """The lesion's features, rounded to what they are worth; None if there is no lesion."""
-    exact = features(
-        *(found.probability, found.width, found.height, found.threshold),
-        area=found.lesion.area,
-        outlines=found.outlines,
-        pixels=found.pixels,
-    )
+    exact = found.features
     return exact and Features(**{name: _rounded(value) for name, value in asdict(exact).items()})
+
+
+def in_millimetres(found: Found, pixel: Spacing) -> Millimetres | None:
+    """The lesion's measures on the skin, rounded as `measured` does; None if there is no lesion.
+
+    Args:
+        found: what was found, at the photo's size.
+        pixel: millimetres of a pixel, across and down.
+    """
+    if found.features is None:
+        return None
+    exact = millimetres(found.features, found.lesion.area, found.outlines, pixel)
+    return Millimetres(**{name: _rounded(value) for name, value in asdict(exact).items()})
 
 
 def coco_annotation(found: Found) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def main() -> int:
     size, orientation, memory, cpu_s = map(int, sys.argv[2:])
     data = sys.stdin.buffer.read()
     opens = _opener(name)
-    _limit(memory, cpu_s)
+    limit(memory, cpu_s)
     try:
         with opens(BytesIO(data)) as image:
             image.load()
@@ -65,8 +65,13 @@ def _opener(name: str) -> type[ImageFile.ImageFile]:
     return pillow_heif.HeifImageFile
 
 
-def _limit(memory: int, cpu_s: int) -> None:
-    """Let the system bound memory and time, where it can."""
+def limit(memory: int, cpu_s: int) -> None:
+    """Let the system bound this process's memory and time, where it can.
+
+    Args:
+        memory: bytes beyond those that the process has taken.
+        cpu_s: seconds of CPU since the process began.
+    """
     # Windows has no such limits. There the parent's clock bounds the time.
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
@@ -76,7 +81,8 @@ def _limit(memory: int, cpu_s: int) -> None:
         with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123 - pathlib is slow to load
             pages = int(file.read().split()[0])
         most = pages * resource.getpagesize() + memory
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        # The hard limit stays, so that a process can ask for more once it knows its photo.
+        resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
 def _over_white(image: Image.Image) -> Image.Image:

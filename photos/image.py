@@ -11,7 +11,7 @@ Errors:
 
     ImageError (ValueError)      the message tells the sender what to do
     ├── UnsupportedImageError    the format is not one of FORMATS
-    │   └── NoDecoderError       it is AVIF or HEIC, and the decoder is not installed
+    │   └── NoDecoderError       it is AVIF, HEIC or DICOM, and the decoder is not installed
     ├── ImageTooLargeError       the header names more pixels than allowed
     └── CorruptImageError        the photo does not decode
 """
@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from photos import formats, heif, pixels, structure
+from photos.dicom import process as dicom
 
 __all__ = [
     "DEFAULT_MAX_PIXELS",
@@ -63,7 +64,8 @@ THRESHOLD = 0.5
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
 """Formats that are read everywhere, by Pillow's names. Beside them `photos.heif` reads AVIF and
-HEIC, where their decoders are installed. Pillow's other decoders never run."""
+HEIC, and `photos.dicom` DICOM, where their decoders are installed. Pillow's other decoders never
+run in this process."""
 
 DEFAULT_MAX_PIXELS = 64_000_000
 """Enough for 61-megapixel sensors (9504×6336). A decoded photo takes up to 4 bytes a pixel, twice
@@ -150,6 +152,10 @@ class Photo:
     """Pixels, after EXIF orientation."""
     orientation: int
     """EXIF orientation that was applied to the stored picture, 1 to 8 (EXIF 2.32, tag 0x0112)."""
+    spacing: dicom.Spacing | None = None
+    """Millimetres of a pixel, across and down, where the photo tells them: only DICOM does."""
+    frame: int | None = None
+    """Which frame of the file it is, as it was asked for."""
 
 
 Room = Callable[[int], AbstractContextManager[None]]
@@ -167,6 +173,7 @@ def read_photo(
     size: int = MODEL_SIZE,
     max_pixels: int = DEFAULT_MAX_PIXELS,
     room: Room = always_room,
+    frame: int | None = None,
 ) -> Photo:
     """Decode a photo of any size to `size`×`size` RGB by area average (Pillow's BOX filter).
 
@@ -175,25 +182,29 @@ def read_photo(
     height too. Any mode becomes RGB. Transparency lies over white. 12- and 16-bit grey is scaled to
     8 bits. Signed, 32-bit and float grey, which has no defined white, is stretched from its least
     to its greatest number. Embedded colour profiles are ignored. The first of several frames or
-    pages is taken. AVIF and HEIC are decoded in a process of their own. Safe to call from several
-    threads.
+    pages is taken, except of DICOM, whose object has to have one frame if `frame` does not name
+    one, from 1. AVIF, HEIC and DICOM are decoded in a process of their own. Safe to call from
+    several threads.
 
     `room` gets the number of pixels and returns a context manager. It is entered before memory is
     taken for the pixels, so that photos that are decoded at once can wait for each other there.
 
     Raises:
-        UnsupportedImageError: the format is not one of `FORMATS`, nor AVIF or HEIC with their
-            decoders installed.
+        UnsupportedImageError: the format is not one of `FORMATS`, nor AVIF, HEIC or DICOM with
+            their decoders installed; or a DICOM object is no photo.
         ImageTooLargeError: there are more than 65,535 pixels a side, or more than `max_pixels` (or
             than Pillow's own limit, 178,956,970).
         CorruptImageError: the photo is truncated, damaged, or stored in a way that is not read: see
             `photos.formats`.
+        ImageError: it is not known which frame is meant.
     """
     name = _sniff(data)
+    if frame is not None and name != dicom.NAME:
+        raise ImageError(f"frame={frame} is for DICOM, and this is a {name} image: leave it out.")
     # Hostile bytes can raise anything in an image library (OSError, SyntaxError, struct.error,
     # zlib.error, KeyError, RuntimeError, …). To the sender all of it means the same.
     try:
-        return _decode(name, data, size, max_pixels, room)
+        return _decode(name, data, size, max_pixels, room, frame)
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -222,10 +233,13 @@ def _decode(
     size: int,
     max_pixels: int,
     room: Room,
+    frame: int | None,
 ) -> Photo:
     """`read_photo` of the format `name`; it also raises whatever the libraries below raise."""
     if name in heif.FORMATS:
         return _decode_heif(name, data, size, max_pixels, room)
+    if name == dicom.NAME:
+        return _decode_dicom(data, size, max_pixels, room, frame)
     with ExitStack() as held:
         if name == "WEBP":
             # libwebp allocates its canvases on opening, so the size is checked before.
@@ -279,6 +293,20 @@ def _decode_heif(name: str, data: bytes, size: int, max_pixels: int, room: Room)
     with room(told.most_pixels):
         square, width, height = heif.decode(name, data, size, told)
     return Photo(square, width, height, told.orientation)
+
+
+def _decode_dicom(data: bytes, size: int, max_pixels: int, room: Room, frame: int | None) -> Photo:
+    if missing := dicom.missing():
+        raise NoDecoderError(missing)
+    try:
+        with dicom.opened(data, size, frame) as found:
+            _check_pixels(found.width, found.height, max_pixels)
+            with room(found.width * found.height):
+                square = found.decode(size)
+    except dicom.RefusedError as refused:
+        kind = UnsupportedImageError if refused.is_kind else CorruptImageError
+        raise kind(str(refused)) from refused
+    return Photo(square, found.width, found.height, 1, found.spacing, frame)
 
 
 def _odd(name: str, odd: str) -> CorruptImageError:
@@ -419,6 +447,9 @@ def _sniff(data: bytes) -> str:
     """The format by its first bytes, as Pillow names it."""
     if not data:
         raise CorruptImageError("The image is empty (0 bytes): send the bytes of a photo.")
+    # The first 128 bytes are any program's to use: some make the file a TIFF as well.
+    if dicom.is_dicom(data):
+        return dicom.NAME
     for magic, name in _MAGIC:
         if data.startswith(magic):
             return name

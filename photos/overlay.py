@@ -15,6 +15,7 @@ def upright(
     *,
     max_pixels: int = DEFAULT_MAX_PIXELS,
     room: Room = always_room,
+    frame: int | None = None,
 ) -> Image.Image:
     """The photo in RGB, as it was segmented, in whatever format, mode and orientation it is stored.
 
@@ -22,7 +23,7 @@ def upright(
         data: the photo as stored.
         width, height: size of the upright photo, pixels.
         most: longer side of the picture, pixels; a smaller photo keeps its size.
-        max_pixels, room: as for `read_photo`.
+        max_pixels, room, frame: as for `read_photo`.
 
     Raises:
         ImageError: the photo cannot be read.
@@ -30,5 +31,5 @@ def upright(
     scale = min(1.0, most / max(width, height))
     size = max(1, round(width * scale)), max(1, round(height * scale))
     # It takes the way of the network's pixels.
-    read = read_photo(data, size=max(size), max_pixels=max_pixels, room=room)
+    read = read_photo(data, size=max(size), max_pixels=max_pixels, room=room, frame=frame)
     return Image.fromarray(read.pixels).resize(size, Image.Resampling.BOX)

@@ -23,6 +23,7 @@ SUFFIXES = (
     ".avif",
     ".heic",
     ".heif",
+    ".dcm",
 )
 """Suffixes of a folder's photos, in any case; a manifest's files may have any suffix."""
 

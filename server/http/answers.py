@@ -10,7 +10,15 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from photos.drawings import LARGEST_OVERLAY
-from photos.forms import Form, Found, coco_annotation, encoded, measured, sample_bytes
+from photos.forms import (
+    Form,
+    Found,
+    coco_annotation,
+    encoded,
+    in_millimetres,
+    measured,
+    sample_bytes,
+)
 from photos.image import Room, always_room, encode_png, upsampled
 from photos.masks import coco_rle, polygons
 from photos.quality import Grade, grade
@@ -143,6 +151,23 @@ class Mask(_Answer):
     coco: CocoAnnotation | None = None
 
 
+class MillimetresAnswer(_Answer):
+    """The lesion's measures on the skin, as far as the photo's own scale is right."""
+
+    pixel: tuple[float, float] = Field(
+        description="a pixel of the photo, across and down; mm", examples=[[0.02, 0.02]]
+    )
+    area: float = Field(description="mm²", examples=[62.9])
+    perimeter: float = Field(description="of all outlines, mm", examples=[31.4])
+    major_axis: float = Field(
+        description="of the ellipse with the mask's second moments, mm", examples=[8.05]
+    )
+    minor_axis: float = Field(description="the same, across", examples=[7.82])
+    diameter: float = Field(
+        description="greatest distance of two points of the outline, mm", examples=[8.2]
+    )
+
+
 class LesionAnswer(_Answer):
     """The lesion that was found, in pixels of the mask."""
 
@@ -163,6 +188,11 @@ class LesionAnswer(_Answer):
     )
     max_probability: float = Field(
         description="of all pixels, at the network's 128×128", examples=[0.9987]
+    )
+    millimetres: MillimetresAnswer | None = Field(
+        None,
+        description="if the photo is DICOM and says how large its pixels are, and something was"
+        " found; else absent",
     )
 
 
@@ -466,6 +496,11 @@ def json_answer(
     )
     # A mask has one form; the others are left out.
     absent: dict[str, Any] = {"mask": {str(form) for form in MaskFormat} - {str(mask_format)}}
+    whole = _found(segmentation, threshold, True, clean=clean)
+    if segmentation.spacing and (on_skin := in_millimetres(whole, segmentation.spacing)):
+        answer.lesion.millimetres = MillimetresAnswer.model_validate(asdict(on_skin))
+    else:
+        absent["lesion"] = {"millimetres"}
     if borders:
         size = (found.width, found.height)
         answer.borders = _borders(segmentation, found.probability, size, threshold, clean=clean)
@@ -473,7 +508,7 @@ def json_answer(
         absent["borders"] = True
     if not features:
         absent["features"] = True
-    elif measures := measured(_found(segmentation, threshold, True, clean=clean)):
+    elif measures := measured(whole):
         answer.features = FeaturesAnswer.model_validate(asdict(measures))
     return answer.model_dump_json(exclude=absent, ensure_ascii=True).encode(), quality
 
@@ -520,7 +555,10 @@ def _borders(
 def _found(segmentation: Segmentation, threshold: float, original: bool, *, clean: bool) -> Found:
     width, height = _mask_size(segmentation, original)
     return Found(
-        segmentation.probability, width, height, threshold, clean=clean, pixels=segmentation.pixels
+        *(segmentation.probability, width, height, threshold),
+        clean=clean,
+        pixels=segmentation.pixels,
+        frame=segmentation.frame,
     )
 
 

@@ -25,6 +25,7 @@ from server.inference.errors import (
 from server.inference.submission import Body
 
 __all__ = [
+    "DICOM",
     "FIELD",
     "MULTIPART",
     "RAW_TYPES",
@@ -45,6 +46,8 @@ MULTIPART = "multipart/form-data"
 Fields = Sequence[tuple[str, str]]
 """Names and values of a form's fields, without its photos."""
 
+DICOM = "application/dicom"
+
 RAW_TYPES = (
     "image/jpeg",
     "image/png",
@@ -53,6 +56,7 @@ RAW_TYPES = (
     "image/bmp",
     "image/avif",
     "image/heic",
+    DICOM,
     "application/octet-stream",
 )
 """Content types of a body that is the photo itself, by their standard names."""
@@ -99,7 +103,7 @@ def check_type(headers: Headers) -> None:
     """
     _check_encoding(headers)
     kind = _media_type(headers.get("content-type", ""))
-    if kind != MULTIPART and not kind.startswith("image/") and kind not in _UNTOLD_TYPES:
+    if kind != MULTIPART and not kind.startswith("image/") and kind not in (DICOM, *_UNTOLD_TYPES):
         raise UnsupportedType(
             f"A body of type {kind[:80]} is not served. Send the photo as the field {FIELD!r} of a"
             f" {MULTIPART} form, or as the body itself with one of these types:"

@@ -24,6 +24,7 @@ from typing import Generic, Self, TypeVar, TypeVarTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from photos.dicom.process import Spacing
 from photos.image import ImageError as PhotoError
 from photos.image import Photo, is_baseline_jpeg, read_photo
 from server.backends import BackendInfo
@@ -68,6 +69,10 @@ class Segmentation:
     """The backend that ran it."""
     pixels: NDArray[np.uint8]
     """uint8 [128, 128, 3], RGB: what the network saw."""
+    spacing: Spacing | None = None
+    """Millimetres of a pixel of the photo, across and down, if it tells them."""
+    frame: int | None = None
+    """Which frame of the photo's file it is, as it was asked for."""
 
     @property
     def is_small(self) -> bool:
@@ -345,6 +350,7 @@ class Work:
         *,
         bare: bool = False,
         network: str | None = None,
+        frame: Callable[[], int | None] = lambda: None,
     ) -> Segmentation:
         """The photo in the body → the lesion probability of its pixels.
 
@@ -355,6 +361,7 @@ class Work:
                 thread.
             bare: the body is the photo itself; a lone small one is decoded on the event loop.
             network: the one that `Networks.pinned` gave; None for the one in use.
+            frame: tells, once the body is unpacked, which frame of the photo is wanted.
 
         Raises:
             Problem: whatever is wrong with the request or its photo.
@@ -363,7 +370,7 @@ class Work:
         try:
             async with contextlib.AsyncExitStack() as turn:
                 await self._wait_for(turn)
-                photo = await self._photo(unpack, turn, bare=bare)
+                photo = await self._photo(unpack, turn, frame, bare=bare)
                 (inference,), backend = await self.infer([photo.pixels], network=network)
         finally:
             self._body.let_go()
@@ -377,6 +384,8 @@ class Work:
             inference.batch_size,
             backend,
             photo.pixels,
+            photo.spacing,
+            photo.frame,
         )
 
     async def _wait_for(self, turn: contextlib.AsyncExitStack) -> None:
@@ -393,18 +402,22 @@ class Work:
         self,
         unpack: Callable[[bytes], bytes],
         turn: contextlib.AsyncExitStack,
+        frame: Callable[[], int | None],
         *,
         bare: bool,
     ) -> Photo:
         """The decoded photo. If that takes seconds `turn` is given back; errors: see `segment`."""
         body = self._body
         try:
-            photo = self._decode_here(body.data) if bare and not self.bulk else None
+            is_here = bare and not self.bulk and frame() is None
+            photo = self._decode_here(body.data) if is_here else None
             if photo is None:
-                photo = await self.service.threads.run(self._decode, body, unpack, bulk=self.bulk)
+                photo = await self.service.threads.run(
+                    self._decode, body, unpack, frame, bulk=self.bulk
+                )
             if photo is None:
                 await turn.aclose()
-                photo = await self.service.threads.run(self._decode_slowly, body, slow=True)
+                photo = await self.service.threads.run(self._decode_slowly, body, frame, slow=True)
             if self._request.is_gone():
                 raise ClientGone
         except ClientGone:
@@ -466,28 +479,31 @@ class Work:
         except PhotoError:
             return None
 
-    def _decode(self, body: Body, unpack: Callable[[bytes], bytes]) -> Photo | None:
+    def _decode(
+        self, body: Body, unpack: Callable[[bytes], bytes], frame: Callable[[], int | None]
+    ) -> Photo | None:
         """The decoded photo; None if it may take seconds, and then `body` has its bytes again."""
         data = unpack(body.take())
         most = self.service.settings.max_pixels
         try:
-            return self._read(data, most if self.bulk else min(most, _SLOW_PIXELS))
+            return self._read(data, most if self.bulk else min(most, _SLOW_PIXELS), frame())
         except TooLarge:
             if self.bulk or most <= _SLOW_PIXELS:
                 raise
         # Checked only now, since it reads the whole file once more.
         if is_baseline_jpeg(data):
-            return self._read(data, most)
+            return self._read(data, most, frame())
         body.put(data)
         return None
 
-    def _decode_slowly(self, body: Body) -> Photo:
-        return self._read(body.take(), self.service.settings.max_pixels)
+    def _decode_slowly(self, body: Body, frame: Callable[[], int | None]) -> Photo:
+        return self._read(body.take(), self.service.settings.max_pixels, frame())
 
-    def _read(self, data: bytes, max_pixels: int) -> Photo:
+    def _read(self, data: bytes, max_pixels: int, frame: int | None) -> Photo:
         if self._request.is_gone():
             raise ClientGone
         try:
-            return read_photo(data, max_pixels=max_pixels, room=self.service.pixels.room)
+            room = self.service.pixels.room
+            return read_photo(data, max_pixels=max_pixels, room=room, frame=frame)
         except PhotoError as error:
             raise of_photo_error(error) from error

@@ -75,6 +75,9 @@ def told(answer: Any) -> Any:
         # A client may have the forms that were not asked for as null.
         mask = {name: value for name, value in answer["mask"].items() if value is not None}
         answer = answer | {"mask": mask}
+    if "lesion" in answer and answer["lesion"].get("millimetres") is None:
+        lesion = {name: v for name, v in answer["lesion"].items() if name != "millimetres"}
+        answer = answer | {"lesion": lesion}
     answer = {
         name: value
         for name, value in answer.items()

@@ -234,7 +234,9 @@ class _Answers:
         stages = Stages()
         with part.photo, Body(part.photo.data if self._asked.draws_photo else b"") as drawn:
             async with self._many.work(part.photo, stages) as work, self._service.bulk_photos:
-                segmentation = await work.segment(network=self._network)
+                segmentation = await work.segment(
+                    network=self._network, frame=lambda: self._asked.frame
+                )
                 answer = await encoded(work, segmentation, self._asked, drawn, held)
         for stage, seconds in stages.seconds.items():
             self._service.metrics.stage_seconds.labels(stage).observe(seconds)

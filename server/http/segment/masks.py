@@ -47,6 +47,8 @@ class Asked:
     request_id: str
     borders: bool = False
     """Whether JSON has a tight and a generous outline too."""
+    frame: int | None = None
+    """Which frame of the photo's file is meant."""
 
     @property
     def draws_photo(self) -> bool:

@@ -60,6 +60,15 @@ class MaskParameters(BaseModel):
         ),
     ] = None
     clean: Clean = False
+    frame: Annotated[
+        int | SkipJsonSchema[None],
+        Query(
+            ge=1,
+            le=1_000_000,
+            description="which frame of a DICOM object is meant; needed only if it has several",
+            examples=[1],
+        ),
+    ] = None
 
     def with_fields(self, request: Request, fields: Fields) -> Self:
         """These parameters of the query, and those that came as fields of the request's form.
@@ -145,6 +154,7 @@ class JsonParameters(MaskParameters):
             media_type=media_type,
             request_id=request.state.request_id,
             borders=self.borders,
+            frame=self.frame,
         )
 
     def _media_type(self, headers: Headers) -> str:

@@ -30,9 +30,9 @@ SEGMENT_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "description": f"The photo: as the field `{FIELD}` of a form, or as the body itself. JPEG,"
-        " PNG, WebP, TIFF or BMP, and AVIF or HEIC where the server has their decoders; the type is"
-        " told by the bytes, not by a name. The form's other"
-        " fields are parameters, as in the query.",
+        " PNG, WebP, TIFF or BMP, and AVIF, HEIC or DICOM where the server has their decoders;"
+        " the type is told by the bytes, not by a name. The form's other fields are parameters, as"
+        " in the query.",
         "content": {
             "multipart/form-data": {
                 "schema": {

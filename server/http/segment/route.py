@@ -164,7 +164,9 @@ async def _answer(
             if asked is not None and asked.draws_photo:
                 # A small photo is decoded without being unpacked.
                 drawn.put(received.body.data)
-            segmentation = await work.segment(unpack, bare=bare)
+            segmentation = await work.segment(
+                unpack, bare=bare, frame=lambda: asked.frame if asked else None
+            )
             stages.notes["batch"] = str(segmentation.batch_size)
             assert asked is not None
             answer = await encoded(work, segmentation, asked, drawn, held)

@@ -15,7 +15,7 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Iterator
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from server.bulk.ledger import Ledger, Listing, Row, Task
 from server.bulk.sources import BulkError, Listed
 from server.settings import SHIPPED_MODEL
 from tests.support import MODEL, ROOT
+from tests.support.dicom import dicom_bytes, needs_dicom
 from tests.support.launch import ServerProcess
 from tests.support.lesions import drawn_photo
 from tests.support.offline import CPU_BACKEND, Offline
@@ -161,6 +162,20 @@ def test_threshold_and_cleaning_are_those_of_the_service(
         centroid = float(line["centroid_x"]), float(line["centroid_y"])
         assert centroid == pytest.approx(lesion["centroid"], abs=0.1)
     assert cleaned
+
+
+def test_dicom_lies_among_photos(tmp_path: Path) -> None:
+    needs_dicom()
+    pixels = np.asarray(Image.open(BytesIO(drawn_photo(3, 160, 120, "PNG"))))
+    write(tmp_path / "archive/same.png", drawn_photo(3, 160, 120, "PNG"))
+    write(tmp_path / "archive/IM0001.DCM", dicom_bytes(pixels))
+    frames = dicom_bytes(np.stack([pixels] * 2), kind="1.2.840.10008.5.1.4.1.1.7.4")
+    write(tmp_path / "archive/frames.dcm", frames)
+    assert bulk(tmp_path / "archive", tmp_path / "results") == 1
+    lines = table(tmp_path / "results")
+    assert lines["IM0001.DCM"]["area"] == lines["same.png"]["area"]
+    assert lines["frames.dcm"]["status"] == "unusable"
+    assert "2 frames" in lines["frames.dcm"]["error"]
 
 
 def test_other_forms_lie_beside_the_masks(

@@ -57,6 +57,7 @@ def test_document_is_complete(server: ServerProcess) -> None:
     segment = document["paths"]["/segment"]["post"]
     assert set(segment["requestBody"]["content"]) == {
         "multipart/form-data",
+        "application/dicom",
         "image/avif",
         "image/heic",
         "image/jpeg",
@@ -68,11 +69,15 @@ def test_document_is_complete(server: ServerProcess) -> None:
     }
     headers = {"x-request-timeout-ms", "priority", "X-Request-ID"}
     for path, types, names in (
-        ("/segment", {"image/png", "application/octet-stream"}, {"threshold", "size", "clean"}),
+        (
+            "/segment",
+            {"image/png", "application/octet-stream"},
+            {"threshold", "size", "clean", "frame"},
+        ),
         (
             "/segment/json",
             {"application/json"},
-            {"threshold", "size", "clean", "mask", "borders", "features"},
+            {"threshold", "size", "clean", "mask", "borders", "features", "frame"},
         ),
     ):
         operation = document["paths"][path]["post"]

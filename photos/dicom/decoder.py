@@ -1,0 +1,163 @@
+"""Decodes one frame of a DICOM object from standard input; `photos.dicom.process` runs it.
+
+Reads the object, with its length before it (8 bytes, little-endian). Writes a line of JSON: the
+header, or what is refused. After one more byte of input it writes such a line again, and then
+SIZE×SIZE pixels in RGB, by area average. Exit code: 0, or 3 if memory did not suffice; anything
+else if it does not decode.
+"""
+
+import json
+import sys
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pydicom import uid
+from pydicom.dataset import FileDataset
+from pydicom.encaps import get_frame
+from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi_lut
+from pydicom.pixels.utils import pixel_array
+
+from photos.dicom.header import Header, Refusal, header, parsed
+from photos.formats import jpeg_frame
+from photos.heif_decoder import limit
+
+__all__ = ["main", "taken", "told"]
+
+# Bytes of memory for a header, which may be deflated, beyond copies of the file; and for each
+# pixel: planes, their RGB, floats of a grey one under a window.
+_OTHER_BYTES = 256 << 20
+_COPIES = 6
+_PIXEL_BYTES = 48
+
+_NO_MEMORY = 3
+
+# The markers of a JPEG's frame, by transfer syntax. Baseline decoders take progressive ones too.
+_JPEG_FRAMES = {
+    uid.JPEGBaseline8Bit: (0xC0, 0xC1, 0xC2),
+    uid.JPEGExtended12Bit: (0xC0, 0xC1, 0xC2),
+    uid.JPEGLossless: (0xC3,),
+    uid.JPEGLosslessSV1: (0xC3,),
+    uid.JPEGLSLossless: (0xF7,),
+    uid.JPEGLSNearLossless: (0xF7,),
+}
+
+
+def main() -> int:
+    """Decode; return the exit code."""
+    size, frame, cpu_s = map(int, sys.argv[1:])
+    data = taken()
+    memory = _OTHER_BYTES + _COPIES * len(data)
+    limit(memory, cpu_s)
+    try:
+        dataset = parsed(data)
+        found = header(dataset, frame or None)
+        told({"rows": found.rows, "columns": found.columns, "spacing": found.spacing})
+        if not sys.stdin.buffer.read(1):
+            return 0
+        limit(memory + _PIXEL_BYTES * found.rows * found.columns, cpu_s)
+        square = picture(dataset, found).resize((size, size), Image.Resampling.BOX)
+        told({})
+        sys.stdout.buffer.write(square.tobytes())
+        sys.stdout.buffer.flush()
+    except MemoryError:
+        return _NO_MEMORY
+    except Refusal as refusal:
+        told({"refused": str(refusal), "is_kind": refusal.is_kind})
+    return 0
+
+
+def taken() -> bytes:
+    """The next piece of the input, which has its length before it."""
+    size = int.from_bytes(sys.stdin.buffer.read(8), "little")
+    return sys.stdin.buffer.read(size)
+
+
+def told(what: dict[str, Any]) -> None:
+    """Write a line of JSON."""
+    sys.stdout.buffer.write(json.dumps(what).encode("ascii") + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def picture(dataset: FileDataset, found: Header) -> Image.Image:
+    """One frame in RGB, at its own size.
+
+    Raises:
+        Refusal: its pixels do not decode.
+    """
+    try:
+        _check_codec(dataset, found)
+        stored = pixel_array(dataset, index=found.frame - 1)
+        if stored.shape[:2] != (found.rows, found.columns):
+            raise ValueError("the pixels have another size than the header says")
+        colours = str(dataset.PhotometricInterpretation)
+        if colours == "PALETTE COLOR":
+            stored = _eight_bits(apply_color_lut(stored, dataset))
+        elif colours.startswith("MONOCHROME"):
+            stored = _grey(stored, dataset)
+        elif stored.dtype != np.uint8 or int(dataset.BitsStored) < 8:
+            stored = _scaled(stored, 0, (1 << int(dataset.BitsStored)) - 1)
+        return Image.fromarray(stored).convert("RGB")
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise Refusal(
+            "The pixels of the DICOM object do not decode (damaged, cut off, or stored in another"
+            " way than its header says): send the original object again, or save the photo as JPEG"
+            " or PNG."
+        ) from error
+
+
+def _check_codec(dataset: FileDataset, found: Header) -> None:
+    """Check that compressed pixels are what the header says: decoders would take other kinds too.
+
+    Their colours would be wrong then.
+
+    Raises:
+        ValueError: they are not.
+    """
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if not syntax.is_encapsulated or syntax == uid.RLELossless:
+        return
+    coded = get_frame(dataset.PixelData, found.frame - 1, number_of_frames=found.frames)
+    if syntax in uid.JPEG2000TransferSyntaxes:
+        is_said = coded.startswith((b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  "))
+    else:
+        frame = jpeg_frame(coded) if coded.startswith(b"\xff\xd8") else None
+        is_said = frame is not None and frame[0] in _JPEG_FRAMES[syntax]
+    if not is_said:
+        raise ValueError("the pixels are not what the transfer syntax says")
+
+
+def _eight_bits(colours: NDArray[Any]) -> NDArray[np.uint8]:
+    """A palette's colours; those of 16 bits that use only 8 are taken as such."""
+    if colours.dtype == np.uint8 or colours.max(initial=0) < 256:
+        return colours.astype(np.uint8)
+    return _scaled(colours, 0, 65_535)
+
+
+def _grey(stored: NDArray[Any], dataset: FileDataset) -> NDArray[np.uint8]:
+    """Brightness as the object's window or table has it, or by the range of its samples."""
+    values = apply_modality_lut(stored, dataset)
+    if "VOILUTSequence" in dataset or "WindowCenter" in dataset:
+        if "VOILUTSequence" in dataset:
+            low, high = 0.0, float((1 << int(dataset.VOILUTSequence[0].LUTDescriptor[2])) - 1)
+        else:
+            # What lies below and above every window.
+            ends = apply_voi_lut(np.array([-1e12, 1e12]), dataset)
+            low, high = float(ends[0]), float(ends[1])
+        values = apply_voi_lut(values, dataset)
+    elif values.dtype == stored.dtype and stored.dtype.kind == "u":
+        low, high = 0.0, float((1 << int(dataset.BitsStored)) - 1)
+    else:
+        low, high = float(values.min()), float(values.max())
+    if dataset.PhotometricInterpretation == "MONOCHROME1":
+        low, high = high, low
+    return _scaled(values, low, high)
+
+
+def _scaled(values: NDArray[Any], black: float, white: float) -> NDArray[np.uint8]:
+    scaled = (values.astype(np.float32) - black) * (255 / ((white - black) or 1))
+    levels: NDArray[np.uint8] = np.clip(np.nan_to_num(scaled) + 0.5, 0, 255).astype(np.uint8)
+    return levels
