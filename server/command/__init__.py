@@ -30,6 +30,7 @@ COMMANDS = {
     "serve": Command("server.__main__", "serve masks over HTTP"),
     "segment": Command("server.command.segment", "write masks of a few photos, without a server"),
     "bulk": Command("server.bulk.__main__", "segment a folder or list of any length"),
+    "archive": Command("server.archive.__main__", "between DICOM archives and a server", "dicom"),
     "keys": Command("server.keys", "make API keys"),
     "static": Command("server.static.__main__", "write the page as files, to compute in browsers"),
     "train": Command("model.train", "train a network", "train"),

@@ -1,0 +1,162 @@
+"""An archive over HTTP: STOW-RS stores, QIDO-RS finds, WADO-RS fetches (PS3.18, 10)."""
+
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from server.archive.failures import Failure
+from server.archive.multipart import DICOM, encode, files
+from server.archive.web import Web, refused
+
+__all__ = ["Archive", "Instance"]
+
+_NAME = "archive"
+
+_JSON = "application/dicom+json"
+
+# Objects of one page of a search.
+_PAGE = 100
+
+_SOP_CLASS, _SOP_INSTANCE = "00080016", "00080018"
+_STUDY, _SERIES = "0020000D", "0020000E"
+_FAILED, _FAILURE_REASON = "00081198", "00081197"
+
+_DUPLICATE = 0x0111
+# Of PS3.4, B.2.3: it is out of resources, or failed while it worked. Others are of the object.
+_TEMPORARY = range(0xA700, 0xA800)
+_PROCESSING_FAILURE = 0x0110
+
+
+@dataclass(frozen=True)
+class Instance:
+    """An object that an archive holds."""
+
+    sop_class: str
+    study: str
+    series: str
+    uid: str
+
+
+class Archive:
+    """The DICOMweb service at `url`.
+
+    Args:
+        url: the base of its paths, such as `http://127.0.0.1:8042/dicom-web`.
+        authorization: what the header of that name says; empty for none.
+        timeout_s: seconds within which it has to say something.
+    """
+
+    def __init__(self, url: str, *, authorization: str = "", timeout_s: float = 60) -> None:
+        keyed = {"Authorization": authorization} if authorization else {}
+        self._web = Web(_NAME, url, headers=keyed, timeout_s=timeout_s)
+
+    async def store(self, contents: Sequence[bytes]) -> None:
+        """Store objects, all of them; those that it has are left as they are.
+
+        Raises:
+            Failure: it does not hold all of them. They may be stored again.
+        """
+        content_type, body = encode(contents)
+        answer = await self._web.ask(
+            "POST",
+            "studies",
+            headers={"Content-Type": content_type, "Accept": _JSON},
+            content=body,
+        )
+        if answer.status // 100 != 2 and answer.status != 409:
+            raise refused(_NAME, answer)
+        reasons = _failures(answer.content)
+        if (reasons is None and answer.status == 202) or (not reasons and answer.status == 409):
+            # Some or all are refused, and it does not say why.
+            raise Failure("refused", f"The archive answers {answer.status}.", final=True)
+        failed = [reason for reason in reasons or () if reason != _DUPLICATE]
+        if failed:
+            codes = ", ".join(f"{reason:04X}" for reason in sorted(set(failed)))
+            temporary = all(
+                reason in _TEMPORARY or reason == _PROCESSING_FAILURE for reason in failed
+            )
+            raise Failure(
+                "busy" if temporary else "refused",
+                f"The archive refuses {len(failed)} of {len(contents)} objects, reason {codes}.",
+                final=not temporary,
+            )
+
+    async def search(self, query: Mapping[str, str]) -> AsyncIterator[Instance]:
+        """Yield the objects that match.
+
+        Args:
+            query: attributes' keywords and what they have to be, such as `StudyDate`.
+
+        Raises:
+            Failure: the archive cannot be asked.
+        """
+        offset = 0
+        while True:
+            page = await self._page({**query, "limit": str(_PAGE), "offset": str(offset)})
+            for found in page:
+                values = [
+                    _value(found, tag) for tag in (_SOP_CLASS, _STUDY, _SERIES, _SOP_INSTANCE)
+                ]
+                if all(values):
+                    yield Instance(*values)
+            # An archive may give less than a page at a time.
+            if not page:
+                return
+            offset += len(page)
+
+    async def _page(self, query: Mapping[str, str]) -> list[Any]:
+        answer = await self._web.ask("GET", "instances", query=query, headers={"Accept": _JSON})
+        if answer.status == 204:
+            return []
+        if answer.status != 200:
+            raise refused(_NAME, answer)
+        try:
+            page = json.loads(answer.content)
+        except ValueError:
+            page = None
+        if not isinstance(page, list):
+            raise Failure("wrong_address", "The archive's answer to a search is no list.")
+        return page
+
+    async def retrieve(self, instance: Instance) -> bytes:
+        """The object, as it is stored.
+
+        Raises:
+            Failure: it cannot be had.
+        """
+        path = f"studies/{instance.study}/series/{instance.series}/instances/{instance.uid}"
+        accepted = f'multipart/related; type="{DICOM}"; transfer-syntax=*'
+        answer = await self._web.ask("GET", path, headers={"Accept": accepted})
+        if answer.status != 200:
+            raise refused(_NAME, answer)
+        try:
+            (content,) = files(answer.headers.get("Content-Type", ""), answer.content)
+        except ValueError as error:
+            raise Failure(
+                "failed", "The archive's answer is not one DICOM object.", final=True
+            ) from error
+        return content
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._web.aclose()
+
+
+def _failures(content: bytes) -> list[int] | None:
+    """Reasons of the objects that were not stored; None if the answer does not say."""
+    try:
+        document = json.loads(content)
+        (store,) = document if isinstance(document, list) else [document]
+        failed = store.get(_FAILED, {}).get("Value", [])
+        return [int(_value(each, _FAILURE_REASON) or 0) for each in failed]
+    except (ValueError, TypeError, AttributeError):
+        return None
+
+
+def _value(found: Any, tag: str) -> Any:
+    """The first value of an attribute; empty without one."""
+    try:
+        return found[tag]["Value"][0]
+    except (KeyError, IndexError, TypeError):
+        return ""
