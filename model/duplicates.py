@@ -21,7 +21,7 @@ the 884 that 2017 and 2018 store in different shapes and qualities correlate by 
 photos of different lesions by 0.939 at most; for odd ids it is 0.988 (907 photos) and 0.931."""
 
 _ROWS = 512
-"""So many photos are compared with all others at a time, which bounds memory."""
+"""Photos compared with all others at a time, which bounds memory."""
 
 
 def groups(images: Iterable[NDArray[np.uint8]], labels: Sequence[Hashable | None]) -> list[int]:

@@ -41,7 +41,7 @@ from photos.image import MODEL_SIZE
 
 OPSET = 20
 POOL = 8
-"""The pooled form averages so many positions a side: 64 keys are left of 4,096. The shipped
+"""Positions a side that the pooled form averages: 64 keys are left of 4,096. The shipped
 network's masks stay alike at 2, 4 and 8; at quarter resolution even 2 changes them."""
 MAX_DIFFERENCE = 1e-4  # probability; float32 kernels of two libraries differ by about 1e-6
 METADATA = ("training_data", "validation_jaccard", "threshold")  # copied from the weights

@@ -28,7 +28,7 @@ from photos.overlay import upright
 from photos.regions import mask_of
 
 CASES_EACH = 6
-"""So many worst, so many median and so many best cases are shown."""
+"""Number of worst, of median and of best cases that are shown."""
 
 LESION_SHARES = (0, 0.02, 0.05, 0.1, 0.2, 0.4, 1)
 WIDTHS = (0, 256, 640, 1024, 2048, 4096, 1_000_000)

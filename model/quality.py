@@ -33,7 +33,7 @@ from photos.quality import QualityTable, expected_jaccard
 Values = NDArray[np.float64]
 
 BINS = 12
-"""The photos are sorted by their expected Jaccard into so many parts; each gives a row."""
+"""Parts of the photos, sorted by their expected Jaccard. Each gives a row."""
 
 SHARE = 0.8
 """Part of an annotator's outline that is to lie between the tight and the generous one."""

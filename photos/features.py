@@ -21,8 +21,8 @@ from photos.masks import Rings
 
 __all__ = ["COLOURS", "Features", "convex_hull", "features", "perimeter"]
 
-# Moments and asymmetry are computed on a mask whose longer side has so many pixels: beyond that
-# they change in the third digit.
+# Longer side of the mask, in pixels, on which moments and asymmetry are computed: beyond that they
+# change in the third digit.
 _LONGEST = 512
 
 COLOURS = {

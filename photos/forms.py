@@ -33,7 +33,7 @@ __all__ = [
     "sample_bytes",
 ]
 
-# So many samples of a probability map are up-sampled at a time, so that they stay in cache.
+# Samples of a probability map up-sampled at a time, so that they stay in cache.
 _SAMPLES_AT_ONCE = 1 << 17
 
 

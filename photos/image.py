@@ -82,13 +82,13 @@ _MAX_SIDE = 65_535
 # With two it is 1.0, and takes half a millisecond more at 1024×768 and no more at 6000×4000.
 _JPEG_MARGIN = 2
 
-# So many pixels are converted to RGB at a time.
+# Pixels converted to RGB at a time.
 _STRIP_PIXELS = 1_000_000
 
-# So many bytes of a mask are interpolated at a time: their floats stay in cache.
+# Bytes of a mask interpolated at a time: their floats stay in cache.
 _MASK_BYTES = 1 << 13
 
-# So many samples of a probability map are up-sampled at a time, for the same reason.
+# Samples of a probability map up-sampled at a time, for the same reason.
 _SAMPLES_AT_ONCE = 1 << 17
 
 # PNG's filter that stores the difference from the line above.

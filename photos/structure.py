@@ -55,7 +55,7 @@ _MAX_RUN_PIXELS = 2_000_000
 _MAX_HEADER_S = 1.0
 _MAX_PHOTO_S = 10.0
 
-# Pillow's decoders read so many bytes at a time.
+# Bytes that Pillow's decoders read at a time.
 _SHORT_BYTES = 1 << 16
 
 # Asking the clock takes longer than most reads.

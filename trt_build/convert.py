@@ -34,10 +34,10 @@ OPSET = 23
 """The first opset with `Attention`; convolution and pooling take bfloat16 since 22."""
 
 MMA_DEPTH = 16
-"""A tensor core sums so many terms in one instruction on 16-bit types (PTX: mma.m16n8k16)."""
+"""Terms that a tensor core sums in one instruction on 16-bit types (PTX: mma.m16n8k16)."""
 
 CHUNK_ELEMENTS = 1 << 19
-"""The chunked form holds so many logits of an image at a time: 128 MiB in float32 at batch 64."""
+"""Logits of an image that the chunked form holds at a time: 128 MiB in float32 at batch 64."""
 
 INT8_MIN_CHANNELS = 32
 """Convolutions that read fewer channels stay in float16: the stem and the last stage are a small

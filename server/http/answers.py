@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 
-# So many pixels at a time, so that their floats stay in cache.
+# Pixels converted at a time, so that their floats stay in cache.
 _LEVELS_AT_ONCE = 1 << 17
 
 

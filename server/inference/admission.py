@@ -30,21 +30,21 @@ __all__ = ["WOULD_BE_LATE", "Gate", "Pace", "Place"]
 WOULD_BE_LATE = "would_be_late"
 """Reason of an `Overloaded`: there is room, but the request may not take as long as it would."""
 
-# So many photos, and batches, are averaged for a pace: the photos of a batch come all at once. The
-# pace of bulk depends on the others, so it is forgotten sooner.
+# Photos and batches that a pace is averaged over: the photos of a batch come all at once. The pace
+# of bulk depends on the others, so it is forgotten sooner.
 _PHOTOS = 32
 _BULK_PHOTOS = 8
 _BATCHES = 4
 
-# They are split into so many parts, and the pace is the median of the parts' means: one photo that
-# took long affects one part only.
+# Parts that they are split into. The pace is the median of the parts' means: one photo that took
+# long affects one part only.
 _PARTS = 4
 
-# After so long without work a pace loses half of its distance to the pace at the start: what was
+# Seconds without work in which a pace loses half of its distance to the pace at the start: what was
 # measured in a bad minute must not refuse requests in a good one.
 _FORGET_S = 1.0
 
-# The measurement at the start counts as so many photos done. The first photos under load say
+# Photos that the measurement at the start counts for. The first photos under load say
 # little, since all that came with them were decoded at the same time.
 _SUPPOSED_PHOTOS = 8
 
@@ -114,7 +114,7 @@ class Pace:
         self._seen = None
 
     def begin(self, photos: int) -> None:
-        """So many more photos are worked on or wait."""
+        """Count photos that begin to wait or to be worked on."""
         seen_s = self._seen_s()
         if not self.photos and seen_s:
             share = self.seconds_each / seen_s
@@ -127,7 +127,7 @@ class Pace:
         self.photos += photos
 
     def end(self, photos: int, *, served: bool) -> None:
-        """So many photos fewer; `served` if the network has run them.
+        """Count photos that are over; `served` if the network has run them.
 
         The time of photos that were not served counts for the next ones that are, as long as there
         are any. Where none is left it is forgotten: it says nothing of the pace.

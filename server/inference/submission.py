@@ -48,7 +48,7 @@ _SMALL_BYTES = 2**17
 # Larger photos have threads of their own, except for a JPEG of one scan, which decodes scaled down.
 _SLOW_PIXELS = 2**24
 
-# The event loop may be so early with what it was to do at a time.
+# Timers of the event loop may fire this much early.
 _COARSE_S = 0.01
 
 
@@ -175,7 +175,7 @@ class _Request:
 
     @contextlib.asynccontextmanager
     async def begun(self, photos: int) -> AsyncIterator[None]:
-        """So many of the photos are worked on, until the deadline passes.
+        """Count photos as worked on until the end of the block, at most until the deadline.
 
         Raises:
             DeadlineExceeded: it took too long.

@@ -15,10 +15,10 @@ from collections.abc import Callable
 
 __all__ = ["LogWriter", "lost_lines"]
 
-# So many bytes may wait to be written; lines beyond it are lost.
+# Bytes that may wait to be written. Lines beyond that are lost.
 _MAX_BYTES = 2**18
 
-# The end of the process waits so long for the last lines.
+# Seconds that the end of the process waits for the last lines.
 _LAST_LINES_S = 1.0
 
 _lost = 0

@@ -64,20 +64,20 @@ __all__ = ["WANTED_ON_TOP", "Connection", "House"]
 # and the answer with it. In a drain an idle TLS client has as long to say goodbye.
 _FAREWELL_S = 2
 
-# So many connections that have had their last answer are kept; of more, the oldest is cut at once.
+# Connections kept after their last answer. If there are more, the oldest is cut at once.
 _FAREWELLS = 256
 
-# So much is thrown away of one connection; a client that reads its answer stops long before.
+# Bytes of one connection that are thrown away. A client that reads its answer stops long before.
 _MOST_DISCARDED = 256 * 2**20
 
-# Every so many seconds a client that closed its side is sent an interim answer, to find out whether
-# it is gone: after the first its system says so, and the next fails.
+# Seconds between the interim answers to a client that closed its side. They find out whether it is
+# gone: after the first its system says so, and the next fails.
 _PROBE_S = 0.25
 _PROBE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
-# So many connections above the limit may send a head; of more, the oldest is refused.
+# Connections above the limit that may send a head. If there are more, the oldest is refused.
 _ASKED = 16
-# At least so many more may be in their TLS handshake.
+# Connections beside these that may be in their TLS handshake, at least.
 _ARRIVING = 16
 
 # Open files beside the connections, if the system allows enough.

@@ -47,13 +47,13 @@ __all__ = ["run"]
 
 log = logging.getLogger("slsnet.server")
 
-# So many connections are accepted before the others are read again.
+# Connections accepted at a time, before the others are read again.
 _AT_ONCE = 4
 
 # Seconds without accepting connections when files or memory are short.
 _PAUSE_S = 0.2
 
-# Clients that connected before the port closed have so many seconds to send their request.
+# Seconds in which clients that connected before the port closed may send their request.
 _LAST_REQUESTS_S = 0.5
 
 LAST_HANDSHAKES_S = 1.0

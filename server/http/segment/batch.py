@@ -36,7 +36,7 @@ __all__ = ["batch_router"]
 
 log = logging.getLogger("slsnet.server")
 
-# So many photos of one request are at work, or wait to be sent, at the same time.
+# Photos of one request that are at work, or wait to be sent, at the same time.
 _MAX_AT_WORK = 32
 
 # Seconds after the deadline in which the client may still read the answers.

@@ -32,8 +32,8 @@ log = logging.getLogger("slsnet.server")
 
 DROPPED = "dropped"
 
-# After a refusal the next frame is tried so many seconds later: a full server is not asked again at
-# once, and meanwhile a newer frame takes the place of an older one.
+# Seconds from a refusal until the next frame is tried: a full server is not asked again at once,
+# and meanwhile a newer frame takes the place of an older one.
 _PAUSE_S = 0.1
 
 

@@ -35,10 +35,10 @@ __all__ = ["Address", "Link"]
 
 log = logging.getLogger("slsnet.sharing")
 
-# Every so many seconds clients that left are looked for, and signs of the owner's life.
+# Seconds between two looks for clients that left, and for signs of the owner's life.
 _LOOK_S = 0.25
 
-# The owner is given up if so many seconds pass without a sign of life. A sign comes every second.
+# Seconds without a sign of life after which the owner is given up. A sign comes every second.
 _SILENT_S = 30.0
 
 # Seconds between two attempts to reach an owner.

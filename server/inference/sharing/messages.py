@@ -50,7 +50,7 @@ OUTCOMES = ("served", "dropped", "late", "failed", "unavailable")
 """What may become of a photo."""
 
 BEAT_S = 1.0
-"""The owner sends something at least every so many seconds, so that feeders know that it lives."""
+"""Seconds within which the owner sends something, so that feeders know that it lives."""
 
 _RECORD = struct.Struct("<BBHIdd")
 _HEAD = struct.Struct("<BI")
