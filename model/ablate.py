@@ -5,9 +5,10 @@
     python -m model.ablate --presets best --set ema_decay=0 --epochs 30 --out runs/no-average
 
 Presets are those of model.config; table4, table5, table6 and cam stand for the paper's tables and
-for the two forms of channel attention. `--epochs` and `--set` hold for every run. Finished runs are
-not repeated and a killed one goes on, so the same command fills what is missing. `--out` receives
-one folder a run, `table.md`, `table.csv` (one row a run) and `plot.png`, rewritten after every run.
+for the two forms of channel attention. `--epochs`, `--network` and `--set` hold for every run.
+Finished runs are not repeated and a killed one goes on, so the same command fills what is missing.
+`--out` receives one folder a run, `table.md`, `table.csv` (one row a run) and `plot.png`, rewritten
+after every run.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from model.config import (
 from model.data import Sample, add_data_arguments, find_samples, select
 from model.evaluate import evaluate, load_network
 from model.loop import train
+from model.names import add_network_argument
 from model.splits import split_samples
 from model.trainer import TrainingError
 from model.truth import DataError
@@ -258,12 +260,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--presets", nargs="+", required=True, metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N")
     parser.add_argument("--epochs", type=int, help="of every run (default: each preset's own)")
+    add_network_argument(parser, "of every run (default: each preset's own)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
     args = parser.parse_args(argv)
     try:
         overrides = parse_overrides(args.set)
+        if args.network:
+            overrides = {"network": args.network, **overrides}
         if args.epochs is not None:
             overrides["epochs"] = args.epochs
         rows = ablate(

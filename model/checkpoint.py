@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import save_file
 from torch import nn
 
 from common.files import replacing
 from model.config import ConfigError, TrainConfig, config_dict, parse_config
-from model.generator import Generator, save_generator
-from model.trainer import Progress, Trainer, TrainingError, new_network
+from model.networks import new_network, save_network
+from model.trainer import Progress, Trainer, TrainingError
 from photos.image import THRESHOLD
 
 _STATES = ("network", "average", "discriminator", "optimizer", "discriminator_optimizer")
@@ -58,9 +57,9 @@ def load(trainer: Trainer) -> None:
     ours = _flat(config_dict(trainer.config))
     # A key that the run did not know yet has its default.
     theirs = _flat(config_dict(TrainConfig())) | _flat(state["config"])
-    if changed := [k for k in ours if theirs[k] != ours[k]]:
+    if changed := [k for k in ours if theirs.get(k) != ours[k]]:
         raise ConfigError(
-            f"{path} was made with {changed[0]}={theirs[changed[0]]}, "
+            f"{path} was made with {changed[0]}={theirs.get(changed[0])}, "
             f"not {ours[changed[0]]}: "
             "resume with the run's own configuration, or start another run"
         )
@@ -76,13 +75,9 @@ def load(trainer: Trainer) -> None:
 
 def save_best(trainer: Trainer, row: Mapping[str, float]) -> None:
     """Write the averaged weights as `best.safetensors`, with the scores of `row`."""
-    average = trainer.average
     figures = weights_metadata(row, trainer.origin, trainer.config.size)
     with replacing(trainer.out / "best.safetensors") as path:
-        if isinstance(average, Generator):
-            save_generator(average, path, figures)
-        else:
-            save_file({k: v.contiguous() for k, v in average.state_dict().items()}, path)
+        save_network(trainer.average, path, figures)
 
 
 def weights_metadata(scores: Mapping[str, float], origin: str, size: int) -> dict[str, str]:

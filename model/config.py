@@ -16,6 +16,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from model.augment import Recipe
+from model.names import ZOO, Option
 
 CamForm = Literal["danet", "eq1"]
 
@@ -115,7 +116,8 @@ class TrainConfig:
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    network: Literal["slsnet", "teacher"] = "slsnet"  # teacher: a larger network to distil from
+    network: str = "slsnet"  # teacher: a larger network to distil from; or one of model.zoo
+    options: dict[str, Option] = field(default_factory=dict)  # of a network of model.zoo
     init: str | None = None  # weights (.safetensors) to start from, for fine-tuning
     size: int = 128  # side of the network's input, pixels (Table 5)
     augment: Recipe = "strong"
@@ -144,6 +146,11 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.size % 32:
             raise ValueError(f"size must be a multiple of 32, not {self.size}")
+        known = ("slsnet", "teacher", *ZOO)
+        if self.network not in known:
+            raise ValueError(f"no network {self.network!r}; there are: {', '.join(known)}")
+        if self.options and self.network not in ZOO:
+            raise ValueError(f"options are of a network of model.zoo; {self.network} has none")
         if self.loss.teacher and not self.data.teacher:
             raise ValueError("loss.teacher needs data.teacher, a file written by model.distill")
 

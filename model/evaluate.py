@@ -44,6 +44,7 @@ from model.metrics import (
     macro_average,
     stack,
 )
+from model.names import add_network_argument, check_name, name_of
 from model.truth import DataError, read_truth
 from photos.image import MODEL_SIZE, THRESHOLD, ImageError, Photo, read_photo
 from photos.regions import mask_of
@@ -139,28 +140,31 @@ class Evaluation:
             }
 
 
-def load_network(path: Path, size: int | None = None) -> Network:
+def load_network(path: Path, size: int | None = None, name: str | None = None) -> Network:
     """Load an ONNX graph with ONNX Runtime, or safetensors weights with PyTorch.
 
     Args:
         path: `.onnx` or `.safetensors`.
         size: side of the input, pixels. It is needed only for safetensors that do not say theirs
             and were not trained at 128.
+        name: the network that the caller wants (`model.names`); by default whatever the file holds.
 
     Raises:
-        ValueError: the file is of another kind, holds no network of this project, or another size.
+        ValueError: the file is of another kind, holds no network of this project, or another
+            network or size.
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist: pass --model the file of a trained network")
     if path.suffix == ".onnx":
         network = _load_onnx(path)
+        check_name(path, name_of(network.metadata), name)
         if size not in (None, network.size):
             raise ValueError(
                 f"{path} takes inputs of {network.size}×{network.size}, not {size}×{size}"
             )
         return network
     if path.suffix == ".safetensors":
-        return _load_safetensors(path, size)
+        return _load_safetensors(path, size, name)
     raise ValueError(f"{path} is neither .onnx nor .safetensors")
 
 
@@ -320,10 +324,12 @@ def torch_network(path: Path, network: "nn.Module", size: int, metadata: dict[st
     return Network(path, size, metadata, predict)
 
 
-def _load_safetensors(path: Path, size: int | None) -> Network:
-    from model.generator import input_size, load_generator, load_metadata
+def _load_safetensors(path: Path, size: int | None, name: str | None) -> Network:
+    from model.generator import input_size, load_metadata
+    from model.networks import read_network
 
-    return torch_network(path, load_generator(path), input_size(path, size), load_metadata(path))
+    network = read_network(path, name)
+    return torch_network(path, network, input_size(path, size), load_metadata(path))
 
 
 @contextmanager
@@ -366,6 +372,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help=".onnx or .safetensors (default: the shipped network)",
     )
+    add_network_argument(parser, "refuse a file of another one")
     parser.add_argument(
         "--threshold", type=float, default=THRESHOLD, help=f"0 to 1 (default: {THRESHOLD})"
     )
@@ -420,7 +427,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             file.parent.mkdir(parents=True, exist_ok=True)
         # Imported before the long part, since it needs packages that serving does without.
         write_gallery = import_module("model.gallery").write_gallery if options.gallery else None
-        network = load_network(options.model, options.size)
+        network = load_network(options.model, options.size, options.network)
         samples = find_pairs(options.images, options.masks)
         evaluation = evaluate(
             samples, network, options.threshold, clean=options.clean, camera=camera, progress=True

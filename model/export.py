@@ -18,6 +18,7 @@ server refuses.
 """
 
 import argparse
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal, get_args
@@ -35,8 +36,10 @@ from common.files import replacing
 from common.onnx import onnx_runner
 from common.program import Help, program
 from common.stamp import stamped
-from model.generator import Generator, input_size, load_generator, load_metadata
+from model.generator import Generator, input_size, load_metadata
 from model.layers import PositionAttention
+from model.names import add_network_argument, name_of
+from model.networks import read_network
 from photos.image import MODEL_SIZE
 
 OPSET = 20
@@ -44,7 +47,12 @@ POOL = 8
 """Positions a side that the pooled form averages: 64 keys are left of 4,096. The shipped
 network's masks stay alike at 2, 4 and 8; at quarter resolution even 2 changes them."""
 MAX_DIFFERENCE = 1e-4  # probability; float32 kernels of two libraries differ by about 1e-6
-METADATA = ("training_data", "validation_jaccard", "threshold")  # copied from the weights
+METADATA = (
+    "network",
+    "training_data",
+    "validation_jaccard",
+    "threshold",
+)  # copied from the weights
 
 
 AttentionForm = Literal["exact", "pooled"]
@@ -67,16 +75,16 @@ def set_attention(generator: Generator, form: AttentionForm) -> None:
 
 
 class Contract(nn.Module):
-    """The generator in its served form: bytes go in, probabilities come out."""
+    """A network in its served form: bytes go in, probabilities come out."""
 
-    def __init__(self, generator: Generator) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.generator = generator
+        self.network = network
 
     def forward(self, image: Tensor) -> Tensor:
         """uint8 [n, H, W, 3] → float32 [n, H, W]."""
         x = image.permute(0, 3, 1, 2).float() / 255
-        return torch.sigmoid(self.generator(x))[:, 0]
+        return torch.sigmoid(self.network(x))[:, 0]
 
 
 def export(
@@ -88,6 +96,7 @@ def export(
     *,
     name: str | None = None,
     attention: AttentionForm = "pooled",
+    network: str | None = None,
 ) -> float:
     """Write the contract graph of `weights` to `output` and check it against PyTorch.
 
@@ -97,21 +106,22 @@ def export(
         version: version of the weights, for the model card; by default the start of their sha256.
         size: side of the input, pixels, for weights that do not say theirs.
         name: name for the model card; by default that of the run or the file.
-        attention: form of the attentions at half resolution; the module describes both.
+        attention: form of SLSNet's attentions at half resolution; the module describes both.
+        network: the network that the caller wants (`model.names`); by default the file's.
 
     Returns:
         The largest difference in probability between PyTorch and ONNX Runtime.
 
     Raises:
-        ValueError: the weights are unreadable, have no such attention, or the exported graph
-            computes something else.
+        ValueError: the weights are unreadable or of another network, have no such attention, or
+            the exported graph computes something else.
     """
-    contract = _contract(weights, attention)
+    contract = _contract(weights, attention, network)
     size = input_size(weights, size)
     digest = sha256(weights.read_bytes()).hexdigest()
     images = _photos(size)
     model = _graph(contract, images)
-    model.graph.name = "slsnet"
+    model.graph.name = name_of(load_metadata(weights))
     _forget_origin(model)
     onnx.helper.set_model_props(
         model,
@@ -119,7 +129,7 @@ def export(
             "name": name or _name(weights),
             "version": version or digest[:12],
             "licence": licence,
-            "attention": attention,
+            **({"attention": attention} if isinstance(contract.network, Generator) else {}),
             "parameters": str(sum(p.numel() for p in contract.parameters())),
             "weights_sha256": digest,
             **_told(weights),
@@ -139,13 +149,14 @@ def export(
     return difference
 
 
-def _contract(weights: Path, attention: AttentionForm) -> Contract:
-    generator = load_generator(weights)
-    set_attention(generator, attention)
-    for module in generator.modules():
-        if isinstance(module, PositionAttention):
-            module.mode = "plain"
-    return Contract(generator).eval()
+def _contract(weights: Path, attention: AttentionForm, name: str | None) -> Contract:
+    network = read_network(weights, name)
+    if isinstance(network, Generator):
+        set_attention(network, attention)
+        for module in network.modules():
+            if isinstance(module, PositionAttention):
+                module.mode = "plain"
+    return Contract(network).eval()
 
 
 def _told(weights: Path) -> dict[str, str]:
@@ -215,7 +226,7 @@ def _forget_origin(model: onnx.ModelProto) -> None:
     graph.ClearField("doc_string")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Export, check and write the file."""
     parser = argparse.ArgumentParser(
         prog=program("model.export"),
@@ -223,6 +234,7 @@ def main() -> None:
         formatter_class=Help,
     )
     parser.add_argument("--weights", type=Path, required=True, metavar="FILE", help=".safetensors")
+    add_network_argument(parser, "refuse weights of another one")
     parser.add_argument(
         "--output",
         type=Path,
@@ -239,13 +251,13 @@ def main() -> None:
         "--attention",
         choices=get_args(AttentionForm),
         default="pooled",
-        help="keys and values of the half-resolution attention: all, or averages"
+        help="keys and values of SLSNet's half-resolution attention: all, or averages"
         " (default: %(default)s)",
     )
     parser.add_argument(
         "--licence", default="Apache-2.0", help="of the weights (default: %(default)s)"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     output = args.output or args.weights.with_suffix(".onnx")
     if not args.output and output.exists():
         parser.error(f"{output} is there already: name the file to write with --output")
@@ -257,6 +269,7 @@ def main() -> None:
             args.licence,
             name=args.name,
             attention=args.attention,
+            network=args.network,
         )
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")

@@ -13,6 +13,7 @@ from torch import Tensor
 from common.files import replacing
 from model import checkpoint
 from model.config import ConfigError, TrainConfig, config_dict
+from model.networks import check_network
 from model.progress import RunLog
 from model.scoring import score_selections
 from model.splits import prepare
@@ -37,6 +38,7 @@ def train(
     """
     if not resume and (out / "last.pt").exists():
         raise ConfigError(f"{out} holds a run: pass --resume, or another --out")
+    check_network(config)
     pixels, selections, origin = prepare(config, data, cache)
     out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(config, out, pixels, selections, origin)

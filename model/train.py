@@ -26,6 +26,7 @@ from common.program import Help, program
 from model.config import PRESETS, ConfigError, load_config, parse_config, parse_overrides
 from model.data import add_data_arguments
 from model.loop import train
+from model.names import add_network_argument
 from model.trainer import Progress, TrainingError
 from model.truth import DataError
 
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="the run's folder")
     parser.add_argument("--preset", default="best", help=f"one of {', '.join(PRESETS)}")
     parser.add_argument("--config", type=Path, help="YAML file of changes to the preset")
+    add_network_argument(parser, "to train (default: the preset's)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
     args = parser.parse_args(argv)
@@ -68,13 +70,14 @@ def _run(args: argparse.Namespace) -> Progress:
             ) from error
         except yaml.YAMLError as error:
             raise ConfigError(f"{saved} is not a readable YAML file: {error}") from error
-        if args.config or args.set:
+        if args.config or args.set or args.network:
             raise ConfigError(
-                f"--resume takes the run's own {saved}: leave --config and --set out, "
+                f"--resume takes the run's own {saved}: leave --config, --set and --network out, "
                 "or start another run"
             )
     else:
-        config = load_config(args.preset, args.config, parse_overrides(args.set))
+        named = {"network": args.network} if args.network else {}
+        config = load_config(args.preset, args.config, {**named, **parse_overrides(args.set)})
     return train(config, args.data, args.out, args.cache, resume=args.resume)
 
 

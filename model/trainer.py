@@ -27,8 +27,9 @@ from model.config import ConfigError, TrainConfig
 from model.data import PixelSet
 from model.discriminator import Discriminator
 from model.generator import Generator
+from model.networks import new_network
 from model.precision import autocast
-from model.teacher import Teacher
+from model.zoo.segmenter import Segmenter
 
 
 class TrainingError(RuntimeError):
@@ -81,6 +82,8 @@ class Trainer:
         self.network = new_network(config)
         if config.init is not None:
             _initialise(self.network, Path(config.init))
+        elif isinstance(self.network, Segmenter):
+            self.network.start()
         self.network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.discriminator = Discriminator(config.discriminator).to(self.device)
         self.average = copy.deepcopy(self.network).requires_grad_(False).eval()
@@ -254,11 +257,6 @@ class _StepGraph:
             mine.copy_(given)
         self.graph.replay()
         return {name: value.clone() for name, value in self.terms.items()}
-
-
-def new_network(config: TrainConfig) -> nn.Module:
-    """The network that `config` names, with fresh weights."""
-    return Teacher() if config.network == "teacher" else Generator(config.generator)
 
 
 def _check_batches(config: TrainConfig, world: int, images: int) -> None:

@@ -17,6 +17,7 @@ from engines.device import NoGpuError, current_gpu
 from engines.plan import BUCKETS, PRECISIONS, PlanError, parse_buckets
 from engines.runtime import EngineError
 from engines.tensorrt_api import TensorRTError, find_tensorrt
+from model.names import OtherNetworkError, add_network_argument
 from trt_build.build import DEFAULT_WORKSPACE_BYTES, BuildError, BuildOptions, build
 from trt_build.calibrate import CalibrationError, read_ranges
 from trt_build.convert import ConversionError
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(arguments)
     options = BuildOptions(
+        network=args.network,
         precision=args.precision,
         buckets=args.buckets,
         attention=args.attention,
@@ -67,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ConversionError,
         EngineError,
         NoGpuError,
+        OtherNetworkError,
         PlanError,
         TensorRTError,
     ) as error:
@@ -86,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--onnx", type=Path, required=True, help="the exported model")
     parser.add_argument("--output", type=Path, required=True, help="the engine file")
+    add_network_argument(parser, "refuse a graph of another one")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp16", help="default: fp16")
     parser.add_argument(
         "--buckets",
@@ -96,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--attention",
         choices=["fused", "chunked", "plain"],
-        help="default: fused, or chunked for fp32 and tf32",
+        help="of SLSNet (default: fused, or chunked for fp32 and tf32)",
     )
     parser.add_argument("--calibration", type=Path, help="int8: default beside the ONNX file")
     parser.add_argument(

@@ -20,6 +20,7 @@ from engines.plan import (
     file_sha256,
 )
 from engines.tensorrt_api import TensorRT, TensorRTError, find_tensorrt, plan_key
+from model.names import check_name, name_of
 from trt_build import layers as layer_reports
 from trt_build.convert import AttentionForm, ConversionError, convert, default_attention
 
@@ -37,6 +38,8 @@ class BuildError(RuntimeError):
 class BuildOptions:
     """How to build. Some options are part of an engine's key; others only change how it is made."""
 
+    network: str | None = None
+    """The network that the file has to hold (`model.names`); None takes any."""
     precision: Precision = "fp16"
     buckets: tuple[int, ...] = BUCKETS
     attention: AttentionForm | None = None
@@ -80,6 +83,7 @@ def build(
     Raises:
         BuildError: the engine is not the one asked for.
         ConversionError: the graph is not the exported one.
+        OtherNetworkError: it is of another network than `options` say.
         TensorRTError, NoGpuError, OSError: nothing can be built here, or written.
     """
     started = time.monotonic()
@@ -94,6 +98,8 @@ def build(
         hardware_compatible=options.hardware_compatible,
     )
     exported = _load(onnx_path)
+    metadata = {entry.key: entry.value for entry in exported.metadata_props}
+    check_name(onnx_path, name_of(metadata), options.network)
     attention, model, made = _convert(trt, exported, options, ranges, progress)
     layers, layers_from, scratch = _read_back(trt, made, host_code=options.version_compatible)
     problems = _disagreements(model, layers, options.precision, progress, gated=gated)
@@ -110,7 +116,7 @@ def build(
         layers=layers,
         layers_from=layers_from,
         disagreements=tuple(problems),
-        model={entry.key: entry.value for entry in exported.metadata_props},
+        model=metadata,
         beside_serving=options.beside_serving and not trt.is_rtx,
     )
     write_atomically(output, made.engine)

@@ -186,7 +186,8 @@ class _Graph:
         movers: list[onnx.NodeProto] = []
         tensor = self.input
         while True:
-            consumers = self._consumers(tensor)
+            # A shape needs no values: it may be read from the cast's answer as well.
+            consumers = [node for node in self._consumers(tensor) if node.op_type != "Shape"]
             if len(consumers) != 1:
                 raise ConversionError(f"{tensor}: the uint8 image must go to one cast alone")
             node = consumers[0]
@@ -198,18 +199,25 @@ class _Graph:
                 )
             movers.append(node)
             tensor = node.output[0]
+        self.nodes.remove(node)
         if not movers:
+            self._put_first(node)
             return
         old = node.output[0]
-        self.nodes.remove(node)
         first = helper.make_node(
             "Cast", [self.input], [f"{self.input}_float"], to=TensorProto.FLOAT
         )
         movers[0].input[0] = first.output[0]
-        self.nodes.insert(self.nodes.index(movers[0]), first)
+        self._put_first(first)
         for consumer in self._consumers(old):
             _rename_input(consumer, old, tensor)
         self.floats.update([first.output[0], *(mover.output[0] for mover in movers)])
+
+    def _put_first(self, cast: onnx.NodeProto) -> None:
+        for consumer in self._consumers(self.input):
+            if consumer.op_type == "Shape":
+                _rename_input(consumer, self.input, cast.output[0])
+        self.nodes.insert(0, cast)
 
     def _root(self, tensor: str, producers: Mapping[str, onnx.NodeProto]) -> str:
         while (node := producers.get(tensor)) is not None and node.op_type in (
@@ -240,11 +248,13 @@ class _Graph:
             yield softmax, next(iter(energies.values())), between
 
     def position_attentions(self) -> list[_PositionAttention]:
-        """Find the attentions over positions. A Gram matrix (a tensor times itself) is not one."""
+        """Find SLSNet's attentions over positions. A Gram matrix (of one tensor) is none."""
         producers = self._producers()
         found = []
         for softmax, energy, between in self._softmaxes():
             queries, keys = energy.input
+            if len(self.shapes.get(queries, [])) != 3:
+                continue  # several heads, as other networks have them: they stay as they are
             if self._root(queries, producers) == self._root(keys, producers):
                 continue
             consumers = self._consumers(softmax.output[0])

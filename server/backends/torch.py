@@ -14,7 +14,8 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from model.export import AttentionForm, Contract, set_attention
-from model.generator import Generator, load_generator, load_metadata
+from model.generator import Generator, load_metadata
+from model.networks import read_network
 from photos.image import MODEL_SIZE
 from server.backends import BackendError, BackendInfo, Images
 
@@ -35,7 +36,7 @@ class _Lane:
 
 
 class TorchBackend:
-    """Runs the generator itself, on the GPU if there is one.
+    """Runs the network itself, on the GPU if there is one.
 
     Args:
         model: the ONNX file; the weights lie beside it as `.safetensors`. If the ONNX file exists,
@@ -58,14 +59,17 @@ class TorchBackend:
         weights = model.with_suffix(".safetensors")
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            generator = load_generator(weights)
-            form = _attention(model, generator)
-            set_attention(generator, form)
-            network = Contract(generator).eval().to(self._device)
+            read = read_network(weights)
+            form: dict[str, str] = {}
+            if isinstance(read, Generator):
+                attention = _attention(model, read)
+                set_attention(read, attention)
+                form["attention"] = attention
+            network = Contract(read).eval().to(self._device)
             self._sha256 = sha256(weights.read_bytes()).hexdigest()
             self._metadata = {
                 **load_metadata(weights),
-                "attention": form,
+                **form,
                 "weights_sha256": self._sha256,
             }
         except (OSError, ValueError, DecodeError) as error:

@@ -143,7 +143,9 @@ def test_a_run_from_the_command_line(
     main([*flags, "--resume"])
     assert (out / "last.pt").read_bytes() == before
     refused(capsys, [*flags, *tiny_flags()], "holds a run: pass --resume, or another --out")
-    refused(capsys, [*flags, "--resume", "--set", "epochs=9"], "leave --config and --set out")
+    refused(
+        capsys, [*flags, "--resume", "--set", "epochs=9"], "leave --config, --set and --network out"
+    )
     # another architecture than the checkpoint's
     text = (out / "config.yaml").read_text()
     (out / "config.yaml").write_text(text.replace("- 10\n", "- 12\n"))

