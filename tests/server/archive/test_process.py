@@ -22,6 +22,7 @@ from tests.support.archives import (
     StubArchive,
     StubServer,
     dicom_photo,
+    problem,
     serve_archive,
     source_of,
     store,
@@ -149,3 +150,47 @@ def test_without_its_packages_it_names_them(tmp_path: Path) -> None:
         )
         assert ran.returncode == 1
         assert "requirements-dicom.txt" in ran.stderr and "pynetdicom" in ran.stderr
+
+
+def _fetch(
+    tmp_path: Path, server: str, archive: str, *flags: str
+) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "server.archive", "fetch", "--journal", str(tmp_path)),
+            *("--server", server, "--from", archive, "--min-free-bytes", "1"),
+            *("--retry-s", "0.01", *flags),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_what_is_fetched_comes_back(tmp_path: Path) -> None:
+    photos = [dicom_photo(seed) for seed in range(3)]
+    with StubServer() as server, StubArchive() as archive:
+        archive.held = {uid_of(photo): photo for photo in photos}
+        other = dicom_photo(9, SOPClassUID="1.2.840.10008.5.1.4.1.1.2")
+        archive.held[uid_of(other)] = other
+        url = f"{archive.url}/dicom-web"
+        # The first search fails: no photo is lost, and the command says so.
+        archive.answers = [(503, {}, b"")]
+        ran = _fetch(tmp_path, server.url, url, "--all")
+        assert ran.returncode == 2 and "The archive answers 503" in ran.stderr
+        # The second photo cannot be had at first, and the server refuses one.
+        page = archive.answer("GET", "/dicom-web/instances?offset=0&limit=100", {}, b"")
+        archive.answers = [page, (500, {}, b"")]
+        server.answers = [problem(422, "The object has no pixels.")]
+        ran = _fetch(tmp_path, server.url, url, "--all")
+        assert ran.returncode == 1
+        assert "3 fetched" in ran.stderr and "1 no photos" in ran.stderr
+        assert "1 wait for a person" in ran.stderr
+        assert PATIENT not in ran.stderr
+    results = [one for one in archive.stored if one not in map(uid_of, photos)]
+    assert len(results) == 6
+
+
+def test_what_to_fetch_has_to_be_named(tmp_path: Path) -> None:
+    ran = _fetch(tmp_path, "http://127.0.0.1:9", "http://127.0.0.1:9")
+    assert ran.returncode == 2 and "--study, --series, --date" in ran.stderr
