@@ -67,6 +67,8 @@ export interface Result {
   height: number;
   /** What the server says of the photo's quality; null where it says nothing. */
   quality: components["schemas"]["QualityAnswer"] | null;
+  /** Whether it is a dermoscopic photo at all; null where the server does not know. */
+  fitness: components["schemas"]["FitnessAnswer"] | null;
   /** Measurements of shape and colours; null unless they were asked for, or without a lesion. */
   features: components["schemas"]["FeaturesAnswer"] | null;
   /** The lesion that was found, in pixels of the mask. */

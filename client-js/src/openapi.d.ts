@@ -30,6 +30,8 @@ export interface components {
             lesion: components["schemas"]["LesionAnswer"];
             /** @description null where nothing is known of how good the network's masks are */
             quality: components["schemas"]["QualityAnswer"] | null;
+            /** @description null where the network has no detector of other pictures */
+            fitness: components["schemas"]["FitnessAnswer"] | null;
             /** @description if `borders` asks for them; null where nothing is known of the network's borders */
             borders?: components["schemas"]["Borders"] | null;
             /** @description if `features` asks for them; null if nothing was found */
@@ -310,6 +312,56 @@ export interface components {
              * @example 0.9987
              */
             max_probability: number;
+            /** @description if the photo is DICOM and says how large its pixels are, and something was found; else absent */
+            millimetres?: components["schemas"]["MillimetresAnswer"] | null;
+        };
+        /**
+         * MillimetresAnswer
+         * @description The lesion's measures on the skin, as far as the photo's own scale is right.
+         */
+        MillimetresAnswer: {
+            /**
+             * Pixel
+             * @description a pixel of the photo, across and down; mm
+             * @example [
+             *       0.02,
+             *       0.02
+             *     ]
+             */
+            pixel: [
+                number,
+                number
+            ];
+            /**
+             * Area
+             * @description mm²
+             * @example 62.9
+             */
+            area: number;
+            /**
+             * Perimeter
+             * @description of all outlines, mm
+             * @example 31.4
+             */
+            perimeter: number;
+            /**
+             * Major Axis
+             * @description of the ellipse with the mask's second moments, mm
+             * @example 8.05
+             */
+            major_axis: number;
+            /**
+             * Minor Axis
+             * @description the same, across
+             * @example 7.82
+             */
+            minor_axis: number;
+            /**
+             * Diameter
+             * @description greatest distance of two points of the outline, mm
+             * @example 8.2
+             */
+            diameter: number;
         };
         /**
          * QualityAnswer
@@ -329,6 +381,24 @@ export interface components {
              * @enum {string}
              */
             grade: "good" | "fair" | "poor";
+        };
+        /**
+         * FitnessAnswer
+         * @description Whether the picture is one that the network was made for.
+         */
+        FitnessAnswer: {
+            /**
+             * Distance
+             * @description of the picture from the dermoscopic photos that the network was trained on, as statistics of colours and detail tell it; 1 is the limit
+             * @example 0.62
+             */
+            distance: number;
+            /**
+             * Unfit
+             * @description whether it is above 1: then it is likely no dermoscopic photo, and the mask means nothing
+             * @example false
+             */
+            unfit: boolean;
         };
         /**
          * Borders

@@ -20,6 +20,7 @@ export function resultOf(document) {
     width,
     height,
     quality: document.quality ?? null,
+    fitness: document.fitness ?? null,
     features: document.features ?? null,
     lesion,
     network: model,

@@ -48,6 +48,9 @@ class Result:
     """[height, width], 0 to 1; None unless it was asked for."""
     quality: dict[str, Any] | None
     """What the server says of the photo's quality; None where it says nothing."""
+    fitness: dict[str, Any] | None
+    """Whether it is a dermoscopic photo at all: its `distance` from such, and `unfit` above 1; None
+    where the server does not know."""
     features: dict[str, Any] | None
     """Measurements of shape and colours, as the server names them; None unless they were asked for,
     or without a lesion."""
@@ -93,6 +96,7 @@ def result_of(document: dict[str, Any]) -> Result:
         mask=bitmap,
         probability=probability,
         quality=document.get("quality"),
+        fitness=document.get("fitness"),
         features=document.get("features"),
         lesion=Lesion(
             found=lesion["found"],

@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from photos.fitness import Detector
 from photos.quality import QualityTable
 
 __all__ = ["Backend", "BackendError", "BackendInfo", "Images", "open_backend"]
@@ -57,6 +58,8 @@ class BackendInfo:
     """SHA-256 of the bytes that were loaded: it tells the network, whatever its metadata says."""
     quality: QualityTable | None = None
     """What turns its probabilities into a mask's quality; None if nothing is known of that."""
+    detector: Detector | None = None
+    """What tells pictures that are no dermoscopic photos; None if that is not known."""
 
 
 class Backend(Protocol):

@@ -1,17 +1,23 @@
 """The network's ONNX file is read once: the bytes that are checked and hashed are those loaded.
 
-The table of its masks' quality lies beside it, and has to belong to the same weights.
+The table of its masks' quality and the detector of other pictures lie beside it, and have to belong
+to the same weights.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from common.stamp import StampError, check_digest
+from photos.fitness import Detector
 from photos.quality import QualityTable
 from server.backends import BackendError, BackendInfo
 
-__all__ = ["ModelFile", "read_model", "read_quality"]
+__all__ = ["ModelFile", "read_detector", "read_model", "read_quality"]
+
+Beside = TypeVar("Beside", QualityTable, Detector)
 
 
 @dataclass(frozen=True)
@@ -52,10 +58,21 @@ def read_quality(model: Path, network: BackendInfo) -> QualityTable | None:
     Raises:
         BackendError: it cannot be read, or belongs to other weights.
     """
-    path = model.with_suffix(".quality.json")
+    return _read_beside(model, network, "quality", QualityTable.parse)
+
+
+def read_detector(model: Path, network: BackendInfo) -> Detector | None:
+    """Read the detector of other pictures, `X.fitness.json`; for the rest see `read_quality`."""
+    return _read_beside(model, network, "fitness", Detector.parse)
+
+
+def _read_beside(
+    model: Path, network: BackendInfo, kind: str, parse: Callable[[bytes], Beside]
+) -> Beside | None:
+    path = model.with_suffix(f".{kind}.json")
     weights = network.model.get("weights_sha256")
     try:
-        table = QualityTable.parse(path.read_bytes())
+        found = parse(path.read_bytes())
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -64,9 +81,9 @@ def read_quality(model: Path, network: BackendInfo) -> QualityTable | None:
         raise BackendError(f"The server does not load {path}: {error}") from error
     if weights is None:
         return None
-    if weights != table.weights_sha256:
+    if weights != found.weights_sha256:
         raise BackendError(
-            f"{path} belongs to the weights {table.weights_sha256[:12]}…, {model} has"
-            f" {weights[:12]}…: make it anew with `python -m model.quality`, or remove it."
+            f"{path} belongs to the weights {found.weights_sha256[:12]}…, {model} has"
+            f" {weights[:12]}…: make it anew with `python -m model.{kind}`, or remove it."
         )
-    return table
+    return found

@@ -73,6 +73,8 @@ class Row:
     max_probability: float | None = None
     quality: float | None = None
     """The Jaccard that is to be expected of the mask, if that is known."""
+    fitness_distance: float | None = None
+    """Of the photo from dermoscopic ones, if that is known; above 1 it is likely none."""
     backend: str | None = None
     precision: str | None = None
     milliseconds: float | None = None

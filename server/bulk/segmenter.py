@@ -176,6 +176,7 @@ class Segmenter:
         table = backend.quality
         drawn = found.probability > found.threshold
         quality = None if table is None else table.quality(probability, drawn)
+        distance = None if backend.detector is None else backend.detector.distance(photo.pixels)
         x, y, box_width, box_height = lesion.bounding_box or (None,) * 4
         centroid_x, centroid_y = lesion.centroid or (None, None)
         return Row(
@@ -194,6 +195,7 @@ class Segmenter:
             lesion.mean_probability,
             lesion.max_probability,
             quality,
+            distance,
             backend.name,
             backend.precision,
             round(1000 * (seconds + time.perf_counter() - started), 1),

@@ -36,6 +36,7 @@ COMMANDS = {
     "train": Command("model.train", "train a network", "train"),
     "evaluate": Command("model.evaluate", "score a network on photos and masks"),
     "quality": Command("model.quality", "learn, and test, how far masks can be trusted", "train"),
+    "fitness": Command("model.fitness", "learn, and test, what is no dermoscopic photo", "train"),
     "export": Command("model.export", "write trained weights as an ONNX file", "train"),
     "build-engine": Command("trt_build.__main__", "build a TensorRT engine", "gpu"),
 }

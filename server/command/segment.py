@@ -13,6 +13,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +21,12 @@ from numpy.typing import NDArray
 
 from common.files import write_atomically
 from common.program import Help, program
+from photos.fitness import is_unfit
 from photos.forms import Form, Found, encoded, forms
 from photos.image import THRESHOLD, ImageError, encode_png, read_photo
-from photos.quality import QualityTable, grade
-from server.backends import Backend, BackendError, open_backend
-from server.backends.model_file import read_quality
+from photos.quality import grade
+from server.backends import Backend, BackendError, BackendInfo, open_backend
+from server.backends.model_file import read_detector, read_quality
 from server.cores import available_cores
 from server.settings import Settings
 
@@ -41,7 +43,7 @@ def _segment(
     photo: Path,
     targets: Sequence[Path],
     backend: Backend,
-    table: QualityTable | None,
+    info: BackendInfo,
     options: argparse.Namespace,
 ) -> str:
     """Write the files of one photo; return the line that says what was found."""
@@ -60,9 +62,11 @@ def _segment(
         write_atomically(target, content)
     share = found.lesion.area / (read.width * read.height)
     says = f"lesion on {share:.1%} of the photo" if share else "no lesion found"
-    if table is not None:
-        quality = table.quality(probability, found.probability > found.threshold)
+    if info.quality is not None:
+        quality = info.quality.quality(probability, found.probability > found.threshold)
         says += f", quality {quality:.3f} ({grade(quality)})"
+    if info.detector is not None and is_unfit(info.detector.distance(read.pixels)):
+        says += ", WARNING: likely no dermoscopic photo"
     took_ms = 1000 * (time.perf_counter() - started)
     return f"{says}, {took_ms:.0f} ms -> {', '.join(map(str, targets))}"
 
@@ -130,13 +134,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.output:
             options.output.mkdir(parents=True, exist_ok=True)
         backend = open_backend("auto", options.model, threads=available_cores())
-        table = read_quality(options.model, backend.describe())
+        info = backend.describe()
+        info = replace(
+            info,
+            quality=read_quality(options.model, info),
+            detector=read_detector(options.model, info),
+        )
     except (BackendError, OSError) as error:
         parser.exit(1, f"{error}\n")
     failed = False
     for photo, targets in plan:
         try:
-            print(f"{photo}: {_segment(photo, targets, backend, table, options)}", flush=True)
+            print(f"{photo}: {_segment(photo, targets, backend, info, options)}", flush=True)
         except (ImageError, OSError, BackendError) as error:
             failed = True
             said = error.strerror if isinstance(error, OSError) and error.strerror else error

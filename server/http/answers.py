@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from photos.drawings import LARGEST_OVERLAY
+from photos.fitness import is_unfit
 from photos.forms import (
     Form,
     Found,
@@ -231,6 +232,22 @@ class QualityAnswer(_Answer):
     )
 
 
+class FitnessAnswer(_Answer):
+    """Whether the picture is one that the network was made for."""
+
+    distance: float = Field(
+        ge=0,
+        description="of the picture from the dermoscopic photos that the network was trained on, as"
+        " statistics of colours and detail tell it; 1 is the limit",
+        examples=[0.62],
+    )
+    unfit: bool = Field(
+        description="whether it is above 1: then it is likely no dermoscopic photo, and the mask"
+        " means nothing",
+        examples=[False],
+    )
+
+
 class ColourShares(_Answer):
     """Shares of the lesion's pixels, 0 to 1, by the nearest of six colours."""
 
@@ -315,6 +332,9 @@ class SegmentationAnswer(_Answer):
     lesion: LesionAnswer
     quality: QualityAnswer | None = Field(
         description="null where nothing is known of how good the network's masks are"
+    )
+    fitness: FitnessAnswer | None = Field(
+        description="null where the network has no detector of other pictures"
     )
     borders: Borders | None = Field(
         None,
@@ -465,6 +485,7 @@ def json_answer(
     clean: bool,
     borders: bool,
     features: bool,
+    distance: float | None,
     photo: bytes,
     request_id: str,
     timings_ms: dict[str, float],
@@ -474,6 +495,7 @@ def json_answer(
     """The mask with its measures as JSON, in ASCII, and its quality; arguments: see `form_answer`.
 
     `borders` adds a tight and a generous outline, `features` measurements of shape and colours.
+    `distance` is what `Detector` says of the photo, if that is known.
     """
     found = _found(segmentation, threshold, original, clean=clean)
     quality = _quality(segmentation, found.probability, threshold)
@@ -492,6 +514,9 @@ def json_answer(
         ),
         lesion=LesionAnswer(found=found.lesion.area > 0, **asdict(found.lesion)),
         quality=None if quality is None else QualityAnswer(jaccard=quality, grade=grade(quality)),
+        fitness=(
+            None if distance is None else FitnessAnswer(distance=distance, unfit=is_unfit(distance))
+        ),
         timings_ms=timings_ms,
     )
     # A mask has one form; the others are left out.

@@ -61,6 +61,7 @@ _CORS_ANSWER_HEADERS = [
     "Allow",
     "Inference-Header-Content-Length",
     "Mask-Quality",
+    "Photo-Fitness",
     "Retry-After",
     "Server-Timing",
     "WWW-Authenticate",

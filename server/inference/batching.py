@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from photos.fitness import Detector
 from photos.quality import QualityTable
 from server.backends import Backend, BackendError
 from server.backends.threads import DaemonThreads
@@ -160,6 +161,7 @@ class Batcher:
         max_wait_ms: float = 0,
         on_failing: Callable[[], None] = lambda: None,
         quality: QualityTable | None = None,
+        detector: Detector | None = None,
     ) -> None:
         """Start the threads in which `backend` runs.
 
@@ -171,8 +173,9 @@ class Batcher:
             on_failing: called once, when the backend has failed `FAILURES` times in a row, or
                 hangs.
             quality: what turns its probabilities into a mask's quality.
+            detector: what tells pictures that are no dermoscopic photos.
         """
-        self.info = info = replace(backend.describe(), quality=quality)
+        self.info = info = replace(backend.describe(), quality=quality, detector=detector)
         self._backend = backend
         self._metrics = metrics
         self.max_batch = max_batch or info.max_batch

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from server.backends import Backend, BackendError, BackendInfo
-from server.backends.model_file import read_quality
+from server.backends.model_file import read_detector, read_quality
 from server.inference.admission import Gate
 from server.inference.batching import Batcher
 from server.inference.budgets import PixelBudget
@@ -112,12 +112,14 @@ class Service:
             on_failing: called if it fails many times in a row, or hangs.
 
         Raises:
-            BackendError: it does not work, or the table of quality is not its own; the previous
-                one goes on.
+            BackendError: it does not work, or the table of quality or the detector is not its own;
+                the previous one goes on.
         """
         seconds_an_image = await proved(backend, self.threads.interactive)
         try:
-            quality = await self.threads.run(read_quality, self.settings.model, backend.describe())
+            network = self.settings.model, backend.describe()
+            quality = await self.threads.run(read_quality, *network)
+            detector = await self.threads.run(read_detector, *network)
         except BackendError:
             backend.close()
             raise
@@ -128,6 +130,7 @@ class Service:
             max_wait_ms=self.settings.max_wait_ms,
             on_failing=on_failing,
             quality=quality,
+            detector=detector,
         )
         info = batcher.info
         self.metrics.serves(info)

@@ -125,6 +125,11 @@ class Metrics:
             buckets=_QUALITIES,
             registry=self.registry,
         )
+        self.unfit_photos = Counter(
+            "slsnet_unfit_photos",
+            "Photos that are likely no dermoscopic photos, whether they were refused or not",
+            registry=self.registry,
+        )
         self.engine_events = Counter(
             "slsnet_engine_events",
             "Steps in the life of the TensorRT engine: found, missing, damaged, built, refused, …",

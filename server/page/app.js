@@ -256,15 +256,17 @@ function show() {
   const scale = scaleOf(good);
   byId("percent").textContent = percent;
   byId("nothing").hidden = figures.area > 0;
+  byId("unfit").hidden = !good.fitness?.unfit;
   byId("area").textContent = areaText(figures.area, scale);
   byId("diameter").textContent = figures.area ? lengthText(figures.diameter, scale) : "–";
   byId("perimeter").textContent = figures.area ? lengthText(figures.perimeter, scale) : "–";
   byId("cut").hidden = !figures.cut;
   byId("dimensions").textContent = `${size.width} × ${size.height} px`;
   byId("box").textContent = figures.box ? `${figures.box[2]} × ${figures.box[3]} px` : "–";
-  byId("announce").textContent = figures.area
+  const found = figures.area
     ? `The lesion covers ${percent} percent of the frame, ${whole.format(figures.area)} pixels.`
     : "Nothing in this photo is above the threshold.";
+  byId("announce").textContent = byId("unfit").hidden ? found : `${byId("unfit").textContent} ${found}`;
   byId("edited").hidden = !good.edited;
   byId("threshold").disabled = byId("clean").disabled = Boolean(good.edited);
   byId("undo").disabled = !editor.canUndo;
@@ -343,7 +345,7 @@ function clearResult() {
   drawn = null;
   for (const id of ALL_PATHS) byId(id).removeAttribute("d");
   for (const id of ["percent", "area", "diameter", "perimeter", "dimensions", "box"]) byId(id).textContent = "–";
-  for (const id of ["nothing", "cut", "handles", "quality-row"]) byId(id).toggleAttribute("hidden", true);
+  for (const id of ["nothing", "unfit", "cut", "handles", "quality-row"]) byId(id).toggleAttribute("hidden", true);
   showTimings({});
 }
 

@@ -97,6 +97,19 @@ def test_a_photo_is_chosen_and_its_mask_shown_and_saved(
     assert page.find("stage").is_displayed()
 
 
+def test_a_picture_that_is_no_dermoscopic_photo_is_told_of(page: Page, tmp_path: Path) -> None:
+    page.open()
+    page.find("example").send_keys(Keys.ENTER)
+    page.until_done()
+    assert not page.find("unfit").is_displayed()
+    cap = tmp_path / "cap.png"
+    Image.new("RGB", (300, 200)).save(cap)
+    page.open()
+    page.find("choose").send_keys(str(cap))
+    page.until_done()
+    assert "no dermoscopic photo" in page.text("unfit")
+
+
 def test_threshold_and_views_by_keyboard(page: Page) -> None:
     page.open()
     page.find("example").send_keys(Keys.ENTER)

@@ -1,6 +1,5 @@
 """Every mask says how good it is likely to be, by every way, and only if that is known."""
 
-import asyncio
 import base64
 import contextlib
 import email
@@ -23,15 +22,13 @@ from server.bulk.ledger import Ledger, Row
 from server.bulk.sources import Listed
 from server.command.segment import main as segment
 from server.http.app import create_app
-from server.inference.loading import Loader
-from server.inference.service import Service
-from server.observe.metrics import Metrics
 from server.settings import Settings
 from tests.support import MODEL
 from tests.support.answers import figures
 from tests.support.app import serve_app
 from tests.support.launch import ServerProcess
 from tests.support.lesions import drawn_photo
+from tests.support.loading import load
 from tests.support.results import table as table_of
 from tests.support.waiting import until
 
@@ -137,19 +134,6 @@ def _bulk(folder: Path, model: Path) -> list[str]:
         "--threads",
         "1",
     ]
-
-
-def load(model: Path) -> None:
-    async def scenario() -> None:
-        service = Service(Settings(model=model, backend="onnxruntime", threads=1), Metrics())
-        loader = Loader(service)
-        try:
-            await loader.load()
-        finally:
-            await loader.close()
-            await service.close()
-
-    asyncio.run(scenario())
 
 
 def test_the_table_of_other_weights_is_refused_by_name(

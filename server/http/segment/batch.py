@@ -226,7 +226,7 @@ class _Answers:
         said = told(problem)
         path = self._request.url.path
         members = document(said.status, said.detail, path, self._asked.request_id)
-        return said.status, Encoded(json.dumps(members).encode(), None)
+        return said.status, Encoded(json.dumps(members).encode(), None, None)
 
     async def _segment(self, part: Part, held: contextlib.ExitStack) -> Encoded:
         if isinstance(part.photo, Problem):

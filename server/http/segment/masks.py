@@ -3,18 +3,23 @@
 import contextlib
 from dataclasses import dataclass
 
+from photos.fitness import is_unfit
 from photos.forms import Form
 from photos.quality import grade
 from server.http.answers import MaskFormat, answer_bytes, form_answer, json_answer, png_answer
+from server.inference.errors import Unprocessable
 from server.inference.submission import Body, Segmentation, Work
 
-__all__ = ["JSON", "MEDIA_TYPES", "PNG", "QUALITY", "Asked", "Encoded", "encoded"]
+__all__ = ["FITNESS", "JSON", "MEDIA_TYPES", "PNG", "QUALITY", "Asked", "Encoded", "encoded"]
 
 PNG = "image/png"
 JSON = "application/json"
 
 QUALITY = "Mask-Quality"
 """Header of a mask as PNG: its quality, a number and a parameter as in RFC 9651."""
+
+FITNESS = "Photo-Fitness"
+"""Header beside it: whether it is a dermoscopic photo, a token with its distance as a parameter."""
 
 MEDIA_TYPES: dict[str, str] = {
     Form.OVERLAY: "image/jpeg",
@@ -49,6 +54,8 @@ class Asked:
     """Whether JSON has a tight and a generous outline too."""
     frame: int | None = None
     """Which frame of the photo's file is meant."""
+    reject_unfit: bool = False
+    """Whether a picture that is likely no dermoscopic photo is an error."""
 
     @property
     def draws_photo(self) -> bool:
@@ -64,13 +71,19 @@ class Encoded:
     content: bytes
     quality: float | None
     """The Jaccard to be expected of its mask; None if that is not known."""
+    distance: float | None
+    """From dermoscopic photos, 1 is the limit; None if that is not known."""
 
     @property
     def headers(self) -> dict[str, str]:
         """What a PNG cannot hold."""
-        if self.quality is None:
-            return {}
-        return {QUALITY: f"{self.quality:.3f};grade={grade(self.quality)}"}
+        headers = {}
+        if self.quality is not None:
+            headers[QUALITY] = f"{self.quality:.3f};grade={grade(self.quality)}"
+        if self.distance is not None:
+            word = "unfit" if is_unfit(self.distance) else "fit"
+            headers[FITNESS] = f"{word};distance={self.distance:.3f}"
+        return headers
 
 
 async def encoded(
@@ -91,49 +104,82 @@ async def encoded(
 
     Raises:
         Overloaded: there is no room for a large answer.
+        Unprocessable: it is no dermoscopic photo, or nobody knows, and `asked` refuses such ones.
     """
-    threshold, original, clean = asked.threshold, asked.original, asked.clean
     if asked.form == "png":
-        found = await work.encode(
-            lambda: png_answer(segmentation, threshold, original, clean=clean),
-            here=segmentation.is_small and not clean and not work.bulk,
+        here = segmentation.is_small and not asked.clean and not work.bulk
+        return _counted(
+            work, await work.encode(lambda: _made(work, segmentation, asked), here=here)
         )
-        return _counted(work, *found)
     as_json = asked.form == "json"
     size = answer_bytes(
-        segmentation, original, asked.mask if as_json else asked.form, as_json=as_json
+        segmentation, asked.original, asked.mask if as_json else asked.form, as_json=as_json
     )
     held.enter_context(work.service.gate.answer_bytes(size, bulk=work.bulk))
-    max_pixels, room = work.service.settings.max_pixels, work.service.pixels.room
     pixels = segmentation.width * segmentation.height
+    slow = asked.draws_photo and work.is_slow(photo.data, pixels)
+    answer = await work.encode(lambda: _made(work, segmentation, asked, photo.take()), slow=slow)
+    return _counted(work, answer)
 
-    def make() -> tuple[bytes, float | None]:
-        data = photo.take()
-        if not as_json:
-            return form_answer(
-                *(segmentation, threshold, original, Form(asked.form)),
-                clean=clean,
-                photo=data,
-                room=room,
-                max_pixels=max_pixels,
-            )
-        return json_answer(
-            *(segmentation, threshold, original, asked.mask),
+
+def _made(work: Work, segmentation: Segmentation, asked: Asked, photo: bytes = b"") -> Encoded:
+    """Run in a thread, or here: the answer, from the photo's bytes if it draws it."""
+    distance = _distance(work, segmentation, refuse=asked.reject_unfit)
+    drawn, clean = (segmentation, asked.threshold, asked.original), asked.clean
+    max_pixels, room = work.service.settings.max_pixels, work.service.pixels.room
+    if asked.form == "png":
+        made = png_answer(*drawn, clean=clean)
+    elif asked.form == "json":
+        made = json_answer(
+            *(*drawn, asked.mask),
             clean=clean,
             borders=asked.borders,
             features=asked.features,
-            photo=data,
+            distance=distance,
+            photo=photo,
             request_id=asked.request_id,
             timings_ms=work.stages.milliseconds(),
             room=room,
             max_pixels=max_pixels,
         )
+    else:
+        made = form_answer(
+            *(*drawn, Form(asked.form)),
+            clean=clean,
+            photo=photo,
+            room=room,
+            max_pixels=max_pixels,
+        )
+    return Encoded(*made, distance)
 
-    slow = asked.draws_photo and work.is_slow(photo.data, pixels)
-    return _counted(work, *await work.encode(make, slow=slow))
+
+def _distance(work: Work, segmentation: Segmentation, *, refuse: bool) -> float | None:
+    """The photo's distance from dermoscopic ones, if that is known.
+
+    Raises:
+        Unprocessable: it is unfit, or nobody knows, and such photos are to be refused.
+    """
+    detector = segmentation.backend.detector
+    if detector is None:
+        if refuse:
+            raise Unprocessable(
+                "reject_unfit=true: the network that is served has no detector of pictures that are"
+                " no dermoscopic photos. Leave reject_unfit out, and look at the photos."
+            )
+        return None
+    distance = detector.distance(segmentation.pixels)
+    if is_unfit(distance):
+        work.service.metrics.unfit_photos.inc()
+        if refuse:
+            raise Unprocessable(
+                f"This is likely no dermoscopic photo (distance {distance:.2f}, the limit is 1):"
+                " send a photo of one lesion, taken through a dermatoscope, or leave reject_unfit"
+                " out."
+            )
+    return distance
 
 
-def _counted(work: Work, content: bytes, quality: float | None) -> Encoded:
-    if quality is not None:
-        work.service.metrics.mask_quality.observe(quality)
-    return Encoded(content, quality)
+def _counted(work: Work, answer: Encoded) -> Encoded:
+    if answer.quality is not None:
+        work.service.metrics.mask_quality.observe(answer.quality)
+    return answer

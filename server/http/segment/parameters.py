@@ -69,6 +69,13 @@ class MaskParameters(BaseModel):
             examples=[1],
         ),
     ] = None
+    reject_unfit: Annotated[
+        bool,
+        Query(
+            description="whether a picture that is likely no dermoscopic photo is refused (422),"
+            " and not only told of",
+        ),
+    ] = False
 
     def with_fields(self, request: Request, fields: Fields) -> Self:
         """These parameters of the query, and those that came as fields of the request's form.
@@ -155,6 +162,7 @@ class JsonParameters(MaskParameters):
             request_id=request.state.request_id,
             borders=self.borders,
             frame=self.frame,
+            reject_unfit=self.reject_unfit,
         )
 
     def _media_type(self, headers: Headers) -> str:

@@ -24,6 +24,12 @@ _PNG_HEADERS: dict[str, Any] = {
         "schema": {"type": "string"},
         "example": "0.871;grade=good",
     },
+    "Photo-Fitness": {
+        "description": "what JSON has as `fitness`, for PNG: `fit` or `unfit`, and the distance;"
+        " absent where it is not known",
+        "schema": {"type": "string"},
+        "example": "fit;distance=0.620",
+    },
 }
 
 SEGMENT_BODY: dict[str, Any] = {
@@ -105,7 +111,8 @@ BATCH_RESPONSES: dict[int | str, dict[str, Any]] = {
         " prefers multipart/mixed, a part with the mask as PNG, or as another form of file that"
         " `mask` names (or a problem document), and the headers Item-Index, Item-Name"
         " (percent-encoded) and Item-Status; with file_names,"
-        " Item-File-Name (percent-encoded) too, and Mask-Quality where it is known.",
+        " Item-File-Name (percent-encoded) too, and Mask-Quality and Photo-Fitness where they are"
+        " known.",
         "headers": HEADERS,
         "content": {
             # There are many JSON values, which a schema cannot describe.

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from photos.fitness import Detector
 from photos.quality import QualityTable
 from server.backends import BackendError, BackendInfo
 from server.inference.batching import (
@@ -157,6 +158,8 @@ class _Owner(Channel):
         fields = {**card["info"], "buckets": tuple(card["info"]["buckets"])}
         if fields["quality"] is not None:
             fields["quality"] = QualityTable.of(fields["quality"])
+        if fields["detector"] is not None:
+            fields["detector"] = Detector.of(fields["detector"])
         self._owner_pid = card["owner"]
         info = BackendInfo(**fields)
         self._newest = _SharedNetwork(self, card["number"], info, card["max_batch"])

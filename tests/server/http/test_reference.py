@@ -72,12 +72,12 @@ def test_document_is_complete(server: ServerProcess) -> None:
         (
             "/segment",
             {"image/png", "application/octet-stream"},
-            {"threshold", "size", "clean", "frame"},
+            {"threshold", "size", "clean", "reject_unfit", "frame"},
         ),
         (
             "/segment/json",
             {"application/json"},
-            {"threshold", "size", "clean", "mask", "borders", "features", "frame"},
+            {"threshold", "size", "clean", "reject_unfit", "mask", "borders", "features", "frame"},
         ),
     ):
         operation = document["paths"][path]["post"]
