@@ -144,6 +144,7 @@ def test_what_a_decoder_does_costs_its_photo_only(
     needs("AVIF")
     data = encode_phone(PIXELS, "AVIF")
     script = tmp_path / "decoder.py"
+    # Private: the decoder cannot be made to misbehave in another way.
     source = heif._DECODER.read_text(encoding="utf-8")
     before = "        with opens"
     assert before in source

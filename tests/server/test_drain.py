@@ -105,7 +105,7 @@ def test_who_fails_at_tls_while_the_port_closes_harms_nobody(
             return encrypted.recv(12)
 
     async def close_the_port(listener: socket.socket, good: socket.socket) -> bytes:
-        # Private, for only so clients surely come between the last accept and the port's end.
+        # Private: clients have to come between the last accept and the end of the port.
         server = _Server(config, service, [])
         server._loop = asyncio.get_running_loop()
         server.lifespan = config.lifespan_class(config)
@@ -131,7 +131,7 @@ def test_no_file_left_for_who_has_connected_last_is_survived() -> None:
     app, service = create_app(Settings())
 
     async def close_the_port() -> None:
-        # Private, for only so the moment without a file is surely this one.
+        # Private: the files have to be short at this very moment.
         config = uvicorn.Config(app, http=Connection, log_config=None)
         config.load()
         server = _Server(config, service, [])

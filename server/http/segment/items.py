@@ -1,4 +1,8 @@
-"""The answers of many photos as one body: lines of JSON, an array, or multipart/mixed."""
+"""The answers of many photos as one body: lines of JSON, an array, or multipart/mixed.
+
+It is hand-written because libraries make a multipart body as a whole, for a client. Here each part
+is sent when its photo is done.
+"""
 
 import json
 import uuid
