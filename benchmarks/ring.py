@@ -76,7 +76,7 @@ async def _feed(service: Service, clients: int, seconds: float) -> dict[str, flo
     async def client() -> None:
         nonlocal photos, runs
         while time.perf_counter() < end:
-            (answer,), _ = await service.networks.infer(
+            (answer,), _ = await service.networks.default.infer(
                 [pixels], deadline=end + 60, is_gone=lambda: False, bulk=False
             )
             photos += 1

@@ -29,9 +29,12 @@ def main() -> int:
     try:
         if settings.backend != "torch":
             # It is loaded once the port is open, but a wrong path is told at once.
-            settings.model.open("rb").close()
+            for file in settings.networks.values():
+                file.open("rb").close()
     except OSError as error:
-        log.error("the network cannot be read, look at --model (SLSNET_MODEL): %s", error)
+        log.error(
+            "the network cannot be read, look at --model (SLSNET_MODEL, SLSNET_MODELS): %s", error
+        )
         return 1
     try:
         listener = _listen(settings.host, settings.port)

@@ -7,19 +7,18 @@ import math
 import os
 from pathlib import Path
 
+from server.cgroups import CGROUPS, MEMBERSHIP, groups
+
 __all__ = ["available_cores"]
 
 
-def available_cores(
-    cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
-) -> int:
+def available_cores(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
     """Cores by CPU affinity and by limit of CPU time (`docker run --cpus`, Kubernetes' limits).
 
     A limit that is not a whole number is rounded up, so that all of it is used.
 
     Args:
-        cgroups: where Linux mounts control groups, of either version.
-        membership: the file that names this process's groups (cgroups(7)).
+        cgroups, membership: as for `groups`.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min([cores or 1, *(math.ceil(limit) for limit in _limits(cgroups, membership))]))
@@ -27,22 +26,7 @@ def available_cores(
 
 def _limits(cgroups: Path, membership: Path) -> list[float]:
     """The CPU time that each group allows, in cores."""
-    try:
-        lines = membership.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    limits = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        is_v2 = not controllers
-        if not is_v2 and "cpu" not in controllers.split(","):
-            continue
-        hierarchy = cgroups if is_v2 else cgroups / "cpu"
-        group = hierarchy / path.lstrip("/")
-        # The groups around it limit it too. In a container the path can be the host's, which does
-        # not exist there; the hierarchy's root is then the container's own group.
-        within = (f for f in (group, *group.parents) if f.is_relative_to(hierarchy))
-        limits += [_limit(folder, is_v2) for folder in within]
+    limits = (_limit(*group) for group in groups("cpu", cgroups, membership))
     return [limit for limit in limits if limit is not None and limit > 0]
 
 

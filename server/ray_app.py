@@ -27,7 +27,7 @@ from starlette.types import Message, Scope
 from uvicorn.lifespan.on import LifespanOn
 
 from server.backends import BackendError
-from server.http.admitted import ADMITTED
+from server.http.admitted import admitted
 from server.http.app import create_app
 from server.http.problems import answer
 from server.observe.logs import configure
@@ -74,7 +74,7 @@ class Segmenter:
         )
         configure(settings.log_level, settings.log_format)
         failed = asyncio.Event()
-        self._app, self._service = create_app(settings, failed.set)
+        self._app, self._service = create_app(settings, failed.set, is_alone=False)
         config = uvicorn.Config(self._app, lifespan="on", log_config=None)
         config.load()
         self._lifespan = LifespanOn(config)
@@ -121,7 +121,7 @@ class Segmenter:
         Raises:
             Unavailable: the network fails on everything.
         """
-        self._service.networks.check_works()
+        self._service.networks.default.check_works()
 
     async def __del__(self) -> None:
         """End: Serve has waited for accepted requests, and sends no more."""
@@ -214,7 +214,7 @@ class Gateway:
             )
 
     async def _forward(self, request: Request) -> Response:
-        route = ADMITTED.get(request.url.path)
+        route = admitted(request.url.path)
         many = route is not None and route.many
         most_bytes = self._most_bytes_of_many if many else self._most_bytes
         with contextlib.ExitStack() as held:

@@ -4,6 +4,7 @@ Variables, flags, `--help` and the documentation's table are made from the field
 """
 
 import argparse
+import re
 from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -18,6 +19,9 @@ from photos.image import DEFAULT_MAX_PIXELS
 from server.cores import available_cores
 
 __all__ = [
+    "DEFAULT_NETWORK",
+    "NETWORK_NAME",
+    "NETWORK_NAMES",
     "Settings",
     "add_flags",
     "read_settings",
@@ -29,6 +33,15 @@ _PREFIX = "SLSNET_"
 _LARGEST_NUMBER = 1e9
 _LARGEST_INTEGER = 2**53
 SHIPPED_MODEL = Path("model/weights/slsnet.onnx")
+
+DEFAULT_NETWORK = "slsnet"
+"""Name of the network that runs the photos of requests which name none."""
+
+NETWORK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""The form of a network's name: a segment of a path, a value in a query, a label of metrics."""
+
+NETWORK_NAMES = "a name has 1 to 64 letters, digits, dots, hyphens and underscores, and begins with"
+NETWORK_NAMES += " a letter or a digit"
 
 
 class Settings(BaseSettings):
@@ -47,7 +60,13 @@ class Settings(BaseSettings):
         description="port for V2 over gRPC; none if not given (needs requirements-grpc.txt)",
     )
     model: Path = Field(
-        Path(__file__).parent.parent / SHIPPED_MODEL, description="the network, an ONNX file"
+        Path(__file__).parent.parent / SHIPPED_MODEL,
+        description="the network, an ONNX file; as a flag NAME=FILE is a further one, and the flag"
+        " may come several times",
+    )
+    models: str = Field(
+        "",
+        description="further networks, NAME=FILE with commas between, for requests with model=NAME",
     )
     backend: Literal["auto", "onnxruntime", "tensorrt", "torch"] = Field(
         "auto",
@@ -220,6 +239,22 @@ class Settings(BaseSettings):
     )
 
     @property
+    def networks(self) -> dict[str, Path]:
+        """The file of each network by its name, the default one first."""
+        networks = {DEFAULT_NETWORK: self.model}
+        for entry in filter(None, self.models.split(",")):
+            name, is_named, file = entry.partition("=")
+            if not is_named or not file:
+                raise ValueError(f"{entry!r} is not NAME=FILE (--model, --models, SLSNET_MODELS)")
+            if not NETWORK_NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is no name of a network: {NETWORK_NAMES}")
+            if name in networks:
+                what = ", which is the default network" if name == DEFAULT_NETWORK else ""
+                raise ValueError(f"two networks are called {name!r}{what}: give one another name")
+            networks[name] = Path(file)
+        return networks
+
+    @property
     def bulk_queue(self) -> int:
         """The part of `max_queue` that bulk may fill; also the most images of one request."""
         return max(1, self.max_queue // 2)
@@ -261,6 +296,12 @@ class Settings(BaseSettings):
         return value
 
     @model_validator(mode="after")
+    def _check_networks(self) -> Self:
+        # It raises what is wrong with them.
+        _ = self.networks
+        return self
+
+    @model_validator(mode="after")
     def _check_tls(self) -> Self:
         if self.tls_cert is None and (self.tls_key or self.tls_client_ca):
             raise ValueError("--tls-key and --tls-client-ca need --tls-cert")
@@ -292,17 +333,46 @@ def add_flags(parser: argparse.ArgumentParser, names: Container[str]) -> None:
     for flag, variable, default, description in settings_table():
         if (name := flag.removeprefix("--").replace("-", "_")) in names:
             help_text = f"{description} (default {default}, {variable})".replace("%", "%%")
+            repeats = name == "model" and "models" in names
             parser.add_argument(
-                flag, help=help_text, metavar="VALUE", default=argparse.SUPPRESS, dest=name
+                flag,
+                help=help_text,
+                metavar="VALUE",
+                default=argparse.SUPPRESS,
+                dest=name,
+                action="append" if repeats else "store",
             )
 
 
 def settings_of(parser: argparse.ArgumentParser, given: dict[str, Any]) -> Settings:
     """Settings from parsed flags, then the environment; exits with 2 if a value is out of range."""
     try:
-        return Settings(**given)
+        return Settings(**_by_name(parser, given))
     except ValidationError as error:
         parser.error("; ".join(_told(problem) for problem in error.errors()))
+
+
+def _by_name(parser: argparse.ArgumentParser, given: dict[str, Any]) -> dict[str, Any]:
+    """Parsed flags, with the `--model NAME=FILE` among them as `models`."""
+    if not isinstance(entries := given.get("model"), list):
+        return given
+    default, further = [], [given["models"]] if "models" in given else []
+    for entry in entries:
+        name, is_named, file = entry.partition("=")
+        if not is_named or "/" in name:
+            default.append(entry)
+        elif name == DEFAULT_NETWORK:
+            default.append(file)
+        else:
+            further.append(entry)
+    if len(default) > 1:
+        parser.error(
+            f"--model: there is one default network, got {' and '.join(default)}: give the others a"
+            " name, as NAME=FILE"
+        )
+    named = {"models": ",".join(further)} if further else {}
+    others = {name: value for name, value in given.items() if name not in ("model", "models")}
+    return {**others, **named, **({"model": default[0]} if default else {})}
 
 
 def _told(problem: ErrorDetails) -> str:

@@ -44,9 +44,11 @@ export class Client {
   }
 
   async #post(path, query, photo, options, read) {
-    const { threshold = 0.5, clean = false, bulk = false, deadlineMs = this.#deadlineMs, signal } = options;
+    const { threshold = 0.5, clean = false, model, bulk = false } = options;
+    const { deadlineMs = this.#deadlineMs, signal } = options;
     const address = new URL(path, this.#address);
-    address.search = new URLSearchParams({ threshold, clean, size: "original", ...query });
+    const named = model === undefined ? {} : { model };
+    address.search = new URLSearchParams({ threshold, clean, size: "original", ...named, ...query });
     // The same for every repetition, so that the server's log shows them together.
     const requestId = newId();
     const headers = { ...this.#headers, "X-Request-ID": requestId, ...(bulk && { Priority: "bulk" }) };
@@ -104,13 +106,15 @@ export class Client {
     }
   }
 
-  async *stream(frames, { inFlight = 2, threshold = 0.5, clean = false, deadlineMs = 2000, signal } = {}) {
+  async *stream(frames, options = {}) {
+    const { inFlight = 2, threshold = 0.5, clean = false, model, deadlineMs = 2000, signal } = options;
     if (!(inFlight >= 1)) throw new RangeError(`At least 1 frame is in flight, not ${inFlight}.`);
     if (!this.#Socket) throw new TypeError("There is no WebSocket here: give the client one, such as that of the package ws.");
     signal?.throwIfAborted();
     const address = new URL("stream", this.#address);
     address.protocol = address.protocol.replace("http", "ws");
-    address.search = new URLSearchParams({ threshold, clean, mask: "rle", deadline_ms: deadlineMs });
+    const query = { threshold, clean, mask: "rle", deadline_ms: deadlineMs };
+    address.search = new URLSearchParams(model === undefined ? query : { ...query, model });
     const pauseMs = (repeated, error) => (repeated < this.#retries ? pauseBefore(repeated, error) : null);
     const kept = { apiKey: this.#apiKey, Socket: this.#Socket, inFlight, signal };
     yield* streamed(address, frames, { ...kept, bytesOf, pauseMs, pause });

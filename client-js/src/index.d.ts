@@ -24,6 +24,8 @@ export interface AskOptions {
   threshold?: number;
   /** Whether to leave only the largest region, without its holes. */
   clean?: boolean;
+  /** Name of the network, of those that the server has. Default: the server's default one. */
+  model?: string;
   /** Whether to let interactive requests go first. */
   bulk?: boolean;
   /** Instead of the client's. */
@@ -44,6 +46,7 @@ export interface StreamOptions {
   inFlight?: number;
   threshold?: number;
   clean?: boolean;
+  model?: string;
   /** Within which a frame's mask is of use. Default: 2,000. */
   deadlineMs?: number;
   /** Ends the stream; the loop then throws its reason. */

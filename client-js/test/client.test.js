@@ -136,6 +136,9 @@ test("options reach the network", async () => {
   assert.equal(result.probability.length, result.mask.length);
   const differing = plain.mask.filter((value, i) => value !== result.mask[i]).length;
   assert.ok(differing < 1e-4 * plain.mask.length, `${differing} pixels`);
+  const named = await client.segment(photo, { ...options, model: "slsnet" });
+  assert.deepEqual(named.mask, plain.mask);
+  await assert.rejects(client.segment(photo, { model: "resnet" }), /no network 'resnet'/);
 });
 
 test("a refusal says what the server said", async () => {

@@ -110,6 +110,7 @@ class AsyncClient:
         *,
         threshold: float = 0.5,
         clean: bool = False,
+        model: str | None = None,
         probability: bool = False,
         features: bool = False,
         bulk: bool = False,
@@ -121,6 +122,7 @@ class AsyncClient:
             photo: a path, a file's bytes, an array of pixels, or Pillow's image.
             threshold: lesion is where the probability is above it.
             clean: whether to leave only the largest region, without its holes.
+            model: name of the network, of those that the server has; its default one if None.
             probability: whether to fetch probabilities too, 2.7 bytes for each pixel of the photo.
                 They are rounded to 16 bits, so pixels at the very threshold may differ.
             features: whether to fetch measurements of shape and colours, which are no diagnosis.
@@ -131,7 +133,7 @@ class AsyncClient:
             SlsnetError: the server refused, failed, was not reached, or took too long.
             OSError, TypeError, ValueError: the photo cannot be read here.
         """
-        query = _query(threshold, clean=clean)
+        query = _query(threshold, clean=clean, model=model)
         query["mask"] = "probabilities" if probability else "png"
         if features:
             query["features"] = "true"
@@ -144,6 +146,7 @@ class AsyncClient:
         *,
         threshold: float = 0.5,
         clean: bool = False,
+        model: str | None = None,
         bulk: bool = False,
         deadline_s: float | None = None,
     ) -> bytes:
@@ -153,7 +156,7 @@ class AsyncClient:
             form: `overlay` (JPEG), `overlay-png`, `probability8` or `probability16` (greyscale
                 PNG), `npy`, `svg`, `coco` (JSON), or the mask as `png`.
         """
-        query = _query(threshold, clean=clean) | {"format": form}
+        query = _query(threshold, clean=clean, model=model) | {"format": form}
         return await self._post("/segment", query, photo, _read_bytes, bulk, deadline_s)
 
     async def segment_json(
@@ -163,6 +166,7 @@ class AsyncClient:
         *,
         threshold: float = 0.5,
         clean: bool = False,
+        model: str | None = None,
         bulk: bool = False,
         deadline_s: float | None = None,
     ) -> dict[str, Any]:
@@ -171,17 +175,18 @@ class AsyncClient:
         Args:
             mask: how it holds the mask: `png`, `rle`, `polygons`, or another that the server knows.
         """
-        query = _query(threshold, clean=clean) | {"mask": mask}
+        query = _query(threshold, clean=clean, model=model) | {"mask": mask}
         return await self._post("/segment/json", query, photo, _read_json, bulk, deadline_s)
 
-    async def network(self) -> Network:
-        """The network that the server runs.
+    async def network(self, model: str | None = None) -> Network:
+        """A network that the server runs: the default one, or the one of this name.
 
         Raises:
             SlsnetError: the server was not reached, or refused.
         """
         try:
-            answer = await self._http.get("/model", timeout=self._deadline_s)
+            query = {} if model is None else {"model": model}
+            answer = await self._http.get("/model", params=query, timeout=self._deadline_s)
         except httpx.RequestError as lost:
             raise _unreachable(lost) from lost
         if answer.status_code != 200:
@@ -292,6 +297,7 @@ class AsyncClient:
         *,
         threshold: float = 0.5,
         clean: bool = False,
+        model: str | None = None,
         deadline_s: float = 2,
         in_flight: int = 2,
     ) -> AsyncGenerator[Streamed, None]:
@@ -304,7 +310,7 @@ class AsyncClient:
 
         Args:
             frames: photos as for `segment`.
-            threshold, clean: as for `segment`.
+            threshold, clean, model: as for `segment`.
             deadline_s: seconds within which a frame's mask is of use.
             in_flight: frames that are unanswered at the same time, at most. With two, one is on its
                 way while the other is worked on.
@@ -318,8 +324,7 @@ class AsyncClient:
         if in_flight < 1:
             raise ValueError(f"At least 1 frame is in flight, not {in_flight}.")
         query = {
-            "threshold": str(threshold),
-            "clean": str(clean).lower(),
+            **_query(threshold, clean=clean, model=model),
             "deadline_ms": f"{1000 * deadline_s:g}",
         }
         address = httpx.URL(self._url)
@@ -384,9 +389,9 @@ class Client:
         """The server's JSON as it is; as `AsyncClient.segment_json`."""
         return self._result(self._start(self._client.segment_json(photo, mask, **options)))
 
-    def network(self) -> Network:
-        """The network that the server runs; as `AsyncClient.network`."""
-        return self._result(self._start(self._client.network()))
+    def network(self, model: str | None = None) -> Network:
+        """A network that the server runs; as `AsyncClient.network`."""
+        return self._result(self._start(self._client.network(model)))
 
     def segment_many(
         self,
@@ -482,8 +487,9 @@ def _check_concurrency(concurrency: int) -> None:
         raise ValueError(f"The concurrency is 1 or more, not {concurrency}.")
 
 
-def _query(threshold: float, *, clean: bool) -> dict[str, str]:
-    return {"threshold": str(threshold), "clean": str(clean).lower(), "size": "original"}
+def _query(threshold: float, *, clean: bool, model: str | None) -> dict[str, str]:
+    named = {} if model is None else {"model": model}
+    return {"threshold": str(threshold), "clean": str(clean).lower(), "size": "original", **named}
 
 
 def _pause_s(repeated: int, error: SlsnetError) -> float:

@@ -56,7 +56,7 @@ class Segmenter:
 
     def __init__(self, settings: Settings, options: Options, root: Path, masks: Path) -> None:
         self._service = Service(settings, Metrics())
-        self._loader = Loader(self._service)
+        self._loader = Loader(self._service, self._service.networks.default)
         self._pixels = self._service.pixels
         self._options = options
         self._root = root
@@ -91,7 +91,7 @@ class Segmenter:
         service = self._service
         try:
             photo, decode_s = await service.threads.run(self._read, self._root / task.path)
-            (inference,), backend = await service.networks.infer(
+            (inference,), backend = await service.networks.default.infer(
                 [photo.pixels], deadline=math.inf, is_gone=lambda: False, bulk=False
             )
             infer_s = (inference.ended - inference.started) / inference.batch_size

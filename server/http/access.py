@@ -35,6 +35,9 @@ OPEN = ("/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready")
 KEY_PROTOCOL = "slsnet.key."
 """A subprotocol of a WebSocket that begins so is the API key."""
 
+_ADMIN = ("/admin/", "/v2/repository/models/")
+"""Paths that begin so are for administrators."""
+
 SPEND = "spend"
 """Key in a WebSocket's state: a function that counts one more request of its API key, or raises."""
 
@@ -48,7 +51,7 @@ class _Bucket:
 
 
 class Access:
-    """ASGI layer that asks for a key; without a file of keys everything but `/admin` is open.
+    """ASGI layer that asks for a key; without a file everything but administrators' paths is open.
 
     The name of the key is put into the request's state as `client`.
     """
@@ -98,7 +101,7 @@ class Access:
         headers = Headers(scope=scope)
         if scope["type"] == "websocket":
             self._check_origin(headers)
-        is_admin = path == "/admin" or path.startswith("/admin/")
+        is_admin = path == "/admin" or path.startswith(_ADMIN)
         if is_admin and (self._keys is None or not self._keys.has_admin):
             raise NotFound(
                 "There is nothing here unless the server has an administrator's key: see"

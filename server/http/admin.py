@@ -9,38 +9,40 @@ from server.backends import BackendError, BackendInfo
 from server.http.answers import ModelAnswer, model_answer
 from server.http.reference import problem_response, problem_responses
 from server.inference.errors import Unprocessable
+from server.inference.service import Service
 
 __all__ = ["admin_router"]
 
 
 def admin_router(
-    reload: Callable[[], Awaitable[BackendInfo]], on_reloaded: Callable[[], None]
+    service: Service, reload: Callable[[], Awaitable[BackendInfo]], on_reloaded: Callable[[], None]
 ) -> APIRouter:
     """The routes under `/admin`. `server.http.access` guards them.
 
     Args:
-        reload: loads the network again and lets it serve, or raises BackendError.
+        service: has the networks.
+        reload: loads all networks again and lets them serve, or raises BackendError.
         on_reloaded: called after that.
     """
     router = APIRouter(prefix="/admin", tags=["administration"])
 
     @router.post(
         "/reload",
-        summary="Load the network from its file again",
+        summary="Load all networks from their files again",
         responses=_RELOAD_RESPONSES,
         # Basic is not offered: browsers send it by themselves.
         openapi_extra={"security": [{"bearer": []}, {"header": []}]},
     )
     async def load_again() -> ModelAnswer:
-        """Load the network from its file again; answers with the model card once it serves."""
+        """Load all networks from their files again; answers with the model card once they serve."""
         try:
-            backend = await reload()
+            await reload()
         except BackendError as error:
             raise Unprocessable(
                 f"The new network cannot serve, the one from before goes on: {error}"
             ) from error
         on_reloaded()
-        return model_answer(backend)
+        return model_answer(service.networks)
 
     return router
 

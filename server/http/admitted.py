@@ -4,14 +4,15 @@ The router takes its paths from here, the `Door` refuses by it and Ray's gateway
 that none of them can miss a route. A test posts to every route, and compares.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from server.http.openinference.protocol import INFER_PATHS
+from server.http.openinference.protocol import INFER_PATHS, VERSION
 from server.http.parameters import is_bulk
 from server.settings import Settings
 
-__all__ = ["ADMITTED", "BATCH", "BATCH_JSON", "SEGMENT", "SEGMENT_JSON", "Admitted"]
+__all__ = ["ADMITTED", "BATCH", "BATCH_JSON", "SEGMENT", "SEGMENT_JSON", "Admitted", "admitted"]
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,20 @@ SEGMENT_JSON = Admitted("/segment/json")
 BATCH = Admitted("/segment/batch", many=True)
 BATCH_JSON = Admitted("/segment/batch/json", many=True)
 
+_BY_NAME, _WITH_VERSION = (Admitted(route) for route in INFER_PATHS.values())
+
 ADMITTED: Mapping[str, Admitted] = {
     **{route.path: route for route in (SEGMENT, SEGMENT_JSON, BATCH, BATCH_JSON)},
-    **{path: Admitted(route) for path, route in INFER_PATHS.items()},
+    **dict(zip(INFER_PATHS, (_BY_NAME, _WITH_VERSION), strict=True)),
 }
-"""Each path that a request can be posted to, with its route."""
+"""Each path that a request can be posted to, with its route; of networks the default one's."""
+
+_OF_NETWORK = re.compile(rf"/v2/models/[^/]+(/versions/{VERSION})?/infer")
+
+
+def admitted(path: str) -> Admitted | None:
+    """The route of a request that is posted to `path`; None if it takes no place."""
+    route = ADMITTED.get(path)
+    if route is None and (of_network := _OF_NETWORK.fullmatch(path)):
+        return _WITH_VERSION if of_network[1] else _BY_NAME
+    return route

@@ -25,6 +25,8 @@ from photos.masks import coco_rle, polygons
 from photos.quality import Grade, grade
 from photos.regions import largest_region, mask_of
 from server.backends import BackendInfo
+from server.inference.networks import Networks
+from server.inference.served import Served
 from server.inference.submission import Segmentation
 
 __all__ = [
@@ -381,6 +383,17 @@ class ModelAnswer(_Answer):
         description="null where nothing is known of the network's borders"
     )
     backend: "BackendAnswer"
+    networks: list["NetworkAnswer"] = Field(description="all that serve; this is the card of one")
+
+
+class NetworkAnswer(_Answer):
+    """A network that requests can name, with `model` or in `/v2/models`."""
+
+    name: str = Field(examples=["slsnet"])
+    default: bool = Field(description="whether it answers requests that name none")
+    ready: bool = Field(description="false while it is loaded, or fails")
+    version: str | None = Field(description="null while it is loaded", examples=["1.1.0"])
+    file_sha256: str | None = Field(description="null while it is loaded")
 
 
 class BackendAnswer(_Answer):
@@ -645,8 +658,14 @@ def _model_id(backend: BackendInfo) -> ModelId:
     return ModelId(**said, file_sha256=backend.file_sha256 or "unknown")
 
 
-def model_answer(backend: BackendInfo) -> ModelAnswer:
-    """The model card of the network that `backend` runs."""
+def model_answer(networks: Networks, network: str | None = None) -> ModelAnswer:
+    """The card of one of these networks, the default one if `network` is None.
+
+    Raises:
+        UnknownNetwork: there is none of this name.
+        Unavailable: it is still being loaded.
+    """
+    backend = networks.named(network).current.info
     card, table = backend.model, backend.quality
     levels = table and BorderLevels(share=table.share, tight=table.tight, generous=table.generous)
     return ModelAnswer(
@@ -672,6 +691,18 @@ def model_answer(backend: BackendInfo) -> ModelAnswer:
             slots=backend.slots,
             buckets=list(backend.buckets),
         ),
+        networks=[_network_answer(served, served is networks.default) for served in networks],
+    )
+
+
+def _network_answer(served: Served, is_default: bool) -> NetworkAnswer:
+    info = served.info
+    return NetworkAnswer(
+        name=served.name,
+        default=is_default,
+        ready=served.works,
+        version=info and info.model.get("version", "unknown"),
+        file_sha256=info and (info.file_sha256 or "unknown"),
     )
 
 

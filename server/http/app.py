@@ -20,6 +20,7 @@ from server.http.admin import admin_router
 from server.http.context import RequestContext
 from server.http.device import DeviceFiles, device_router
 from server.http.health import health_router
+from server.http.openinference.repository import repository_router
 from server.http.openinference.route import openinference_router
 from server.http.pages import page_router
 from server.http.prefix import UnderPrefix
@@ -29,7 +30,7 @@ from server.http.segment.batch import batch_router
 from server.http.segment.route import segment_router
 from server.http.shedding import Shedding
 from server.http.stream.route import stream_router
-from server.inference.loading import Loader
+from server.inference.repository import Repository
 from server.inference.service import Service
 from server.inference.sharing.feeder import Address, Link
 from server.keys import KeyFile
@@ -74,6 +75,8 @@ def create_app(
     on_failure: Callable[[], None] = lambda: None,
     on_reloaded: Callable[[], None] = lambda: None,
     owner: Address | None = None,
+    *,
+    is_alone: bool = True,
 ) -> tuple[ASGIApp, Service]:
     """The ASGI application, and the service behind it.
 
@@ -85,6 +88,8 @@ def create_app(
         on_failure: called if the network cannot be loaded.
         on_reloaded: called when an administrator has reloaded the network.
         owner: the process that runs the network; None for this one.
+        is_alone: whether no other process serves beside it; else networks are neither loaded by
+            name nor retired.
 
     Raises:
         KeyFileError: the file of API keys cannot be read.
@@ -95,7 +100,30 @@ def create_app(
     keys = KeyFile(settings.api_keys_file) if settings.api_keys_file else None
     device = DeviceFiles(settings.device_dir) if settings.device_dir else None
     service = Service(settings, Metrics())
-    loader = Loader(service) if owner is None else Link(service, owner)
+    is_alone = is_alone and settings.workers == 1
+    loader = Repository(service, is_alone=is_alone) if owner is None else Link(service, owner)
+    app = _framework(
+        settings, partial(_lifespan, service, loader, on_failure, tracing and tracing[1])
+    )
+    for routes in (
+        segment_router(service),  # first, since a request is compared with one after the other
+        health_router(service),
+        router,
+        page_router(offers_device=device is not None),
+        device_router(device),
+        batch_router(service),
+        stream_router(service, VERSION),
+        openinference_router(service, VERSION),
+        repository_router(service, loader),
+        admin_router(service, loader.reload, on_reloaded),
+    ):
+        app.include_router(routes)
+    guarded, shared = _guarded(app, settings, keys)
+    return _in_context(guarded, service, shared, tracing and tracing[0]), service
+
+
+def _framework(settings: Settings, lifespan: Callable[[FastAPI], Any]) -> FastAPI:
+    """The framework, without routes."""
     app = FastAPI(
         title="SLSNet Server",
         version=VERSION,
@@ -109,36 +137,23 @@ def create_app(
         # A redirect would send photo and key again, to an address without the proxy's TLS.
         redirect_slashes=False,
         generate_unique_id_function=_operation_id,
-        lifespan=partial(_lifespan, service, loader, on_failure, tracing and tracing[1]),
+        lifespan=lifespan,
     )
     install(app)
-    for routes in (
-        segment_router(service),  # first, since a request is compared with one after the other
-        health_router(service),
-        router,
-        page_router(offers_device=device is not None),
-        device_router(device),
-        batch_router(service),
-        stream_router(service, VERSION),
-        openinference_router(service, VERSION),
-        admin_router(loader.load, on_reloaded),
-    ):
-        app.include_router(routes)
-    guarded, shared = _guarded(app, settings, keys)
-    return _in_context(guarded, service, shared, tracing and tracing[0]), service
+    return app
 
 
 @contextlib.asynccontextmanager
 async def _lifespan(
     service: Service,
-    loader: Loader | Link,
+    loader: Repository | Link,
     on_failure: Callable[[], None],
     end_traces: Callable[[], None] | None,
     _: FastAPI,
 ) -> AsyncIterator[dict[str, Any]]:
     loading = asyncio.create_task(_load(loader, on_failure))
     refreshing = asyncio.create_task(service.metrics.keep_fresh()) if SHARED else None
-    yield {"reload": loader.load}
+    yield {"reload": loader.reload}
     if refreshing is not None:
         refreshing.cancel()
     await asyncio.wait([loading])
@@ -152,7 +167,7 @@ async def _lifespan(
         await asyncio.to_thread(sending.join, 2)
 
 
-async def _load(loader: Loader | Link, on_failure: Callable[[], None]) -> None:
+async def _load(loader: Repository | Link, on_failure: Callable[[], None]) -> None:
     try:
         await loader.start()
     except BackendError as error:

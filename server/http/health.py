@@ -4,7 +4,8 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from server.http.answers import ModelAnswer, StatusAnswer, model_answer
-from server.http.reference import problem_responses
+from server.http.parameters import NetworkName
+from server.http.reference import problem_responses, unknown_network
 from server.inference.service import Service
 
 __all__ = ["health_router"]
@@ -33,11 +34,13 @@ def health_router(service: Service) -> APIRouter:
     @router.get(
         "/model",
         tags=["model"],
-        summary="The model card",
-        responses=problem_responses(503),
+        summary="The model card of a network, and which others there are",
+        responses={**problem_responses(503), **unknown_network()},
     )
-    async def model() -> ModelAnswer:
-        return model_answer(service.backend)
+    async def card(
+        model: NetworkName = None,
+    ) -> ModelAnswer:
+        return model_answer(service.networks, model)
 
     @router.get(
         "/metrics",

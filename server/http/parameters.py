@@ -10,6 +10,7 @@ from typing import Annotated, TypeVar
 
 from fastapi import Header, Query, Request, params
 from pydantic import BaseModel, ValidationError
+from pydantic.json_schema import SkipJsonSchema
 from starlette.datastructures import Headers
 
 from server.http.errors import NotAcceptable
@@ -18,6 +19,7 @@ from server.inference.errors import Unprocessable
 
 __all__ = [
     "Clean",
+    "NetworkName",
     "Priority",
     "Threshold",
     "TimeoutMs",
@@ -45,6 +47,16 @@ Clean = Annotated[
     Query(
         description="whether to leave only the largest region, without its holes: networks see a"
         " second lesion in hair, ink or a colour patch now and then",
+    ),
+]
+
+NetworkName = Annotated[
+    str | SkipJsonSchema[None],
+    Query(
+        max_length=64,
+        description="name of the network, of those that GET /model lists; default: the server's"
+        " default one",
+        examples=["slsnet"],
     ),
 ]
 

@@ -31,6 +31,7 @@ from server.inference.errors import (
     Problem,
     TooLarge,
     Unavailable,
+    UnknownNetwork,
     Unprocessable,
     UnsupportedType,
 )
@@ -67,6 +68,7 @@ _TOLD: dict[type[Problem], tuple[HTTPStatus, str]] = {
     TooLarge: (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, ""),
     UnsupportedType: (HTTPStatus.UNSUPPORTED_MEDIA_TYPE, ""),
     Unprocessable: (HTTPStatus.UNPROCESSABLE_ENTITY, ""),
+    UnknownNetwork: (HTTPStatus.NOT_FOUND, ""),
     Overloaded: (
         HTTPStatus.TOO_MANY_REQUESTS,
         " Try again in about {retry_after_s} s (Retry-After).",

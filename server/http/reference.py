@@ -29,6 +29,7 @@ __all__ = [
     "problem_response",
     "problem_responses",
     "router",
+    "unknown_network",
 ]
 
 DESCRIPTION = """\
@@ -169,6 +170,12 @@ def problem_response(
 ) -> dict[str, Any]:
     """One OpenAPI response for an error; `detail` and `instance` are the example's."""
     return _response(status, description, _problem(status, detail, instance))
+
+
+def unknown_network() -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI response of a path whose requests may name a network."""
+    detail = "There is no network 'lite': the one that serves is 'slsnet'."
+    return {404: problem_response(404, "No network has the name.", detail)}
 
 
 def error_content(detail: str) -> dict[str, Any]:

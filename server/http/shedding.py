@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn._types import HTTPScope
 
-from server.http.admitted import ADMITTED
+from server.http.admitted import admitted
 from server.http.context import CAME
 from server.http.prefix import without_prefix
 from server.http.problems import answer_problem
@@ -60,8 +60,8 @@ class Door:
         came = scope["state"].setdefault(CAME, time.perf_counter())
         refused = scope["state"].pop(_REFUSAL, None)
         service = self._service
-        route = ADMITTED.get(without_prefix(scope["path"], service.settings.root_path))
-        if route is None or scope["method"] != "POST" or not service.networks.works:
+        route = admitted(without_prefix(scope["path"], service.settings.root_path))
+        if route is None or scope["method"] != "POST" or not service.networks.default.works:
             return None
         headers = Headers(raw=list(scope["headers"]))
         bulk = route.is_bulk(headers.get("priority", ""))
@@ -115,6 +115,6 @@ class Shedding:
             await self._app(scope, receive, send)
             return
         # Those who count it take its path.
-        scope["route"] = ADMITTED[scope["path"]]
+        scope["route"] = admitted(scope["path"])
         response = answer_problem(Request(scope), problem)
         await response(scope, receive, send)

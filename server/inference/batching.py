@@ -29,6 +29,7 @@ from server.backends import Backend, BackendError
 from server.backends.threads import DaemonThreads
 from server.inference.errors import ClientGone, DeadlineExceeded, InferenceFailed, Unavailable
 from server.observe.metrics import Metrics
+from server.settings import DEFAULT_NETWORK
 
 __all__ = [
     "FAILED_TWICE",
@@ -162,6 +163,7 @@ class Batcher:
         on_failing: Callable[[], None] = lambda: None,
         quality: QualityTable | None = None,
         detector: Detector | None = None,
+        name: str = DEFAULT_NETWORK,
     ) -> None:
         """Start the threads in which `backend` runs.
 
@@ -174,10 +176,13 @@ class Batcher:
                 hangs.
             quality: what turns its probabilities into a mask's quality.
             detector: what tells pictures that are no dermoscopic photos.
+            name: the network's, in the metrics.
         """
         self.info = info = replace(backend.describe(), quality=quality, detector=detector)
         self._backend = backend
         self._metrics = metrics
+        self._photos = metrics.network_photos.labels(name)
+        self._run_seconds = metrics.network_seconds.labels(name)
         self.max_batch = max_batch or info.max_batch
         """The most photos that run together."""
         if info.buckets:
@@ -358,6 +363,8 @@ class Batcher:
             raise
         self._failures = 0
         self._metrics.batch_size.observe(len(batch))
+        self._photos.inc(len(batch))
+        self._run_seconds.inc(ended - started)
         self._metrics.padding.inc(self._bucket(len(batch)) - len(batch))
         per_image = (ended - started) / len(batch)
         self.seconds_per_image += (per_image - self.seconds_per_image) * (

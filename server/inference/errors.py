@@ -27,6 +27,7 @@ __all__ = [
     "Problem",
     "TooLarge",
     "Unavailable",
+    "UnknownNetwork",
     "Unprocessable",
     "UnsupportedType",
     "of_photo_error",
@@ -60,6 +61,12 @@ class Unprocessable(Problem):
     """A photo does not decode, or a parameter is out of range."""
 
     reason = "unprocessable"
+
+
+class UnknownNetwork(Problem):
+    """No network that serves has the name."""
+
+    reason = "not_found"
 
 
 class Overloaded(Problem):

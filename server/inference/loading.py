@@ -9,6 +9,8 @@ from pathlib import Path
 
 from server.backends import Backend, BackendError, BackendInfo, open_backend
 from server.backends.engine_cache import EngineCache, EngineEvent, open_engine_cache
+from server.backends.memory import check_memory
+from server.inference.served import Served
 from server.inference.service import Service
 from server.settings import Settings
 
@@ -21,18 +23,20 @@ _LONGEST_PAUSE_S = 30
 
 
 class Loader:
-    """Loads a service's backend at the start, on request, and when the one in use fails."""
+    """Loads a network at the start, on request, and when the backend in use fails.
 
-    def __init__(self, service: Service) -> None:
+    Args:
+        service: lets it serve.
+        served: the network.
+    """
+
+    def __init__(self, service: Service, served: Served) -> None:
         self._service = service
+        self._served = served
         self._stop = threading.Event()
         self._better: asyncio.Task[None] | None = None
         self._recovery: asyncio.Task[None] | None = None
         self._one_at_a_time = asyncio.Lock()
-
-    async def start(self) -> None:
-        """Load the network for the first time; see `load`."""
-        await self.load()
 
     async def load(self) -> BackendInfo:
         """Load the network from its file, and swap it in once it is warm.
@@ -41,7 +45,8 @@ class Loader:
         takes time to build takes over later.
 
         Raises:
-            BackendError: nothing can serve, or TensorRT was asked for and cannot be used here.
+            BackendError: nothing can serve, there is no memory for it, or TensorRT was asked for
+                and cannot be used here.
         """
         async with self._one_at_a_time:
             try:
@@ -65,21 +70,22 @@ class Loader:
             await asyncio.wait([self._better])
 
     async def _load(self) -> BackendInfo:
-        service = self._service
+        service, file = self._service, self._served.file
         settings = service.settings
-        engines = await service.threads.run(lambda: _engines(settings, self._count))
+        await service.threads.run(check_memory, file)
+        engines = await service.threads.run(lambda: _engines(settings, file, self._count))
         engine = await service.threads.run(engines.load) if engines is not None else None
         has_engine = engine is not None and await self._take_over(engine)
         if not has_engine:
-            first = await service.threads.run(lambda: _first(settings))
-            await service.use(first, self._failing)
+            first = await service.threads.run(_first, settings, file)
+            await service.use(first, self._failing, self._served)
         if engines is not None and (has_engine or engine is None):
             # A build in progress is for the previous network.
             await self._stop_building()
             self._stop = threading.Event()
             better = self._build(engines, self._stop, has_engine=has_engine)
             self._better = asyncio.create_task(better)
-        return service.backend
+        return self._served.current.info
 
     async def _build(
         self, engines: EngineCache, stop: threading.Event, *, has_engine: bool
@@ -101,7 +107,7 @@ class Loader:
     async def _take_over(self, engine: Backend) -> bool:
         """Let `engine` serve, and let the CPU replace it if the GPU is lost."""
         try:
-            await self._service.use(engine, self._lost)
+            await self._service.use(engine, self._lost, self._served)
         except BackendError as error:
             self._count("load_failed")
             log.error("the engine does not take over: %s", error)
@@ -110,25 +116,33 @@ class Loader:
 
     def _lost(self) -> None:
         self._count("lost")
-        log.error("engine lost: it fails on every batch, or hangs; the CPU serves now")
+        log.error(
+            "engine lost: it fails on every batch, or hangs; the CPU serves %s now",
+            self._served.name,
+        )
         self._recover(_on_cpu)
 
     def _failing(self) -> None:
-        log.error("the network fails on every batch, or hangs: requests are refused until it works")
+        log.error(
+            "the network %s fails on every batch, or hangs: requests are refused until it works",
+            self._served.name,
+        )
         self._recover(_first)
 
-    def _recover(self, open_anew: Callable[[Settings], Backend]) -> None:
+    def _recover(self, open_anew: Callable[[Settings, Path], Backend]) -> None:
         self._recovery = asyncio.create_task(self._reopen(open_anew))
 
-    async def _reopen(self, open_anew: Callable[[Settings], Backend]) -> None:
-        service = self._service
+    async def _reopen(self, open_anew: Callable[[Settings, Path], Backend]) -> None:
+        service, served = self._service, self._served
         pause_s = 0.5
         while True:
             try:
                 async with self._one_at_a_time:
-                    if service.networks.is_failing:
-                        backend = await service.threads.run(open_anew, service.settings)
-                        await service.use(backend, self._failing)
+                    if served.is_failing:
+                        backend = await service.threads.run(
+                            open_anew, service.settings, served.file
+                        )
+                        await service.use(backend, self._failing, served)
                 return
             except BackendError as error:
                 log.error("the backend still fails: %s", error)
@@ -139,28 +153,30 @@ class Loader:
         self._service.metrics.engine_events.labels(event=event).inc()
 
 
-def _on_cpu(settings: Settings) -> Backend:
+def _on_cpu(settings: Settings, file: Path) -> Backend:
     """Load ONNX Runtime for the CPU: a lasting CUDA error holds for every user in this process."""
     # Imported here, as `open_backend` does: with a GPU it may never be needed.
     from server.backends.onnxruntime import OnnxRuntimeBackend
 
     threads = settings.threads or settings.cores
-    return OnnxRuntimeBackend(settings.model, threads=threads)
+    return OnnxRuntimeBackend(file, threads=threads)
 
 
-def _first(settings: Settings) -> Backend:
+def _first(settings: Settings, file: Path) -> Backend:
     threads = settings.threads or settings.cores
-    return open_backend(settings.backend, settings.model, threads=threads)
+    return open_backend(settings.backend, file, threads=threads)
 
 
-def _engines(settings: Settings, count: Callable[[EngineEvent], None]) -> EngineCache | None:
+def _engines(
+    settings: Settings, file: Path, count: Callable[[EngineEvent], None]
+) -> EngineCache | None:
     """The engine cache; None if TensorRT is not wanted, or cannot be used and is not required."""
     if settings.backend not in ("auto", "tensorrt"):
         return None
     try:
         return open_engine_cache(
             _engine_dir(settings),
-            settings.model,
+            file,
             settings.precision,
             count,
             cores=settings.cores,

@@ -1,176 +1,67 @@
-"""The network in use, and earlier ones that requests in flight still need."""
+"""The networks that requests can name, and the one for requests that name none."""
 
 import asyncio
-import contextlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
+from server.inference.errors import UnknownNetwork
+from server.inference.served import Served
+from server.settings import DEFAULT_NETWORK
 
-from server.backends import BackendInfo
-from server.inference.batching import FAILING, Inference
-from server.inference.errors import Unavailable
-
-__all__ = ["Network", "Networks"]
-
-
-class Network(Protocol):
-    """Runs photos: a `Batcher`, or the way to one in another process (`server.inference.sharing`).
-
-    All methods are called on one event loop, and are described at `Batcher`.
-    """
-
-    info: BackendInfo
-    max_batch: int
-
-    @property
-    def is_failing(self) -> bool: ...
-
-    def submit(
-        self,
-        images: Sequence[NDArray[np.uint8]],
-        *,
-        deadline: float,
-        is_gone: Callable[[], bool],
-        bulk: bool,
-    ) -> asyncio.Future[list[Inference]]: ...
-
-    def waiting(self, *, bulk: bool) -> int: ...
-
-    def longest_wait_s(self) -> float: ...
-
-    def idle_s(self) -> float: ...
-
-    async def close(self) -> None: ...
+__all__ = ["Networks"]
 
 
 class Networks:
-    """Swaps networks while requests are served: each request is answered by one of them."""
+    """All networks that serve, by their names; each has its own queue and batches.
 
-    def __init__(self) -> None:
-        self._current: Network | None = None
-        self._serving: dict[str, Network] = {}
-        """The last one loaded of each network that serves, by its `_name`."""
-        self._pins: Counter[str] = Counter()
+    Args:
+        files: of each network by its name, the default one among them.
+    """
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self._served = {name: Served(name, file) for name, file in files.items()}
+        self.default = self._served[DEFAULT_NETWORK]
+        """Runs the photos of requests that name no network."""
+        self.refusals: dict[str, str] = {}
+        """Why a network does not serve, of those that could not be loaded."""
         self._retiring: set[asyncio.Task[None]] = set()
 
-    @property
-    def is_failing(self) -> bool:
-        """Whether the backend failed too often in a row, or hangs, and gets no more work."""
-        return self._current is not None and self._current.is_failing
+    def __iter__(self) -> Iterator[Served]:
+        return iter(list(self._served.values()))
 
-    @property
-    def works(self) -> bool:
-        """Whether a network is loaded and does not keep failing."""
-        return self._current is not None and not self._current.is_failing
+    def __contains__(self, name: str) -> bool:
+        return name in self._served
 
-    def check_works(self) -> None:
-        """Check that photos can run.
+    def named(self, name: str | None) -> Served:
+        """The network that a request names; None for the default one.
 
         Raises:
-            Unavailable: no backend is ready, or it keeps failing.
+            UnknownNetwork: there is none of this name.
         """
-        if self.current.is_failing:
-            raise Unavailable(FAILING)
+        if name is None:
+            return self.default
+        served = self._served.get(name)
+        if served is None:
+            known = ", ".join(map(repr, self._served))
+            those = "those that serve are" if len(self._served) > 1 else "the one that serves is"
+            raise UnknownNetwork(f"There is no network {name[:80]!r}: {those} {known}.")
+        return served
 
-    @property
-    def current(self) -> Network:
-        """The one that runs new photos.
+    def add(self, served: Served) -> None:
+        """Let requests name it from now on."""
+        self.refusals.pop(served.name, None)
+        self._served[served.name] = served
 
-        Raises:
-            Unavailable: nothing has been loaded yet.
-        """
-        if self._current is None:
-            raise Unavailable(_STARTING)
-        return self._current
-
-    def waiting(self, *, bulk: bool) -> int:
-        """Photos in the queue."""
-        return self._current.waiting(bulk=bulk) if self._current else 0
-
-    def longest_wait_s(self) -> float:
-        """The longest time that a photo in the queue has waited up to now."""
-        return self._current.longest_wait_s() if self._current else 0.0
+    def retire(self, name: str) -> None:
+        """Let no request name it any more; those that came before are still answered."""
+        task = asyncio.get_running_loop().create_task(self._served.pop(name).retire())
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
 
     def idle_s(self) -> float:
-        """Seconds since the network in use last ran a photo, or came into use."""
-        return self._current.idle_s() if self._current else 0.0
-
-    async def swap(self, network: Network) -> None:
-        """Let `network` serve from now on.
-
-        The previous one answers what it accepted, and is then closed. This does not wait for
-        requests that have it `pinned`.
-        """
-        former, self._current = self._current, network
-        retired = [self._serving.pop(_name(network), None)]
-        self._serving[_name(network)] = network
-        if former is not None and former not in retired and not self._pins[_name(former)]:
-            retired.append(self._serving.pop(_name(former)))
-        for one in retired:
-            if one is not None:
-                await one.close()
-
-    @contextlib.contextmanager
-    def pinned(self) -> Iterator[str]:
-        """Keep the network in use available, even if another takes over meanwhile; see `infer`."""
-        network = _name(self.current)
-        self._pins[network] += 1
-        try:
-            yield network
-        finally:
-            self._pins[network] -= 1
-            if not self._pins[network] and self._serving[network] is not self._current:
-                retiring = asyncio.create_task(self._serving.pop(network).close())
-                self._retiring.add(retiring)
-                retiring.add_done_callback(self._retiring.discard)
-
-    def named(self, network: str) -> Network:
-        """The network of this name, which `pinned` gave."""
-        return self._serving[network]
-
-    async def infer(
-        self,
-        images: Sequence[NDArray[np.uint8]],
-        *,
-        deadline: float,
-        is_gone: Callable[[], bool],
-        bulk: bool,
-        network: str | None = None,
-    ) -> tuple[list[Inference], BackendInfo]:
-        """Run the pixels of one request's photos, and say which backend ran all of them.
-
-        Args:
-            images: each uint8 [128, 128, 3].
-            deadline, is_gone, bulk: as for `Batcher.submit`.
-            network: the one that `pinned` gave; None for the one in use.
-
-        Raises:
-            DeadlineExceeded, ClientGone, InferenceFailed, Unavailable: of the first photo that
-                failed.
-        """
-        # Looked up only now, since another backend may have taken over while a photo was decoded.
-        runs = self.named(network) if network is not None else self.current
-        result = runs.submit(images, deadline=deadline, is_gone=is_gone, bulk=bulk)
-        try:
-            return await result, runs.info
-        finally:
-            # Not kept: an exception's traceback has this frame, and would keep itself.
-            del result
+        """Seconds since any network last ran a photo, or came into use."""
+        return min(served.idle_s() for served in self)
 
     async def close(self) -> None:
         """Finish what was accepted."""
-        await asyncio.gather(*self._retiring, *(one.close() for one in self._serving.values()))
-
-
-def _name(network: Network) -> str:
-    """A name for the network: the digest of its file, or else a name for this load alone.
-
-    Metadata would not do: a file may claim anything.
-    """
-    return network.info.file_sha256 or f"load {id(network)}"
-
-
-_STARTING = "The network is still being loaded."
+        await asyncio.gather(*self._retiring, *(served.close() for served in self))

@@ -13,8 +13,9 @@ from server.inference.admission import Gate
 from server.inference.batching import Batcher
 from server.inference.budgets import PixelBudget
 from server.inference.errors import GoingDown
-from server.inference.networks import Network, Networks
+from server.inference.networks import Networks
 from server.inference.proving import proved
+from server.inference.served import Network, Served
 from server.inference.threads import Threads
 from server.inference.turns import Turns
 from server.observe.metrics import Metrics
@@ -28,7 +29,7 @@ log = logging.getLogger("slsnet.service")
 
 
 class Service:
-    """Owns the limits, the threads and the networks in use."""
+    """Owns the limits and the threads, which all networks share, and the networks in use."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings = settings
@@ -39,9 +40,7 @@ class Service:
         self.pixels = PixelBudget(settings.max_pixels_decoding)
         """Pixels of photos being decoded, and of probabilities being enlarged to a photo's size."""
         self.threads = Threads(settings.decoders)
-        self.networks = Networks()
-        self.turns = {bulk: Turns(1) for bulk in (False, True)}
-        """Turns of interactive and of bulk photos. Their number suits the network in use."""
+        self.networks = Networks(settings.networks)
         self.bulk_photos = asyncio.Semaphore(settings.max_queue)
         """Photos that are at work for all requests with several photos together."""
         self._observe(metrics)
@@ -51,7 +50,7 @@ class Service:
         metrics.observe(metrics.pixels_decoding, lambda: self.pixels.used)
         metrics.observe(metrics.bytes_in_flight, lambda: gate.body_bytes.used)
         metrics.observe(metrics.ready, lambda: self.is_ready)
-        metrics.observe(metrics.circuit_open, lambda: networks.is_failing)
+        metrics.observe(metrics.circuit_open, lambda: any(one.is_failing for one in networks))
         metrics.observe(metrics.admitted, lambda: gate.admitted)
         for priority, bulk in (("interactive", False), ("bulk", True)):
             depth = metrics.queue_depth.labels(priority)
@@ -59,13 +58,21 @@ class Service:
             expected = metrics.expected_wait_seconds.labels(priority)
             metrics.observe(expected, partial(gate.wait_s, bulk=bulk))
         metrics.observe(metrics.queue_age_seconds, self._longest_wait_s)
+        for served in networks:
+            self._observe_network(served)
+
+    def _observe_network(self, served: Served) -> None:
+        metrics, name = self.metrics, served.name
+        metrics.observe(metrics.network_ready.labels(name), lambda: served.works)
+        for priority, bulk in (("interactive", False), ("bulk", True)):
+            depth = metrics.network_queue_depth.labels(name, priority)
+            metrics.observe(depth, partial(served.waiting, bulk=bulk))
 
     def _waiting(self, bulk: bool) -> int:
-        return self.turns[bulk].waiting() + self.networks.waiting(bulk=bulk)
+        return sum(served.waiting(bulk=bulk) for served in self.networks)
 
     def _longest_wait_s(self) -> float:
-        waits = [turns.longest_wait_s() for turns in self.turns.values()]
-        return max(self.networks.longest_wait_s(), *waits)
+        return max(served.longest_wait_s() for served in self.networks)
 
     @property
     def draining(self) -> bool:
@@ -82,42 +89,50 @@ class Service:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the network is warm and works, and the server does not drain."""
-        return self.networks.works and not self.draining
+        """Whether the default network is warm and works, and the server does not drain."""
+        return self.networks.default.works and not self.draining
 
     @property
     def backend(self) -> BackendInfo:
-        """The backend in use.
+        """The backend in use, of the default network.
 
         Raises:
             Unavailable: none is loaded yet.
         """
-        return self.networks.current.info
+        return self.networks.default.current.info
 
-    def check_ready(self) -> None:
-        """Check that requests are welcome.
+    def check_ready(self, network: str | None = None) -> None:
+        """Check that requests are welcome, which name this network.
 
         Raises:
-            Unavailable: the server loads or drains, or the network fails.
+            UnknownNetwork: there is no such network.
+            Unavailable: it is being loaded or fails, or the server drains.
         """
-        self.networks.check_works()
+        self.networks.named(network).check_works()
         if self.draining:
             raise GoingDown(_GOING_DOWN)
 
-    async def use(self, backend: Backend, on_failing: Callable[[], None] = lambda: None) -> None:
+    async def use(
+        self,
+        backend: Backend,
+        on_failing: Callable[[], None] = lambda: None,
+        served: Served | None = None,
+    ) -> None:
         """Prove `backend` and let it serve from now on.
 
         Args:
             backend: loaded.
             on_failing: called if it fails many times in a row, or hangs.
+            served: the network that it runs; None for the default one.
 
         Raises:
             BackendError: it does not work, or the table of quality or the detector is not its own;
                 the previous one goes on.
         """
+        served = served or self.networks.default
         seconds_an_image = await proved(backend, self.threads.interactive)
         try:
-            network = self.settings.model, backend.describe()
+            network = served.file, backend.describe()
             quality = await self.threads.run(read_quality, *network)
             detector = await self.threads.run(read_detector, *network)
         except BackendError:
@@ -131,26 +146,50 @@ class Service:
             on_failing=on_failing,
             quality=quality,
             detector=detector,
+            name=served.name,
         )
         info = batcher.info
-        self.metrics.serves(info)
-        log.info("ready: %s %s on %s, %s", info.name, info.version, info.device, info.precision)
-        await self.take(batcher, seconds_an_image)
+        self.metrics.serves(served.name, info)
+        runs = (served.name, info.name, info.version, info.device, info.precision)
+        log.info("ready: %s by %s %s on %s, %s", *runs)
+        await self.take(served, batcher, seconds_an_image)
 
-    async def take(self, network: Network, seconds_an_image: float, sharers: int = 1) -> None:
-        """Let `network`, which is proved, serve from now on.
+    async def take(
+        self, served: Served, network: Network, seconds_an_image: float, sharers: int = 1
+    ) -> None:
+        """Let `network`, which is proved, run `served` from now on.
 
         Args:
-            network: the previous one answers what it accepted.
+            served: what ran it before answers what it accepted.
+            network: runs it.
             seconds_an_image: what it takes for a photo, while as many run as can.
             sharers: number of processes that share it; each keeps its part of it busy.
         """
-        self.gate.expect(seconds_an_image, network.max_batch)
+        if served is self.networks.default:
+            # Until photos were measured; then all networks have one pace, as they share the cores.
+            self.gate.expect(seconds_an_image, network.max_batch)
         # While as many run as can, as many are ready to follow, and each thread decodes one.
         ahead = math.ceil(2 * network.info.slots * network.max_batch / sharers)
         limit = ahead + self.settings.decoders
-        self.turns = {bulk: Turns(limit) for bulk in (False, True)}
-        await self.networks.swap(network)
+        served.turns = {bulk: Turns(limit) for bulk in (False, True)}
+        await served.swap(network)
+
+    def add(self, served: Served) -> None:
+        """Let requests name `served`, which is loaded, from now on."""
+        self.networks.add(served)
+        self._observe_network(served)
+
+    def retire(self, name: str, reason: str = "") -> None:
+        """Let no request name this network any more; those that came before are still answered.
+
+        Args:
+            name: of a network that serves.
+            reason: why it cannot serve, if that is so.
+        """
+        if reason:
+            self.networks.refusals[name] = reason
+        self.networks.retire(name)
+        self.metrics.forget(name)
 
     async def close(self) -> None:
         """Finish what was accepted, then end the threads and close the backend."""

@@ -32,6 +32,7 @@ from server.inference.admission import Place
 from server.inference.batching import Inference
 from server.inference.deadline import Deadline
 from server.inference.errors import ClientGone, TooLarge, of_photo_error
+from server.inference.served import Served
 from server.inference.service import Service
 from server.observe.stages import Stages
 
@@ -132,12 +133,17 @@ class _Request:
     def __init__(
         self,
         service: Service,
+        network: Served,
         place: Place,
         hung_up: Callable[[], Awaitable[object]],
         stages: Stages,
         deadline: Deadline,
     ) -> None:
         self.service = service
+        self.network = network
+        """Runs its photos."""
+        self.pin: str | None = None
+        """What `Served.pinned` gave; None for what runs the network when a photo comes to it."""
         self.stages = stages
         self.deadline = deadline
         self.place = place
@@ -146,6 +152,25 @@ class _Request:
         self._is_checked = False
         self._is_over = False
         self._held = contextlib.ExitStack()
+
+    def choose(self, network: str | None) -> None:
+        """Let the network of this name run the photos; None for the one that does.
+
+        Raises:
+            UnknownNetwork: there is none.
+            Unavailable: it is being loaded, or fails.
+        """
+        if network is None or network == self.network.name:
+            # It may have been retired since the request came.
+            return
+        served = self.service.networks.named(network)
+        served.check_works()
+        self._held.enter_context(served.kept())
+        self.network = served
+
+    def pin_network(self) -> None:
+        """Let what runs the network now run all photos."""
+        self.pin = self._held.enter_context(self.network.pinned())
 
     def check(self, photos: int, places: int = 1, *, bulk: bool = False) -> None:
         """Check again, now that the body is there, and watch from now on whether the client leaves.
@@ -208,6 +233,20 @@ class Received(Generic[Content]):
         """What was read: a `Body`, or the photos and the rest of a form."""
         self._request = request
 
+    @property
+    def network(self) -> Served:
+        """Runs its photos."""
+        return self._request.network
+
+    def choose(self, network: str | None) -> None:
+        """Let the network that the body names run the photos; None if it names none.
+
+        Raises:
+            UnknownNetwork: there is none of this name.
+            Unavailable: it is being loaded, or fails.
+        """
+        self._request.choose(network)
+
     async def parse(
         self: "Received[Body]",
         parse: Callable[[Body, *Arguments], Result],
@@ -260,10 +299,13 @@ class Received(Generic[Content]):
     def work_on_many(self, photos: int) -> "Many":
         """Check as `work` does, and work on each of so many photos by itself.
 
+        One load of the network answers all, whatever is loaded meanwhile.
+
         Raises:
             Overloaded: see `work`.
         """
         self._request.check(photos)
+        self._request.pin_network()
         return Many(self._request)
 
 
@@ -272,6 +314,7 @@ class Many:
 
     def __init__(self, request: _Request) -> None:
         self.deadline = request.deadline
+        self.network = request.network
         self.gone = request.gone
         """A task that ends when the client hangs up."""
         self._request = request
@@ -301,6 +344,7 @@ async def submitted(
     *,
     bulk: bool = False,
     is_there: bool = False,
+    network: str | None = None,
 ) -> AsyncIterator[Received[Content]]:
     """Admit a request and read its body: it has a place until the end of the block.
 
@@ -312,20 +356,23 @@ async def submitted(
         read: reads the body; it gets the function that accounts for its bytes.
         bulk: interactive requests go first.
         is_there: the body has come, and counts: `read` hands it over, which is no stage.
+        network: name of the one that runs its photos; None for the default one.
 
     Raises:
+        UnknownNetwork: no network has this name.
         Unavailable: no backend is ready.
         Overloaded: there is no room, or the answer would be late; see `Gate.enter`.
         DeadlineExceeded: the body did not come in time.
     """
-    service.networks.check_works()
+    served = service.networks.named(network)
+    served.check_works()
     deadline = Deadline(stages.started, timeout_s)
-    with service.gate.enter(deadline=deadline.at, bulk=bulk) as place:
+    with served.kept(), service.gate.enter(deadline=deadline.at, bulk=bulk) as place:
         async with deadline.kept():
             body = await read(place.take)
         if not is_there:
             stages.end("read")
-        request = _Request(service, place, hung_up, stages, deadline)
+        request = _Request(service, served, place, hung_up, stages, deadline)
         try:
             yield Received(request, body)
         finally:
@@ -349,8 +396,8 @@ class Work:
         unpack: Callable[[bytes], bytes] = lambda data: data,
         *,
         bare: bool = False,
-        network: str | None = None,
         frame: Callable[[], int | None] = lambda: None,
+        network: Callable[[], str | None] = lambda: None,
     ) -> Segmentation:
         """The photo in the body → the lesion probability of its pixels.
 
@@ -360,8 +407,8 @@ class Work:
             unpack: takes the body's bytes, and returns the photo's or raises a problem; called in a
                 thread.
             bare: the body is the photo itself; a lone small one is decoded on the event loop.
-            network: the one that `Networks.pinned` gave; None for the one in use.
             frame: tells, once the body is unpacked, which frame of the photo is wanted.
+            network: tells then which network the body names; None if it names none.
 
         Raises:
             Problem: whatever is wrong with the request or its photo.
@@ -371,7 +418,8 @@ class Work:
             async with contextlib.AsyncExitStack() as turn:
                 await self._wait_for(turn)
                 photo = await self._photo(unpack, turn, frame, bare=bare)
-                (inference,), backend = await self.infer([photo.pixels], network=network)
+                await self._change_to(network(), turn)
+                (inference,), backend = await self.infer([photo.pixels])
         finally:
             self._body.let_go()
         if self._request.is_gone():
@@ -390,13 +438,21 @@ class Work:
 
     async def _wait_for(self, turn: contextlib.AsyncExitStack) -> None:
         try:
-            await turn.enter_async_context(self.service.turns[self.bulk].turn())
+            await turn.enter_async_context(self._request.network.turns[self.bulk].turn())
         except asyncio.CancelledError:
             # Where it is not the deadline, another photo of the request failed.
             is_late = self._request.deadline.left_s < _COARSE_S
             self.service.metrics.dropped.labels("deadline" if is_late else "abandoned").inc()
             raise
         self.stages.end("queue")
+
+    async def _change_to(self, network: str | None, turn: contextlib.AsyncExitStack) -> None:
+        """Let the network that the body names run the photo, at a turn of its own."""
+        before = self._request.network
+        self._request.choose(network)
+        if self._request.network is not before:
+            await turn.aclose()
+            await self._wait_for(turn)
 
     async def _photo(
         self,
@@ -429,15 +485,15 @@ class Work:
         return photo
 
     async def infer(
-        self, images: Sequence[NDArray[np.uint8]], *, network: str | None = None
+        self, images: Sequence[NDArray[np.uint8]]
     ) -> tuple[list[Inference], BackendInfo]:
-        """Run pixels through the network, and say which backend ran them; see `Networks.infer`."""
-        results, backend = await self.service.networks.infer(
+        """Run pixels through the network, and say which backend ran them; see `Served.infer`."""
+        results, backend = await self._request.network.infer(
             images,
             deadline=self._request.deadline.at,
             is_gone=self._request.is_gone,
             bulk=self.bulk,
-            network=network,
+            pin=self._request.pin,
         )
         self.stages.end("queue", min(result.started for result in results))
         self.stages.end("infer", max(result.ended for result in results))

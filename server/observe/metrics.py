@@ -45,13 +45,14 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._serving: Gauge | None = None
+        self._serving: dict[str, tuple[str, ...]] = {}
         self._observed: list[tuple[Gauge, Callable[[], float]]] = []
         self._observe_process()
         self._lines_counted = 0
         self._count_requests()
         self._count_work()
         self._show_what_runs()
+        self._show_networks()
         self._show_what_waits()
 
     def _count_requests(self) -> None:
@@ -165,8 +166,38 @@ class Metrics:
                 "version",
                 "sha256",
                 "attention",
+                "network",
             ],
             multiprocess_mode="livemax",
+            registry=self.registry,
+        )
+
+    def _show_networks(self) -> None:
+        """Make the metrics of each network by its name."""
+        self.network_photos = Counter(
+            "slsnet_network_photos",
+            "Photos that each network ran",
+            ["network"],
+            registry=self.registry,
+        )
+        self.network_seconds = Counter(
+            "slsnet_network_run_seconds",
+            "Time that the runs of each network took",
+            ["network"],
+            registry=self.registry,
+        )
+        self.network_ready = Gauge(
+            "slsnet_network_ready",
+            "1 while the network runs photos that name it",
+            ["network"],
+            multiprocess_mode="livemin",
+            registry=self.registry,
+        )
+        self.network_queue_depth = Gauge(
+            "slsnet_network_queue_depth",
+            "Photos that wait for each network, or to be decoded for it",
+            ["network", "priority"],
+            multiprocess_mode="livesum",
             registry=self.registry,
         )
 
@@ -245,13 +276,10 @@ class Metrics:
             self.refresh()
             await asyncio.sleep(_REFRESH_S)
 
-    def serves(self, backend: BackendInfo) -> None:
-        """`backend` serves from now on, and no other."""
-        if self._serving is not None:
-            # Clearing alone would leave it in the shared files.
-            self._serving.set(0)
-            self.backend.clear()
-        self._serving = self.backend.labels(
+    def serves(self, network: str, backend: BackendInfo) -> None:
+        """`backend` runs this network from now on, and no other does."""
+        self._forget_backend(network)
+        self._serving[network] = labels = (
             backend.name,
             backend.version,
             backend.device,
@@ -260,8 +288,29 @@ class Metrics:
             backend.model.get("version", "unknown"),
             backend.model.get("weights_sha256", "unknown"),
             backend.model.get("attention", "unknown"),
+            network,
         )
-        self._serving.set(1)
+        self.backend.labels(*labels).set(1)
+
+    def forget(self, network: str) -> None:
+        """No request names this network any more; what was counted of it stays."""
+        self._forget_backend(network)
+        self._end(self.network_ready, network)
+        for priority in ("interactive", "bulk"):
+            self._end(self.network_queue_depth, network, priority)
+
+    def _forget_backend(self, network: str) -> None:
+        if labels := self._serving.pop(network, None):
+            self._end(self.backend, *labels)
+
+    def _end(self, gauge: Gauge, *labels: str) -> None:
+        """Show no more of this series."""
+        child = gauge.labels(*labels)
+        self._observed = [(one, read) for one, read in self._observed if one is not child]
+        child.set(0)
+        if not SHARED:
+            # It stays, as 0, in files that processes share.
+            gauge.remove(*labels)
 
     def render(self) -> bytes:
         """All metrics in Prometheus' text format, of all processes that share them."""

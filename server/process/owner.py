@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from server.backends import BackendError
-from server.inference.loading import Loader
+from server.inference.repository import Repository
 from server.inference.sharing.memory import Slots
 from server.inference.sharing.owner import SharedService
 from server.observe.logs import configure
@@ -30,15 +30,15 @@ _CLOSING_S = 10.0
 
 
 class _Owner:
-    """The network, its loader, and the signals that end it."""
+    """The networks, and the signals that end them."""
 
     def __init__(self, settings: Settings, slots: Sequence[Slots]) -> None:
         # The workers of a network have as large a part of the cores as it has.
         owners = max(1, round(settings.workers / len(slots)))
         alone = settings.model_copy(update={"workers": owners})
         self._service = SharedService(alone, Metrics(), slots)
-        self._loader = Loader(self._service)
-        self._service.reload = self._loader.load
+        self._repository = Repository(self._service)
+        self._service.reload = self._repository.reload
         self._ended = asyncio.Event()
         self._reloading: asyncio.Task[None] | None = None
 
@@ -53,7 +53,7 @@ class _Owner:
 
     async def _reload(self) -> None:
         try:
-            await self._loader.load()
+            await self._repository.reload()
         except (BackendError, OSError) as error:
             log.error("the network is not changed: %s", error)
 
@@ -74,7 +74,7 @@ class _Owner:
         await loop.create_server(service.listen, sock=listener)
         always = [loop.create_task(work) for work in (service.beat(), service.metrics.keep_fresh())]
         try:
-            await self._loader.load()
+            await self._repository.start()
         except BackendError as error:
             log.error("%s", error)
             return 1
@@ -83,7 +83,7 @@ class _Owner:
         end_after(_CLOSING_S)
         for task in always:
             task.cancel()
-        await self._loader.close()
+        await self._repository.close()
         await service.close()
         return 0
 

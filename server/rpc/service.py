@@ -1,4 +1,4 @@
-"""The calls of V2 over gRPC: health, metadata, configuration, and inference, alone or in a stream.
+"""The calls of V2 over gRPC: health, metadata, configuration, repository, and inference.
 
 Each is a request to the application of this process (`server.rpc.bridge`). The deadline of a call
 is gRPC's own. A client that cancels, or whose deadline passes, counts as one that hung up.
@@ -77,6 +77,21 @@ class OpenInference(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
         told = await self._get(f"{_model(request.name, request.version)}/config", context)
         return _message(pb.ModelConfigResponse, {"config": told})
 
+    async def RepositoryIndex(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """The networks that serve, and those that may be loaded."""
+        told = await self._post("/v2/repository/index", {"ready": request.ready}, context)
+        return _message(pb.RepositoryIndexResponse, {"models": told})
+
+    async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """Load a network, or load it again."""
+        await self._post(f"{_in_repository(request)}/load", _named(request), context)
+        return pb.RepositoryModelLoadResponse()
+
+    async def RepositoryModelUnload(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """Retire a network."""
+        await self._post(f"{_in_repository(request)}/unload", _named(request), context)
+        return pb.RepositoryModelUnloadResponse()
+
     async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
         """Run the network on tensors."""
         answer = await self._infer(request, context)
@@ -148,10 +163,26 @@ class OpenInference(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
             await _abort(answer, context)
         return json.loads(answer.body)
 
+    async def _post(self, path: str, body: dict[str, Any], context: Any) -> Any:
+        content = json.dumps(body).encode()
+        answer = await self._bridge.ask("POST", path, _headers(context), content)
+        if answer.status != 200:
+            await _abort(answer, context)
+        return json.loads(answer.body or b"null")
+
 
 def _model(name: str, version: str) -> str:
     path = f"/v2/models/{quote(name, safe='')}"
     return f"{path}/versions/{quote(version, safe='')}" if version else path
+
+
+def _in_repository(request: Any) -> str:
+    return f"/v2/repository/models/{quote(request.model_name, safe='')}"
+
+
+def _named(request: Any) -> dict[str, Any]:
+    """The names of a call's parameters, none of which have an effect."""
+    return {"parameters": dict.fromkeys(request.parameters)}
 
 
 def _headers(context: Any) -> list[tuple[str, str]]:

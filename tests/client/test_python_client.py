@@ -164,6 +164,12 @@ def test_options_reach_the_network(server: ServerProcess, segment: Segment) -> N
     assert result.probability is not None and result.probability.shape == result.mask.shape
     plain = segment(server.url, PNG, threshold=0.3, clean=True)
     assert np.mean(plain.mask != result.mask) < 1e-4
+    named = segment(server.url, PNG, threshold=0.3, clean=True, model="slsnet")
+    assert np.array_equal(named.mask, plain.mask)
+    with pytest.raises(RequestRefused, match="no network 'resnet'"):
+        segment(server.url, PNG, model="resnet")
+    with Client(server.url) as client:
+        assert client.network("slsnet") == client.network()
 
 
 def test_features_and_other_forms(server: ServerProcess, segment: Segment) -> None:

@@ -138,15 +138,15 @@ def test_a_request_keeps_its_network_where_none_has_a_name() -> None:
     async def scenario() -> None:
         service = Service(Settings(), Metrics())
         await service.use(_Stub(0.25))
-        with service.networks.pinned() as network:
+        with service.networks.default.pinned() as network:
             for later in (0.5, 0.75):
                 await service.use(_Stub(later))
-                (inference,), _ = await service.networks.infer(
+                (inference,), _ = await service.networks.default.infer(
                     list(trial_images()[:1]),
                     deadline=time.perf_counter() + 60,
                     is_gone=lambda: False,
                     bulk=True,
-                    network=network,
+                    pin=network,
                 )
                 assert (inference.probability == 0.25).all()
         await service.close()

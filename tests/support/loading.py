@@ -18,7 +18,7 @@ def load(model: Path) -> None:
 
     async def scenario() -> None:
         service = Service(Settings(model=model, backend="onnxruntime", threads=1), Metrics())
-        loader = Loader(service)
+        loader = Loader(service, service.networks.default)
         try:
             await loader.load()
         finally:

@@ -20,7 +20,6 @@ from server.http.openinference.protocol import (
     HEADER_LENGTH,
     IMAGE_BYTES,
     INPUT,
-    NAME,
     OUTPUT,
     SIDE,
     VERSION,
@@ -201,9 +200,15 @@ def _values(data: list[Any]) -> bytes:
 
 
 def answer(
-    asked: InferRequest, probabilities: Sequence[NDArray[np.float32]]
+    network: str, asked: InferRequest, probabilities: Sequence[NDArray[np.float32]]
 ) -> tuple[bytes, int | None]:
-    """The answer's body, and how much of it is JSON if binary data follows."""
+    """The answer's body, and how much of it is JSON if binary data follows.
+
+    Args:
+        network: name of the one that ran.
+        asked: the request.
+        probabilities: of each image, float32 [128, 128].
+    """
     binary = (
         asked.outputs[0].parameters.binary_data
         if asked.outputs
@@ -213,7 +218,7 @@ def answer(
     output = AnswerOutput(name=OUTPUT, shape=shape, datatype="FP32")
     if binary:
         output.parameters = AnswerParameters(binary_data_size=len(probabilities) * _MAP_BYTES)
-    answer = InferAnswer(model_name=NAME, model_version=VERSION, id=asked.id, outputs=[output])
+    answer = InferAnswer(model_name=network, model_version=VERSION, id=asked.id, outputs=[output])
     header = answer.model_dump_json(exclude_none=True).encode()
     if binary:
         # The extension's byte order is little-endian.

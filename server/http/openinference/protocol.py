@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 from photos.image import MODEL_SIZE
 from server.http.problems import EXAMPLES
 from server.http.reference import HEADERS, error_content, error_headers, inlined
+from server.settings import DEFAULT_NETWORK
 
 __all__ = [
     "HEADER_LENGTH",
@@ -16,7 +17,6 @@ __all__ = [
     "INFER_PATHS",
     "INPUT",
     "MODEL_PATH",
-    "NAME",
     "OUTPUT",
     "SIDE",
     "VERSION",
@@ -24,10 +24,13 @@ __all__ = [
     "AnswerOutput",
     "AnswerParameters",
     "ConfigTensor",
+    "IndexEntry",
+    "IndexRequest",
     "InferAnswer",
     "InferRequest",
     "InputParameters",
     "LiveAnswer",
+    "LoadRequest",
     "ModelConfig",
     "ModelMetadata",
     "ModelReadyAnswer",
@@ -41,17 +44,16 @@ __all__ = [
     "errors",
 ]
 
-NAME = "slsnet"
 VERSION = "1"
 """Version of the two tensors; the weights' own version is in `GET /model`."""
 
 MODEL_PATH = "/v2/models/{model}"
 VERSION_PATH = f"{MODEL_PATH}/versions/{{version}}"
 INFER_PATHS = {
-    f"{path}/infer".format(model=NAME, version=VERSION): f"{path}/infer"
+    f"{path}/infer".format(model=DEFAULT_NETWORK, version=VERSION): f"{path}/infer"
     for path in (MODEL_PATH, VERSION_PATH)
 }
-"""Each path that tensors are sent to, with the path of its route."""
+"""Each path that tensors for the default network are sent to, with the path of its route."""
 
 INPUT = "image"
 OUTPUT = "probability"
@@ -71,7 +73,9 @@ class ServerMetadata(_Message):
 
     name: str = Field(examples=["slsnet-server"])
     version: str = Field(examples=["0.1.0"])
-    extensions: list[str] = Field(examples=[["binary_tensor_data", "model_configuration"]])
+    extensions: list[str] = Field(
+        examples=[["binary_tensor_data", "model_configuration", "model_repository"]]
+    )
 
 
 class LiveAnswer(_Message):
@@ -89,7 +93,7 @@ class ReadyAnswer(_Message):
 class ModelReadyAnswer(_Message):
     """Whether the model is ready."""
 
-    name: str = Field(examples=[NAME])
+    name: str = Field(examples=[DEFAULT_NETWORK])
     ready: Literal[True] = True
 
 
@@ -104,7 +108,7 @@ class TensorMetadata(_Message):
 class ModelMetadata(_Message):
     """The model's tensors."""
 
-    name: str = Field(examples=[NAME])
+    name: str = Field(examples=[DEFAULT_NETWORK])
     versions: list[str] = Field(examples=[[VERSION]])
     platform: str = Field(description="what runs it, and how", examples=["onnxruntime_fp32"])
     inputs: list[TensorMetadata]
@@ -122,7 +126,7 @@ class ConfigTensor(_Message):
 class ModelConfig(_Message):
     """The part of Triton's model configuration that clients read."""
 
-    name: str = Field(examples=[NAME])
+    name: str = Field(examples=[DEFAULT_NETWORK])
     platform: str = Field(examples=["onnxruntime_fp32"])
     max_batch_size: int = Field(description="most images in one request", examples=[128])
     input: list[ConfigTensor]
@@ -205,10 +209,33 @@ class AnswerOutput(_Message):
 class InferAnswer(_Message):
     """The answer to a request for inference; binary tensors follow it in the body."""
 
-    model_name: str = Field(examples=[NAME])
+    model_name: str = Field(examples=[DEFAULT_NETWORK])
     model_version: str = Field(examples=[VERSION])
     id: str | None = Field(None, description="the request's")
     outputs: list[AnswerOutput]
+
+
+class IndexRequest(_Message):
+    """What of the index is asked for."""
+
+    ready: StrictBool = Field(False, description="only the networks that serve")
+
+
+class IndexEntry(_Message):
+    """A network that serves, or that may be loaded."""
+
+    name: str = Field(examples=[DEFAULT_NETWORK])
+    version: str = Field(examples=[VERSION])
+    state: Literal["READY", "UNAVAILABLE"]
+    reason: str = Field(description="why it is not ready", examples=["it is not loaded"])
+
+
+class LoadRequest(_Message):
+    """How a network is loaded, or retired."""
+
+    parameters: dict[str, Any] = Field(
+        {}, description="none is served but `unload_dependents`, which changes nothing"
+    )
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -228,9 +255,10 @@ _ERRORS = {
         "It is no request of the protocol, or not for these tensors.",
         "The input is called 'image', not 'input_0'.",
     ),
+    403: ("The key is no administrator's.", "This path needs an administrator's key: send one."),
     404: (
         "There is no such model, version or path.",
-        "There is no model 'resnet': the one that is served is 'slsnet'.",
+        "There is no network 'resnet': the one that serves is 'slsnet'.",
     ),
     413: (
         "There are more bytes, JSON or images than allowed.",
@@ -241,7 +269,7 @@ _ERRORS = {
         "Content-Encoding 'br' is not served: send gzip, deflate or none.",
     ),
     422: (
-        "The value of a header is out of range.",
+        "The value of a header is out of range, or a network cannot serve.",
         "header.x-request-timeout-ms: Input should be greater than 0, got '-1'.",
     ),
     429: (

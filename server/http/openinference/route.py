@@ -1,7 +1,8 @@
 """Open Inference Protocol V2 over HTTP: the network itself, for clients that speak tensors.
 
 It serves the protocol's "required API" (health, metadata and inference), the binary tensor
-extension and Triton's model configuration. An unmodified `tritonclient` works:
+extension and Triton's model configuration; `server.http.openinference.repository` has its model
+repository. An unmodified `tritonclient` works:
 https://github.com/kserve/open-inference-protocol/blob/main/specification/protocol/inference_rest.md
 https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md
 
@@ -29,7 +30,6 @@ from server.http.openinference.protocol import (
     INFER_BODY,
     INPUT,
     MODEL_PATH,
-    NAME,
     OUTPUT,
     SIDE,
     VERSION,
@@ -47,9 +47,11 @@ from server.http.openinference.protocol import (
 from server.http.parameters import Priority, TimeoutMs, is_bulk
 from server.http.uploads import read_body
 from server.inference.errors import TooLarge, UnsupportedType
+from server.inference.served import Served
 from server.inference.service import Service
 from server.inference.submission import Body, submitted
 from server.observe.stages import Stages
+from server.settings import DEFAULT_NETWORK
 
 __all__ = ["openinference_router"]
 
@@ -60,18 +62,16 @@ _INFLATED_BYTES = 2**20
 _TAGS: list[str | Enum] = ["open inference protocol"]
 
 
-async def _known_model(
-    model: Annotated[str, Path(description="of the model", examples=[NAME])],
-) -> None:
-    if model != NAME:
-        raise NotFound(f"There is no model {model[:80]!r}: the one that is served is {NAME!r}.")
+_Model = Annotated[str, Path(description="of the model", examples=[DEFAULT_NETWORK])]
 
 
 async def _known_version(
-    version: Annotated[str, Path(description="of the model", examples=[VERSION])],
+    model: _Model, version: Annotated[str, Path(description="of the model", examples=[VERSION])]
 ) -> None:
     if version != VERSION:
-        raise NotFound(f"There is no version {version[:80]!r} of {NAME!r}: there is {VERSION!r}.")
+        raise NotFound(
+            f"There is no version {version[:80]!r} of {model[:80]!r}: there is {VERSION!r}."
+        )
 
 
 def openinference_router(service: Service, server_version: str) -> APIRouter:
@@ -83,7 +83,7 @@ def openinference_router(service: Service, server_version: str) -> APIRouter:
         return ServerMetadata(
             name="slsnet-server",
             version=server_version,
-            extensions=["binary_tensor_data", "model_configuration"],
+            extensions=["binary_tensor_data", "model_configuration", "model_repository"],
         )
 
     @router.get("/health/live", summary="Whether the process works")
@@ -97,9 +97,8 @@ def openinference_router(service: Service, server_version: str) -> APIRouter:
 
     every = APIRouter()
     every.include_router(router)
-    is_model, is_version = Depends(_known_model), Depends(_known_version)
-    every.include_router(_model_router(service, MODEL_PATH, [is_model]))
-    every.include_router(_model_router(service, VERSION_PATH, [is_model, is_version]))
+    every.include_router(_model_router(service, MODEL_PATH, []))
+    every.include_router(_model_router(service, VERSION_PATH, [Depends(_known_version)]))
     return every
 
 
@@ -109,30 +108,33 @@ def _model_router(service: Service, prefix: str, known: list[params.Depends]) ->
     router = APIRouter(prefix=prefix, tags=_TAGS, dependencies=known)
     settings = service.settings
 
+    async def named(model: _Model) -> Served:
+        return service.networks.named(model)
+
     @router.get("", summary="The model's tensors", responses=errors(404, 503))
-    async def metadata() -> ModelMetadata:
+    async def metadata(served: Annotated[Served, Depends(named)]) -> ModelMetadata:
         return ModelMetadata(
-            name=NAME,
+            name=served.name,
             versions=[VERSION],
-            platform=_platform(service.backend),
+            platform=_platform(served.current.info),
             inputs=[TensorMetadata(name=INPUT, datatype="UINT8", shape=[-1, SIDE, SIDE, 3])],
             outputs=[TensorMetadata(name=OUTPUT, datatype="FP32", shape=[-1, SIDE, SIDE])],
         )
 
     @router.get("/ready", summary="Whether the model is ready", responses=errors(404, 503))
-    async def ready() -> ModelReadyAnswer:
-        service.check_ready()
-        return ModelReadyAnswer(name=NAME)
+    async def ready(served: Annotated[Served, Depends(named)]) -> ModelReadyAnswer:
+        service.check_ready(served.name)
+        return ModelReadyAnswer(name=served.name)
 
     @router.get(
         "/config",
         summary="The model's configuration, as Triton has it",
         responses=errors(404, 503),
     )
-    async def config() -> ModelConfig:
+    async def config(served: Annotated[Served, Depends(named)]) -> ModelConfig:
         return ModelConfig(
-            name=NAME,
-            platform=_platform(service.backend),
+            name=served.name,
+            platform=_platform(served.current.info),
             max_batch_size=settings.bulk_queue,
             input=[ConfigTensor(name=INPUT, data_type="TYPE_UINT8", dims=[SIDE, SIDE, 3])],
             output=[ConfigTensor(name=OUTPUT, data_type="TYPE_FP32", dims=[SIDE, SIDE])],
@@ -146,15 +148,18 @@ def _model_router(service: Service, prefix: str, known: list[params.Depends]) ->
         openapi_extra=INFER_BODY,
     )
     async def infer(
-        request: Request, x_request_timeout_ms: TimeoutMs = None, priority: Priority = ""
+        request: Request,
+        served: Annotated[Served, Depends(named)],
+        x_request_timeout_ms: TimeoutMs = None,
+        priority: Priority = "",
     ) -> Response:
-        return await _infer(service, request, x_request_timeout_ms, priority)
+        return await _infer(service, served.name, request, x_request_timeout_ms, priority)
 
     return router
 
 
 async def _infer(
-    service: Service, request: Request, timeout_ms: float | None, priority: str
+    service: Service, network: str, request: Request, timeout_ms: float | None, priority: str
 ) -> Response:
     settings = service.settings
     stages: Stages = request.state.stages
@@ -165,6 +170,7 @@ async def _infer(
         settings.timeout_s(timeout_ms),
         partial(_read, request, service),
         bulk=is_bulk(priority),
+        network=network,
     ) as received:
         length = json_length(received.body.data, request.headers)
         asked, images = await received.parse(
@@ -185,7 +191,7 @@ async def _infer(
             results, _ = await work.infer(images)
             stages.notes["batch"] = str(max(result.batch_size for result in results))
             content, header_length = await work.encode(
-                lambda: answer(asked, [result.probability for result in results])
+                lambda: answer(network, asked, [result.probability for result in results])
             )
     if header_length is None:
         return Response(content, media_type="application/json")

@@ -95,7 +95,6 @@ async def _answer(
         parameters=type(given).model_fields,
     )
     async with contextlib.AsyncExitStack() as held:
-        network = held.enter_context(service.networks.pinned())
         received = await held.enter_async_context(
             submitted(
                 service,
@@ -104,14 +103,16 @@ async def _answer(
                 settings.bulk_timeout_s(timeout_ms),
                 read,
                 bulk=True,
+                network=given.model,
             )
         )
         photos, fields = received.body
         given = given.with_fields(request, fields)
+        received.choose(given.model)
         asked = given.asked(request)
         many = received.work_on_many(len(photos))
         body = body_of(asked.media_type, file_names=given.file_names)
-        answers = _Answers(service, request, asked, body, many, network).of(photos)
+        answers = _Answers(service, request, asked, body, many).of(photos)
         await held.enter_async_context(contextlib.aclosing(answers))
         left_s = many.deadline.left_s + _FAREWELL_S
         return _Sent(answers, body.content_type, left_s, held.pop_all())
@@ -149,14 +150,12 @@ class _Answers:
         asked: Asked,
         body: Lines,
         many: Many,
-        network: str,
     ) -> None:
         self._service = service
         self._request = request
         self._asked = asked
         self._body = body
         self._many = many
-        self._network = network
 
     async def of(self, photos: list[Part]) -> AsyncGenerator[bytes]:
         """The bytes of the body: each photo's as soon as it is done, in any order."""
@@ -191,7 +190,7 @@ class _Answers:
                 await asyncio.gather(*at_work, return_exceptions=True)
 
     def _most_at_work(self) -> int:
-        asked, info = self._asked, self._service.backend
+        asked, info = self._asked, self._many.network.current.info
         holds_samples = sample_bytes(asked.mask) > 0
         if asked.original and (holds_samples or asked.mask is MaskFormat.PROBABILITIES):
             # Such answers can be larger than photos, so only one is held at a time.
@@ -234,9 +233,7 @@ class _Answers:
         stages = Stages()
         with part.photo, Body(part.photo.data if self._asked.draws_photo else b"") as drawn:
             async with self._many.work(part.photo, stages) as work, self._service.bulk_photos:
-                segmentation = await work.segment(
-                    network=self._network, frame=lambda: self._asked.frame
-                )
+                segmentation = await work.segment(frame=lambda: self._asked.frame)
                 answer = await encoded(work, segmentation, self._asked, drawn, held)
         for stage, seconds in stages.seconds.items():
             self._service.metrics.stage_seconds.labels(stage).observe(seconds)

@@ -56,6 +56,8 @@ class Asked:
     """Which frame of the photo's file is meant."""
     reject_unfit: bool = False
     """Whether a picture that is likely no dermoscopic photo is an error."""
+    network: str | None = None
+    """Name of the network that runs; None for the default one."""
 
     @property
     def draws_photo(self) -> bool:

@@ -14,7 +14,14 @@ from starlette.datastructures import Headers
 from photos.forms import Form, sample_bytes
 from photos.image import THRESHOLD
 from server.http.answers import MaskFormat
-from server.http.parameters import Clean, Threshold, answer_type, check_names, validated
+from server.http.parameters import (
+    Clean,
+    NetworkName,
+    Threshold,
+    answer_type,
+    check_names,
+    validated,
+)
 from server.http.segment.masks import JSON, MEDIA_TYPES, PNG, Asked
 from server.http.uploads import Fields
 from server.inference.errors import Unprocessable
@@ -60,6 +67,7 @@ class MaskParameters(BaseModel):
         ),
     ] = None
     clean: Clean = False
+    model: NetworkName = None
     frame: Annotated[
         int | SkipJsonSchema[None],
         Query(
@@ -163,6 +171,7 @@ class JsonParameters(MaskParameters):
             borders=self.borders,
             frame=self.frame,
             reject_unfit=self.reject_unfit,
+            network=self.model,
         )
 
     def _media_type(self, headers: Headers) -> str:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from server.http.answers import BatchItemAnswer, SegmentationAnswer
-from server.http.reference import BINARY, HEADERS, problem_responses
+from server.http.reference import BINARY, HEADERS, problem_responses, unknown_network
 from server.http.segment.parameters import MIXED, NDJSON
 from server.http.uploads import FIELD, MULTIPART, RAW_TYPES
 
@@ -54,7 +54,10 @@ SEGMENT_BODY: dict[str, Any] = {
     }
 }
 
-_SEGMENT_PROBLEMS = problem_responses(400, 406, 413, 415, 422, 429, 500, 503, 504)
+_SEGMENT_PROBLEMS = {
+    **problem_responses(400, 406, 413, 415, 422, 429, 500, 503, 504),
+    **unknown_network(),
+}
 
 SEGMENT_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
@@ -102,7 +105,10 @@ BATCH_BODY: dict[str, Any] = {
     }
 }
 
-_BATCH_PROBLEMS = problem_responses(400, 406, 413, 415, 422, 429, 503, 504)
+_BATCH_PROBLEMS = {
+    **problem_responses(400, 406, 413, 415, 422, 429, 503, 504),
+    **unknown_network(),
+}
 
 BATCH_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {

@@ -158,6 +158,7 @@ async def _answer(
                 settings.timeout_s(timeout_ms),
                 read,
                 bulk=is_bulk(priority),
+                network=given.model,
             ) as received,
             received.work() as work,
         ):
@@ -165,7 +166,10 @@ async def _answer(
                 # A small photo is decoded without being unpacked.
                 drawn.put(received.body.data)
             segmentation = await work.segment(
-                unpack, bare=bare, frame=lambda: asked.frame if asked else None
+                unpack,
+                bare=bare,
+                frame=lambda: asked.frame if asked else None,
+                network=lambda: asked.network if asked else None,
             )
             stages.notes["batch"] = str(segmentation.batch_size)
             assert asked is not None

@@ -45,7 +45,7 @@ def stream_router(service: Service, version: str) -> APIRouter:
         session: Session | None = None
         try:
             wishes = read_wishes(websocket, service.settings)
-            service.check_ready()
+            service.check_ready(wishes.model)
             with streams.place():
                 await accept_stream(websocket)
                 ready = Ready.of(websocket.state.request_id, wishes, service.settings)

@@ -21,7 +21,7 @@ from server.http.errors import BadRequest, HttpProblem, TooManyRequests
 from server.http.problems import error_message, told
 from server.http.segment.masks import encoded
 from server.http.stream.wishes import Wishes
-from server.inference.errors import ClientGone, Problem
+from server.inference.errors import ClientGone, Problem, UnknownNetwork
 from server.inference.service import Service
 from server.inference.submission import Body, submitted
 from server.observe.stages import Stages
@@ -180,7 +180,8 @@ class Session:
                 message = await self._masked(frame)
             finally:
                 self._let_go(frame)
-        except ClientGone:
+        except (ClientGone, UnknownNetwork):
+            # A network that was retired meanwhile does not come back for the next frame.
             raise
         except Exception as error:
             if isinstance(error, Problem):
@@ -215,7 +216,13 @@ class Session:
         with contextlib.ExitStack() as held:
             async with (
                 submitted(
-                    service, self._gone.wait, stages, timeout_s, read, is_there=True
+                    service,
+                    self._gone.wait,
+                    stages,
+                    timeout_s,
+                    read,
+                    is_there=True,
+                    network=wishes.model,
                 ) as received,
                 received.work() as work,
             ):

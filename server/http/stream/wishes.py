@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.websockets import WebSocket
 
 from server.http.answers import MaskFormat
-from server.http.parameters import Clean, Threshold, check_names, validated
+from server.http.parameters import Clean, NetworkName, Threshold, check_names, validated
 from server.http.segment.masks import JSON, Asked
 from server.inference.errors import Unprocessable
 from server.settings import Settings
@@ -40,6 +40,7 @@ class Wishes(BaseModel):
         description="milliseconds from a frame's arrival within which its mask is of use; more than"
         " the server's own limit means that limit",
     )
+    model: NetworkName = None
     frames: Literal["photo", "rgb"] = Field(
         "photo",
         description="what a frame is: a file as `/segment` takes it, or bare pixels, three bytes"

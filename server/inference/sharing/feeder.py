@@ -27,7 +27,15 @@ from server.inference.batching import (
     is_wanted,
     items_of,
 )
-from server.inference.errors import ClientGone, DeadlineExceeded, InferenceFailed, Unavailable
+from server.inference.errors import (
+    ClientGone,
+    DeadlineExceeded,
+    InferenceFailed,
+    Unavailable,
+    Unprocessable,
+)
+from server.inference.repository import NOT_ALONE
+from server.inference.served import Served
 from server.inference.service import Service
 from server.inference.sharing.memory import BULK_SLOTS, INTERACTIVE_SLOTS, Slots
 from server.inference.sharing.messages import DROP, OUTCOMES, PHOTO, RELEASE, Channel, Record
@@ -107,10 +115,12 @@ class _SharedNetwork:
 
     def waiting(self, *, bulk: bool) -> int:
         # The owner counts those that it has.
-        return self._owner.waiting(bulk=bulk)
+        return len(self._owner.waiting(self, bulk=bulk))
 
     def longest_wait_s(self) -> float:
-        return self._owner.longest_wait_s()
+        waiting = (self._owner.waiting(self, bulk=bulk) for bulk in (False, True))
+        arrived = [items[0].request.arrived for items in waiting if items]
+        return time.perf_counter() - min(arrived) if arrived else 0.0
 
     def idle_s(self) -> float:
         # Only the owner builds engines in a lull.
@@ -130,11 +140,15 @@ class _Owner(Channel):
     """The owner of the network, as long as it is connected."""
 
     def __init__(
-        self, slots: Slots, service: Service, on_network: Callable[["_Owner", dict[str, Any]], None]
+        self,
+        slots: Slots,
+        service: Service,
+        on_network: Callable[["_Owner", dict[str, Any]], None],
     ) -> None:
         super().__init__()
         self.lost = asyncio.Event()
         self._slots = slots
+        self._service = service
         self._metrics = service.metrics
         self._on_network = on_network
         # The one used last comes first: its memory is in the processor's caches.
@@ -147,7 +161,8 @@ class _Owner(Channel):
         self._sent: dict[int, tuple[Request, int]] = {}
         """Requests of the photos at the owner and their places in them, by slot."""
         self._dropped: set[int] = set()
-        self._newest: _SharedNetwork | None = None
+        self._newest: dict[str, _SharedNetwork] = {}
+        """What runs each network, by its name."""
         self._owner_pid: int | None = None
         self._silent_s = 0.0
         self._reloads: dict[int, asyncio.Future[None]] = {}
@@ -162,8 +177,9 @@ class _Owner(Channel):
             fields["detector"] = Detector.of(fields["detector"])
         self._owner_pid = card["owner"]
         info = BackendInfo(**fields)
-        self._newest = _SharedNetwork(self, card["number"], info, card["max_batch"])
-        return self._newest
+        network = _SharedNetwork(self, card["number"], info, card["max_batch"])
+        self._newest[card["name"]] = network
+        return network
 
     def submit(self, network: _SharedNetwork, items: Sequence[Item], *, bulk: bool) -> None:
         """Send photos to the owner, as slots become free."""
@@ -173,14 +189,9 @@ class _Owner(Channel):
         else:
             self._fill(bulk)
 
-    def waiting(self, *, bulk: bool) -> int:
-        """Photos that wait for a slot."""
-        return len(self._waiting[bulk])
-
-    def longest_wait_s(self) -> float:
-        """The longest time that one of them has waited up to now."""
-        heads = [queue[0][1].request.arrived for queue in self._waiting.values() if queue]
-        return time.perf_counter() - min(heads) if heads else 0.0
+    def waiting(self, network: _SharedNetwork, *, bulk: bool) -> list[Item]:
+        """A network's photos that wait for a slot, in their order."""
+        return [item for waits_for, item in self._waiting[bulk] if waits_for is network]
 
     def _fill(self, bulk: bool) -> None:
         waiting, free = self._waiting[bulk], self._free[bulk]
@@ -211,9 +222,12 @@ class _Owner(Channel):
         if "network" in message:
             self._on_network(self, message["network"])
         elif "failing" in message:
-            if self._newest is not None:
-                self._newest.fails = True
+            if network := self._newest.get(message["failing"]):
+                network.fails = True
             self._refuse_waiting()
+        elif "retired" in message:
+            if message["retired"] in self._service.networks:
+                self._service.retire(message["retired"], message["reason"])
         else:
             reload = self._reloads.pop(message["reloaded"])
             if reload.done():
@@ -228,10 +242,10 @@ class _Owner(Channel):
         super().data_received(data)
 
     async def reload(self) -> None:
-        """Let the owner load the network from its file again.
+        """Let the owner load the networks from their files again.
 
         Raises:
-            BackendError: it does not work; the previous one goes on.
+            BackendError: one does not work; the previous one goes on.
             Unavailable: the owner is gone.
         """
         if self.is_lost:
@@ -254,9 +268,13 @@ class _Owner(Channel):
         self.lost.set()
 
     def _refuse_waiting(self) -> None:
+        """Refuse the photos that wait for a network which fails."""
         for queue in self._waiting.values():
-            while queue:
+            for _ in range(len(queue)):
                 network, item = queue.popleft()
+                if not network.is_failing:
+                    queue.append((network, item))
+                    continue
                 item.request.fail(Unavailable(FAILING))
                 network.unsent -= 1
                 network.release()
@@ -288,7 +306,7 @@ class _Owner(Channel):
 class Link:
     """Keeps a feeder connected to the owner, and lets the owner's networks serve.
 
-    It takes the place of a `Loader`.
+    It takes the place of a `Repository`.
     """
 
     def __init__(self, service: Service, address: Address) -> None:
@@ -303,17 +321,27 @@ class Link:
         """Begin to connect. The network serves once the owner has told of it."""
         self._keeping = asyncio.create_task(self._keep())
 
-    async def load(self) -> BackendInfo:
-        """Let the owner load the network from its file again, and swap it in once it is warm.
+    async def reload(self) -> BackendInfo:
+        """Let the owner load all networks from their files again; see `Repository.reload`.
 
         Raises:
-            BackendError: it does not work; the previous one goes on.
+            BackendError: one does not work; the previous one goes on.
             Unavailable: the owner is gone.
         """
         if self._owner is None:
             raise Unavailable(FAILING)
         await self._owner.reload()
         return self._service.backend
+
+    async def load(self, _name: str) -> None:
+        """Refuse: other processes have the networks too.
+
+        Raises:
+            Unprocessable: always.
+        """
+        raise Unprocessable(NOT_ALONE)
+
+    retire = load
 
     async def close(self) -> None:
         """End the connection: the owner has nothing more to do for this process."""
@@ -341,9 +369,14 @@ class Link:
             await asyncio.sleep(_PAUSE_S)
 
     def _take(self, owner: _Owner, card: dict[str, Any]) -> None:
-        network = owner.network(card)
+        service, network = self._service, owner.network(card)
+        name = card["name"]
+        if name not in service.networks:
+            # The owner before could not load it.
+            service.add(Served(name, service.settings.networks[name]))
+        served = service.networks.named(name)
         task = asyncio.create_task(
-            self._service.take(network, card["seconds_an_image"], card["sharers"])
+            service.take(served, network, card["seconds_an_image"], card["sharers"])
         )
         self._taking.add(task)
         task.add_done_callback(self._taking.discard)

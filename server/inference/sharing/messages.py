@@ -6,10 +6,11 @@ Photos are told of in short records, everything else in JSON:
                      DROP     nobody waits for the photo in this slot any more
                      RELEASE  this network is not needed any more
                      {"feeder": number}      first of all
-                     {"reload": number}      load the network from its file again
+                     {"reload": number}      load the networks from their files again
     owner → feeder   ANSWER   the photo in this slot is over; the slot is free
                      {"network": …}          this network serves from now on
-                     {"failing": true}       the network in use fails
+                     {"failing": name}       what runs this network fails
+                     {"retired": name, "reason": text}       this network cannot serve
                      {"reloaded": number, "error": text or null}
 
 Each PHOTO has exactly one ANSWER, and a slot is used again only after it. So slots are names of

@@ -11,7 +11,7 @@ from typing import Any
 from server.backends import Backend, BackendError
 from server.inference.batching import Inference
 from server.inference.errors import ClientGone, DeadlineExceeded, Unavailable
-from server.inference.networks import Network
+from server.inference.served import Network, Served
 from server.inference.service import Service
 from server.inference.sharing.memory import Slots
 from server.inference.sharing.messages import (
@@ -33,10 +33,10 @@ log = logging.getLogger("slsnet.sharing")
 
 
 class SharedService(Service):
-    """A service without requests of its own: its network runs the photos of feeders."""
+    """A service without requests of its own: its networks run the photos of feeders."""
 
     def __init__(self, settings: Settings, metrics: Metrics, slots: Sequence[Slots]) -> None:
-        """Begin without a network.
+        """Begin with no network loaded.
 
         Args:
             settings: of the server; `workers` is the number of owners that share the cores.
@@ -46,10 +46,10 @@ class SharedService(Service):
         super().__init__(settings, metrics)
         self.slots = slots
         self.reload: Callable[[], Any]
-        """Loads the network from its file again; set before the first feeder comes."""
+        """Loads the networks from their files again; set before the first feeder comes."""
         self._feeders: dict[int, _Feeder] = {}
-        self._network: dict[str, Any] | None = None
-        """What feeders are told of the network in use."""
+        self._cards: dict[str, dict[str, Any]] = {}
+        """What feeders are told of each network, by its name."""
         self._networks_taken = 0
         self._deserted = asyncio.Event()
 
@@ -57,19 +57,29 @@ class SharedService(Service):
         """Make a feeder's connection; given to the event loop."""
         return _Feeder(self)
 
-    async def use(self, backend: Backend, on_failing: Callable[[], None] = lambda: None) -> None:
+    async def use(
+        self,
+        backend: Backend,
+        on_failing: Callable[[], None] = lambda: None,
+        served: Served | None = None,
+    ) -> None:
+        served = served or self.networks.default
+
         def failing() -> None:
-            if self.networks.is_failing:
+            if served.is_failing:
                 for feeder in self._feeders.values():
-                    feeder.say({"failing": True})
+                    feeder.say({"failing": served.name})
             on_failing()
 
-        await super().use(backend, failing)
+        await super().use(backend, failing, served)
 
-    async def take(self, network: Network, seconds_an_image: float, sharers: int = 1) -> None:
+    async def take(
+        self, served: Served, network: Network, seconds_an_image: float, sharers: int = 1
+    ) -> None:
         self._networks_taken += 1
-        # Set before, for a feeder that comes while the previous network finishes.
-        self._network = {
+        # Set before, for a feeder that comes while what ran it before finishes.
+        self._cards[served.name] = {
+            "name": served.name,
             "number": self._networks_taken,
             "info": asdict(network.info),
             "max_batch": network.max_batch,
@@ -77,13 +87,19 @@ class SharedService(Service):
             "sharers": len(self.slots),
             "owner": os.getpid(),
         }
-        await super().take(network, seconds_an_image, sharers)
+        await super().take(served, network, seconds_an_image, sharers)
         for feeder in self._feeders.values():
-            self._tell_network(feeder)
+            self._tell(feeder, self._cards[served.name])
 
-    def _tell_network(self, feeder: "_Feeder") -> None:
-        if self._network is not None and self._network["number"] not in feeder.pins:
-            feeder.take(self._network)
+    def retire(self, name: str, reason: str = "") -> None:
+        super().retire(name, reason)
+        self._cards.pop(name, None)
+        for feeder in self._feeders.values():
+            feeder.say({"retired": name, "reason": reason})
+
+    def _tell(self, feeder: "_Feeder", card: dict[str, Any]) -> None:
+        if card["number"] not in feeder.pins:
+            feeder.take(card)
 
     def join(self, number: int, feeder: "_Feeder") -> None:
         """A feeder is there; one that had the number before is gone."""
@@ -91,8 +107,11 @@ class SharedService(Service):
             former.end()
         self._feeders[number] = feeder
         self._deserted.clear()
-        if self.networks.works:
-            self._tell_network(feeder)
+        for served in self.networks:
+            if served.works:
+                self._tell(feeder, self._cards[served.name])
+        for name, reason in self.networks.refusals.items():
+            feeder.say({"retired": name, "reason": reason})
 
     def leave(self, number: int, feeder: "_Feeder") -> None:
         """A feeder is gone."""
@@ -164,8 +183,8 @@ class _Feeder(Channel):
         self._service = service
         self._number = -1
         self.slots: Slots
-        self.pins: dict[int, tuple[str, contextlib.ExitStack]] = {}
-        """Names of the networks that it may use, by their number here."""
+        self.pins: dict[int, tuple[Served, str, contextlib.ExitStack]] = {}
+        """The networks that it may use and their pins, by their number here."""
         self.is_over = False
         """Its slots are another's, or nobody's."""
         self._photos: dict[int, _Photo] = {}
@@ -192,14 +211,14 @@ class _Feeder(Channel):
                 if photo := self._photos.get(slot):
                     photo.drop(is_left=bool(flag))
             elif kind == RELEASE:
-                self.pins.pop(number)[1].close()
+                self.pins.pop(number)[-1].close()
 
     def _run(self, slot: int, number: int, deadline: float, *, bulk: bool) -> None:
         if slot in self._photos:
             raise ValueError(f"slot {slot} is in use")
         photo = _Photo(self, slot)
-        name, _ = self.pins[number]
-        photo.result = self._service.networks.named(name).submit(
+        served, pin, _ = self.pins[number]
+        photo.result = served.pin(pin).submit(
             [self.slots.pixels[slot]], deadline=deadline, is_gone=photo.is_gone, bulk=bulk
         )
         self._photos[slot] = photo
@@ -212,12 +231,11 @@ class _Feeder(Channel):
         del self._photos[slot]
         self.put(ANSWER, outcome, slot, photos, *times)
 
-    def take(self, network: dict[str, Any]) -> None:
-        """Tell of the network that serves, and keep it until the feeder does not need it."""
-        pin = contextlib.ExitStack()
-        name = pin.enter_context(self._service.networks.pinned())
-        self.pins[network["number"]] = name, pin
-        self.say({"network": network})
+    def take(self, card: dict[str, Any]) -> None:
+        """Tell of a network that serves, and keep it until the feeder does not need it."""
+        served, held = self._service.networks.named(card["name"]), contextlib.ExitStack()
+        self.pins[card["number"]] = served, held.enter_context(served.pinned()), held
+        self.say({"network": card})
 
     async def _reload(self, number: int) -> None:
         error = None
@@ -242,7 +260,7 @@ class _Feeder(Channel):
         self.cut()
         for photo in self._photos.values():
             photo.drop(is_left=True)
-        for _, pin in self.pins.values():
-            pin.close()
+        for *_, held in self.pins.values():
+            held.close()
         self.pins.clear()
         self._service.leave(self._number, self)

@@ -10,10 +10,10 @@ from uvicorn._types import HTTPScope
 
 from server.http.admitted import ADMITTED
 from server.http.app import create_app
-from server.http.openinference.protocol import NAME, VERSION
+from server.http.openinference.protocol import VERSION
 from server.http.shedding import Door
 from server.inference.service import Service
-from server.settings import Settings
+from server.settings import DEFAULT_NETWORK, Settings
 from tests.support.backends import Constant
 
 Ask = Callable[[str, str, dict[str, str]], Awaitable[httpx.Response]]
@@ -41,7 +41,7 @@ async def posted_paths(ask: Ask) -> list[str]:
     """The paths of all routes that take POST."""
     document = (await ask("GET", "/openapi.json", {})).json()
     return [
-        path.format(model=NAME, version=VERSION)
+        path.format(model=DEFAULT_NETWORK, version=VERSION)
         for path, methods in document["paths"].items()
         if "post" in methods
     ]

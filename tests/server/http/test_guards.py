@@ -12,11 +12,11 @@ from fastapi import Depends, FastAPI, Header, HTTPException
 from server.http import app as app_module
 from server.http.app import create_app
 from server.http.context import RequestContext
-from server.http.openinference.protocol import NAME, VERSION
+from server.http.openinference.protocol import VERSION
 from server.http.segment.route import segment_router
 from server.inference.service import Service
 from server.observe.metrics import Metrics
-from server.settings import Settings
+from server.settings import DEFAULT_NETWORK, Settings
 from tests.support.backends import Constant
 from tests.support.lesions import drawn_photo
 
@@ -46,10 +46,10 @@ async def routes(ask: Ask) -> list[tuple[str, str]]:
     """Method and path of every route that the document has, but those that need a key."""
     document = (await ask("GET", "/openapi.json", headers=WARD)).json()
     return [
-        (method.upper(), path.format(model=NAME, version=VERSION))
+        (method.upper(), path.format(model=DEFAULT_NETWORK, version=VERSION))
         for path, methods in document["paths"].items()
         for method in methods
-        if not path.startswith("/admin/")
+        if not path.startswith(("/admin/", "/v2/repository/models/"))
     ]
 
 

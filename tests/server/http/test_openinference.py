@@ -160,7 +160,7 @@ def test_clients_mistakes_reach_it_as_its_own_errors(
     client: Any, pixels: NDArray[np.uint8]
 ) -> None:
     image = tensor(pixels, binary=True)
-    with pytest.raises(triton.InferenceServerException, match="no model 'resnet'") as caught:
+    with pytest.raises(triton.InferenceServerException, match="no network 'resnet'") as caught:
         client.infer("resnet", [image])
     assert caught.value.status() == "404"
     floats = triton.InferInput("image", [1, 2], "FP32")
@@ -417,7 +417,7 @@ def test_json_with_images_is_parsed_by_one_thread_alone(
 
 def test_what_is_not_there_is_said_in_the_protocols_shape(server: ServerProcess) -> None:
     for method, path, status in [
-        ("GET", "/v2/repository/index", 404),
+        ("GET", "/v2/repository/index", 405),
         ("GET", "/v2/models/slsnet/stats", 404),
         ("GET", "/v2/models/slsnet/versions/2", 404),
         ("POST", "/v2/health/live", 405),

@@ -41,6 +41,9 @@ def test_document_is_complete(server: ServerProcess) -> None:
     models = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
     assert set(document["paths"]) == {
         "/v2",
+        "/v2/repository/index",
+        "/v2/repository/models/{model}/load",
+        "/v2/repository/models/{model}/unload",
         "/v2/health/live",
         "/v2/health/ready",
         *(model + path for model in models for path in ("", "/ready", "/config", "/infer")),
@@ -72,12 +75,15 @@ def test_document_is_complete(server: ServerProcess) -> None:
         (
             "/segment",
             {"image/png", "application/octet-stream"},
-            {"threshold", "size", "clean", "reject_unfit", "frame"},
+            {"threshold", "size", "clean", "model", "reject_unfit", "frame"},
         ),
         (
             "/segment/json",
             {"application/json"},
-            {"threshold", "size", "clean", "reject_unfit", "mask", "borders", "features", "frame"},
+            {
+                *("threshold", "size", "clean", "model", "reject_unfit"),
+                *("mask", "borders", "features", "frame"),
+            },
         ),
     ):
         operation = document["paths"][path]["post"]
@@ -204,7 +210,8 @@ def test_every_path_is_counted_by_its_name(server: ServerProcess) -> None:
     counted = set(re.findall(r'slsnet_requests_total\{[^}]*path="([^"]*)"', figures))
     assert {"/openapi.json", "/v2/models/{model}/versions/{version}/infer"} <= counted
     # Without keys there is no administration.
-    assert set(document["paths"]) - counted == {"/admin/reload"}
+    changes = {f"/v2/repository/models/{{model}}/{change}" for change in ("load", "unload")}
+    assert set(document["paths"]) - counted == {"/admin/reload", *changes}
     assert all(path.startswith("/") or path == "other" for path in counted)
 
 

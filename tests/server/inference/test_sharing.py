@@ -51,6 +51,7 @@ class Shared:
         self.owner = owner
         self.path = str(folder / "network")
         self.memories = [new_memory() for _ in range(count)]
+        self.settings = owner.settings
         owner.slots = [Slots(memory) for memory in self.memories]
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(self.path)
@@ -59,7 +60,7 @@ class Shared:
         self.links: list[Link] = []
 
     async def join(self, number: int) -> Service:
-        service = Service(Settings(), Metrics())
+        service = Service(self.settings, Metrics())
         link = Link(service, Address(self.path, self.memories[number], number))
         await link.start()
         self.feeders.append(service)
@@ -79,9 +80,11 @@ class Shared:
 
 
 @contextlib.asynccontextmanager
-async def shared(folder: Path, backend: OpenBackend, count: int = 1) -> AsyncIterator[Shared]:
-    """All of them, ready."""
-    pair = Shared(SharedService(Settings(), Metrics(), []), folder, count)
+async def shared(
+    folder: Path, backend: OpenBackend, count: int = 1, models: str = ""
+) -> AsyncIterator[Shared]:
+    """All of them, ready; of `models` none is loaded."""
+    pair = Shared(SharedService(Settings(models=models), Metrics(), []), folder, count)
     server = await asyncio.get_running_loop().create_server(pair.owner.listen, sock=pair.listener)
     await pair.owner.use(backend)
     for number in range(count):
@@ -107,17 +110,18 @@ def ask(
     seconds: float = 3600,
     is_gone: Callable[[], bool] = lambda: False,
     bulk: bool = False,
-    network: str | None = None,
+    pin: str | None = None,
+    named: str | None = None,
 ) -> asyncio.Task[list[int]]:
     """The values in the answers to photos of these values."""
 
     async def values_of() -> list[int]:
-        answers, _ = await service.networks.infer(
+        answers, _ = await service.networks.named(named).infer(
             [np.full((128, 128, 3), value, np.uint8) for value in values],
             deadline=time.perf_counter() + seconds,
             is_gone=is_gone,
             bulk=bulk,
-            network=network,
+            pin=pin,
         )
         return [_value(answer) for answer in answers]
 
@@ -143,9 +147,9 @@ def test_photos_of_all_feeders_run_together_and_each_gets_its_own_answer(tmp_pat
             first = ask(pair.feeders[0], 1)
             await pair.settle(lambda: backend.batches == [[1]])
             others = [ask(pair.feeders[n % 2], n) for n in range(2, 6)]
-            await pair.settle(lambda: pair.owner.networks.waiting(bulk=False) == 4)
+            await pair.settle(lambda: pair.owner.networks.default.waiting(bulk=False) == 4)
             # The owner shows those that wait, and nobody else: the figures are added up.
-            assert not any(feeder.networks.waiting(bulk=False) for feeder in pair.feeders)
+            assert not any(feeder.networks.default.queued(bulk=False) for feeder in pair.feeders)
             backend.open.set()
             assert [await task for task in (first, *others)] == [[n] for n in range(1, 6)]
             assert sorted(backend.batches[1]) == [2, 3, 4, 5]
@@ -176,19 +180,21 @@ def test_photos_that_nobody_waits_for_free_their_slots(tmp_path: Path, reason: s
             left = threading.Event()
             others = [ask(feeder, 2, is_gone=left.is_set) for _ in range(INTERACTIVE_SLOTS - 1)]
             last = ask(feeder, 3)
-            await pair.settle(lambda: feeder.networks.waiting(bulk=False) == 1)
+            await pair.settle(lambda: feeder.networks.default.queued(bulk=False) == 1)
             if reason == "client_gone":
                 left.set()
             else:
                 for task in others:
                     task.cancel()
             # While the backend still stands: it is the slots that it waited for.
-            await pair.settle(lambda: feeder.networks.waiting(bulk=False) == 0)
+            await pair.settle(lambda: feeder.networks.default.queued(bulk=False) == 0)
             gone = ClientGone if reason == "client_gone" else asyncio.CancelledError
             for task in others:
                 with pytest.raises(gone):
                     await task
-            await pair.settle(lambda: pair.owner.networks.waiting(bulk=False) == INTERACTIVE_SLOTS)
+            await pair.settle(
+                lambda: pair.owner.networks.default.waiting(bulk=False) == INTERACTIVE_SLOTS
+            )
             backend.open.set()
             assert await first == [1]
             assert await last == [3]
@@ -228,7 +234,7 @@ def test_a_bad_photo_harms_no_other(tmp_path: Path) -> None:
             first = ask(pair.feeders[0], 1)
             await pair.settle(lambda: bool(backend.batches))
             bad, good = ask(pair.feeders[0], 2, POISON, 3), ask(pair.feeders[1], 4)
-            await pair.settle(lambda: pair.owner.networks.waiting(bulk=False) == 4)
+            await pair.settle(lambda: pair.owner.networks.default.waiting(bulk=False) == 4)
             backend.open.set()
             assert await first == [1]
             assert await good == [4]
@@ -249,11 +255,11 @@ def test_bulk_takes_no_slot_from_others(tmp_path: Path) -> None:
             first = ask(feeder, 1)
             await pair.settle(lambda: bool(backend.batches))
             bulk = ask(feeder, *[2] * (INTERACTIVE_SLOTS + BULK_SLOTS), bulk=True)
-            await pair.settle(lambda: pair.owner.networks.waiting(bulk=True) == BULK_SLOTS)
-            assert feeder.networks.waiting(bulk=True) == INTERACTIVE_SLOTS
-            assert feeder.networks.longest_wait_s() > 0
+            await pair.settle(lambda: pair.owner.networks.default.waiting(bulk=True) == BULK_SLOTS)
+            assert feeder.networks.default.queued(bulk=True) == INTERACTIVE_SLOTS
+            assert feeder.networks.default.longest_wait_s() > 0
             interactive = ask(feeder, 3)
-            await pair.settle(lambda: pair.owner.networks.waiting(bulk=False) == 1)
+            await pair.settle(lambda: pair.owner.networks.default.waiting(bulk=False) == 1)
             backend.open.set()
             assert await first == [1]
             assert await interactive == [3]
@@ -268,10 +274,10 @@ def test_a_network_stays_until_the_last_request_that_began_with_it(tmp_path: Pat
         old, new = OpenBackend("old"), OpenBackend("new")
         async with shared(tmp_path, old, 2) as pair:
             feeder, other = pair.feeders
-            with feeder.networks.pinned() as network:
+            with feeder.networks.default.pinned() as pin:
                 await pair.owner.use(new)
                 await pair.settle(lambda: feeder.backend.name == other.backend.name == "new")
-                assert await ask(feeder, 1, network=network) == [1]
+                assert await ask(feeder, 1, pin=pin) == [1]
                 assert old.batches == [[1]]
                 new.batches.clear()
                 assert await ask(feeder, 2) == await ask(other, 2) == [2]
@@ -293,7 +299,7 @@ def test_what_a_feeder_left_behind_is_dropped(tmp_path: Path) -> None:
             first = ask(dying, 1)
             await pair.settle(lambda: bool(old.batches))
             second = ask(dying, 2)
-            await pair.settle(lambda: pair.owner.networks.waiting(bulk=False) == 1)
+            await pair.settle(lambda: pair.owner.networks.default.waiting(bulk=False) == 1)
             swapping = asyncio.create_task(pair.owner.use(new))
             await pair.settle(lambda: other.backend.name == "new")
             await pair.links[0].close()
@@ -345,10 +351,10 @@ def test_all_feeders_together_decode_as_far_ahead_as_one_would(tmp_path: Path) -
             decoders = feeder.settings.decoders
             async with contextlib.AsyncExitStack() as turns:
                 for _ in range(2 * 64 // 4 + decoders):
-                    await turns.enter_async_context(feeder.turns[False].turn())
+                    await turns.enter_async_context(feeder.networks.default.turns[False].turn())
                 with pytest.raises(TimeoutError):
                     await asyncio.wait_for(
-                        turns.enter_async_context(feeder.turns[False].turn()), 0.01
+                        turns.enter_async_context(feeder.networks.default.turns[False].turn()), 0.01
                     )
 
     run(scenario)
@@ -365,10 +371,10 @@ def test_an_administrator_reaches_the_owner(tmp_path: Path) -> None:
                 await pair.owner.use(OpenBackend("again"))
 
             pair.owner.reload = reload
-            assert (await pair.links[0].load()).name == "again"
+            assert (await pair.links[0].reload()).name == "again"
             problems.append(BackendError("no network in there"))
             with pytest.raises(BackendError, match="in there"):
-                await pair.links[0].load()
+                await pair.links[0].reload()
             assert await ask(pair.feeders[0], 1) == [1]
 
     run(scenario)
@@ -405,3 +411,40 @@ def test_the_memory_can_not_be_made_smaller() -> None:
             os.ftruncate(memory, 0)
     finally:
         os.close(memory)
+
+
+def test_each_network_has_its_own_queue_and_failures(tmp_path: Path) -> None:
+    async def test() -> None:
+        first, second = OpenBackend("first"), OpenBackend("second")
+        async with shared(tmp_path, first, models="other=none.onnx") as pair:
+            (feeder,) = pair.feeders
+            owned = pair.owner.networks.named("other")
+            with pytest.raises(Unavailable, match="still being loaded"):
+                feeder.check_ready("other")
+            await pair.owner.use(second, served=owned)
+            other = feeder.networks.named("other")
+            await pair.settle(lambda: other.works)
+            second.batches.clear()
+            # One that is held does not hold up the other.
+            second.open.clear()
+            waiting = ask(feeder, 7, named="other")
+            assert await ask(feeder, 1) == [1]
+            second.open.set()
+            assert await waiting == [7]
+            assert (first.batches, second.batches) == ([[1]], [[7]])
+            for _ in range(FAILURES):
+                with pytest.raises((InferenceFailed, Unavailable)):
+                    await ask(feeder, POISON, named="other")
+            await pair.settle(lambda: other.is_failing)
+            assert feeder.is_ready
+            assert await ask(feeder, 2) == [2]
+            # One that is brought back takes over, and one that is retired is told.
+            await pair.owner.use(OpenBackend("third"), served=owned)
+            await pair.settle(lambda: other.works)
+            assert await ask(feeder, 3, named="other") == [3]
+            pair.owner.retire("other", "it is gone")
+            await pair.settle(lambda: "other" not in feeder.networks)
+            assert feeder.networks.refusals == {"other": "it is gone"}
+            assert await ask(feeder, 4) == [4]
+
+    run(test)

@@ -1,6 +1,7 @@
 """V2 over gRPC, spoken by an unmodified client: the same answers and promises as over HTTP."""
 
 import asyncio
+import shutil
 import signal
 import socket
 import ssl
@@ -18,12 +19,13 @@ from numpy.typing import NDArray
 
 from photos.image import read_photo
 from server.keys import new_key
-from tests.support import ROOT
+from tests.support import MODEL, ROOT
 from tests.support.answers import figures
 from tests.support.authority import Authority
 from tests.support.held import serve_held
 from tests.support.launch import free_port, serve
 from tests.support.samples import Sample
+from tests.support.site import inverted
 from tests.support.waiting import until
 
 triton = pytest.importorskip("tritonclient.grpc", reason="tritonclient[grpc] is not installed")
@@ -236,6 +238,44 @@ def test_a_key_is_asked_for(tmp_path: Path, pixels: NDArray[np.uint8]) -> None:
         headers = {"authorization": f"Bearer {key}"}
         result = client.infer("slsnet", [tensor(pixels[:1])], headers=headers)
         assert result.as_numpy("probability").shape == (1, 128, 128)
+
+
+def test_networks_are_listed_loaded_and_retired(tmp_path: Path, pixels: NDArray[np.uint8]) -> None:
+    shutil.copy(MODEL, tmp_path / "slsnet.onnx")
+    (tmp_path / "turned.onnx").write_bytes(inverted("turned"))
+    (admin, ops), (key, line) = new_key("ops", "admin"), new_key("clinic")
+    (tmp_path / "keys").write_text(f"{ops}\n{line}\n", encoding="utf-8")
+    flags = ("--model", str(tmp_path / "slsnet.onnx"), "--api-keys-file", str(tmp_path / "keys"))
+    port = free_port()
+    asked = {"headers": {"x-api-key": key}}
+    changes = {"headers": {"x-api-key": admin}}
+    with (
+        serve(*flags, "--grpc-port", str(port)),
+        triton.InferenceServerClient(f"127.0.0.1:{port}") as client,
+    ):
+
+        def states() -> dict[str, str]:
+            models = client.get_model_repository_index(**asked).models
+            return {model.name: model.state for model in models}
+
+        def infer(name: str) -> NDArray[np.float32]:
+            result = client.infer(name, [tensor(pixels[:1])], **asked)
+            assert result.get_response().model_name == name
+            found: NDArray[np.float32] = result.as_numpy("probability")
+            return found
+
+        assert states() == {"slsnet": "READY", "turned": "UNAVAILABLE"}
+        with pytest.raises(triton.InferenceServerException, match="administrator's key") as error:
+            client.load_model("turned", **asked)
+        assert error.value.status() == "StatusCode.PERMISSION_DENIED"
+        client.load_model("turned", **changes)
+        assert states() == {"slsnet": "READY", "turned": "READY"}
+        assert client.is_model_ready("turned", **asked)
+        assert np.allclose(infer("turned") + infer("slsnet"), 1, atol=0.05)
+        client.unload_model("turned", **changes)
+        with pytest.raises(triton.InferenceServerException, match="no network 'turned'") as error:
+            infer("turned")
+        assert error.value.status() == "StatusCode.NOT_FOUND"
 
 
 def test_limits_cancellation_and_drain(tmp_path: Path, pixels: NDArray[np.uint8]) -> None:
