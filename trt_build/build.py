@@ -82,8 +82,7 @@ def build(
 
     Raises:
         BuildError: the engine is not the one asked for.
-        ConversionError: the graph is not the exported one.
-        OtherNetworkError: it is of another network than `options` say.
+        ConversionError, OtherNetworkError: the graph is not the one exported of this network.
         TensorRTError, NoGpuError, OSError: nothing can be built here, or written.
     """
     started = time.monotonic()
@@ -97,9 +96,7 @@ def build(
         compute_capability=options.compute_capability,
         hardware_compatible=options.hardware_compatible,
     )
-    exported = _load(onnx_path)
-    metadata = {entry.key: entry.value for entry in exported.metadata_props}
-    check_name(onnx_path, name_of(metadata), options.network)
+    exported, metadata = _load(onnx_path, options.network)
     attention, model, made = _convert(trt, exported, options, ranges, progress)
     layers, layers_from, scratch = _read_back(trt, made, host_code=options.version_compatible)
     problems = _disagreements(model, layers, options.precision, progress, gated=gated)
@@ -129,11 +126,15 @@ def build(
     return info
 
 
-def _load(path: Path) -> onnx.ModelProto:
+def _load(path: Path, network: str | None) -> tuple[onnx.ModelProto, dict[str, str]]:
+    """The graph and what it says of itself; it has to be of this network, if one is named."""
     try:
-        return onnx.load(path)
+        exported = onnx.load(path)
     except DecodeError as error:
         raise ConversionError(f"{path} is not an ONNX file") from error
+    metadata = {entry.key: entry.value for entry in exported.metadata_props}
+    check_name(path, name_of(metadata), network)
+    return exported, metadata
 
 
 @dataclass(frozen=True)
