@@ -117,7 +117,8 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     data: DataConfig = field(default_factory=DataConfig)
     network: str = "slsnet"  # teacher: a larger network to distil from; or one of model.zoo
-    options: dict[str, Option] = field(default_factory=dict)  # of a network of model.zoo
+    # Of a network of model.zoo. A dictionary has no hash; those of the other fields are enough.
+    options: dict[str, Option] = field(default_factory=dict, hash=False)
     init: str | None = None  # weights (.safetensors) to start from, for fine-tuning
     size: int = 128  # side of the network's input, pixels (Table 5)
     augment: Recipe = "strong"
