@@ -8,6 +8,11 @@ ZOO = {
     "lraspp": "model.zoo.lraspp:LRASPP",
     "lite0-unet": "model.zoo.lite0_unet:Lite0UNet",
     "enet": "model.zoo.enet:ENet",
+    "unet": "model.zoo.unet:UNet",
+    "segnet": "model.zoo.segnet:SegNet",
+    "fcn8s": "model.zoo.fcn8s:FCN8s",
+    "egeunet": "model.zoo.egeunet:EGEUNet",
+    "segformer-b0": "model.zoo.segformer:SegFormer",
 }
 """The networks that SLSNet is compared with, and their classes (`model.zoo`)."""
 
