@@ -175,6 +175,7 @@ def test_options_reach_the_network(server: ServerProcess, segment: Segment) -> N
 def test_features_and_other_forms(server: ServerProcess, segment: Segment) -> None:
     result = segment(server.url, PNG, features=True)
     assert result.features is not None and result.features["perimeter"] > 0
+    assert result.fitness is not None and result.fitness["distance"] > 0
     assert segment(server.url, PNG).features is None
     with Client(server.url) as client:
         drawn = client.segment_as(PNG, "overlay-png", threshold=0.3)
