@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from photos.image import unpack_mask
 
-__all__ = ["Figures", "Lesion", "Rings", "coco_rle", "figures", "measure", "polygons"]
+__all__ = ["Figures", "Lesion", "Rings", "coco_rle", "enclosed", "figures", "measure", "polygons"]
 
 Rings = list[list[tuple[float, float]]]
 """Closed lines of (x, y): the outer one of a part, then its holes."""
@@ -175,14 +175,14 @@ def polygons(
     parts: list[Rings] = []
     for part, offset in zip(points, offsets, strict=True):
         outer, *holes = (_ring(part[a:b]) for a, b in itertools.pairwise(offset.tolist()))
-        if _enclosed(outer):
-            parts.append([outer, *filter(_enclosed, holes)])
+        if enclosed(outer):
+            parts.append([outer, *filter(enclosed, holes)])
     if clean and parts:
-        return [[max((part[0] for part in parts), key=_enclosed)]]
+        return [[max((part[0] for part in parts), key=enclosed)]]
     return parts
 
 
-def _enclosed(ring: list[tuple[float, float]]) -> float:
+def enclosed(ring: list[tuple[float, float]]) -> float:
     """The area within a ring, in units of a hundredth of a pixel squared: 0 only if it is flat."""
     x, y = np.rint(np.array(ring).reshape(-1, 2).T * 100).astype(np.int64)
     return abs(int(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))) / 2

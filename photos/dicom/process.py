@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -24,7 +24,16 @@ from numpy.typing import NDArray
 
 from photos import structure
 
-__all__ = ["NAME", "Opened", "RefusedError", "Spacing", "is_dicom", "missing", "opened"]
+__all__ = [
+    "NAME",
+    "Opened",
+    "RefusedError",
+    "Spacing",
+    "is_dicom",
+    "missing",
+    "opened",
+    "written",
+]
 
 NAME = "DICOM"
 """The format's name."""
@@ -32,8 +41,9 @@ NAME = "DICOM"
 Spacing = tuple[float, float]
 """Millimetres from one pixel's centre to the next: across, down."""
 
-# Seconds of CPU, of which loading takes up to one, and for a machine that is busy.
-_MAX_CPU_S = 10
+# Seconds of CPU, and for a machine that is busy. Loading takes half a second, 24 megapixels of
+# JPEG take four: they are decoded whole.
+_MAX_CPU_S = 30
 _MAX_S = 120
 
 # Characters of what a process may say.
@@ -121,6 +131,27 @@ def opened(data: bytes, size: int, frame: int | None) -> Iterator[Opened]:
         yield Opened(
             int(told["columns"]), int(told["rows"]), spacing and (spacing[1], spacing[0]), process
         )
+
+
+def written(data: bytes, said: dict[str, Any], pixels: Sequence[bytes]) -> list[bytes]:
+    """Objects with results that refer to an object, written by a process of its own.
+
+    Args:
+        data: the object.
+        said: what was found, as `photos.archived` and `photos.dicom.writer` have it.
+        pixels: those of `said["pixels"]`, in this order.
+
+    Raises:
+        RefusedError, ValueError: nothing can be written that refers to it.
+        MemoryError, structure.TakesTooLongError: it takes too much of either.
+    """
+    with _process("photos.dicom.writer") as process:
+        for part in (data, json.dumps(said).encode(), *pixels):
+            process.send(len(part).to_bytes(8, "little"), part)
+        sizes = [int(size) for size in process.hear()["sizes"]]
+        content = process.rest(sum(sizes))
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    return [content[start : start + size] for start, size in zip(starts, sizes, strict=True)]
 
 
 class _Process:

@@ -1,6 +1,7 @@
 """The bodies of answers: how a segmentation becomes one, and their schemas for `GET /docs`."""
 
 import base64
+from collections.abc import Sequence
 from dataclasses import asdict
 from enum import StrEnum
 from typing import Annotated, Any, Literal
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from photos.archived import Model, archived
 from photos.drawings import LARGEST_OVERLAY
 from photos.fitness import is_unfit
 from photos.forms import (
@@ -24,6 +26,7 @@ from photos.image import Room, always_room, encode_png, upsampled
 from photos.masks import coco_rle, polygons
 from photos.quality import Grade, grade
 from photos.regions import largest_region, mask_of
+from server import VERSION
 from server.backends import BackendInfo
 from server.inference.networks import Networks
 from server.inference.served import Served
@@ -39,6 +42,7 @@ __all__ = [
     "SegmentationAnswer",
     "StatusAnswer",
     "answer_bytes",
+    "dicom_answer",
     "form_answer",
     "json_answer",
     "model_answer",
@@ -489,6 +493,34 @@ def form_answer(
     return content, _quality(segmentation, found.probability, threshold)
 
 
+def dicom_answer(
+    segmentation: Segmentation,
+    threshold: float,
+    objects: Sequence[str],
+    *,
+    clean: bool,
+    photo: bytes,
+    room: Room,
+    max_pixels: int,
+) -> tuple[list[bytes], float | None]:
+    """What was found as DICOM objects (`photos.archived.OBJECTS`), and its quality.
+
+    Arguments: see `form_answer`; `photo` is a DICOM object.
+    """
+    found = _found(segmentation, threshold, True, clean=clean)
+    quality = _quality(segmentation, found.probability, threshold)
+    said = _model_id(segmentation.backend)
+    made = archived(
+        *(objects, found, photo),
+        model=Model(said.name, said.version, said.weights_sha256, VERSION),
+        quality=quality,
+        pixel=segmentation.spacing,
+        max_pixels=max_pixels,
+        room=room,
+    )
+    return made, quality
+
+
 def json_answer(
     segmentation: Segmentation,
     threshold: float,
@@ -624,9 +656,20 @@ def _mask(
     return mask
 
 
-def answer_bytes(segmentation: Segmentation, original: bool, form: str, *, as_json: bool) -> int:
+def answer_bytes(
+    segmentation: Segmentation,
+    original: bool,
+    form: str,
+    *,
+    as_json: bool,
+    objects: Sequence[str] = (),
+) -> int:
     """Bytes of an answer that may be larger than its photo, at most; 0 for all others."""
     pixels = segmentation.width * segmentation.height
+    if objects:
+        drawn = min(pixels, LARGEST_OVERLAY**2)
+        sizes = {"seg": pixels // 8, "probability": pixels, "overlay": 3 * drawn}
+        return sum(sizes.get(name, 0) for name in objects)
     if form in (Form.OVERLAY, Form.OVERLAY_PNG):
         size = min(pixels, LARGEST_OVERLAY**2) * (3 if form == Form.OVERLAY_PNG else 1)
     elif original:

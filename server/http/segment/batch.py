@@ -231,7 +231,7 @@ class _Answers:
         if isinstance(part.photo, Problem):
             raise part.photo
         stages = Stages()
-        with part.photo, Body(part.photo.data if self._asked.draws_photo else b"") as drawn:
+        with part.photo, Body(part.photo.data if self._asked.needs_photo else b"") as drawn:
             async with self._many.work(part.photo, stages) as work, self._service.bulk_photos:
                 segmentation = await work.segment(frame=lambda: self._asked.frame)
                 answer = await encoded(work, segmentation, self._asked, drawn, held)

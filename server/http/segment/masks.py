@@ -3,14 +3,33 @@
 import contextlib
 from dataclasses import dataclass
 
+from photos.dicom.process import is_dicom
 from photos.fitness import is_unfit
 from photos.forms import Form
 from photos.quality import grade
-from server.http.answers import MaskFormat, answer_bytes, form_answer, json_answer, png_answer
+from server.http.answers import (
+    MaskFormat,
+    answer_bytes,
+    dicom_answer,
+    form_answer,
+    json_answer,
+    png_answer,
+)
+from server.http.uploads import DICOM
 from server.inference.errors import Unprocessable
 from server.inference.submission import Body, Segmentation, Work
 
-__all__ = ["FITNESS", "JSON", "MEDIA_TYPES", "PNG", "QUALITY", "Asked", "Encoded", "encoded"]
+__all__ = [
+    "DICOM_FORM",
+    "FITNESS",
+    "JSON",
+    "MEDIA_TYPES",
+    "PNG",
+    "QUALITY",
+    "Asked",
+    "Encoded",
+    "encoded",
+]
 
 PNG = "image/png"
 JSON = "application/json"
@@ -21,6 +40,9 @@ QUALITY = "Mask-Quality"
 FITNESS = "Photo-Fitness"
 """Header beside it: whether it is a dermoscopic photo, a token with its distance as a parameter."""
 
+DICOM_FORM = "dicom"
+"""An answer of DICOM objects that refer to the photo's."""
+
 MEDIA_TYPES: dict[str, str] = {
     Form.OVERLAY: "image/jpeg",
     Form.OVERLAY_PNG: PNG,
@@ -29,6 +51,7 @@ MEDIA_TYPES: dict[str, str] = {
     Form.NPY: "application/x-npy",
     Form.SVG: "image/svg+xml",
     Form.COCO: JSON,
+    DICOM_FORM: DICOM,
 }
 """Forms that an answer may be as a whole, beside the mask as PNG and JSON."""
 
@@ -58,12 +81,28 @@ class Asked:
     """Whether a picture that is likely no dermoscopic photo is an error."""
     network: str | None = None
     """Name of the network that runs; None for the default one."""
+    objects: tuple[str, ...] = ()
+    """Which objects a DICOM answer has: see `photos.archived.OBJECTS`."""
+    boundary: str = ""
+    """Between several objects."""
 
     @property
-    def draws_photo(self) -> bool:
-        """Whether the photo is drawn, so that its bytes are needed until the answer is made."""
+    def needs_photo(self) -> bool:
+        """Whether the photo's bytes are needed until the answer is made."""
         held = self.mask if self.form == "json" else self.form
-        return held in (Form.OVERLAY, Form.OVERLAY_PNG)
+        return held in (Form.OVERLAY, Form.OVERLAY_PNG, DICOM_FORM)
+
+    def check(self, photo: bytes) -> None:
+        """Check that such an answer can be made of the photo.
+
+        Raises:
+            Unprocessable: it is to be DICOM, which refers to its source, and the photo is not.
+        """
+        if self.form == DICOM_FORM and not is_dicom(photo):
+            raise Unprocessable(
+                "format=dicom is for a photo that is DICOM itself, since the answer refers to its"
+                " patient and study: send a DICOM object, or ask for another format."
+            )
 
 
 @dataclass(frozen=True)
@@ -101,7 +140,7 @@ async def encoded(
         work: the work that the photo belongs to.
         segmentation: the photo's.
         asked: the form of the answer.
-        photo: its bytes, if `asked.draws_photo`; let go once the answer is made.
+        photo: its bytes, if `asked.needs_photo`; let go once the answer is made.
         held: gets the budget's bytes of a large answer, to give them back once it is sent.
 
     Raises:
@@ -114,12 +153,11 @@ async def encoded(
             work, await work.encode(lambda: _made(work, segmentation, asked), here=here)
         )
     as_json = asked.form == "json"
-    size = answer_bytes(
-        segmentation, asked.original, asked.mask if as_json else asked.form, as_json=as_json
-    )
+    form = asked.mask if as_json else asked.form
+    size = answer_bytes(segmentation, asked.original, form, as_json=as_json, objects=asked.objects)
     held.enter_context(work.service.gate.answer_bytes(size, bulk=work.bulk))
     pixels = segmentation.width * segmentation.height
-    slow = asked.draws_photo and work.is_slow(photo.data, pixels)
+    slow = asked.needs_photo and work.is_slow(photo.data, pixels)
     answer = await work.encode(lambda: _made(work, segmentation, asked, photo.take()), slow=slow)
     return _counted(work, answer)
 
@@ -131,6 +169,15 @@ def _made(work: Work, segmentation: Segmentation, asked: Asked, photo: bytes = b
     max_pixels, room = work.service.settings.max_pixels, work.service.pixels.room
     if asked.form == "png":
         made = png_answer(*drawn, clean=clean)
+    elif asked.form == DICOM_FORM:
+        objects, quality = dicom_answer(
+            *(segmentation, asked.threshold, asked.objects),
+            clean=clean,
+            photo=photo,
+            room=room,
+            max_pixels=max_pixels,
+        )
+        made = _joined(objects, asked.boundary), quality
     elif asked.form == "json":
         made = json_answer(
             *(*drawn, asked.mask),
@@ -179,6 +226,15 @@ def _distance(work: Work, segmentation: Segmentation, *, refuse: bool) -> float 
                 " out."
             )
     return distance
+
+
+def _joined(objects: list[bytes], boundary: str) -> bytes:
+    """One object as it is; several as the parts that DICOMweb stores (PS3.18, 8.6.1.2)."""
+    if len(objects) == 1:
+        return objects[0]
+    head = f"--{boundary}\r\nContent-Type: {DICOM}\r\n\r\n".encode()
+    parts = b"".join(head + content + b"\r\n" for content in objects)
+    return parts + f"--{boundary}--\r\n".encode()
 
 
 def _counted(work: Work, answer: Encoded) -> Encoded:

@@ -4,13 +4,16 @@ A parameter is a field of one of these models. FastAPI reads it from the query a
 `with_fields` reads it from a form.
 """
 
+import uuid
+from dataclasses import replace
 from typing import Annotated, Literal, Self
 
 from fastapi import Query, Request
-from pydantic import BaseModel, ConfigDict, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, ConfigDict, WithJsonSchema
 from pydantic.json_schema import SkipJsonSchema
 from starlette.datastructures import Headers
 
+from photos.archived import names_of
 from photos.forms import Form, sample_bytes
 from photos.image import THRESHOLD
 from server.http.answers import MaskFormat
@@ -22,8 +25,8 @@ from server.http.parameters import (
     check_names,
     validated,
 )
-from server.http.segment.masks import JSON, MEDIA_TYPES, PNG, Asked
-from server.http.uploads import Fields
+from server.http.segment.masks import DICOM_FORM, JSON, MEDIA_TYPES, PNG, Asked
+from server.http.uploads import DICOM, Fields
 from server.inference.errors import Unprocessable
 
 __all__ = [
@@ -122,9 +125,11 @@ class _WithFormat(MaskParameters):
             "npy",
             "svg",
             "coco",
+            "dicom",
         ]
         | None
     ) = None
+    objects: Annotated[str, AfterValidator(lambda text: ",".join(names_of(text)))] = "seg"
 
 
 class JsonParameters(MaskParameters):
@@ -191,6 +196,23 @@ class JsonParameters(MaskParameters):
 class SegmentParameters(JsonParameters, _WithFormat):
     """Those of `/segment`, whose answer may have any form."""
 
+    def asked(self, request: Request) -> Asked:
+        """As of all paths; and the objects of a DICOM answer."""
+        asked = super().asked(request)
+        if asked.form != DICOM_FORM:
+            if "objects" in self.model_fields_set:
+                raise Unprocessable(
+                    f"objects={self.objects} is for format=dicom, which is not asked for: leave it"
+                    " out, or ask for that."
+                )
+            return asked
+        names = names_of(self.objects)
+        if len(names) == 1:
+            return replace(asked, objects=names)
+        boundary = uuid.uuid4().hex
+        media_type = f'multipart/related; type="{DICOM}"; boundary={boundary}'
+        return replace(asked, objects=names, media_type=media_type, boundary=boundary)
+
     def _media_type(self, headers: Headers) -> str:
         json_for = self._json_for()
         if self.format in MEDIA_TYPES:
@@ -239,10 +261,11 @@ def _is_original(size: str | None, form: str) -> bool:
     Raises:
         Unprocessable: an overlay of another size is asked for.
     """
-    if form in (Form.OVERLAY, Form.OVERLAY_PNG):
+    if form in (Form.OVERLAY, Form.OVERLAY_PNG, DICOM_FORM):
         if size == "model":
+            what = "A DICOM answer" if form == DICOM_FORM else "An overlay"
             raise Unprocessable(
-                "An overlay has the photo's size: leave size=model out, or ask for another form."
+                f"{what} has the photo's size: leave size=model out, or ask for another form."
             )
         return True
     if size is None:

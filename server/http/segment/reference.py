@@ -64,8 +64,10 @@ SEGMENT_RESPONSES: dict[int | str, dict[str, Any]] = {
         "description": "The mask: a 1-bit PNG with the lesion white. If `Accept` prefers JSON, or"
         " `format=json` asks for it, what `POST /segment/json` answers, whose parameters `mask` and"
         " `features` are known here too. `format` also knows `overlay` (JPEG), `overlay-png`,"
-        " `probability8` and `probability16` (PNG), `npy`, `svg` and `coco`; `Accept` may prefer"
-        " image/jpeg, application/x-npy or image/svg+xml.",
+        " `probability8` and `probability16` (PNG), `npy`, `svg`, `coco` and, for a DICOM"
+        " object, `dicom`, whose `objects` are one or several of `seg`, `probability`, `overlay`"
+        " and `sr`; `Accept` may prefer image/jpeg, application/x-npy, image/svg+xml or"
+        " application/dicom.",
         "headers": _PNG_HEADERS,
         # The second name is for clients that know no image types, if `Accept` prefers it.
         "content": {"image/png": BINARY, "application/octet-stream": BINARY},

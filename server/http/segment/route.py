@@ -146,7 +146,8 @@ async def _answer(
             photo, fields = image_in_body(data, content_type)
             if asked is None:
                 asked = given.with_fields(request, fields).asked(request)
-            if asked.draws_photo:
+            asked.check(photo)
+            if asked.needs_photo:
                 drawn.put(photo)
             return photo
 
@@ -162,8 +163,9 @@ async def _answer(
             ) as received,
             received.work() as work,
         ):
-            if asked is not None and asked.draws_photo:
+            if asked is not None and asked.needs_photo:
                 # A small photo is decoded without being unpacked.
+                asked.check(received.body.data)
                 drawn.put(received.body.data)
             segmentation = await work.segment(
                 unpack,
