@@ -85,7 +85,13 @@ class LossConfig:
     l1: float = 0.0  # eq. 7, second term, λ
     jaccard: float = 1.0  # eq. 7, third term, α
     bce: float = 1.0  # pixel-wise; not in the paper's equation
+    endpoint: float = 0.0  # of the mask's gradients; SLSDeep's (model.zoo.slsdeep)
+    critic: float = 0.0  # multi-scale L1, in place of the adversary; SegAN's (model.zoo.segan)
     teacher: float = 0.0  # share of the target that is a teacher's probability (model.distill)
+
+    def __post_init__(self) -> None:
+        if self.adversarial and self.critic:
+            raise ValueError("loss.adversarial and loss.critic are two adversaries: choose one")
 
 
 @dataclass(frozen=True)

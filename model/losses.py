@@ -1,4 +1,4 @@
-"""The paper's losses (eqs. 7, 9 and 11), and pixel-wise cross-entropy, which it leaves out.
+"""The paper's losses (eqs. 7, 9 and 11), pixel-wise cross-entropy, and those of other networks.
 
 Probabilities, logits and ground truth are [n, 1, H, W]; every loss is a mean over images.
 """
@@ -39,3 +39,12 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 def bce_loss(logits: Tensor, target: Tensor) -> Tensor:
     """Pixel-wise binary cross-entropy; the target may be soft (a teacher's probability)."""
     return F.binary_cross_entropy_with_logits(logits, target)
+
+
+def endpoint_error(probability: Tensor, target: Tensor) -> Tensor:
+    """SLSDeep's second term: the length of the difference of two masks' gradients, averaged."""
+    difference = probability - target
+    across = difference[..., :-1, 1:] - difference[..., :-1, :-1]
+    down = difference[..., 1:, :-1] - difference[..., :-1, :-1]
+    # The root has no gradient at 0.
+    return (across.square() + down.square() + 1e-12).sqrt().mean()

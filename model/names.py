@@ -13,6 +13,10 @@ ZOO = {
     "fcn8s": "model.zoo.fcn8s:FCN8s",
     "egeunet": "model.zoo.egeunet:EGEUNet",
     "segformer-b0": "model.zoo.segformer:SegFormer",
+    "slsdeep": "model.zoo.slsdeep:SLSDeep",
+    "segan": "model.zoo.segan:SegAN",
+    "frcn": "model.zoo.frcn:FrCN",
+    "gan-fcn": "model.zoo.gan_fcn:GANFCN",
 }
 """The networks that SLSNet is compared with, and their classes (`model.zoo`)."""
 

@@ -29,6 +29,7 @@ from model.discriminator import Discriminator
 from model.generator import Generator
 from model.networks import new_network
 from model.precision import autocast
+from model.zoo.segan import Critic
 from model.zoo.segmenter import Segmenter
 
 
@@ -85,7 +86,7 @@ class Trainer:
         elif isinstance(self.network, Segmenter):
             self.network.start()
         self.network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.discriminator = Discriminator(config.discriminator).to(self.device)
+        self.discriminator = _adversary(config).to(self.device)
         self.average = copy.deepcopy(self.network).requires_grad_(False).eval()
         self.forward: Callable[[Tensor], Tensor] = (
             torch.compile(self.network) if config.compile else self.network
@@ -162,21 +163,45 @@ class Trainer:
                 fake = self.discriminator(x, probability)
             terms["adversarial"] = losses.adversarial_loss(fake.float())
             self.discriminator.requires_grad_(True)
+        elif weights.critic:
+            self._criticise(x, truth, probability, terms)
         if weights.l1:
             terms["l1"] = losses.l1_loss(probability, target)
         if weights.jaccard:
             terms["jaccard_loss"] = losses.jaccard_loss(probability, target)
         if weights.bce:
             terms["bce"] = losses.bce_loss(logits, target)
+        if weights.endpoint:
+            terms["endpoint"] = losses.endpoint_error(probability, target)
         scale = {
             "adversarial": weights.adversarial,
             "l1": weights.l1,
             "jaccard_loss": weights.jaccard,
             "bce": weights.bce,
+            "endpoint": weights.endpoint,
+            "critic": weights.critic,
         }
         loss = torch.stack([scale[k] * v for k, v in terms.items() if k in scale]).sum()
         self._update(self.network, self.optimizer, loss)
         return {k: v.detach() for k, v in {"loss": loss, **terms}.items()}
+
+    def _criticise(
+        self, x: Tensor, truth: Tensor, probability: Tensor, terms: dict[str, Tensor]
+    ) -> None:
+        """Update SegAN's critic, which makes the difference large, and add what it then sees."""
+        with autocast(self.config, self.device):
+            real = self.discriminator(x, truth)
+            fake = self.discriminator(x, probability.detach())
+        terms["discriminator"] = -F.l1_loss(fake.float(), real.float())
+        self._update(self.discriminator, self.discriminator_optimizer, terms["discriminator"])
+        with torch.no_grad():
+            for weight in self.discriminator.parameters():
+                weight.clamp_(-Critic.CLIP, Critic.CLIP)
+        self.discriminator.requires_grad_(False)
+        with autocast(self.config, self.device):
+            real, fake = self.discriminator(x, truth), self.discriminator(x, probability)
+        terms["critic"] = F.l1_loss(fake.float(), real.float())
+        self.discriminator.requires_grad_(True)
 
     def _update(self, network: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -257,6 +282,12 @@ class _StepGraph:
             mine.copy_(given)
         self.graph.replay()
         return {name: value.clone() for name, value in self.terms.items()}
+
+
+def _adversary(config: TrainConfig) -> nn.Module:
+    if config.loss.critic:
+        return Critic(config.discriminator.width)
+    return Discriminator(config.discriminator)
 
 
 def _check_batches(config: TrainConfig, world: int, images: int) -> None:

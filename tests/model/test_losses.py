@@ -10,6 +10,7 @@ from model.losses import (
     adversarial_loss,
     bce_loss,
     discriminator_loss,
+    endpoint_error,
     jaccard_loss,
     l1_loss,
 )
@@ -119,3 +120,12 @@ def test_losses_do_not_overflow_where_d_is_certain() -> None:
     assert float(adversarial_loss(-certain)) == pytest.approx(1000)
     assert float(adversarial_loss(certain)) == 0
     assert float(discriminator_loss(certain, -certain)) == 0
+
+
+def test_the_end_point_error_is_of_gradients() -> None:
+    truth = torch.zeros(1, 1, 3, 3)
+    assert float(endpoint_error(truth + 0.3, truth)) == pytest.approx(0, abs=1e-5)
+    corner = truth.clone()
+    corner[0, 0, 0, 0] = 1
+    # Both differences at the corner are 1, those of the three other places are 0.
+    assert float(endpoint_error(corner, truth)) == pytest.approx(2**0.5 / 4, abs=1e-5)
