@@ -1,4 +1,7 @@
-"""Memory that is left for one more network, by the machine and by the container's limit."""
+"""Memory that is left for one more network, by the machine and by the container's limit.
+
+It is hand-written because psutil, which is no dependency, tells of the machine alone.
+"""
 
 from pathlib import Path
 

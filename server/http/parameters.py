@@ -53,7 +53,6 @@ Clean = Annotated[
 NetworkName = Annotated[
     str | SkipJsonSchema[None],
     Query(
-        max_length=64,
         description="name of the network, of those that GET /model lists; default: the server's"
         " default one",
         examples=["slsnet"],

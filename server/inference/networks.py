@@ -1,8 +1,9 @@
 """The networks that requests can name, and the one for requests that name none."""
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Coroutine, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from server.inference.errors import UnknownNetwork
 from server.inference.served import Served
@@ -52,9 +53,14 @@ class Networks:
         self.refusals.pop(served.name, None)
         self._served[served.name] = served
 
-    def retire(self, name: str) -> None:
-        """Let no request name it any more; those that came before are still answered."""
-        task = asyncio.get_running_loop().create_task(self._served.pop(name).retire())
+    def retire(self, name: str, first: Coroutine[Any, Any, None] | None = None) -> None:
+        """Let no request name it any more; those that came before are still answered.
+
+        Args:
+            name: of a network that serves.
+            first: ends what would let anything else run it; awaited before it is closed.
+        """
+        task = asyncio.get_running_loop().create_task(_retire(self._served.pop(name), first))
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
 
@@ -65,3 +71,9 @@ class Networks:
     async def close(self) -> None:
         """Finish what was accepted."""
         await asyncio.gather(*self._retiring, *(served.close() for served in self))
+
+
+async def _retire(served: Served, first: Coroutine[Any, Any, None] | None) -> None:
+    if first is not None:
+        await first
+    await served.retire()

@@ -50,7 +50,6 @@ class Repository:
         self._is_alone = is_alone
         self._loaders = {served.name: Loader(service, served) for served in service.networks}
         self._one_at_a_time = asyncio.Lock()
-        self._closing: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Load the default network, then the others. One of those that cannot serve is retired.
@@ -148,14 +147,11 @@ class Repository:
             raise Unprocessable(NOT_ALONE)
 
     def _let_go(self, name: str, reason: str = "") -> None:
-        self._service.retire(name, reason)
-        task = asyncio.create_task(self._loaders.pop(name).close())
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
+        self._service.retire(name, reason, self._loaders.pop(name).close())
 
     async def close(self) -> None:
         """Stop building and recovering."""
-        await asyncio.gather(*self._closing, *(loader.close() for loader in self._loaders.values()))
+        await asyncio.gather(*(loader.close() for loader in self._loaders.values()))
 
 
 def entries(service: Service) -> Iterator[Entry]:

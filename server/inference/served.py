@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +15,7 @@ from server.backends import BackendInfo
 from server.inference.batching import FAILING, Inference
 from server.inference.errors import Unavailable
 from server.inference.turns import Turns
+from server.observe.metrics import Metrics
 
 __all__ = ["Network", "Served"]
 
@@ -68,6 +70,13 @@ class Served:
         self._retiring: set[asyncio.Task[None]] = set()
         self._users = 0
         self._unused = asyncio.Event()
+
+    def observe(self, metrics: Metrics) -> None:
+        """Let `metrics` show it, until they forget its name."""
+        metrics.observe(metrics.network_ready.labels(self.name), lambda: self.works)
+        for priority, bulk in (("interactive", False), ("bulk", True)):
+            depth = metrics.network_queue_depth.labels(self.name, priority)
+            metrics.observe(depth, partial(self.waiting, bulk=bulk))
 
     @property
     def is_failing(self) -> bool:

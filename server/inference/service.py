@@ -59,14 +59,7 @@ class Service:
             metrics.observe(expected, partial(gate.wait_s, bulk=bulk))
         metrics.observe(metrics.queue_age_seconds, self._longest_wait_s)
         for served in networks:
-            self._observe_network(served)
-
-    def _observe_network(self, served: Served) -> None:
-        metrics, name = self.metrics, served.name
-        metrics.observe(metrics.network_ready.labels(name), lambda: served.works)
-        for priority, bulk in (("interactive", False), ("bulk", True)):
-            depth = metrics.network_queue_depth.labels(name, priority)
-            metrics.observe(depth, partial(served.waiting, bulk=bulk))
+            served.observe(metrics)
 
     def _waiting(self, bulk: bool) -> int:
         return sum(served.waiting(bulk=bulk) for served in self.networks)
@@ -177,18 +170,21 @@ class Service:
     def add(self, served: Served) -> None:
         """Let requests name `served`, which is loaded, from now on."""
         self.networks.add(served)
-        self._observe_network(served)
+        served.observe(self.metrics)
 
-    def retire(self, name: str, reason: str = "") -> None:
+    def retire(
+        self, name: str, reason: str = "", first: Coroutine[Any, Any, None] | None = None
+    ) -> None:
         """Let no request name this network any more; those that came before are still answered.
 
         Args:
             name: of a network that serves.
             reason: why it cannot serve, if that is so.
+            first: as for `Networks.retire`.
         """
         if reason:
             self.networks.refusals[name] = reason
-        self.networks.retire(name)
+        self.networks.retire(name, first)
         self.metrics.forget(name)
 
     async def close(self) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -91,8 +91,10 @@ class SharedService(Service):
         for feeder in self._feeders.values():
             self._tell(feeder, self._cards[served.name])
 
-    def retire(self, name: str, reason: str = "") -> None:
-        super().retire(name, reason)
+    def retire(
+        self, name: str, reason: str = "", first: Coroutine[Any, Any, None] | None = None
+    ) -> None:
+        super().retire(name, reason, first)
         self._cards.pop(name, None)
         for feeder in self._feeders.values():
             feeder.say({"retired": name, "reason": reason})

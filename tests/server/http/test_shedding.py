@@ -311,7 +311,7 @@ def front(monkeypatch: pytest.MonkeyPatch) -> Iterator[Front]:
     settings = Settings(max_queue=1)
     gate = Gate(settings)
     service: Any = SimpleNamespace(
-        settings=settings, gate=gate, networks=SimpleNamespace(works=True)
+        settings=settings, gate=gate, networks=SimpleNamespace(default=SimpleNamespace(works=True))
     )
     with contextlib.ExitStack() as place:
         place.enter_context(gate.places(1, bulk=False))
