@@ -1,8 +1,12 @@
 """Damaged photos: never a crash, and no error but the one that says why."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 from benchmarks.fuzz import fuzz
+from tests.support import ROOT
+from tests.support.dicom import needs_dicom
 from tests.support.phones import needs
 from tests.support.samples import Sample
 
@@ -22,3 +26,17 @@ def test_damaged_photos_of_phones_decode_or_are_refused() -> None:
     assert report.wrong == []
     assert report.outcomes["decoded"] > 5
     assert report.outcomes["CorruptImageError"] > 20
+
+
+def test_damaged_dicom_decodes_or_is_refused() -> None:
+    needs_dicom()
+    # In a process of its own: a fork of one with the suite's threads could hang.
+    ran = subprocess.run(
+        [sys.executable, "-m", "benchmarks.fuzz_dicom", "--images", "200", "--seed", "7"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "decoded" in ran.stdout and "refused by name" in ran.stdout
