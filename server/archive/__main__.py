@@ -94,7 +94,10 @@ def _positive(text: str) -> float:
 
 
 def _size(text: str) -> int:
-    return int(_positive(text))
+    value = int(text)
+    if not 0 < value < 1 << 62:
+        raise argparse.ArgumentTypeError(f"{text} is no positive number")
+    return value
 
 
 def _threshold(text: str) -> float:

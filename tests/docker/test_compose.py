@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from server.settings import Settings, settings_table
+from server.settings import Settings, read_settings, settings_table
 from tests.support import ROOT
 
 FOLDER = ROOT / "docker"
@@ -112,11 +112,13 @@ def test_what_is_mounted_exists(services: dict[str, dict[str, Any]]) -> None:
 
 def test_prometheus_and_grafana_find_each_other(services: dict[str, dict[str, Any]]) -> None:
     config = yaml.safe_load((FOLDER / "prometheus/prometheus.yml").read_text())
-    (scrape,) = config["scrape_configs"]
+    scrape, archive = config["scrape_configs"]
     # By the service's name: an address changes with the container, and SlsnetRestarting counts the
     # starts of one instance.
     assert "server" in services
     assert scrape["static_configs"] == [{"targets": [f"server:{_PORTS['server']}"]}]
+    (found,) = archive["dns_sd_configs"]
+    assert found == {"names": ["archive"], "type": "A", "port": 11113}
     (source,) = yaml.safe_load(
         (FOLDER / "grafana/provisioning/datasources/prometheus.yaml").read_text()
     )["datasources"]
@@ -126,3 +128,30 @@ def test_prometheus_and_grafana_find_each_other(services: dict[str, dict[str, An
     )["providers"]
     targets = [mount.split(":")[1] for mount in services["grafana"]["volumes"]]
     assert provider["options"]["path"] in targets
+
+
+def test_what_stands_beside_the_server() -> None:
+    compose = yaml.safe_load((FOLDER / "compose.full.yaml").read_text())["services"]
+    assert compose["server"]["build"]["args"] == {"REQUIREMENTS": "requirements-full"}
+    assert (FOLDER / "requirements-full.lock").is_file()
+    assert read_settings(compose["server"]["command"]).grpc_port == 8001
+    for name in ("archive", "label-studio-backend"):
+        service = compose[name]
+        assert service["read_only"] is True and service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        # Only where somebody asks for it.
+        assert service["profiles"] == [name.removesuffix("-backend")]
+        assert service["command"][0] == name.removesuffix("-backend")
+    for service in compose.values():
+        assert all(re.match(r"\$\{\w+:-127\.0\.0\.1:", port) for port in service["ports"])
+
+
+def test_the_archive_takes_the_flags_of_compose() -> None:
+    pytest.importorskip("pynetdicom", reason="needs requirements-dicom.txt")
+    from server.archive.__main__ import _check, _parser
+
+    compose = yaml.safe_load((FOLDER / "compose.full.yaml").read_text())["services"]
+    _, *flags = compose["archive"]["command"]
+    parser = _parser()
+    given = [re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", flag) for flag in flags]
+    _check(parser, parser.parse_args(given))

@@ -161,8 +161,8 @@ def test_the_autoscaler_goes_by_metrics_that_exist(manifests: Manifests) -> None
     "components",
     [
         chosen
-        for count in range(4)
-        for chosen in itertools.combinations(["monitoring", "api-keys", "tls"], count)
+        for count in range(5)
+        for chosen in itertools.combinations(["monitoring", "api-keys", "tls", "grpc"], count)
     ],
     ids="+".join,
 )
@@ -191,6 +191,13 @@ def test_components_go_together(
     assert (settings.api_keys_file is not None) == ("api-keys" in components)
     scheme = container["readinessProbe"]["httpGet"].get("scheme", "HTTP")
     assert scheme == ("HTTPS" if "tls" in components else "HTTP")
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    named = {port["targetPort"] for port in manifests["Service"]["spec"]["ports"]}
+    assert named == ports.keys()
+    (allowed,) = manifests["NetworkPolicy"]["spec"]["ingress"]
+    assert {port["port"] for port in allowed["ports"]} == ports.keys()
+    assert settings.grpc_port == ports.get("grpc")
+    assert (settings.grpc_port is not None) == ("grpc" in components)
     if "monitoring" in components:
         (endpoint,) = manifests["ServiceMonitor"]["spec"]["endpoints"]
         assert endpoint.get("scheme", "http") == scheme.lower()
@@ -213,3 +220,47 @@ def test_kserve_runs_the_same_pod(server: ServerProcess) -> None:
     # The part that Kubernetes has a schema for.
     pod = {"containers": [container], "enableServiceLinks": False}
     _validate({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": pod})
+
+
+@needs_kubectl
+@pytest.mark.parametrize("name", ["archive", "label-studio"])
+def test_what_stands_beside_the_server(name: str, tmp_path: Path) -> None:
+    manifests = _rendered(FOLDER / name)
+    for kind in manifests.keys() - _OPERATOR:
+        _validate(manifests[kind])
+    kind = "StatefulSet" if name == "archive" else "Deployment"
+    spec = manifests[kind]["spec"]
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert container["securityContext"].items() >= _LOCKED_UP.items()
+    # Its own pods, and no other's, get its traffic and its policy.
+    labels = spec["template"]["metadata"]["labels"]
+    assert labels == {"app.kubernetes.io/name": f"slsnet-{name}"}
+    assert spec["selector"]["matchLabels"] == labels
+    assert manifests["Service"]["spec"]["selector"] == labels
+    assert manifests["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"] == labels
+    ports = {port["name"] for port in container["ports"]}
+    assert {port["targetPort"] for port in manifests["Service"]["spec"]["ports"]} == ports
+    # The first word is the program (docker/entrypoint.py); the rest it understands.
+    first, *flags = container["args"]
+    assert first == name
+    _parse(name, [flag.replace("/var/lib/slsnet-archive", str(tmp_path)) for flag in flags])
+    if name == "archive":
+        (monitored,) = manifests["ServiceMonitor"]["spec"]["endpoints"]
+        assert monitored["port"] in ports
+        (claim,) = spec["volumeClaimTemplates"]
+        assert claim["metadata"]["name"] in {one["name"] for one in container["volumeMounts"]}
+        egress = manifests["NetworkPolicy"]["spec"]["egress"]
+        (found,) = egress[0]["to"][0]["podSelector"]["matchExpressions"]
+        assert found["values"] == ["slsnet"]
+
+
+def _parse(name: str, flags: list[str]) -> None:
+    """Hold them against the program's own options."""
+    pytest.importorskip("pynetdicom", reason="needs requirements-dicom.txt")
+    from server.archive.__main__ import _check, _parser
+
+    if name == "archive":
+        parser = _parser()
+        _check(parser, parser.parse_args(flags))

@@ -26,6 +26,10 @@ def _locked(name: str) -> dict[str, list[str]]:
         ("requirements.txt", "requirements.lock"),
         ("requirements-gpu.txt", "requirements-gpu.lock"),
         ("requirements-lean.txt", "requirements-lean.lock"),
+        *(
+            (f"requirements{of}.txt", "requirements-full.lock")
+            for of in ("", "-dicom", "-grpc", "-heif")
+        ),
         ("docker/requirements-build.in", "requirements-build.lock"),
         ("requirements-bench.txt", "requirements-load.lock"),
     ],
@@ -54,5 +58,6 @@ def test_a_lean_image_is_the_cpus_with_tensorrt_beside_it() -> None:
 
 
 def test_no_torch_in_an_image() -> None:
-    for lock in ("requirements.lock", "requirements-gpu.lock", "requirements-lean.lock"):
-        assert not any(package.startswith("torch") for package in _locked(lock))
+    for image in ("", "-gpu", "-lean", "-full"):
+        packages = _locked(f"requirements{image}.lock")
+        assert not any(package.startswith("torch") for package in packages)

@@ -4,14 +4,19 @@ import json
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics import Histogram, MetricWrapperBase
 
 from docker.test.stack import annotations, dashboard_queries, variables
+from server.archive.journal import Journal
+from server.archive.metrics import Metrics as ArchiveMetrics
 from server.observe.metrics import Metrics
 from tests.support import ROOT
 
@@ -32,7 +37,12 @@ def _series() -> dict[str, set[str]]:
     series: dict[str, set[str]] = {
         sample.name: set() for family in metrics.registry.collect() for sample in family.samples
     }
-    for metric in vars(metrics).values():
+    with tempfile.TemporaryDirectory() as folder, Journal(Path(folder)) as journal:
+        archive = ArchiveMetrics(journal)
+        for family in archive.registry.collect():
+            if isinstance(family, GaugeMetricFamily):
+                series[family.name] = set(family._labelnames)
+    for metric in [*vars(metrics).values(), *vars(archive).values()]:
         if isinstance(metric, MetricWrapperBase):
             labels = set(metric._labelnames)
             for family in metric.describe():

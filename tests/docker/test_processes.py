@@ -134,3 +134,20 @@ runpy.run_path({str(ROOT / "docker/entrypoint.py")!r}, run_name="__main__")
         assert process.stdout.readline() == b"up\n"
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("program", "says"),
+    [("archive", "slsnet archive serve"), ("label-studio", "slsnet_client.label_studio")],
+)
+def test_entrypoint_runs_other_programs(program: str, says: str) -> None:
+    pytest.importorskip("pynetdicom", reason="needs requirements-dicom.txt")
+    script = f"""
+import runpy, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "client")!r}]
+sys.argv = ["entrypoint", {program!r}, "--help"]
+runpy.run_path({str(ROOT / "docker/entrypoint.py")!r}, run_name="__main__")
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert says in ran.stdout
