@@ -8,6 +8,7 @@ else if it does not decode.
 
 import json
 import sys
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,7 @@ def main() -> int:
         if not sys.stdin.buffer.read(1):
             return 0
         limit(memory + _PIXEL_BYTES * found.rows * found.columns, cpu_s)
-        square = picture(dataset, found).resize((size, size), Image.Resampling.BOX)
+        square = picture(dataset, found, size).resize((size, size), Image.Resampling.BOX)
         told({})
         sys.stdout.buffer.write(square.tobytes())
         sys.stdout.buffer.flush()
@@ -80,14 +81,16 @@ def told(what: dict[str, Any]) -> None:
     sys.stdout.buffer.flush()
 
 
-def picture(dataset: FileDataset, found: Header) -> Image.Image:
-    """One frame in RGB, at its own size.
+def picture(dataset: FileDataset, found: Header, least: int | None = None) -> Image.Image:
+    """One frame in RGB, at its own size, or a smaller one that is twice `least` or more a side.
 
     Raises:
         Refusal: its pixels do not decode.
     """
     try:
-        _check_codec(dataset, found)
+        coded = _coded(dataset, found)
+        if coded is not None and _is_plain_jpeg(dataset):
+            return _plain_jpeg(coded, found, least)
         stored = pixel_array(dataset, index=found.frame - 1)
         if stored.shape[:2] != (found.rows, found.columns):
             raise ValueError("the pixels have another size than the header says")
@@ -109,17 +112,36 @@ def picture(dataset: FileDataset, found: Header) -> Image.Image:
         ) from error
 
 
-def _check_codec(dataset: FileDataset, found: Header) -> None:
-    """Check that compressed pixels are what the header says: decoders would take other kinds too.
+def _is_plain_jpeg(dataset: FileDataset) -> bool:
+    """Whether Pillow alone gives the colours: it is many times as fast, and takes less memory."""
+    return (
+        dataset.file_meta.TransferSyntaxUID in (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit)
+        and int(dataset.BitsAllocated) == 8
+        and dataset.PhotometricInterpretation in ("YBR_FULL", "YBR_FULL_422")
+    )
 
-    Their colours would be wrong then.
+
+def _plain_jpeg(coded: bytes, found: Header, least: int | None) -> Image.Image:
+    image = Image.open(BytesIO(coded), formats=("JPEG",))
+    if image.size != (found.columns, found.rows):
+        raise ValueError("the pixels have another size than the header says")
+    if least is not None:
+        # As for photos that are JPEG themselves (`photos.image`).
+        image.draft("RGB", (2 * least, 2 * least))
+    return image.convert("RGB")
+
+
+def _coded(dataset: FileDataset, found: Header) -> bytes | None:
+    """The frame as it is compressed, which has to be what the header says; None if it is not.
+
+    Decoders would take other kinds too, and their colours would be wrong then.
 
     Raises:
         ValueError: they are not.
     """
     syntax = dataset.file_meta.TransferSyntaxUID
     if not syntax.is_encapsulated or syntax == uid.RLELossless:
-        return
+        return None
     coded = get_frame(dataset.PixelData, found.frame - 1, number_of_frames=found.frames)
     if syntax in uid.JPEG2000TransferSyntaxes:
         is_said = coded.startswith((b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  "))
@@ -128,6 +150,7 @@ def _check_codec(dataset: FileDataset, found: Header) -> None:
         is_said = frame is not None and frame[0] in _JPEG_FRAMES[syntax]
     if not is_said:
         raise ValueError("the pixels are not what the transfer syntax says")
+    return coded
 
 
 def _eight_bits(colours: NDArray[Any]) -> NDArray[np.uint8]:

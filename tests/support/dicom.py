@@ -22,7 +22,7 @@ _DERMOSCOPIC = "1.2.840.10008.5.1.4.1.1.77.1.7"
 def needs_dicom() -> None:
     """Skip the test where DICOM is not installed."""
     if not all(map(find_spec, ("pydicom", "highdicom", "gdcm", "jpeg_ls"))):
-        pytest.skip("needs requirements-dicom.txt")
+        pytest.skip("needs requirements-dicom.txt", allow_module_level=True)
 
 
 def dicom_photo(pixels: NDArray[Any], kind: str = _DERMOSCOPIC, **attributes: Any) -> "Dataset":
