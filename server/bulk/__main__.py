@@ -13,7 +13,7 @@ from common.progress import Progress
 from photos.forms import Form, forms
 from photos.image import THRESHOLD
 from server.backends import BackendError, BackendInfo
-from server.bulk.ledger import ALSO, MASKS, STATE, TABLE, Ledger, Row
+from server.bulk.ledger import ALSO, COCO, MASKS, STATE, TABLE, Ledger, Row
 from server.bulk.local import Runner, this_machine
 from server.bulk.segmenter import Options
 from server.bulk.sources import SUFFIXES, BulkError, Source, open_source
@@ -77,6 +77,11 @@ def _parser() -> argparse.ArgumentParser:
         help=f"files to write for each photo, into {ALSO}/: {', '.join(Form)} (default: none)",
     )
     parser.add_argument(
+        "--coco",
+        action="store_true",
+        help=f"write {COCO}, one COCO data set of all photos that have a mask, with --also coco",
+    )
+    parser.add_argument(
         "--ray",
         metavar="ADDRESS",
         help="of a Ray cluster to run on (requirements-ray.txt): auto, HOST:PORT, or local; every"
@@ -100,7 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = vars(parser.parse_args(arguments))
     source_path, results = given.pop("source"), given.pop("results")
     try:
-        also = forms(given.pop("also"))
+        coco = given.pop("coco")
+        also = forms(given.pop("also") + (f",{Form.COCO}" if coco else ""))
     except ValueError as error:
         parser.error(f"--also: {error}")
     options = Options(given.pop("threshold"), given.pop("clean"), ",".join(also))
@@ -112,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         source = open_source(source_path, results)
         with Ledger(results) as ledger:
-            return _run(settings, options, source, ledger, address, gpus)
+            return _run(settings, options, source, ledger, address, gpus, coco=coco)
     except (BulkError, BackendError) as error:
         print(f"error: {error}", file=sys.stderr)
     except sqlite3.Error as error:
@@ -146,6 +152,8 @@ def _run(
     ledger: Ledger,
     address: str | None,
     gpus: float,
+    *,
+    coco: bool,
 ) -> int:
     with _runner(settings, options, source.root, ledger.masks, address, gpus) as runner:
         _take_stock(ledger, source, runner.info, options)
@@ -161,6 +169,8 @@ def _run(
         finally:
             progress.end()
             ledger.write_table()
+            if coco:
+                ledger.write_coco()
         return _conclude(ledger, stopped_by)
 
 

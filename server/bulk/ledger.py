@@ -5,6 +5,7 @@ photo is run again and its mask replaced by the same one. A mask is removed befo
 kill leaves a mask without a row. The table is written from the database, whole.
 """
 
+import json
 import os
 import re
 import sqlite3
@@ -23,6 +24,7 @@ __all__ = ["Counts", "Ledger", "Listing", "Row", "Task", "also_path"]
 MASKS = "masks"
 ALSO = "also"
 TABLE = "table.csv"
+COCO = "coco.json"
 STATE = "state.sqlite"
 
 _VERSION = 2
@@ -34,7 +36,9 @@ _PAGE = 1000
 
 # The names that `common.files.replacing` gives.
 _LEFTOVER = re.compile(r"\..+(\.\w+)\.[a-z0-9_]{8}\1")
-_LEFTOVER_TABLE = re.compile(rf"\.{re.escape(TABLE)}\.[a-z0-9_]{{8}}\.csv")
+_LEFTOVER_TABLE = re.compile(
+    rf"\.({re.escape(TABLE)}|{re.escape(COCO)})\.[a-z0-9_]{{8}}\.(csv|json)"
+)
 
 
 @dataclass(frozen=True)
@@ -395,6 +399,37 @@ class Ledger:
                 found = f"{MASKS}/{os.fsdecode(mask)}" if status == "ok" else None
                 cells = [os.fsdecode(path), found, status or "pending", *row, *values]
                 file.write(csv_line(cells))
+
+    def write_coco(self) -> None:
+        """Write the photos that have a mask as one COCO data set, by path.
+
+        An annotation is what `Form.COCO` wrote for its photo, with the quality as one more member.
+        Photos without a lesion are images without an annotation.
+        """
+        rows = "SELECT path, mask, width, height, area, quality FROM photos WHERE status = 'ok'"
+        with (
+            replacing(self.folder / COCO) as temporary,
+            temporary.open("w", encoding="ascii") as file,
+        ):
+            file.write('{"info": {"description": "SLSNet Server"}, "licenses": [], ')
+            file.write('"categories": [{"id": 1, "name": "lesion"}], "images": [')
+            found = enumerate(self._database.execute(f"{rows} ORDER BY path"), 1)
+            for number, (path, _, width, height, *_) in found:
+                image = {"id": number, "file_name": os.fsdecode(path)}
+                image |= {"width": width, "height": height}
+                file.write((",\n" if number > 1 else "\n") + json.dumps(image))
+            file.write('], "annotations": [')
+            separator = "\n"
+            found = enumerate(self._database.execute(f"{rows} ORDER BY path"), 1)
+            for number, (_, mask, *_, area, quality) in found:
+                if not area:
+                    continue
+                path = also_path(self.folder, Form.COCO, os.fsdecode(mask))
+                annotation = json.loads(path.read_bytes())
+                annotation |= {"id": number, "image_id": number, "quality": quality}
+                file.write(separator + json.dumps(annotation))
+                separator = ",\n"
+            file.write("]}\n")
 
     def _get(self, name: str) -> Any:
         row = self._database.execute(

@@ -178,6 +178,45 @@ def test_dicom_lies_among_photos(tmp_path: Path) -> None:
     assert "2 frames" in lines["frames.dcm"]["error"]
 
 
+def test_a_coco_data_set_of_all_photos(archive: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    write(archive / "a/no photo.jpg", b"none")
+    blank = BytesIO()
+    Image.new("RGB", (90, 70), (230, 200, 190)).save(blank, "PNG")
+    write(archive / "a/no lesion.png", blank.getvalue())
+    assert bulk(archive, results, "--coco") == 1
+    found = {line["path"]: line for line in table(results).values() if line["mask"]}
+    data = json.loads((results / "coco.json").read_text())
+    assert data["categories"] == [{"id": 1, "name": "lesion"}]
+    images = {image["id"]: image for image in data["images"]}
+    assert sorted(image["file_name"] for image in images.values()) == sorted(found)
+    with_lesion = {path for path, line in found.items() if int(line["area"])}
+    assert {images[one["image_id"]]["file_name"] for one in data["annotations"]} == with_lesion
+    for annotation in data["annotations"]:
+        line = found[images[annotation["image_id"]]["file_name"]]
+        assert annotation["area"] == int(line["area"])
+        assert annotation["quality"] == pytest.approx(float(line["quality"]))
+    # The same command once more writes the same.
+    assert bulk(archive, results, "--coco") == 1
+    assert json.loads((results / "coco.json").read_text()) == data
+
+
+# pycocotools is for NumPy 1.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_cocos_own_tools_read_the_masks(archive: Path, tmp_path: Path) -> None:
+    coco = pytest.importorskip("pycocotools.coco", reason="needs pycocotools")
+    results = tmp_path / "results"
+    assert bulk(archive, results, "--coco", "--clean") == 0
+    found = {line["path"]: line for line in table(results).values()}
+    read = coco.COCO(str(results / "coco.json"))
+    assert len(read.anns) == len(read.imgs) == len(found)
+    for annotation in read.anns.values():
+        line = found[read.imgs[annotation["image_id"]]["file_name"]]
+        with Image.open(results / line["mask"]) as mask:
+            expected = np.asarray(mask.convert("L")) > 127
+        assert np.array_equal(read.annToMask(annotation).astype(bool), expected)
+
+
 def test_other_forms_lie_beside_the_masks(
     archive: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
