@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from photos.image import DEFAULT_MAX_PIXELS
+from server.http import health
 from server.http.answers import ProblemAnswer
 from server.http.app import create_app
 from server.http.errors import NotFound
 from server.http.problems import told
 from server.inference import errors
-from server.inference.service import Service
 from server.settings import Settings
 from tests.support.answers import assert_problem, figures
 from tests.support.held import serve_held
@@ -124,7 +124,7 @@ def test_406_nothing_is_wanted(server: ServerProcess, path: str, accept: str) ->
 @pytest.mark.parametrize(
     ("query", "accept", "words"),
     [
-        ("format=json", "*/*", ["no parameter 'format'", "threshold, size, clean, mask"]),
+        ("format=json", "*/*", ["no parameter 'format'", "threshold, size, clean, ", ", mask, "]),
         ("mask=polygons", "multipart/mixed", ["mask=polygons", "multipart/mixed"]),
     ],
 )
@@ -166,7 +166,7 @@ def test_422_a_truncated_jpeg(server: ServerProcess, good: Sample, tenths: int) 
         ("size=huge", ["size", "original", "model"]),
         ("format=gif", ["format", "png", "json"]),
         ("format=json&mask=gif", ["mask", "polygons"]),
-        ("treshold=0.3", ["no parameter 'treshold'", "threshold, size, clean, format, mask"]),
+        ("treshold=0.3", ["no parameter 'treshold'", "threshold, size, clean, ", ", format, "]),
         ("threshold=0.3&threshold=0.7", ["'threshold' comes more than once"]),
         ("format=png&mask=rle", ["mask=rle", "JSON", "image/png"]),
     ],
@@ -280,10 +280,10 @@ def test_429_more_requests_or_bytes_than_there_is_room_for(
 def test_500_is_answered_and_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(_service: Service) -> None:
+    def broken(*_: object) -> None:
         raise RuntimeError("a fault of the server's own")
 
-    monkeypatch.setattr(Service, "backend", property(broken))
+    monkeypatch.setattr(health, "model_answer", broken)
     app, _ = create_app(Settings())
 
     async def ask() -> httpx.Response:
@@ -344,6 +344,7 @@ TOLD: list[tuple[errors.Problem, int, str, str | None]] = [
     (errors.TooLarge("It is large."), 413, "It is large.", None),
     (errors.UnsupportedType("It is a GIF."), 415, "It is a GIF.", None),
     (errors.Unprocessable("It is cut."), 422, "It is cut.", None),
+    (errors.UnknownNetwork("It has another name."), 404, "It has another name.", None),
     (NotFound("There is none."), 404, "There is none.", None),
 ]
 
