@@ -26,7 +26,8 @@ from tests.support.archives import (
     store,
     uid_of,
 )
-from tests.support.launch import free_port
+from tests.support.dicom import needs_dicom
+from tests.support.launch import ServerProcess, free_port
 from tests.support.orthanc import Orthanc
 from tests.support.waiting import until
 
@@ -63,6 +64,19 @@ def test_it_sends_photos_and_holds_their_results(tmp_path: Path) -> None:
             str(pydicom.dcmread(BytesIO(content)).StudyInstanceUID) for content in orthanc.held()
         }
         assert len(studies) == 2
+
+
+def test_the_real_servers_results_come_back(tmp_path: Path, server: ServerProcess) -> None:
+    needs_dicom()
+    port = free_port()
+    orthanc = Orthanc(tmp_path / "orthanc", port)
+    flags = ["--server", server.url, "--stow", f"{orthanc.url}/dicom-web", "--peer", orthanc.title]
+    with orthanc.running(), serve_archive(tmp_path / "journal", *flags, port=port) as process:
+        orthanc.send([orthanc.add(dicom_photo())])
+        until(lambda: "slsnet_archive_delivered_total 1.0" in process.get("/metrics"))
+        held = [pydicom.dcmread(BytesIO(content)) for content in orthanc.held()]
+    assert {one.Modality for one in held} == {"DMS", "SEG", "OT", "SR"}
+    assert len({one.StudyInstanceUID for one in held}) == 1
 
 
 def _run(command: list[str]) -> str:
