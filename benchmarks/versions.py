@@ -60,12 +60,12 @@ def compare(before: ServerProcess, now: ServerProcess, load: Load, turns: int) -
         load: what each of them gets in each turn.
         turns: number of turns that the medians are of; the first one only warms up.
     """
-    cells = compared(partial(_measure, before, load), partial(_measure, now, load), turns)
+    cells = compared(partial(send, before, load), partial(send, now, load), turns)
     return f"| {load.name} | {load.clients} | {' | '.join(cells)} |"
 
 
-def _measure(server: ServerProcess, load: Load) -> tuple[float, float, float]:
-    """Ms of CPU time a photo, p50 of a request in ms, and photos a second."""
+def send(server: ServerProcess, load: Load) -> tuple[float, float, float]:
+    """Send a load; return ms of CPU time a photo, p50 of a request in ms, and photos a second."""
     with contextlib.ExitStack() as stack:
         clients = [Client(server) for _ in range(load.clients)]
         for client in clients:
@@ -73,13 +73,13 @@ def _measure(server: ServerProcess, load: Load) -> tuple[float, float, float]:
         shares = [load.photos[number :: load.clients] for number in range(load.clients)]
         cpu_s, started = server.cpu_s(), time.perf_counter()
         with ThreadPoolExecutor(load.clients) as threads:
-            series = list(threads.map(_send, clients, shares))
+            series = list(threads.map(_times, clients, shares))
         seconds, cpu_s = time.perf_counter() - started, server.cpu_s() - cpu_s
     times = [whole for one in series for whole in one]
     return cpu_s / len(times) * 1000, statistics.median(times), len(times) / seconds
 
 
-def _send(client: Client, photos: Sequence[bytes]) -> list[float]:
+def _times(client: Client, photos: Sequence[bytes]) -> list[float]:
     return [client.segment(photo).whole for photo in photos]
 
 
@@ -95,7 +95,7 @@ def unpack(revision: str, folder: Path) -> None:
     subprocess.run(["tar", "-x", "-C", str(folder)], input=archive, check=True)
 
 
-def _photos(folder: Path) -> tuple[list[bytes], list[bytes], str]:
+def load_photos(folder: Path) -> tuple[list[bytes], list[bytes], str]:
     """Small photos, large ones, and where they are from."""
     found = sorted(folder.glob("*.jpg"))[:_PHOTOS] if folder.is_dir() else []
     if found:
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             unpack(options.revision, Path(folder))
         except subprocess.CalledProcessError:
             parser.error(f"git has no revision {options.revision}")
-        small, large, source = _photos(options.images)
+        small, large, source = load_photos(options.images)
         command = ("-m", "benchmarks.peers.slsnet")
         stub = {"PEER_NETWORK": "stub:0"}
         with (

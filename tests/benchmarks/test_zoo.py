@@ -1,0 +1,62 @@
+"""The zoo's benchmark: what it measures, and its table and plots, from trainings of seconds."""
+
+import json
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from benchmarks.zoo import front, macs, main
+from tests.support.tiny import SETTINGS, write_isic2017
+
+pytest.importorskip("model.zoo.vision", reason="needs requirements-zoo.txt")
+
+# torch.onnx.export uses a function of torch's own that torch has deprecated
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+
+
+def test_multiplications_are_those_of_the_layers() -> None:
+    # 128 × 128 places, 3 × 3 of 3 channels into 8; then 8 into 1.
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 1))
+    assert macs(network) == 128 * 128 * (9 * 3 * 8 + 8)
+
+
+def test_the_front_has_what_nothing_is_better_than() -> None:
+    points = [(5, 0.7), (1, 0.5), (3, 0.8), (3, 0.6), (9, 0.9), (10, 0.9), (2, 0.5)]
+    assert front(points) == [(1, 0.5), (3, 0.8), (9, 0.9)]
+
+
+def test_a_network_is_trained_timed_served_and_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_isic2017(tmp_path / "data", training=4, validation=2)
+    out = ["--out", str(tmp_path / "out"), "--networks", "enet"]
+    settings = {key: value for key, value in SETTINGS.items() if key != "epochs"} | {"size": 128}
+    tiny = [f"--set={key}={value}" for key, value in settings.items()]
+    where = ["--data", str(tmp_path / "data"), "--cache", str(tmp_path / "cache")]
+    training = ["train", *out, *where, "--epochs", "1", *tiny]
+    main(training)
+    weights = tmp_path / "out/runs/enet/seed-0/best.safetensors"
+    before = weights.stat().st_mtime_ns
+    main(training)
+    assert weights.stat().st_mtime_ns == before
+
+    main(["costs", *out, "--photos", str(tmp_path / "none"), "--rounds", "1", "--turns", "1"])
+    costs_file = tmp_path / "out/costs.json"
+    costs = json.loads(costs_file.read_text())
+    enet = costs["networks"]["enet"]
+    assert enet["bytes"] == (tmp_path / "out/graphs/enet.onnx").stat().st_size
+    assert min(enet["ms"].values()) > 0 and enet["photos_per_s"] > 0 and enet["memory_mb"] > 20
+
+    # One that is not trained yet has its costs alone.
+    costs["networks"]["lraspp"] = enet | {"parameters": 3_218_138}
+    costs_file.write_text(json.dumps(costs))
+    capsys.readouterr()
+    main(["report", *out])
+    table = (tmp_path / "out/table.md").read_text()
+    assert capsys.readouterr().out == table + "\n"
+    score = json.loads((weights.parent / "score.json").read_text())
+    first, second = table.splitlines()[-2:]
+    assert first.startswith(f"| `enet` | {score['jaccard']:.4f} ± ") and "1 epochs" in table
+    assert second.startswith("| `lraspp` | – | – | 3.22 ")
+    assert "<svg" in (tmp_path / "out/pareto.svg").read_text()
