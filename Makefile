@@ -107,7 +107,8 @@ $(VENV)/.benchmarks: requirements.txt $(NATIVE) requirements-bench.txt | $(BIN)/
 $(VENV)/.development: requirements.txt $(NATIVE) requirements-train.txt requirements-zoo.txt requirements-otel.txt requirements-heif.txt requirements-dicom.txt requirements-ray.txt \
 		requirements-bench.txt requirements-browser.txt docker/requirements-tools.txt requirements-dev.txt requirements-scorer.txt | $(BIN)/python
 	@echo "== installing requirements-dev.txt into $(VENV): PyTorch, Ray and the development tools, some gigabytes, several minutes"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@# Python compiles a module when it first imports it, and most of these are never imported.
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements-dev.txt
 	@$(INSTALL_LOOPS)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-scorer.txt 2>/dev/null || \
 		echo "== without the official ISIC scorer, which has to be compiled: its comparison is skipped"
