@@ -137,6 +137,8 @@ def test_an_annotation_of_coco(server: ServerProcess) -> None:
     }
 
 
+# pycocotools is for NumPy 1.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_cocos_own_tools_read_the_annotation(server: ServerProcess, offline: Offline) -> None:
     tools = pytest.importorskip("pycocotools.mask", reason="needs pycocotools")
     annotation = form(server, "coco").json()
