@@ -248,18 +248,9 @@ def test_a_server_killed_and_started_again_is_not_noticed() -> None:
             server.wait()
             with ThreadPoolExecutor(1) as threads:
                 asked = threads.submit(client.segment, PNG)
-                server.process = subprocess.Popen(
-                    server.process.args,
-                    cwd=ROOT,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                )
-                try:
-                    assert np.array_equal(asked.result().mask, expected)
-                    assert np.array_equal(client.segment(PNG).mask, expected)
-                finally:
-                    server.process.kill()
-                    server.wait()
+                server.kill_and_start_again()
+                assert np.array_equal(asked.result().mask, expected)
+                assert np.array_equal(client.segment(PNG).mask, expected)
 
 
 def test_a_full_server_is_asked_again_when_it_says(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """`stream()` of the Python client, against a real server."""
 
 import asyncio
-import contextlib
 import ssl
 import subprocess
 import sys
@@ -131,33 +130,13 @@ def test_a_stream_that_is_left_ends(server: ServerProcess) -> None:
         assert client.segment(JPEG).mask.any()
 
 
-@contextlib.contextmanager
-def _killed_and_started_again() -> Iterator[tuple[str, Callable[[], None]]]:
-    """A server's address, and what kills it and starts it again there."""
-    with serve() as server, contextlib.ExitStack() as running:
-
-        def again() -> None:
-            server.process.kill()
-            server.wait()
-            started = subprocess.Popen(
-                server.process.args,
-                cwd=ROOT,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-            running.callback(started.wait)
-            running.callback(started.kill)
-
-        yield server.url, again
-
-
 def test_a_stream_outlives_its_server() -> None:
     answers = []
-    with _killed_and_started_again() as (url, again), Client(url, retries=1000) as client:
+    with serve() as server, Client(server.url, retries=1000) as client:
         for answer in client.stream([JPEG] * 6, deadline_s=60, in_flight=1):
             answers.append(answer)
             if len(answers) == 2:
-                again()
+                server.kill_and_start_again()
     assert [answer.error for answer in answers] == [None] * len(answers)
     # A frame that was on its way when the server died is dropped, and counted.
     assert len(answers) + answers[-1].dropped == 6
@@ -173,11 +152,11 @@ def test_a_frame_that_is_awaited_while_the_server_dies_is_not_lost() -> None:
         there.wait()
         yield PIXELS
 
-    with _killed_and_started_again() as (url, again), Client(url, retries=1000) as client:
+    with serve() as server, Client(server.url, retries=1000) as client:
         stream = client.stream(camera(), deadline_s=60)
         assert next(stream).index == 0
         taken.wait()
-        again()
+        server.kill_and_start_again()
         there.set()
         (answer,) = stream
     assert (answer.index, answer.dropped, answer.error) == (1, 0, None)

@@ -1,6 +1,5 @@
 """Camera mode, with Chromium's own camera that plays a generated video."""
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support import ROOT
 from tests.support.launch import ServerProcess, serve
 from tests.support.lesions import lesion_photo
 from tests.support.page import NEEDS_BROWSER, Page, browse
@@ -206,12 +204,6 @@ def test_a_server_that_comes_back_goes_on(video: Path, tmp_path: Path) -> None:
         own.wait()
         page.until(lambda: "trying again" in page.text("live-word"))
         page.until(lambda: rate(page) == 0)
-        own.process = subprocess.Popen(
-            own.process.args, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        try:
-            page.until(lambda: rate(page) > 0)
-            assert not page.text("live-word")
-        finally:
-            own.process.kill()
-            own.wait()
+        own.kill_and_start_again()
+        page.until(lambda: rate(page) > 0)
+        assert not page.text("live-word")

@@ -56,6 +56,14 @@ class ServerProcess:
         """Ask it to drain and stop (SIGTERM)."""
         self.process.send_signal(signal.SIGTERM)
 
+    def kill_and_start_again(self) -> None:
+        """Kill it, and start another on its port; that is not ready yet."""
+        self.process.kill()
+        self.wait()
+        self.process = subprocess.Popen(
+            self.process.args, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
     def wait(self) -> int:
         """Its exit code, once it is over."""
         return self.process.wait(_STOP_TIMEOUT_S)
@@ -108,8 +116,10 @@ def serve(
                 server.seconds_to_ready = time.perf_counter() - started
                 yield server
             finally:
-                if process.poll() is None:
-                    process.kill()
+                # A test may have started another in its place.
+                if server.process.poll() is None:
+                    server.process.kill()
+                server.process.wait()
 
 
 def _wait_until_ready(server: ServerProcess) -> None:
