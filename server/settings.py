@@ -173,6 +173,12 @@ class Settings(BaseSettings):
     key_burst: int = Field(
         20, ge=1, description="requests that each key may send at once before that limit holds"
     )
+    key_streams: int = Field(
+        0,
+        ge=0,
+        description="WebSockets at /stream that one key may have open, in each worker; more are"
+        " refused with 429; 0 is no limit but `streams`",
+    )
     metrics_keyed: bool = Field(False, description="whether /metrics needs a key too")
     cors_origins: str = Field(
         "",

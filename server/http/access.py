@@ -27,7 +27,7 @@ from server.http.problems import STREAM_PROTOCOL, answer_problem, end_stream
 from server.inference.errors import Problem
 from server.keys import Key, KeyFile
 
-__all__ = ["KEY_PROTOCOL", "OPEN", "SPEND", "Access"]
+__all__ = ["KEY", "KEY_PROTOCOL", "OPEN", "SPEND", "Access"]
 
 OPEN = ("/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready")
 """Paths that never need a key."""
@@ -38,8 +38,11 @@ KEY_PROTOCOL = "slsnet.key."
 _ADMIN = ("/admin/", "/v2/repository/models/")
 """Paths that begin so are for administrators."""
 
+KEY = "key"
+"""Name in a WebSocket's state: the digest of its API key."""
+
 SPEND = "spend"
-"""Key in a WebSocket's state: a function that counts one more request of its API key, or raises."""
+"""Name in a WebSocket's state: a function that counts one more request of its key, or raises."""
 
 
 @dataclass
@@ -111,6 +114,7 @@ class Access:
             return
         key = self._key(headers, scope.get("subprotocols", ()), basic=not is_admin)
         scope["state"]["client"] = key.name
+        scope["state"][KEY] = key.digest
         if is_admin and key.scope != "admin":
             raise Forbidden("This path needs an administrator's key: send one.")
         if self._rate:

@@ -1,6 +1,7 @@
 """`/stream`: the handshake, and how many streams there may be."""
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from http import HTTPStatus
 
@@ -8,6 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from server.http.access import KEY
 from server.http.errors import HttpProblem, TooManyRequests
 from server.http.problems import accept_stream, end_stream
 from server.http.stream.reference import Ready, asyncapi
@@ -46,7 +48,7 @@ def stream_router(service: Service, version: str) -> APIRouter:
         try:
             wishes = read_wishes(websocket, service.settings)
             service.check_ready(wishes.model)
-            with streams.place():
+            with streams.place(getattr(websocket.state, KEY, None)):
                 await accept_stream(websocket)
                 ready = Ready.of(websocket.state.request_id, wishes, service.settings)
                 await websocket.send_text(ready.model_dump_json())
@@ -77,16 +79,28 @@ class _Streams:
 
     def __init__(self, service: Service) -> None:
         self._most = service.settings.streams
+        self._most_of_key = service.settings.key_streams
         self._open = 0
+        self._of_keys: Counter[bytes] = Counter()
         service.metrics.observe(service.metrics.streams, lambda: self._open)
 
     @contextlib.contextmanager
-    def place(self) -> Iterator[None]:
+    def place(self, key: bytes | None) -> Iterator[None]:
         """Count one more during the block.
 
+        Args:
+            key: digest of the API key that it is for, if there are keys.
+
         Raises:
-            TooManyRequests: there are as many as may be.
+            TooManyRequests: there are as many as may be, of this key or in all.
         """
+        if self._most_of_key and key is not None and self._of_keys[key] >= self._most_of_key:
+            raise TooManyRequests(
+                f"This key has {self._most_of_key} streams, as many as it may. Close one, or try"
+                " again in a second.",
+                1,
+                "key_streams",
+            )
         if self._open >= self._most:
             raise TooManyRequests(
                 f"The server has {self._most} streams, and no room for another. Try again in a"
@@ -94,8 +108,12 @@ class _Streams:
                 1,
                 "too_many_streams",
             )
+        counted = [] if key is None else [key]
         self._open += 1
+        self._of_keys.update(counted)
         try:
             yield
         finally:
             self._open -= 1
+            # Without those that are 0, so that old keys are forgotten.
+            self._of_keys -= Counter(counted)

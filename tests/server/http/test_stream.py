@@ -321,6 +321,33 @@ def test_keys(locked: Locked) -> None:
     assert key not in server.log()
 
 
+def test_a_key_has_so_many_streams_and_no_other_notices(tmp_path: Path) -> None:
+    made = {name: new_key(name) for name in ("clinic", "lab")}
+    file = tmp_path / "keys"
+    file.write_text("\n".join(line for _, line in made.values()), encoding="utf-8")
+    clinic, lab = ({"X-API-Key": key} for key, _ in made.values())
+    with serve("--api-keys-file", str(file), "--key-streams", "1", "--streams", "3") as server:
+        with stream(server, headers=clinic) as session:
+            with opened(server, headers=clinic) as second:
+                refusal = said(second)
+                assert (refusal["frame"], refusal["error"]["status"]) == (None, 429)
+                assert refusal["retry_after_s"] == 1
+                code, reason = close_of(second)
+                assert code == 4429 and "This key" in reason
+            with stream(server, headers=lab) as other:
+                for client in (session, other):
+                    client.send(JPEG)
+                    assert said(client)["frame"] == 1
+        # What is closed gives its place back.
+        until(lambda: figures(server)["slsnet_streams"] == 0)
+        with stream(server, headers=clinic) as again:
+            again.send(JPEG)
+            assert said(again)["type"] == "mask"
+    # Without keys there is nobody to count for.
+    with serve("--key-streams", "1") as server, stream(server), stream(server):
+        assert figures(server)["slsnet_streams"] == 2
+
+
 def test_pages_of_other_sites_are_refused(locked: Locked, strict: ServerProcess) -> None:
     until(lambda: figures(strict)["slsnet_streams"] == 0)
     for origin in ("https://evil.example", "http://127.0.0.1:1", "null"):
