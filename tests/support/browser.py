@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from selenium import webdriver
 
-__all__ = ["chromium", "found_in", "mask_of", "needs_chromium"]
+__all__ = ["FIND", "chromium", "found_in", "mask_of", "needs_chromium"]
 
 _DRIVER = shutil.which("chromedriver")
 _BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -23,19 +23,23 @@ needs_chromium = pytest.mark.skipif(
 )
 
 
-# Runs a photo through the page's own modules: here, and by the server if there is one.
-_FIND = """
+FIND = """
+    const { segment } = await import(new URL("page/segment.js", document.baseURI));
+    const { lesionMask } = await import(new URL("page/mask.js", document.baseURI));
+    const bytes = Uint8Array.from(atob(photo), (character) => character.charCodeAt(0));
+    const { map, size, milliseconds, quality, fitness } = await segment(new Blob([bytes]), {});
+    const { bits, area } = lesionMask(map, size.width, size.height, 0.5);
+    let text = "";
+    for (const byte of bits) text += String.fromCharCode(byte);
+    const values = [...map.values];
+    return { bits: btoa(text), size, area, milliseconds, values, quality, fitness };
+"""
+"""Runs `photo`, in base64, through the page's modules: here, or by the server if there is one."""
+
+_ASKED = f"""
     const [photo, done] = arguments;
-    (async () => {
-      const { segment } = await import(new URL("page/segment.js", document.baseURI));
-      const { lesionMask } = await import(new URL("page/mask.js", document.baseURI));
-      const bytes = Uint8Array.from(atob(photo), (character) => character.charCodeAt(0));
-      const { map, size, milliseconds } = await segment(new Blob([bytes]), {});
-      const { bits, area } = lesionMask(map, size.width, size.height, 0.5);
-      let text = "";
-      for (const byte of bits) text += String.fromCharCode(byte);
-      return { bits: btoa(text), size, area, milliseconds, values: [...map.values] };
-    })().then(done, ({ status, detail }) => done({ problem: { status, detail } }));
+    (async () => {{ {FIND} }})()
+      .then(done, ({{ status, detail }}) => done({{ problem: {{ status, detail }} }}));
 """
 
 
@@ -65,7 +69,7 @@ def chromium(*arguments: str, downloads: Path | None = None) -> Iterator[webdriv
 
 def found_in(driver: webdriver.Chrome, photo: bytes) -> dict[str, Any]:
     """What the open page finds in a photo, by its own modules: a mask, or a `problem`."""
-    found: dict[str, Any] = driver.execute_async_script(_FIND, base64.b64encode(photo).decode())
+    found: dict[str, Any] = driver.execute_async_script(_ASKED, base64.b64encode(photo).decode())
     return found
 
 

@@ -37,7 +37,9 @@ export async function squareOf(photo) {
   let bitmap;
   try {
     const type = `image/${name.toLowerCase()}`;
-    bitmap = await createImageBitmap(new Blob(parts, { type }), { colorSpaceConversion: "none" });
+    // In one piece: Firefox decodes no Blob of several.
+    const whole = new Blob([await new Blob(parts).arrayBuffer()], { type });
+    bitmap = await createImageBitmap(whole, { colorSpaceConversion: "none" });
   } catch {
     throw new PhotoError(
       422,

@@ -1,5 +1,6 @@
 """The network in a browser: the server's masks, with and without threads, and without a server."""
 
+import base64
 import json
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from selenium.webdriver.support.ui import WebDriverWait
 from server.http.device import FOLDER, LISTING
 from server.static.runtime import RuntimeMissingError, fetched
 from tests.support import ROOT
-from tests.support.browser import chromium, found_in, mask_of, needs_chromium
+from tests.support.browser import FIND, chromium, found_in, mask_of, needs_chromium
+from tests.support.firefox import firefox, needs_firefox
 from tests.support.launch import ServerProcess, free_port, serve
 from tests.support.lesions import drawn_photo, lesion_photo
 from tests.support.offline import Offline
@@ -207,6 +209,26 @@ def wait_until_kept(driver: webdriver.Chrome) -> None:
         })().then(done, () => done(false));
     """
     WebDriverWait(driver, 60, 0.05).until(lambda _: driver.execute_async_script(script))
+
+
+@needs_firefox
+def test_masks_are_the_servers_in_firefox_too(
+    site: Path, offline: Offline, photos: list[Sample], tmp_path: Path
+) -> None:
+    sent = [photo.data for photo in photos[:2]]
+    # The kinds of files that are read apart.
+    picture = Image.fromarray(lesion_photo(11, 500, 380).pixels)
+    for kind in ("PNG", "WEBP"):
+        file = BytesIO()
+        picture.save(file, kind, lossless=True)
+        sent.append(file.getvalue())
+    with plain_host(site, ISOLATED) as url, firefox(tmp_path) as page:
+        page.open(f"{url}/")
+        page.until("document.getElementById('compute-status').textContent.includes('runs here')")
+        for photo in sent:
+            encoded = base64.b64encode(photo).decode()
+            mask = mask_of(page.run(f"const photo = '{encoded}'; {FIND}"))
+            assert (mask != offline.mask(photo)).mean() <= 1e-3
 
 
 def test_without_files_the_page_does_not_offer_it(server: ServerProcess) -> None:
