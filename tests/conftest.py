@@ -1,10 +1,12 @@
 """Real photos where they are at hand, generated ones elsewhere; and a real server."""
 
+import functools
 import inspect
 import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from unittest import mock
 
 import httpx
 import numpy as np
@@ -17,6 +19,9 @@ from tests.support.lesions import encode_photo, lesion_photo
 from tests.support.offline import Offline
 from tests.support.samples import Sample
 from tests.support.waiting import until
+
+# Else each of the hundreds of processes that tests start compiles all of the project for itself.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -71,6 +76,14 @@ def _patient_clients() -> None:
     """No test is about how soon an answer comes; httpx's 5 s are too few for a busy machine."""
     timeout: httpx.Timeout = inspect.signature(httpx.Client).parameters["timeout"].default
     timeout.connect = timeout.read = timeout.write = timeout.pool = 60
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_clients() -> Iterator[None]:
+    """Clients share the authorities that they trust, which take httpx longer than a request."""
+    once = functools.cache(httpx.create_ssl_context)
+    with mock.patch("httpx._transports.default.create_ssl_context", once):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -130,5 +130,6 @@ def _wait_until_ready(server: ServerProcess) -> None:
             with urllib.request.urlopen(ready, timeout=5, context=server.trust):
                 return
         except OSError:  # refused, not ready, or no answer in time
-            time.sleep(0.01)
+            # Each question takes the time of a core from the start that it waits for.
+            time.sleep(0.03)
     raise RuntimeError(f"The server is not ready, its output:\n{server.log()}")
