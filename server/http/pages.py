@@ -26,6 +26,7 @@ _TYPES = {
     "edit.js": "text/javascript",
     "example.jpg": "image/jpeg",
     "files.js": "text/javascript",
+    "icon.png": "image/png",
     "icon.svg": "image/svg+xml",
     "live.js": "text/javascript",
     "manifest.webmanifest": "application/manifest+json",

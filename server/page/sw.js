@@ -9,6 +9,7 @@ const FILES = [
   "page/edit.js",
   "page/example.jpg",
   "page/files.js",
+  "page/icon.png",
   "page/icon.svg",
   "page/live.js",
   "page/manifest.webmanifest",

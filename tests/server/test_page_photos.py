@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import zipfile
 from collections.abc import Iterator
 from itertools import pairwise
@@ -11,6 +12,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -441,6 +443,16 @@ def test_the_page_can_be_installed(page: Page) -> None:
             ]
         )
     )
+
+
+def test_ios_has_an_icon_that_it_reads(server: ServerProcess) -> None:
+    # It takes no SVG, makes what is clear black, and rounds the corners itself.
+    href = re.findall(r'rel="apple-touch-icon" href="([^"]+)"', httpx.get(f"{server.url}/").text)
+    icon = Image.open(io.BytesIO(httpx.get(f"{server.url}/{href[0]}").content))
+    assert (icon.format, icon.size) == ("PNG", (180, 180))
+    assert icon.convert("RGBA").getextrema()[3] == (255, 255)
+    manifest = httpx.get(f"{server.url}/page/manifest.webmanifest").json()
+    assert {"src": "icon.png", "sizes": "180x180"}.items() <= manifest["icons"][1].items()
 
 
 def test_the_worker_keeps_every_file_and_all_are_light(server: ServerProcess) -> None:
