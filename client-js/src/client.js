@@ -44,11 +44,10 @@ export class Client {
   }
 
   async #post(path, query, photo, options, read) {
-    const { threshold = 0.5, clean = false, model, bulk = false } = options;
+    const { bulk = false } = options;
     const { deadlineMs = this.#deadlineMs, signal } = options;
     const address = new URL(path, this.#address);
-    const named = model === undefined ? {} : { model };
-    address.search = new URLSearchParams({ threshold, clean, size: "original", ...named, ...query });
+    address.search = new URLSearchParams({ ...asked(options), size: "original", ...query });
     // The same for every repetition, so that the server's log shows them together.
     const requestId = newId();
     const headers = { ...this.#headers, "X-Request-ID": requestId, ...(bulk && { Priority: "bulk" }) };
@@ -107,14 +106,13 @@ export class Client {
   }
 
   async *stream(frames, options = {}) {
-    const { inFlight = 2, threshold = 0.5, clean = false, model, deadlineMs = 2000, signal } = options;
+    const { inFlight = 2, deadlineMs = 2000, signal } = options;
     if (!(inFlight >= 1)) throw new RangeError(`At least 1 frame is in flight, not ${inFlight}.`);
     if (!this.#Socket) throw new TypeError("There is no WebSocket here: give the client one, such as that of the package ws.");
     signal?.throwIfAborted();
     const address = new URL("stream", this.#address);
     address.protocol = address.protocol.replace("http", "ws");
-    const query = { threshold, clean, mask: "rle", deadline_ms: deadlineMs };
-    address.search = new URLSearchParams(model === undefined ? query : { ...query, model });
+    address.search = new URLSearchParams({ ...asked(options), mask: "rle", deadline_ms: deadlineMs });
     const pauseMs = (repeated, error) => (repeated < this.#retries ? pauseBefore(repeated, error) : null);
     const kept = { apiKey: this.#apiKey, Socket: this.#Socket, inFlight, signal };
     yield* streamed(address, frames, { ...kept, bytesOf, pauseMs, pause });
@@ -128,6 +126,11 @@ export class Client {
     );
     return task;
   }
+}
+
+/** What photos and frames ask for alike. Servers of an earlier version do not know the last two. */
+function asked({ threshold = 0.5, clean = false, model, rejectUnfit = false }) {
+  return { threshold, clean, ...(model !== undefined && { model }), ...(rejectUnfit && { reject_unfit: true }) };
 }
 
 /** Run `work` until it is done, the caller's signal, or the deadline: then it throws `late`. */

@@ -26,6 +26,8 @@ export interface AskOptions {
   clean?: boolean;
   /** Name of the network, of those that the server has. Default: the server's default one. */
   model?: string;
+  /** Whether a picture that is likely no dermoscopic photo is refused, and not only told of in `fitness`. */
+  rejectUnfit?: boolean;
   /** Whether to let interactive requests go first. */
   bulk?: boolean;
   /** Instead of the client's. */
@@ -47,6 +49,7 @@ export interface StreamOptions {
   threshold?: number;
   clean?: boolean;
   model?: string;
+  rejectUnfit?: boolean;
   /** Within which a frame's mask is of use. Default: 2,000. */
   deadlineMs?: number;
   /** Ends the stream; the loop then throws its reason. */
@@ -68,7 +71,7 @@ export interface Result {
   /** Pixels of the photo, upright. */
   width: number;
   height: number;
-  /** What the server says of the photo's quality; null where it says nothing. */
+  /** How good the mask is likely to be; null where the server does not know. */
   quality: components["schemas"]["QualityAnswer"] | null;
   /** Whether it is a dermoscopic photo at all; null where the server does not know. */
   fitness: components["schemas"]["FitnessAnswer"] | null;

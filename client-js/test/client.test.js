@@ -321,6 +321,27 @@ test("features come where they are asked for", async () => {
   assert.equal((await client.segment(photo)).features, null);
 });
 
+/** A black picture, as BMP: what a camera sees through its cap. */
+function cap(side = 64) {
+  const bytes = Buffer.alloc(54 + 3 * side * side);
+  bytes.write("BM");
+  for (const [at, value] of [[2, bytes.length], [10, 54], [14, 40], [18, side], [22, side]]) bytes.writeUInt32LE(value, at);
+  bytes.writeUInt16LE(1, 26);
+  bytes.writeUInt16LE(24, 28);
+  return bytes;
+}
+
+test("a picture that is no dermoscopic photo is told of, or refused", async () => {
+  const client = new Client(server.url);
+  const { fitness, quality } = await client.segment(cap());
+  assert.ok(fitness.unfit && fitness.distance > 1 && quality.grade);
+  for (const ask of [client.segment(cap(), { rejectUnfit: true }), client.segmentAs(cap(), "svg", { rejectUnfit: true })]) {
+    const error = await rejected(ask);
+    assert.ok(error instanceof RequestRefused && /no dermoscopic photo/.test(error.detail));
+  }
+  assert.equal((await client.segment(photo, { rejectUnfit: true })).fitness.unfit, false);
+});
+
 test("the outline is drawn over the picture", async () => {
   const [width, height] = [30, 20];
   const mask = new Uint8Array(width * height);
@@ -354,6 +375,10 @@ test("frames of a stream get the masks of photos", { skip: noSocket }, async () 
   const frames = [photo, Buffer.from("no photo"), new Blob([photo]), PHOTO];
   const answers = await collected(client.stream(frames, { ...streamOptions, threshold: 0.4, inFlight: 1 }));
   assert.deepEqual(answers.map(({ index }) => index), [0, 1, 2, 3]);
+  assert.deepEqual(answers[0].result.fitness, expected.fitness);
+  const strict = { ...streamOptions, rejectUnfit: true, inFlight: 1 };
+  const [refused, taken] = await collected(client.stream([cap(), photo], strict));
+  assert.ok(/no dermoscopic photo/.test(refused.error.detail) && taken.result);
   assert.ok(answers[1].error instanceof RequestRefused && answers[1].error.status === 415);
   for (const { result, error, dropped, latencyMs } of [answers[0], answers[2], answers[3]]) {
     assert.deepEqual(result.mask, expected.mask);

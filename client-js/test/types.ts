@@ -4,7 +4,7 @@ import { Client, type Outcome, type Result, RequestRefused, ServerBusy, SlsnetEr
 
 export async function use(file: File, files: AsyncIterable<Blob>): Promise<number> {
   const client = new Client("http://127.0.0.1:8000", { apiKey: "key", deadlineMs: 5000, retries: 2 });
-  const result: Result = await client.segment(file, { threshold: 0.4, clean: true, signal: new AbortController().signal });
+  const result: Result = await client.segment(file, { threshold: 0.4, clean: true, rejectUnfit: true, signal: new AbortController().signal });
   const box: [number, number, number, number] | null | undefined = result.lesion.bounding_box;
   const sha: string = result.network.weights_sha256;
   // @ts-expect-error probabilities are there only where they were asked for
@@ -15,7 +15,7 @@ export async function use(file: File, files: AsyncIterable<Blob>): Promise<numbe
   await client.segment(5);
   for await (const outcome of client.segmentMany(files, { concurrency: 8, ordered: false })) take(outcome);
   for await (const outcome of client.segmentMany([file, "path.jpg"])) take(outcome);
-  for await (const { index, result, error } of client.stream(files, { inFlight: 1 })) {
+  for await (const { index, result, error } of client.stream(files, { inFlight: 1, rejectUnfit: true })) {
     if (error) continue;
     result.lesion.area + index;
   }

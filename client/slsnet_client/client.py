@@ -111,6 +111,7 @@ class AsyncClient:
         threshold: float = 0.5,
         clean: bool = False,
         model: str | None = None,
+        reject_unfit: bool = False,
         probability: bool = False,
         features: bool = False,
         bulk: bool = False,
@@ -123,6 +124,8 @@ class AsyncClient:
             threshold: lesion is where the probability is above it.
             clean: whether to leave only the largest region, without its holes.
             model: name of the network, of those that the server has; its default one if None.
+            reject_unfit: whether a picture that is likely no dermoscopic photo is refused, and not
+                only told of in the result's `fitness`.
             probability: whether to fetch probabilities too, 2.7 bytes for each pixel of the photo.
                 They are rounded to 16 bits, so pixels at the very threshold may differ.
             features: whether to fetch measurements of shape and colours, which are no diagnosis.
@@ -133,7 +136,7 @@ class AsyncClient:
             SlsnetError: the server refused, failed, was not reached, or took too long.
             OSError, TypeError, ValueError: the photo cannot be read here.
         """
-        query = _query(threshold, clean=clean, model=model)
+        query = _query(threshold, clean=clean, model=model, reject_unfit=reject_unfit)
         query["mask"] = "probabilities" if probability else "png"
         if features:
             query["features"] = "true"
@@ -147,6 +150,7 @@ class AsyncClient:
         threshold: float = 0.5,
         clean: bool = False,
         model: str | None = None,
+        reject_unfit: bool = False,
         bulk: bool = False,
         deadline_s: float | None = None,
     ) -> bytes:
@@ -156,7 +160,9 @@ class AsyncClient:
             form: `overlay` (JPEG), `overlay-png`, `probability8` or `probability16` (greyscale
                 PNG), `npy`, `svg`, `coco` (JSON), or the mask as `png`.
         """
-        query = _query(threshold, clean=clean, model=model) | {"format": form}
+        query = _query(threshold, clean=clean, model=model, reject_unfit=reject_unfit) | {
+            "format": form
+        }
         return await self._post("/segment", query, photo, _read_bytes, bulk, deadline_s)
 
     async def segment_json(
@@ -167,6 +173,7 @@ class AsyncClient:
         threshold: float = 0.5,
         clean: bool = False,
         model: str | None = None,
+        reject_unfit: bool = False,
         bulk: bool = False,
         deadline_s: float | None = None,
     ) -> dict[str, Any]:
@@ -175,7 +182,9 @@ class AsyncClient:
         Args:
             mask: how it holds the mask: `png`, `rle`, `polygons`, or another that the server knows.
         """
-        query = _query(threshold, clean=clean, model=model) | {"mask": mask}
+        query = _query(threshold, clean=clean, model=model, reject_unfit=reject_unfit) | {
+            "mask": mask
+        }
         return await self._post("/segment/json", query, photo, _read_json, bulk, deadline_s)
 
     async def network(self, model: str | None = None) -> Network:
@@ -298,6 +307,7 @@ class AsyncClient:
         threshold: float = 0.5,
         clean: bool = False,
         model: str | None = None,
+        reject_unfit: bool = False,
         deadline_s: float = 2,
         in_flight: int = 2,
     ) -> AsyncGenerator[Streamed, None]:
@@ -310,7 +320,7 @@ class AsyncClient:
 
         Args:
             frames: photos as for `segment`.
-            threshold, clean, model: as for `segment`.
+            threshold, clean, model, reject_unfit: as for `segment`.
             deadline_s: seconds within which a frame's mask is of use.
             in_flight: frames that are unanswered at the same time, at most. With two, one is on its
                 way while the other is worked on.
@@ -324,7 +334,7 @@ class AsyncClient:
         if in_flight < 1:
             raise ValueError(f"At least 1 frame is in flight, not {in_flight}.")
         query = {
-            **_query(threshold, clean=clean, model=model),
+            **_query(threshold, clean=clean, model=model, reject_unfit=reject_unfit),
             "deadline_ms": f"{1000 * deadline_s:g}",
         }
         address = httpx.URL(self._url)
@@ -487,9 +497,16 @@ def _check_concurrency(concurrency: int) -> None:
         raise ValueError(f"The concurrency is 1 or more, not {concurrency}.")
 
 
-def _query(threshold: float, *, clean: bool, model: str | None) -> dict[str, str]:
-    named = {} if model is None else {"model": model}
-    return {"threshold": str(threshold), "clean": str(clean).lower(), "size": "original", **named}
+def _query(
+    threshold: float, *, clean: bool, model: str | None, reject_unfit: bool
+) -> dict[str, str]:
+    query = {"threshold": str(threshold), "clean": str(clean).lower(), "size": "original"}
+    # Servers of an earlier version do not know these.
+    if model is not None:
+        query["model"] = model
+    if reject_unfit:
+        query["reject_unfit"] = "true"
+    return query
 
 
 def _pause_s(repeated: int, error: SlsnetError) -> float:

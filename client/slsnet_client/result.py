@@ -47,7 +47,8 @@ class Result:
     probability: NDArray[np.float32] | None
     """[height, width], 0 to 1; None unless it was asked for."""
     quality: dict[str, Any] | None
-    """What the server says of the photo's quality; None where it says nothing."""
+    """How good the mask is likely to be: the `jaccard` to be expected, and its `grade`; None where
+    the server does not know."""
     fitness: dict[str, Any] | None
     """Whether it is a dermoscopic photo at all: its `distance` from such, and `unfit` above 1; None
     where the server does not know."""

@@ -21,6 +21,7 @@ __all__ = [
     "Clean",
     "NetworkName",
     "Priority",
+    "RejectUnfit",
     "Threshold",
     "TimeoutMs",
     "answer_type",
@@ -47,6 +48,14 @@ Clean = Annotated[
     Query(
         description="whether to leave only the largest region, without its holes: networks see a"
         " second lesion in hair, ink or a colour patch now and then",
+    ),
+]
+
+RejectUnfit = Annotated[
+    bool,
+    Query(
+        description="whether a picture that is likely no dermoscopic photo is refused (422),"
+        " and not only told of",
     ),
 ]
 

@@ -46,6 +46,7 @@ from tests.support.waiting import until
 
 PIXELS = lesion_photo(3).pixels
 PNG = encode_photo(PIXELS, "PNG")
+CAP = encode_photo(np.zeros((120, 160, 3), np.uint8), "PNG")
 
 Segment = Callable[..., Result]
 
@@ -170,6 +171,24 @@ def test_options_reach_the_network(server: ServerProcess, segment: Segment) -> N
         segment(server.url, PNG, model="resnet")
     with Client(server.url) as client:
         assert client.network("slsnet") == client.network()
+
+
+def test_a_picture_that_is_no_dermoscopic_photo_is_refused_if_asked(
+    server: ServerProcess, segment: Segment
+) -> None:
+    result = segment(server.url, CAP)
+    assert result.fitness is not None and result.fitness["unfit"]
+    assert result.quality is not None and result.quality["grade"] in {"good", "fair", "poor"}
+    with Client(server.url) as client:
+        for ask in (
+            lambda: segment(server.url, CAP, reject_unfit=True),
+            lambda: client.segment_as(CAP, "svg", reject_unfit=True),
+            lambda: client.segment_json(CAP, reject_unfit=True),
+        ):
+            with pytest.raises(RequestRefused, match="no dermoscopic photo"):
+                ask()
+        [refused, fit] = client.segment_many([CAP, PNG], reject_unfit=True)
+    assert isinstance(refused.error, RequestRefused) and fit.error is None
 
 
 def test_features_and_other_forms(server: ServerProcess, segment: Segment) -> None:

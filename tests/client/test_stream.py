@@ -85,8 +85,18 @@ def test_frames_get_the_masks_of_photos(server: ServerProcess, run: Run) -> None
             expected = client.segment(frame, threshold=0.4)
             assert np.array_equal(answer.result.mask, expected.mask)
             assert answer.result.lesion == expected.lesion
+            assert answer.result.quality == expected.quality
+            assert answer.result.fitness == expected.fitness
             assert answer.latency_s > 0
             assert answer.dropped == 0
+
+
+def test_frames_that_are_no_dermoscopic_photos_are_refused_if_asked(
+    server: ServerProcess, run: Run
+) -> None:
+    frames = [np.zeros((120, 160, 3), np.uint8), JPEG]
+    cap, photo = run(server.url, frames, reject_unfit=True, in_flight=1)
+    assert isinstance(cap.error, RequestRefused) and photo.error is None
 
 
 def test_frames_may_come_asynchronously(server: ServerProcess) -> None:

@@ -20,6 +20,7 @@ from server.http.answers import MaskFormat
 from server.http.parameters import (
     Clean,
     NetworkName,
+    RejectUnfit,
     Threshold,
     answer_type,
     check_names,
@@ -80,13 +81,7 @@ class MaskParameters(BaseModel):
             examples=[1],
         ),
     ] = None
-    reject_unfit: Annotated[
-        bool,
-        Query(
-            description="whether a picture that is likely no dermoscopic photo is refused (422),"
-            " and not only told of",
-        ),
-    ] = False
+    reject_unfit: RejectUnfit = False
 
     def with_fields(self, request: Request, fields: Fields) -> Self:
         """These parameters of the query, and those that came as fields of the request's form.

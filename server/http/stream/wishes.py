@@ -7,7 +7,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.websockets import WebSocket
 
 from server.http.answers import MaskFormat
-from server.http.parameters import Clean, NetworkName, Threshold, check_names, validated
+from server.http.parameters import (
+    Clean,
+    NetworkName,
+    RejectUnfit,
+    Threshold,
+    check_names,
+    validated,
+)
 from server.http.segment.masks import JSON, Asked
 from server.inference.errors import Unprocessable
 from server.settings import Settings
@@ -41,6 +48,7 @@ class Wishes(BaseModel):
         " the server's own limit means that limit",
     )
     model: NetworkName = None
+    reject_unfit: RejectUnfit = False
     frames: Literal["photo", "rgb"] = Field(
         "photo",
         description="what a frame is: a file as `/segment` takes it, or bare pixels, three bytes"
@@ -60,6 +68,7 @@ class Wishes(BaseModel):
             form="json",
             media_type=JSON,
             request_id=request_id,
+            reject_unfit=self.reject_unfit,
         )
 
     def photo_of(self, frame: bytes) -> bytes:

@@ -50,7 +50,7 @@ def test_masks_are_those_of_http(server: ServerProcess, photos: list[Sample], fo
             assert (message["type"], message["frame"]) == ("mask", number), message
             assert message["dropped"] == 0
             expected = httpx.post(f"{server.url}/segment/json{query}", content=photo).json()
-            for same in ("mask", "lesion", "image", "threshold", "clean", "model"):
+            for same in ("mask", "lesion", "image", "quality", "fitness", "clean", "model"):
                 assert message["result"][same] == expected[same]
             stages = message["result"]["timings_ms"]
             assert set(stages) == {"decode", "queue", "infer"}
@@ -108,6 +108,20 @@ def test_the_newest_frame_wins_and_a_stream_has_one_place(tmp_path: Path) -> Non
         assert [first["dropped"], last["dropped"]] == [48, 48]
         assert said(other)["dropped"] == 0
         until(lambda: frames(server, "200") == before + 3)
+
+
+def test_a_frame_that_is_no_dermoscopic_photo_is_told_of_or_refused(server: ServerProcess) -> None:
+    cap = encode_photo(np.zeros((120, 160, 3), np.uint8))
+    with stream(server) as session:
+        session.send(cap)
+        assert said(session)["result"]["fitness"]["unfit"]
+    with stream(server, "?reject_unfit=true") as session:
+        session.send(cap)
+        error = said(session)
+        assert (error["frame"], error["error"]["status"]) == (1, 422)
+        assert "no dermoscopic photo" in error["error"]["detail"]
+        session.send(JPEG)
+        assert not said(session)["result"]["fitness"]["unfit"]
 
 
 def test_a_late_frame_is_told(tmp_path: Path) -> None:
