@@ -125,7 +125,7 @@ class Segmenter:
 
     async def __del__(self) -> None:
         """End: Serve has waited for accepted requests, and sends no more."""
-        self._service.begin_drain()
+        self._service.drain.begin()
         await self._lifespan.shutdown()
 
 

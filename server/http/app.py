@@ -209,7 +209,7 @@ def _in_context(app: ASGIApp, service: Service, shared: bool, record: Record | N
     context = RequestContext(
         app,
         service.metrics,
-        lambda: service.draining,
+        lambda: service.drain.begun,
         encrypted=settings.tls_cert is not None,
         shared=shared,
         record=record,

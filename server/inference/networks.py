@@ -64,6 +64,14 @@ class Networks:
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
 
+    def waiting(self, *, bulk: bool) -> int:
+        """Photos that wait for any network, or to be decoded for it."""
+        return sum(served.waiting(bulk=bulk) for served in self)
+
+    def longest_wait_s(self) -> float:
+        """The longest time that a photo which waits has waited up to now."""
+        return max(served.longest_wait_s() for served in self)
+
     def idle_s(self) -> float:
         """Seconds since any network last ran a photo, or came into use."""
         return min(served.idle_s() for served in self)

@@ -1,17 +1,25 @@
-"""Proves a backend before it serves: it has to run and answer correctly. Its speed is measured."""
+"""Proves a backend before it serves: it has to run and answer correctly. Its speed is measured.
+
+The table of quality and the detector beside its file have to be those of its weights.
+"""
 
 import asyncio
 import math
 import time
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from common.stamp import ANSWERS, StampError, difference_from
+from photos.fitness import Detector
 from photos.image import MODEL_SIZE
+from photos.quality import QualityTable
 from server.backends import Backend, BackendError
+from server.backends.model_file import read_detector, read_quality
 
-__all__ = ["proved"]
+__all__ = ["Proved", "proved"]
 
 # The largest difference in probability from the answers at export. bfloat16 and float16 stay within
 # a tenth of it; the masks of int8 are checked when the engine is built.
@@ -19,21 +27,32 @@ _MOST_DIFFERENCE = 0.05
 _MOST_DIFFERENCE_INT8 = 0.25
 
 
-async def proved(backend: Backend, pool: Executor) -> float:
+@dataclass(frozen=True)
+class Proved:
+    """What was found out about a backend that works."""
+
+    seconds_an_image: float
+    """For a photo, while as many run as can at the same time."""
+    quality: QualityTable | None
+    detector: Detector | None
+
+
+async def proved(backend: Backend, file: Path, pool: Executor) -> Proved:
     """Warm `backend` up and try it, in a thread of `pool`; close it if that fails.
 
-    Returns:
-        Seconds for a photo, while as many run as can at the same time.
+    Args:
+        file: that it was loaded from.
 
     Raises:
-        BackendError: its answers are no probabilities, or differ from those stored in its file.
+        BackendError: its answers are no probabilities, or differ from those stored in its file; or
+            the table of quality or the detector is not its own.
     """
-    proving = asyncio.get_running_loop().run_in_executor(pool, _prove, backend)
+    proving = asyncio.get_running_loop().run_in_executor(pool, _prove, backend, file)
     try:
         return await asyncio.shield(proving)
     except asyncio.CancelledError:
 
-        def close(proved: asyncio.Future[float]) -> None:
+        def close(proved: asyncio.Future[Proved]) -> None:
             if not proved.cancelled():
                 proved.exception()
             backend.close()
@@ -46,7 +65,13 @@ async def proved(backend: Backend, pool: Executor) -> float:
         raise
 
 
-def _prove(backend: Backend) -> float:
+def _prove(backend: Backend, file: Path) -> Proved:
+    seconds_an_image = _pace(backend)
+    network = backend.describe()
+    return Proved(seconds_an_image, read_quality(file, network), read_detector(file, network))
+
+
+def _pace(backend: Backend) -> float:
     backend.warm_up()
     image = np.zeros((1, MODEL_SIZE, MODEL_SIZE, 3), np.uint8)
     slots = backend.describe().slots

@@ -5,14 +5,13 @@ import logging
 import math
 from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
-from server.backends import Backend, BackendError, BackendInfo
-from server.backends.model_file import read_detector, read_quality
+from server.backends import Backend, BackendInfo
 from server.inference.admission import Gate
 from server.inference.batching import Batcher
 from server.inference.budgets import PixelBudget
-from server.inference.errors import GoingDown
+from server.inference.drain import Drain
 from server.inference.networks import Networks
 from server.inference.proving import proved
 from server.inference.served import Network, Served
@@ -23,8 +22,6 @@ from server.settings import Settings
 
 __all__ = ["Service"]
 
-Result = TypeVar("Result")
-
 log = logging.getLogger("slsnet.service")
 
 
@@ -34,8 +31,7 @@ class Service:
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings = settings
         self.metrics = metrics
-        self._draining = False
-        self._giving_up = asyncio.Event()
+        self.drain = Drain()
         self.gate = Gate(settings)
         self.pixels = PixelBudget(settings.max_pixels_decoding)
         """Pixels of photos being decoded, and of probabilities being enlarged to a photo's size."""
@@ -54,36 +50,17 @@ class Service:
         metrics.observe(metrics.admitted, lambda: gate.admitted)
         for priority, bulk in (("interactive", False), ("bulk", True)):
             depth = metrics.queue_depth.labels(priority)
-            metrics.observe(depth, partial(self._waiting, bulk))
+            metrics.observe(depth, partial(networks.waiting, bulk=bulk))
             expected = metrics.expected_wait_seconds.labels(priority)
             metrics.observe(expected, partial(gate.wait_s, bulk=bulk))
-        metrics.observe(metrics.queue_age_seconds, self._longest_wait_s)
+        metrics.observe(metrics.queue_age_seconds, networks.longest_wait_s)
         for served in networks:
             served.observe(metrics)
-
-    def _waiting(self, bulk: bool) -> int:
-        return sum(served.waiting(bulk=bulk) for served in self.networks)
-
-    def _longest_wait_s(self) -> float:
-        return max(served.longest_wait_s() for served in self.networks)
-
-    @property
-    def draining(self) -> bool:
-        """Whether the server is about to stop, and wants no more requests."""
-        return self._draining
-
-    def begin_drain(self) -> None:
-        """Want no more requests; those that come nevertheless are served."""
-        self._draining = True
-
-    def give_up(self) -> None:
-        """Let requests with several photos wait no longer: the drain's time is nearly up."""
-        self._giving_up.set()
 
     @property
     def is_ready(self) -> bool:
         """Whether the default network is warm and works, and the server does not drain."""
-        return self.networks.default.works and not self.draining
+        return self.networks.default.works and not self.drain.begun
 
     @property
     def backend(self) -> BackendInfo:
@@ -102,8 +79,7 @@ class Service:
             Unavailable: it is being loaded or fails, or the server drains.
         """
         self.networks.named(network).check_works()
-        if self.draining:
-            raise GoingDown(_GOING_DOWN)
+        self.drain.check()
 
     async def use(
         self,
@@ -123,29 +99,22 @@ class Service:
                 the previous one goes on.
         """
         served = served or self.networks.default
-        seconds_an_image = await proved(backend, self.threads.interactive)
-        try:
-            network = served.file, backend.describe()
-            quality = await self.threads.run(read_quality, *network)
-            detector = await self.threads.run(read_detector, *network)
-        except BackendError:
-            backend.close()
-            raise
+        found = await proved(backend, served.file, self.threads.interactive)
         batcher = Batcher(
             backend,
             self.metrics,
             max_batch=self.settings.max_batch,
             max_wait_ms=self.settings.max_wait_ms,
             on_failing=on_failing,
-            quality=quality,
-            detector=detector,
+            quality=found.quality,
+            detector=found.detector,
             name=served.name,
         )
         info = batcher.info
         self.metrics.serves(served.name, info)
         runs = (served.name, info.name, info.version, info.device, info.precision)
         log.info("ready: %s by %s %s on %s, %s", *runs)
-        await self.take(served, batcher, seconds_an_image)
+        await self.take(served, batcher, found.seconds_an_image)
 
     async def take(
         self, served: Served, network: Network, seconds_an_image: float, sharers: int = 1
@@ -191,25 +160,3 @@ class Service:
         """Finish what was accepted, then end the threads and close the backend."""
         await self.networks.close()
         self.threads.close()
-
-    async def unless_given_up(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """The result of `work`, if the drain's time suffices; see `give_up`.
-
-        Raises:
-            GoingDown: it does not.
-        """
-        doing = asyncio.ensure_future(work)
-        giving_up = asyncio.ensure_future(self._giving_up.wait())
-        try:
-            await asyncio.wait((doing, giving_up), return_when=asyncio.FIRST_COMPLETED)
-            if not doing.done():
-                raise GoingDown(_GOING_DOWN)
-            return await doing
-        finally:
-            doing.cancel()
-            giving_up.cancel()
-            # Its exception's traceback has this frame: the two would keep each other, and a photo.
-            del doing
-
-
-_GOING_DOWN = "The server is going down: send requests to another one."

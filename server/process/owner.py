@@ -44,7 +44,7 @@ class _Owner:
 
     def end(self) -> None:
         """Let no network serve any longer than workers need it."""
-        self._service.begin_drain()
+        self._service.drain.begin()
         self._ended.set()
 
     def reload(self) -> None:

@@ -100,14 +100,14 @@ class _Server(uvicorn.Server):
             )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        if self._service.draining:
+        if self._service.drain.begun:
             os._exit(128 + sig)
         self._drain()
 
     def _drain(self) -> None:
-        if self._service.draining:
+        if self._service.drain.begun:
             return
-        self._service.begin_drain()
+        self._service.drain.begin()
         grace_s = self._service.settings.drain_grace_s
         self._loop.call_soon_threadsafe(self._loop.call_later, grace_s, self._stop)
 
@@ -214,7 +214,7 @@ class _Server(uvicorn.Server):
         await asyncio.sleep(_LAST_REQUESTS_S)
         timeout_s = self._service.settings.drain_timeout_s
         give_up_s = max(timeout_s - _LAST_ANSWERS_S, timeout_s / 2)
-        self._loop.call_later(give_up_s, self._service.give_up)
+        self._loop.call_later(give_up_s, self._service.drain.give_up)
         if self._grpc is not None:
             # Uvicorn waits for it, as for a request, before it closes the service.
             stopping = self._loop.create_task(self._grpc.stop(timeout_s))

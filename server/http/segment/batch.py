@@ -205,7 +205,7 @@ class _Answers:
             media_type = MEDIA_TYPES.get(self._asked.form, PNG)
         status = HTTPStatus.OK
         try:
-            answer = await self._service.unless_given_up(self._segment(part, held))
+            answer = await self._service.drain.unless_given_up(self._segment(part, held))
         except ClientGone:
             raise
         except Problem as problem:

@@ -54,13 +54,13 @@ def stream_router(service: Service, version: str) -> APIRouter:
                 await websocket.send_text(ready.model_dump_json())
                 session = Session(service, websocket, wishes)
                 await session.run()
-                if service.draining:
+                if service.drain.begun:
                     service.check_ready()
         except WebSocketDisconnect:
             pass
         except Problem as problem:
             dropped = session.dropped if session else 0
-            code = _RESTARTS if session and service.draining else None
+            code = _RESTARTS if session and service.drain.begun else None
             await end_stream(websocket, problem, code=code, dropped=dropped)
 
     @router.get("/stream")

@@ -116,7 +116,7 @@ class Session:
                     f"No frame came for {idle_s} s. Open another stream when there are frames."
                 ) from None
             if message["type"] == "websocket.disconnect":
-                if not self._service.draining:
+                if not self._service.drain.begun:
                     self._gone.set()
                 return
             data = message.get("bytes")
@@ -167,7 +167,7 @@ class Session:
                 continue
             status = await self._answer(frame)
             self._service.metrics.stream_frames.labels(str(int(status))).inc()
-            if self._service.draining:
+            if self._service.drain.begun:
                 return
             if status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
                 await asyncio.sleep(_PAUSE_S)

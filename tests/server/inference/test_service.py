@@ -178,7 +178,7 @@ def test_what_is_wrong_with_a_photo_does_not_keep_it() -> None:
                 await work.segment()
 
         try:
-            await service.unless_given_up(segment())
+            await service.drain.unless_given_up(segment())
         except UnsupportedType:
             assert bodies() == 1
         # The loop's own references go with its next turn, the thread's before its next work.
