@@ -70,6 +70,8 @@ def seeds() -> list[bytes]:
     deep = grey.astype(np.uint16) << 4
     made.append(dicom_bytes(deep, BitsStored=12, HighBit=11, WindowCenter=2000, WindowWidth=3000))
     made.append(dicom_bytes(deep, "rle", PixelSpacing=[0.1, 0.1]))
+    for twelve in (deep, pixels.astype(np.uint16) << 4):
+        made.append(dicom_bytes(twelve, "jpeg-12", BitsStored=12, HighBit=11))
     return made
 
 

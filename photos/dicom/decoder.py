@@ -17,8 +17,13 @@ from PIL import Image
 from pydicom import uid
 from pydicom.dataset import FileDataset
 from pydicom.encaps import get_frame
-from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi_lut
-from pydicom.pixels.utils import pixel_array
+from pydicom.pixels.decoders.base import get_decoder
+from pydicom.pixels.processing import (
+    apply_color_lut,
+    apply_modality_lut,
+    apply_voi_lut,
+    convert_color_space,
+)
 
 from photos.dicom.header import Header, Refusal, header, parsed
 from photos.formats import jpeg_frame
@@ -91,16 +96,17 @@ def picture(dataset: FileDataset, found: Header, least: int | None = None) -> Im
         coded = _coded(dataset, found)
         if coded is not None and _is_plain_jpeg(dataset):
             return _plain_jpeg(coded, found, least)
-        stored = pixel_array(dataset, index=found.frame - 1)
+        stored, colours = _samples(dataset, found)
         if stored.shape[:2] != (found.rows, found.columns):
             raise ValueError("the pixels have another size than the header says")
-        colours = str(dataset.PhotometricInterpretation)
         if colours == "PALETTE COLOR":
             stored = _eight_bits(apply_color_lut(stored, dataset))
         elif colours.startswith("MONOCHROME"):
             stored = _grey(stored, dataset)
         elif stored.dtype != np.uint8 or int(dataset.BitsStored) < 8:
             stored = _scaled(stored, 0, (1 << int(dataset.BitsStored)) - 1)
+        if colours.startswith("YBR"):
+            stored = convert_color_space(stored, "YBR_FULL", "RGB")
         return Image.fromarray(stored).convert("RGB")
     except MemoryError:
         raise
@@ -110,6 +116,21 @@ def picture(dataset: FileDataset, found: Header, least: int | None = None) -> Im
             " way than its header says): send the original object again, or save the photo as JPEG"
             " or PNG."
         ) from error
+
+
+def _samples(dataset: FileDataset, found: Header) -> tuple[NDArray[Any], str]:
+    """The samples of the frame, and what they are: its photometric interpretation by now."""
+    syntax, bits = dataset.file_meta.TransferSyntaxUID, int(dataset.BitsStored)
+    if syntax == uid.JPEGExtended12Bit and bits > 8:
+        # pydicom gives these to a decoder under the GPL alone. GDCM decodes them too, and goes by
+        # the JPEG itself.
+        dataset.file_meta.TransferSyntaxUID = syntax = uid.JPEGLosslessSV1
+    # pydicom makes RGB of 8 bits only.
+    is_deep = int(dataset.BitsAllocated) > 8
+    # Each option is annotated as all of them.
+    as_rgb: Any = not is_deep
+    stored, said = get_decoder(syntax).as_array(dataset, index=found.frame - 1, as_rgb=as_rgb)
+    return stored, str(said["photometric_interpretation"])
 
 
 def _is_plain_jpeg(dataset: FileDataset) -> bool:

@@ -95,14 +95,17 @@ def parsed(data: bytes) -> FileDataset:
     """
     warnings.simplefilter("ignore")
     config.settings.reading_validation_mode = config.IGNORE
+    damaged = "The DICOM file does not parse (damaged, or cut off): send the original object again."
     try:
-        return pydicom.dcmread(BytesIO(data))
+        dataset = pydicom.dcmread(BytesIO(data))
     except MemoryError:
         raise
     except Exception as error:
-        raise Refusal(
-            "The DICOM file does not parse (damaged, or cut off): send the original object again."
-        ) from error
+        raise Refusal(damaged) from error
+    if not dataset:
+        # It is so if the file ends within compressed pixels.
+        raise Refusal(damaged)
+    return dataset
 
 
 def header(dataset: FileDataset, frame: int | None) -> Header:
@@ -201,12 +204,6 @@ def _check_pixels(dataset: FileDataset) -> None:
         raise Refusal(
             f"The DICOM object has {stored} bits stored in {allocated}, which is not read: send one"
             " of 8 or 16 bits a sample."
-        )
-    if dataset.file_meta.TransferSyntaxUID == uid.JPEGExtended12Bit and stored > 8:
-        raise Refusal(
-            f"The DICOM object holds a JPEG of {stored}-bit samples, which is not read: ask its"
-            " archive for Explicit VR Little Endian.",
-            is_kind=True,
         )
 
 

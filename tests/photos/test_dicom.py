@@ -119,6 +119,50 @@ def test_every_way_to_store_colours_is_read() -> None:
     assert_looks_like(decoded(deep), PIXELS, 1)
 
 
+def test_luminance_and_chroma_of_more_than_8_bits_give_colours() -> None:
+    ycbcr = np.asarray(Image.fromarray(PIXELS).convert("YCbCr")).astype(np.uint16)
+    for way in ("native", "implicit"):
+        sixteen = dicom_bytes(ycbcr * 257, way, PhotometricInterpretation="YBR_FULL")
+        assert_looks_like(decoded(sixteen), PIXELS, 1)
+    twelve = dicom_bytes(
+        ycbcr << 4 | 8, PhotometricInterpretation="YBR_FULL", BitsStored=12, HighBit=11
+    )
+    assert_looks_like(decoded(twelve), PIXELS, 1.5)
+
+
+def test_jpeg_of_12_bits_is_read() -> None:
+    bits = {"BitsStored": 12, "HighBit": 11}
+    for pixels in (PIXELS, GREY):
+        deep = pixels.astype(np.uint16) << 4 | 8
+        assert_looks_like(decoded(dicom_bytes(deep, "jpeg-12", **bits)), pixels, 1.5)
+    inverted = dicom_bytes(
+        4095 - (GREY.astype(np.uint16) << 4),
+        "jpeg-12",
+        PhotometricInterpretation="MONOCHROME1",
+        **bits,
+    )
+    assert_looks_like(decoded(inverted), GREY, 1.5)
+    # The limits of the process suffice.
+    found = read_photo(dicom_bytes(PIXELS.astype(np.uint16) << 4, "jpeg-12", **bits))
+    assert (found.width, found.height) == (160, 120)
+
+
+def test_jpeg_of_12_bits_that_is_not_what_its_header_says_is_refused() -> None:
+    from photos.dicom.header import Refusal
+
+    deep = GREY.astype(np.uint16) << 4
+    bits = {"BitsStored": 12, "HighBit": 11}
+    good = dicom_bytes(deep, "jpeg-12", **bits)
+    for broken in (
+        good.replace(b"\xff\xc1", b"\xff\xc3"),
+        good[: int(0.7 * len(good))],
+        dicom_bytes(deep, "jpeg-12", Rows=60, **bits),
+        dicom_bytes(GREY, "jpeg-extended", BitsAllocated=16, **bits),
+    ):
+        with pytest.raises(Refusal, match=r"do not decode|not parse"):
+            decoded(broken)
+
+
 def test_a_palette_gives_its_colours() -> None:
     image = Image.fromarray(PIXELS).quantize(200)
     palette = np.zeros((256, 3), np.uint16)
@@ -263,10 +307,11 @@ def with_syntax(data: bytes, own: str, other: str) -> bytes:
     return changed[:140] + struct.pack("<I", length + len(changed) - len(data)) + changed[144:]
 
 
+@pytest.mark.parametrize("way", ["native", "jpeg"])
 @pytest.mark.parametrize("share", [0.2, 0.9])
-def test_a_truncated_one_is_refused(share: float) -> None:
-    data = dicom_bytes(PIXELS)
-    with pytest.raises(CorruptImageError, match="DICOM"):
+def test_a_truncated_one_is_refused(way: str, share: float) -> None:
+    data = dicom_bytes(PIXELS, way)
+    with pytest.raises(CorruptImageError, match=r"DICOM.* (damaged|cut off)"):
         read_photo(data[: int(share * len(data))])
 
 

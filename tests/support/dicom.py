@@ -87,7 +87,10 @@ def saved(found: "Dataset") -> bytes:
 
 
 def dicom_bytes(pixels: NDArray[Any], way: str = "native", **attributes: Any) -> bytes:
-    """The bytes of `dicom_photo`, with the pixels stored in one of `WAYS`."""
+    """The bytes of `dicom_photo`, with the pixels stored in one of `WAYS`.
+
+    Or in "jpeg-12", which is for uint16 with BitsStored=12.
+    """
     from pydicom import uid
 
     found = dicom_photo(pixels, **attributes)
@@ -136,6 +139,12 @@ def _encapsulate(found: "Dataset", pixels: NDArray[Any], way: str) -> None:
         imagecodecs = pytest.importorskip("imagecodecs")
         coded = imagecodecs.ljpeg_encode(pixels)
         found.file_meta.TransferSyntaxUID = uid.JPEGLosslessSV1
+    elif way == "jpeg-12":
+        imagecodecs = pytest.importorskip("imagecodecs")
+        coded = bytes(imagecodecs.jpeg8_encode(pixels, level=95, bitspersample=12))
+        found.file_meta.TransferSyntaxUID = uid.JPEGExtended12Bit
+        if is_colour:
+            found.PhotometricInterpretation = "YBR_FULL"
     elif way.startswith("jpeg2000"):
         is_lossy = way == "jpeg2000-lossy"
         options: dict[str, Any] = {"irreversible": is_lossy, "no_jp2": True, "mct": is_colour}
