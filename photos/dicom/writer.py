@@ -82,6 +82,10 @@ _SCHEME = CodingSchemeIdentificationItem(
     "99SLSNET", name="SLSNet Server's own codes", responsible_organization=_MAKER
 )
 
+# A photo shows a surface. But highdicom reads no size of pixels without a thickness, and the
+# standard allows no zero.
+_THICKNESS_MM = 0.001
+
 # Those of the other frames; and highdicom would look for planes in space, which photos do not have.
 _NOT_OF_PHOTOS = (
     "PixelData",
@@ -227,14 +231,17 @@ class Results:
         # highdicom would take a frame of several for a plane in space.
         one = copy.deepcopy(self._source)
         one.SOPClassUID = SecondaryCaptureImageStorage
-        # highdicom would write it, and does not read it again without a thickness of slices.
+        # It is taken from wherever the photo has it.
         if "PixelSpacing" in one:
             del one.PixelSpacing
+        spacing = self._found.spacing
+        measures = spacing and hd.PixelMeasuresSequence(spacing, slice_thickness=_THICKNESS_MM)
         made = hd.seg.Segmentation(
             source_images=[one],
             pixel_array=lesion,
             segmentation_type=kind,
             segment_descriptions=[segment],
+            pixel_measures=measures,
             content_label="LESION" if name == "seg" else "PROBABILITY",
             content_description=f"Skin lesion by {_MAKER}: {name}",
             series_description=f"{_MAKER} {'mask' if name == 'seg' else name}",

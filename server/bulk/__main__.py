@@ -82,6 +82,12 @@ def _parser() -> argparse.ArgumentParser:
         help=f"write {COCO}, one COCO data set of all photos that have a mask, with --also coco",
     )
     parser.add_argument(
+        "--frame",
+        type=int,
+        metavar="N",
+        help="which frame of each photo, from 1: for DICOM objects that have several",
+    )
+    parser.add_argument(
         "--ray",
         metavar="ADDRESS",
         help="of a Ray cluster to run on (requirements-ray.txt): auto, HOST:PORT, or local; every"
@@ -109,7 +115,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         also = forms(given.pop("also") + (f",{Form.COCO}" if coco else ""))
     except ValueError as error:
         parser.error(f"--also: {error}")
-    options = Options(given.pop("threshold"), given.pop("clean"), ",".join(also))
+    frame = given.pop("frame")
+    if frame is not None and frame < 1:
+        parser.error(f"--frame counts from 1, got {frame}")
+    options = Options(given.pop("threshold"), given.pop("clean"), ",".join(also), frame or 0)
     address, gpus = given.pop("ray"), given.pop("ray_gpus")
     if not 0 <= options.threshold <= 1:
         parser.error(f"--threshold is a probability, 0 to 1, got {options.threshold:g}")

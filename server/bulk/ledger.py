@@ -29,6 +29,9 @@ STATE = "state.sqlite"
 
 _VERSION = 2
 
+# What settings were in versions that did not know them: masks alone, of the only frame.
+_FORMERLY: dict[str, Any] = {"also": "", "frame": 0}
+
 # Photos listed in one transaction: one for each is slow, and a single one for all would need their
 # whole size again in the journal.
 _AT_ONCE = 10_000
@@ -217,8 +220,8 @@ class Ledger:
         """
         for name, value in wanted.items():
             found = self._get(name)
-            if name == "also" and found is None and self._get("source") is not None:
-                found = ""  # a version that wrote masks alone
+            if found is None and self._get("source") is not None:
+                found = _FORMERLY.get(name)
             if found is not None and found != value:
                 raise BulkError(
                     f"{self.folder} has results for {name} {_told(found)}, and this run is for"

@@ -42,6 +42,8 @@ class Options:
     """Whether only the largest region is left, without its holes."""
     also: str = ""
     """Forms of files to write beside the mask, as `photos.forms.forms` reads them."""
+    frame: int = 0
+    """Which one of each DICOM object, from 1; 0 for the only one."""
 
 
 class Segmenter:
@@ -126,7 +128,12 @@ class Segmenter:
                 os.scandir(path).close()
             raise OSError(0, "no file")
         data = self._bytes(path)
-        photo = read_photo(data, max_pixels=settings.max_pixels, room=self._pixels.room)
+        photo = read_photo(
+            data,
+            max_pixels=settings.max_pixels,
+            room=self._pixels.room,
+            frame=self._options.frame or None,
+        )
         return photo, time.perf_counter() - started
 
     def _bytes(self, path: Path) -> bytes:
@@ -158,6 +165,7 @@ class Segmenter:
             *(probability, width, height, self._options.threshold),
             clean=self._options.clean,
             pixels=photo.pixels,
+            frame=self._options.frame or None,
         )
         lesion = found.lesion
         try:

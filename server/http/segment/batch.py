@@ -23,7 +23,7 @@ from server.http.answers import MaskFormat
 from server.http.parameters import TimeoutMs, only_known
 from server.http.problems import PROBLEM_JSON, document, told
 from server.http.segment.items import Item, Lines, body_of
-from server.http.segment.masks import JSON, MEDIA_TYPES, PNG, Asked, Encoded, encoded
+from server.http.segment.masks import JSON, Asked, Encoded, encoded
 from server.http.segment.parameters import MIXED, BatchJsonParameters, BatchParameters
 from server.http.segment.reference import BATCH_BODY, BATCH_JSON_RESPONSES, BATCH_RESPONSES
 from server.http.uploads import Part, read_parts
@@ -192,7 +192,9 @@ class _Answers:
     def _most_at_work(self) -> int:
         asked, info = self._asked, self._many.network.current.info
         holds_samples = sample_bytes(asked.mask) > 0
-        if asked.original and (holds_samples or asked.mask is MaskFormat.PROBABILITIES):
+        if "probability" in asked.objects or (
+            asked.original and (holds_samples or asked.mask is MaskFormat.PROBABILITIES)
+        ):
             # Such answers can be larger than photos, so only one is held at a time.
             return 1
         # One more, since the batcher may begin one before a slot is free.
@@ -200,9 +202,7 @@ class _Answers:
 
     async def _answer(self, index: int, part: Part, held: contextlib.ExitStack) -> bytes:
         """The bytes of the answer to one photo."""
-        media_type = JSON
-        if self._asked.media_type == MIXED:
-            media_type = MEDIA_TYPES.get(self._asked.form, PNG)
+        media_type = self._asked.file_type if self._asked.media_type == MIXED else JSON
         status = HTTPStatus.OK
         try:
             answer = await self._service.drain.unless_given_up(self._segment(part, held))
@@ -232,6 +232,7 @@ class _Answers:
             raise part.photo
         stages = Stages()
         with part.photo, Body(part.photo.data if self._asked.needs_photo else b"") as drawn:
+            self._asked.check(part.photo.data)
             async with self._many.work(part.photo, stages) as work, self._service.bulk_photos:
                 segmentation = await work.segment(frame=lambda: self._asked.frame)
                 answer = await encoded(work, segmentation, self._asked, drawn, held)

@@ -87,6 +87,13 @@ class Asked:
     """Between several objects."""
 
     @property
+    def file_type(self) -> str:
+        """Media type of a photo's answer that is a file."""
+        if self.boundary:
+            return f'multipart/related; type="{DICOM}"; boundary={self.boundary}'
+        return MEDIA_TYPES.get(self.form, PNG)
+
+    @property
     def needs_photo(self) -> bool:
         """Whether the photo's bytes are needed until the answer is made."""
         held = self.mask if self.form == "json" else self.form

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, WithJsonSchema
 from pydantic.json_schema import SkipJsonSchema
 from starlette.datastructures import Headers
 
-from photos.archived import names_of
+from photos.archived import OBJECTS, names_of
 from photos.forms import Form, sample_bytes
 from photos.image import THRESHOLD
 from server.http.answers import MaskFormat
@@ -27,7 +27,7 @@ from server.http.parameters import (
     validated,
 )
 from server.http.segment.masks import DICOM_FORM, JSON, MEDIA_TYPES, PNG, Asked
-from server.http.uploads import DICOM, Fields
+from server.http.uploads import Fields
 from server.inference.errors import Unprocessable
 
 __all__ = [
@@ -124,7 +124,6 @@ class _WithFormat(MaskParameters):
         ]
         | None
     ) = None
-    objects: Annotated[str, AfterValidator(lambda text: ",".join(names_of(text)))] = "seg"
 
 
 class JsonParameters(MaskParameters):
@@ -188,25 +187,38 @@ class JsonParameters(MaskParameters):
         return next((f"{name}=true" for name in ("borders", "features") if getattr(self, name)), "")
 
 
-class SegmentParameters(JsonParameters, _WithFormat):
-    """Those of `/segment`, whose answer may have any form."""
+class _WithObjects(JsonParameters):
+    objects: Annotated[
+        Annotated[str, AfterValidator(lambda text: ",".join(names_of(text)))]
+        | SkipJsonSchema[None],
+        Query(
+            description=f"with commas between, what a DICOM answer has: {', '.join(OBJECTS)};"
+            " default: seg",
+            examples=["seg,sr"],
+        ),
+    ] = None
 
     def asked(self, request: Request) -> Asked:
         """As of all paths; and the objects of a DICOM answer."""
         asked = super().asked(request)
         if asked.form != DICOM_FORM:
-            if "objects" in self.model_fields_set:
+            if self.objects is not None:
                 raise Unprocessable(
                     f"objects={self.objects} is for format=dicom, which is not asked for: leave it"
                     " out, or ask for that."
                 )
             return asked
-        names = names_of(self.objects)
-        if len(names) == 1:
-            return replace(asked, objects=names)
-        boundary = uuid.uuid4().hex
-        media_type = f'multipart/related; type="{DICOM}"; boundary={boundary}'
-        return replace(asked, objects=names, media_type=media_type, boundary=boundary)
+        names = names_of(self.objects or "seg")
+        return replace(asked, objects=names, boundary=uuid.uuid4().hex if len(names) > 1 else "")
+
+
+class SegmentParameters(_WithObjects, _WithFormat):
+    """Those of `/segment`, whose answer may have any form."""
+
+    def asked(self, request: Request) -> Asked:
+        """As of all paths; the answer is the photo's own."""
+        asked = super().asked(request)
+        return replace(asked, media_type=asked.file_type) if asked.boundary else asked
 
     def _media_type(self, headers: Headers) -> str:
         json_for = self._json_for()
@@ -235,15 +247,28 @@ class BatchJsonParameters(JsonParameters):
     ] = False
 
 
-class BatchParameters(BatchJsonParameters):
+class BatchParameters(_WithObjects, BatchJsonParameters):
     """Those of `/segment/batch`, whose parts may be files of any form."""
 
+    format: Annotated[
+        Literal["dicom"] | SkipJsonSchema[None],
+        Query(
+            description="`dicom` answers multipart/mixed with DICOM objects for each photo, all of"
+            " which have to be DICOM; other files are values of `mask`",
+            examples=["dicom"],
+        ),
+    ] = None
+
     def _media_type(self, headers: Headers) -> str:
+        if self.format == DICOM_FORM:
+            return answer_type(headers, (MIXED,), self._json_for())
         is_file = self.mask in MEDIA_TYPES and not self.features and not self.borders
         return answer_type(headers, _BATCH_TYPES, "" if is_file else self._json_for())
 
     def _form(self, media_type: str) -> str:
-        return str(self.mask) if media_type == MIXED else "json"
+        if media_type != MIXED:
+            return "json"
+        return self.format or str(self.mask)
 
 
 def _is_original(size: str | None, form: str) -> bool:

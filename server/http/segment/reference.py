@@ -117,8 +117,8 @@ BATCH_RESPONSES: dict[int | str, dict[str, Any]] = {
         "description": "One answer for each photo, in the order in which they get done: a line of"
         " JSON, such as the items of what `POST /segment/batch/json` answers, or, if `Accept`"
         " prefers multipart/mixed, a part with the mask as PNG, or as another form of file that"
-        " `mask` names (or a problem document), and the headers Item-Index, Item-Name"
-        " (percent-encoded) and Item-Status; with file_names,"
+        " `mask` names, or for format=dicom as DICOM (or a problem document), and the headers"
+        " Item-Index, Item-Name (percent-encoded) and Item-Status; with file_names,"
         " Item-File-Name (percent-encoded) too, and Mask-Quality and Photo-Fitness where they are"
         " known.",
         "headers": HEADERS,

@@ -178,6 +178,27 @@ def test_dicom_lies_among_photos(tmp_path: Path) -> None:
     assert "2 frames" in lines["frames.dcm"]["error"]
 
 
+def test_a_frame_of_each_dicom_object(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    needs_dicom()
+    archive = tmp_path / "archive"
+    pixels = np.asarray(Image.open(BytesIO(drawn_photo(3, 160, 120, "PNG"))))
+    frames = np.stack([np.full_like(pixels, 220), pixels])
+    write(archive / "frames.dcm", dicom_bytes(frames, kind="1.2.840.10008.5.1.4.1.1.7.4"))
+    assert bulk(archive, tmp_path / "second", "--frame", "2", "--also", "overlay-png") == 0
+    write(archive / "same.png", drawn_photo(3, 160, 120, "PNG"))
+    assert bulk(archive, tmp_path / "without", "--also", "overlay-png") == 1
+    same = table(tmp_path / "without")["same.png"]
+    assert table(tmp_path / "second")["frames.dcm"]["area"] == same["area"]
+    drawn = (tmp_path / "second/also/frames_overlay.png").read_bytes()
+    assert drawn == (tmp_path / "without/also/same_overlay.png").read_bytes()
+    capfd.readouterr()
+    # Another frame is another run, also of results that came before there were frames.
+    assert bulk(archive, tmp_path / "without", "--also", "overlay-png", "--frame", "2") == 2
+    assert "frame 0" in capfd.readouterr().err
+    assert bulk(archive, tmp_path / "third", "--frame", "2") == 1
+    assert "frame=2 is for DICOM" in table(tmp_path / "third")["same.png"]["error"]
+
+
 def test_a_coco_data_set_of_all_photos(archive: Path, tmp_path: Path) -> None:
     results = tmp_path / "results"
     write(archive / "a/no photo.jpg", b"none")

@@ -114,6 +114,29 @@ def test_segmentations_have_the_mask_and_say_what_made_it(
     assert np.abs(values.astype(int) - levels).max() <= 1
 
 
+@pytest.mark.parametrize(
+    "keyword", ["PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing"]
+)
+def test_segmentations_have_the_size_of_the_photos_pixels(
+    server: ServerProcess, tmp_path: Path, keyword: str
+) -> None:
+    import highdicom
+
+    size: dict[str, Any] = {keyword: [0.0512345678, 0.025]}
+    photo = dicom_bytes(PIXELS, **size)
+    answer = ask(server, "format=dicom&objects=seg,probability", photo).raise_for_status()
+    for content in parts(answer):
+        assert_valid(content, tmp_path)
+        found = highdicom.seg.segread(BytesIO(content))
+        (measures,) = found.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence
+        assert list(measures.PixelSpacing) == [0.0512345678, 0.025]
+
+
+def test_a_segmentation_of_a_photo_without_a_size_has_none(server: ServerProcess) -> None:
+    answer = ask(server, "format=dicom", dicom_bytes(PIXELS, PixelSpacing=[0, 0]))
+    assert "PixelSpacing" not in str(read(answer.raise_for_status().content))
+
+
 def test_the_overlay_is_the_photo_with_the_outline(
     objects: dict[str, bytes], server: ServerProcess
 ) -> None:
@@ -171,6 +194,63 @@ def test_a_frame_of_several_is_named(server: ServerProcess, tmp_path: Path) -> N
     (image,) = read(seg).SourceImageSequence
     assert (image.ReferencedSOPClassUID, image.ReferencedFrameNumber) == (TRUE_COLOUR, 2)
     assert read(overlay).SourceImageSequence[0].ReferencedFrameNumber == 2
+
+
+def batch(server: ServerProcess, query: str, photos: list[bytes]) -> httpx.Response:
+    files = [("file", photo) for photo in photos]
+    return httpx.post(f"{server.url}/segment/batch?{query}", files=files)
+
+
+def items(answer: httpx.Response) -> dict[int, email.message.Message]:
+    """The parts of a batch's answer by the index of their photo."""
+    head = f"Content-Type: {answer.headers['Content-Type']}\r\n\r\n".encode()
+    message = email.message_from_bytes(head + answer.content)
+    assert message.get_content_type() == "multipart/mixed"
+    found = {}
+    for part in message.get_payload():
+        assert isinstance(part, email.message.Message)
+        found[int(part["Item-Index"])] = part
+    return found
+
+
+def test_a_batch_of_objects_is_answered_with_objects(
+    server: ServerProcess, objects: dict[str, bytes]
+) -> None:
+    png = encode_photo(PIXELS, "PNG")
+    ct = dicom_bytes(PIXELS, kind="1.2.840.10008.5.1.4.1.1.2")
+    alone = items(batch(server, "format=dicom", [png, PHOTO, ct]).raise_for_status())
+    assert [alone[index]["Item-Status"] for index in range(3)] == ["422", "200", "415"]
+    assert "photo that is DICOM itself" in str(alone[0].get_payload())
+    assert alone[1].get_content_type() == "application/dicom" and alone[1]["Mask-Quality"]
+    found = read(alone[1].get_payload(decode=True))  # type: ignore[arg-type] # bytes
+    assert found.SOPInstanceUID == read(objects["seg"]).SOPInstanceUID
+    every = items(batch(server, f"format=dicom&objects={ALL}", [PHOTO]).raise_for_status())[0]
+    assert every.get_content_type() == "multipart/related"
+    uids = [
+        read(part.get_payload(decode=True)).SOPInstanceUID  # type: ignore[union-attr,arg-type]
+        for part in every.get_payload()
+    ]
+    assert uids == [read(objects[name]).SOPInstanceUID for name in ALL.split(",")]
+
+
+def test_a_batch_takes_one_frame_of_each_object(
+    server: ServerProcess, mask: np.ndarray[Any, Any]
+) -> None:
+    frames = dicom_bytes(np.stack([PIXELS[::-1], PIXELS]), "rle", kind=TRUE_COLOUR)
+    found = items(batch(server, "format=dicom&frame=2", [frames, PHOTO]).raise_for_status())
+    assert np.array_equal(read(found[0].get_payload(decode=True)).pixel_array > 0, mask)  # type: ignore[arg-type]
+    assert found[1]["Item-Status"] == "422"
+    assert "frame=2 is asked for, and the DICOM object has one" in str(found[1].get_payload())
+
+
+def test_a_batch_that_contradicts_itself_is_refused(server: ServerProcess) -> None:
+    for query, words in (
+        ("objects=seg", ("objects=seg is for format=dicom",)),
+        ("format=dicom&mask=rle", ("mask=rle is for JSON answers",)),
+        ("format=dicom&size=model", ("DICOM answer has the photo's size",)),
+        ("format=svg", ("format",)),
+    ):
+        assert_problem(batch(server, query, [PHOTO]), 422, *words)
 
 
 def test_objects_with_odd_headers_are_answered(server: ServerProcess, tmp_path: Path) -> None:
