@@ -5,7 +5,7 @@ to the same weights.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -13,7 +13,7 @@ from typing import TypeVar
 from common.stamp import StampError, check_digest
 from photos.fitness import Detector
 from photos.quality import QualityTable
-from server.backends import BackendError, BackendInfo
+from server.backends import BackendError
 
 __all__ = ["ModelFile", "read_detector", "read_model", "read_quality"]
 
@@ -45,12 +45,12 @@ def read_model(model: Path) -> ModelFile:
     return ModelFile(model, content, hashlib.sha256(content).hexdigest())
 
 
-def read_quality(model: Path, network: BackendInfo) -> QualityTable | None:
+def read_quality(model: Path, card: Mapping[str, str]) -> QualityTable | None:
     """Read the table of quality beside a network's file.
 
     Args:
         model: the network's file, `X.onnx`; the table is `X.quality.json`.
-        network: what was loaded from it.
+        card: its metadata.
 
     Returns:
         The table; None if there is none, or if the network does not say which weights it has.
@@ -58,19 +58,19 @@ def read_quality(model: Path, network: BackendInfo) -> QualityTable | None:
     Raises:
         BackendError: it cannot be read, or belongs to other weights.
     """
-    return _read_beside(model, network, "quality", QualityTable.parse)
+    return _read_beside(model, card, "quality", QualityTable.parse)
 
 
-def read_detector(model: Path, network: BackendInfo) -> Detector | None:
+def read_detector(model: Path, card: Mapping[str, str]) -> Detector | None:
     """Read the detector of other pictures, `X.fitness.json`; for the rest see `read_quality`."""
-    return _read_beside(model, network, "fitness", Detector.parse)
+    return _read_beside(model, card, "fitness", Detector.parse)
 
 
 def _read_beside(
-    model: Path, network: BackendInfo, kind: str, parse: Callable[[bytes], Beside]
+    model: Path, card: Mapping[str, str], kind: str, parse: Callable[[bytes], Beside]
 ) -> Beside | None:
     path = model.with_suffix(f".{kind}.json")
-    weights = network.model.get("weights_sha256")
+    weights = card.get("weights_sha256")
     try:
         found = parse(path.read_bytes())
     except FileNotFoundError:

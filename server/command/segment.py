@@ -137,8 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         info = backend.describe()
         info = replace(
             info,
-            quality=read_quality(options.model, info),
-            detector=read_detector(options.model, info),
+            quality=read_quality(options.model, info.model),
+            detector=read_detector(options.model, info.model),
         )
     except (BackendError, OSError) as error:
         parser.exit(1, f"{error}\n")

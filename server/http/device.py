@@ -17,7 +17,7 @@ __all__ = ["FOLDER", "LISTING", "SOURCES", "DeviceFiles", "DeviceFilesError", "d
 
 FOLDER = "page/device"
 LISTING = "files.json"
-SOURCES = ("compute.js", "pixels.js", "worker.js")
+SOURCES = ("compute.js", "judge.js", "pixels.js", "worker.js")
 
 _TYPES = {".js": "text/javascript", ".json": "application/json", ".mjs": "text/javascript"}
 _TYPES |= {".wasm": "application/wasm"}

@@ -67,8 +67,8 @@ async def proved(backend: Backend, file: Path, pool: Executor) -> Proved:
 
 def _prove(backend: Backend, file: Path) -> Proved:
     seconds_an_image = _pace(backend)
-    network = backend.describe()
-    return Proved(seconds_an_image, read_quality(file, network), read_detector(file, network))
+    card = backend.describe().model
+    return Proved(seconds_an_image, read_quality(file, card), read_detector(file, card))
 
 
 def _pace(backend: Backend) -> float:

@@ -288,14 +288,19 @@ function showQuality() {
 
 /** Between a tight outline and a generous one, where annotators' outlines lie; neither crosses the mask's own. */
 function drawBand() {
-  byId("band-row").hidden = !borders || Boolean(good.edited);
+  byId("band-row").hidden = !levelsOf(good) || Boolean(good.edited);
   const isShown = !byId("band-row").hidden && byId("borders").checked;
   byId("band").setAttribute("d", isShown ? svgPath(bandRings(good, drawn)) : "");
 }
 
+/** The probabilities at a tight and a generous outline, of the network that drew the photo's. */
+const levelsOf = (photo) => photo.borders ?? borders;
+
 /** Rings of both outlines: what is inside of one of them only is the band. */
-function bandRings({ map, size }, { map: used, threshold }) {
-  const [tight, generous] = [Math.max(borders.tight, threshold), Math.min(borders.generous, threshold)];
+function bandRings(photo, { map: used, threshold }) {
+  const { map, size } = photo;
+  const levels = levelsOf(photo);
+  const [tight, generous] = [Math.max(levels.tight, threshold), Math.min(levels.generous, threshold)];
   const clean = byId("clean").checked;
   const around = (at) => used.values[at] > threshold;
   const [inner, outer] = clean ? [largestRegion(used, tight), largestRegion(map, generous, around)] : [map, map];

@@ -207,12 +207,12 @@ function paint(scale) {
   canvas.getContext("2d", { alpha: false }).drawImage(video, 0, 0, canvas.width, canvas.height);
 }
 
-function found({ rings, width, height, share, grabbed, dropped }) {
+function found({ rings, width, height, share, unfit, grabbed, dropped }) {
   const outline = byId("live-smooth").checked ? smoothed(rings, width, height) : rings;
   byId("live-overlay").setAttribute("viewBox", `0 0 ${width} ${height}`);
   for (const id of ["live-halo", "live-contour"]) byId(id).setAttribute("d", svgPath(outline));
   // On the screen with the next frame.
-  requestAnimationFrame((now) => answers.push({ now, took: now - grabbed, share, dropped }));
+  requestAnimationFrame((now) => answers.push({ now, took: now - grabbed, share, unfit, dropped }));
 }
 
 /** The mean of the masks, the newer the more, cut at one half. */
@@ -248,6 +248,8 @@ function tell() {
   byId("live-dropped").textContent = last ? `${last.dropped}` : "–";
   byId("live-share").textContent = last ? (last.share * 100).toFixed(1) : "–";
   byId("live-size").textContent = video.videoWidth ? `${video.videoWidth} × ${video.videoHeight}` : "–";
+  // Of most: the word would flicker with single frames.
+  byId("live-unfit").hidden = answers.filter(({ unfit }) => unfit).length * 2 <= answers.length;
   byId("live-low").hidden = !video.videoWidth || Math.min(video.videoWidth, video.videoHeight) >= 240;
 }
 

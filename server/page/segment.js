@@ -46,8 +46,8 @@ export function computeBy(other = ask) {
  *
  * `photo` is a Blob, `signal` an AbortSignal; `sent` is told the share that has been sent, if at all.
  * Gives `map` (as `decode` does), `size` (upright pixels, and EXIF's orientation of what is stored),
- * `quality` (of the mask at one half) and `fitness` (whether it is a dermoscopic photo), which only the server knows,
- * and `milliseconds` by stage. Rejects with a problem: `status`, `detail` and perhaps `request_id`.
+ * `quality` (of the mask at one half) and `fitness` (whether it is a dermoscopic photo), where they are known,
+ * `borders` where masks are computed here, and `milliseconds` by stage. Rejects with a problem: `status`, `detail` and perhaps `request_id`.
  */
 export function segment(photo, { signal, sent = () => {} } = {}) {
   return way(photo, { signal, sent });

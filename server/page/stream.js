@@ -20,8 +20,8 @@ const CLOSED = {
 /**
  * A connection to `/stream`.
  *
- * `found({ rings, width, height, share, grabbed, dropped })` gets each answer, `grabbed` being what was
- * given with the frame; `word(text)` what the person should know, "" when it is over; `ended(text)` that
+ * `found({ rings, width, height, share, unfit, grabbed, dropped })` gets each answer, `unfit` being whether
+ * it is likely no dermoscopic photo, `grabbed` what was given with the frame; `word(text)` what the person should know, "" when it is over; `ended(text)` that
  * nothing more will come.
  */
 export class Stream {
@@ -88,11 +88,11 @@ export class Stream {
       this.word(message.error.detail);
       return;
     }
-    const { mask, lesion, image } = message.result;
+    const { mask, lesion, image, fitness } = message.result;
     this.word("");
     this.found({
       rings: mask.polygons.flat(), width: image.width, height: image.height, share: lesion.area_fraction,
-      grabbed, dropped: message.dropped,
+      unfit: fitness?.unfit, grabbed, dropped: message.dropped,
     });
   }
 
@@ -138,13 +138,14 @@ export class Sequence {
   async send(frame, grabbed) {
     this.#busy = true;
     try {
-      const { map, size } = await segment(frame, { signal: this.#stop.signal });
+      const { map, size, fitness } = await segment(frame, { signal: this.#stop.signal });
       const { width, height } = size;
       let above = 0;
       for (const value of map.values) if (value > this.threshold) above++;
       this.word("");
       const rings = outlineRings(map, width, height, this.threshold);
-      this.found({ rings, width, height, share: above / map.values.length, grabbed, dropped: 0 });
+      const share = above / map.values.length;
+      this.found({ rings, width, height, share, unfit: fitness?.unfit, grabbed, dropped: 0 });
     } catch (problem) {
       if (!this.#stop.signal.aborted) this.word(problem.detail ?? String(problem));
     } finally {

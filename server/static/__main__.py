@@ -14,6 +14,7 @@ from pathlib import Path
 
 from common.files import write_atomically
 from common.program import Help, program
+from server.backends import BackendError
 from server.http.device import FOLDER, LISTING
 from server.settings import SHIPPED_MODEL
 from server.static.runtime import PACKAGE, RUNTIMES, RuntimeMissingError, runtime_files
@@ -97,10 +98,10 @@ def main() -> int:
     try:
         check_out(args.out)
         found = page_files() | device_files(
-            args.model.read_bytes(), runtime_files(args.runtime), exact=args.exact
+            args.model, runtime_files(args.runtime), exact=args.exact
         )
         write_site(args.out, found)
-    except (RuntimeMissingError, ValueError, OSError) as error:
+    except (BackendError, RuntimeMissingError, ValueError, OSError) as error:
         parser.exit(1, f"error: {error}\n")
     print(f"{args.out}: {_told(found)}")
     return 0

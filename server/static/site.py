@@ -6,8 +6,9 @@ import json
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from pathlib import Path
 
-from common.stamp import check_digest
+from server.backends.model_file import read_detector, read_model, read_quality
 from server.http.device import FOLDER, LISTING
 from server.http.pages import page_for_device
 from server.static.network import halved, metadata, parity, trial
@@ -19,35 +20,39 @@ _NETWORK, _TRIAL = "network.onnx", "trial.bin"
 
 
 def device_files(
-    network: bytes, runtime: Mapping[str, bytes], *, exact: bool = False
+    model: Path, runtime: Mapping[str, bytes], *, exact: bool = False
 ) -> dict[str, bytes]:
     """The network and its runtime, in a folder that is named by their digest, and their listing.
 
     Args:
-        network: the ONNX file's bytes.
+        model: the ONNX file; what lies beside it tells of masks and pictures.
         runtime: as `runtime_files` gives it.
         exact: keep the weights in float32, twice the size.
 
     Raises:
-        ValueError: the file is damaged, or its masks are others with weights in float16.
+        BackendError: the file is damaged, or what lies beside it is, or belongs to other weights.
+        ValueError: its masks are others with weights in float16.
     """
-    check_digest(network)
+    network = read_model(model).content
     served = network if exact else halved(network)
     if failures := parity(network, served).failures():
         raise ValueError(f"weights in float16 change the masks: {'; '.join(failures)}")
-    held = {**runtime, _NETWORK: served, _TRIAL: trial(network)}
+    card = metadata(network)
+    tables = {"quality": read_quality(model, card), "fitness": read_detector(model, card)}
+    told = {f"{name}.json": table.document() for name, table in tables.items() if table}
+    held = {**runtime, **told, _NETWORK: served, _TRIAL: trial(network)}
     digest = hashlib.sha256()
     for name in sorted(held):
         digest.update(name.encode() + hashlib.sha256(held[name]).digest())
     folder = digest.hexdigest()[:16]
     loaded = [_NETWORK, _TRIAL, *RUNTIMES["wasm"]]
-    card = metadata(network)
     listing = {
         "folder": folder,
         "network": {key: card.get(key, "unknown") for key in ("name", "version", "weights_sha256")},
         "names": {
             "network": _NETWORK,
             "trial": _TRIAL,
+            **{Path(name).stem: name for name in told},
             **{way: names[0] for way, names in RUNTIMES.items()},
         },
         "runtimes": RUNTIMES,

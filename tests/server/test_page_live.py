@@ -85,6 +85,7 @@ def test_the_outline_follows_the_camera_and_a_frame_is_kept(page: Page) -> None:
     assert int(page.text("live-latency")) >= 0
     assert 0 < float(page.text("live-share")) < 100
     assert page.text("live-size") == f"{WIDTH} × {HEIGHT}"
+    assert not page.find("live-unfit").is_displayed()
     page.find("live-smooth").click()
     places.clear()
     page.until(moved)
@@ -165,6 +166,8 @@ def test_a_shared_screen_that_ends_gets_a_word(page: Page) -> None:
     )
     page.find("live-screen").click()
     page.until(lambda: rate(page) > 0)
+    # Black and white squares.
+    page.until(page.find("live-unfit").is_displayed)
     page.run("window.sharedTrack.dispatchEvent(new Event('ended'))")
     assert page.text("note") == "Sharing has ended."
     assert not page.find("live").is_displayed()

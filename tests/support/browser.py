@@ -27,12 +27,11 @@ FIND = """
     const { segment } = await import(new URL("page/segment.js", document.baseURI));
     const { lesionMask } = await import(new URL("page/mask.js", document.baseURI));
     const bytes = Uint8Array.from(atob(photo), (character) => character.charCodeAt(0));
-    const { map, size, milliseconds, quality, fitness } = await segment(new Blob([bytes]), {});
+    const { map, size, ...told } = await segment(new Blob([bytes]), {});
     const { bits, area } = lesionMask(map, size.width, size.height, 0.5);
     let text = "";
     for (const byte of bits) text += String.fromCharCode(byte);
-    const values = [...map.values];
-    return { bits: btoa(text), size, area, milliseconds, values, quality, fitness };
+    return { ...told, bits: btoa(text), size, area, values: [...map.values] };
 """
 """Runs `photo`, in base64, through the page's modules: here, or by the server if there is one."""
 

@@ -114,8 +114,9 @@ function remember(device) {
 async function keep(files, device) {
   try {
     const cache = await caches.open(CACHE);
-    const names = [files.names.network, files.names.trial, ...files.runtimes[device]];
-    const own = ["files.json", "compute.js", "worker.js", "pixels.js"];
+    const { network, trial, quality, fitness } = files.names;
+    const names = [network, trial, quality, fitness, ...files.runtimes[device]].filter(Boolean);
+    const own = ["files.json", "compute.js", "judge.js", "pixels.js", "worker.js"];
     for (const url of [...own, ...names.map((name) => `${files.folder}/${name}`)].map(here)) {
       if (!(await cache.match(url))) await cache.add(url);
     }

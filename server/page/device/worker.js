@@ -1,5 +1,6 @@
 // Runs the network in the browser, off the page's thread: photos in, probabilities out.
 
+import { fitnessOf, qualityOf } from "./judge.js";
 import { PhotoError, SIDE, squareOf } from "./pixels.js";
 
 /** The largest difference in probability from the answers that came with the network. */
@@ -32,12 +33,15 @@ async function answer({ id, photo }) {
     const began = performance.now();
     const { square, width, height, orientation } = await squareOf(photo);
     const decoded = performance.now();
-    const { infer } = await opened;
+    const { infer, quality, fitness } = await opened;
     const values = await infer(square);
     const done = performance.now();
     const milliseconds = { decode: decoded - began, infer: done - decoded, total: done - began };
     const map = { width: SIDE, height: SIDE, values };
-    postMessage({ id, found: { map, size: { width, height, orientation }, milliseconds } });
+    const found = { map, size: { width, height, orientation }, milliseconds };
+    if (quality) Object.assign(found, { quality: qualityOf(values, quality), borders: quality });
+    if (fitness) found.fitness = fitnessOf(square, fitness);
+    postMessage({ id, found });
   } catch (error) {
     const status = error instanceof PhotoError ? error.status : -1;
     postMessage({ id, problem: { status, detail: String(error?.message ?? error) } });
@@ -47,15 +51,17 @@ async function answer({ id, photo }) {
 /** The network, on the GPU where the browser lets it and it computes the same there. */
 async function open(files) {
   checkBrowser();
-  const [network, trial] = await Promise.all([bytesOf(files.network), bytesOf(files.trial)]);
+  const names = ["network", "trial", "quality", "fitness"];
+  const [network, trial, ...tables] = await Promise.all(names.map((name) => files[name] && bytesOf(files[name])));
+  const [quality, fitness] = tables.map((table) => table && JSON.parse(new TextDecoder().decode(table)));
   if (await hasGpu()) {
     try {
-      return await run(files.webgpu, "webgpu", network, trial);
+      return { quality, fitness, ...(await run(files.webgpu, "webgpu", network, trial)) };
     } catch {
       // A GPU or driver that computes something else, or not at all, is passed over.
     }
   }
-  return run(files.wasm, "wasm", network, trial);
+  return { quality, fitness, ...(await run(files.wasm, "wasm", network, trial)) };
 }
 
 function checkBrowser() {

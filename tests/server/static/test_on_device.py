@@ -23,7 +23,7 @@ from tests.support import ROOT
 from tests.support.browser import FIND, chromium, found_in, mask_of, needs_chromium
 from tests.support.firefox import firefox, needs_firefox
 from tests.support.launch import ServerProcess, free_port, serve
-from tests.support.lesions import drawn_photo, lesion_photo
+from tests.support.lesions import drawn_photo, encode_photo, lesion_photo
 from tests.support.offline import Offline
 from tests.support.plain_host import plain_host
 from tests.support.samples import Sample
@@ -136,6 +136,29 @@ def test_every_kind_of_photo_is_read_as_the_server_reads_it(
     mask = mask_of(found)
     assert mask.shape == expected.shape
     assert (mask != expected).mean() <= 2e-4
+
+
+@needs_chromium
+def test_it_tells_of_mask_and_picture_as_the_server_does(
+    page: Page, server_with_files: ServerProcess
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8)
+    pictures = [lesion_photo(11, 500, 380).pixels, lesion_photo(4, 300, 400).pixels]
+    for pixels in (*pictures, np.zeros((96, 128, 3), np.uint8), noise):
+        photo = encode_photo(pixels, "PNG")
+        answer = httpx.post(f"{server_with_files.url}/segment/json", content=photo).json()
+        found = page.find(photo)
+        assert found["fitness"] == {
+            "distance": pytest.approx(answer["fitness"]["distance"], abs=0.002),
+            "unfit": answer["fitness"]["unfit"],
+        }
+        expected = answer["quality"]["jaccard"]
+        assert found["quality"]["jaccard"] == pytest.approx(expected, abs=0.005)
+        assert found["quality"]["grade"] in {"good", "fair", "poor"}
+    levels = httpx.get(f"{server_with_files.url}/model").json()["borders"]
+    assert {name: found["borders"][name] for name in ("tight", "generous")} == {
+        name: levels[name] for name in ("tight", "generous")
+    }
 
 
 @needs_chromium
