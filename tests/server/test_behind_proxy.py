@@ -122,18 +122,27 @@ def proxy(
             process.terminate()
 
 
+@pytest.fixture(scope="module")
+def prefixed() -> Iterator[ServerProcess]:
+    """A server that is told of the prefix."""
+    with serve("--root-path", "/skin/lesions") as server:
+        yield server
+
+
 @pytest.fixture(
-    params=[(name, form) for name in _PROXIES for form in ("stripped", "kept")], ids="-".join
+    scope="module",
+    params=[(name, form) for form in ("stripped", "kept") for name in _PROXIES],
+    ids="-".join,
 )
-def proxied(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[httpx.Client]:
+def proxied(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[httpx.Client]:
     name, form = request.param
     if missing := [tool for tool in (name, "openssl") if not shutil.which(tool)]:
         pytest.skip(f"needs {' and '.join(missing)}")
-    flags = () if form == "stripped" else ("--root-path", "/skin/lesions")
-    with (
-        serve(*flags) as server,
-        proxy(name, tmp_path, server, strips=form == "stripped") as client,
-    ):
+    server = request.getfixturevalue("server" if form == "stripped" else "prefixed")
+    folder = tmp_path_factory.mktemp(name)
+    with proxy(name, folder, server, strips=form == "stripped") as client:
         # Whoever asks directly does not know of the prefix.
         assert httpx.get(f"{server.url}/health/ready").status_code == 200
         yield client

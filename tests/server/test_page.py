@@ -460,7 +460,7 @@ def test_several_dropped_photos_are_all_taken_and_the_first_is_shown(
 def test_the_upload_tells_how_far_it_is(page: Page, photo: Path) -> None:
     page.open()
     size = photo.stat().st_size
-    slow = {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": size / 6}
+    slow = {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": size / 2}
     page.driver.execute_cdp_cmd("Network.enable", {})
     page.driver.execute_cdp_cmd("Network.emulateNetworkConditions", slow)
     # Watched in the page, as it may be gone before it can be asked for.

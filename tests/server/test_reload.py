@@ -1,7 +1,6 @@
 """Another network in the same file: it takes over under load, or it does not and says so."""
 
 import contextlib
-import json
 import shutil
 import signal
 import threading
@@ -15,7 +14,6 @@ import pytest
 
 from tests.support import MODEL
 from tests.support.answers import assert_problem, figures, read_png
-from tests.support.lesions import drawn_photo
 from tests.support.samples import Sample
 from tests.support.site import Site, inverted, open_site
 from tests.support.waiting import until
@@ -112,22 +110,3 @@ def test_a_network_whose_answers_are_not_probabilities_is_refused(site: Site) ->
     assert_problem(site.reload(), 422, "not probabilities")
     assert site.version() != "broken"
     shutil.copy(MODEL, site.model)
-
-
-def test_a_batch_keeps_its_network_to_the_end(site: Site) -> None:
-    first = site.version()
-    photo = drawn_photo(3, 600, 450)
-    files = [("file", ("a.jpg", photo))] * 500
-    url = f"{site.server.url}/segment/batch"
-    before = site.model.read_bytes()
-    with httpx.stream("POST", url, files=files, headers=site.headers, timeout=60) as response:
-        lines = response.iter_lines()
-        answers = [json.loads(next(lines))]
-        site.model.write_bytes(inverted("later"))
-        assert site.reload().json()["version"] == "later"
-        answers += [json.loads(line) for line in lines]
-    assert [answer["status"] for answer in answers] == [200] * 500
-    assert {answer["result"]["model"]["version"] for answer in answers} == {first}
-    assert site.version() == "later"
-    site.model.write_bytes(before)
-    assert site.reload().json()["version"] == first
