@@ -71,6 +71,23 @@ def server() -> Iterator[ServerProcess]:
         yield process
 
 
+@pytest.fixture(scope="session")
+def small_network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network's file with which a server starts in half the time: see `tests.support.site`."""
+    # Not above: most tests need no onnx.
+    from tests.support.site import small
+
+    path = tmp_path_factory.mktemp("network") / "small.onnx"
+    path.write_bytes(small())
+    return path
+
+
+@pytest.fixture
+def small_networks(monkeypatch: pytest.MonkeyPatch, small_network: Path) -> None:
+    """Servers that the test starts run that network, if no flag names another."""
+    monkeypatch.setenv("SLSNET_MODEL", str(small_network))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _patient_clients() -> None:
     """No test is about how soon an answer comes; httpx's 5 s are too few for a busy machine."""

@@ -79,6 +79,7 @@ def plain(colour: tuple[int, int, int]) -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_a_backend_that_never_comes_back_does_not_hold_up_the_end() -> None:
     flags = ("--drain-grace-s", "0", "--drain-timeout-s", "1", "--request-timeout-ms", "2000")
     with serve(*flags, command=["-m", "tests.support.faulty_server"]) as server:
@@ -89,6 +90,7 @@ def test_a_backend_that_never_comes_back_does_not_hold_up_the_end() -> None:
         assert "something does not end" in server.log()
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_a_backend_that_raises_now_and_then_costs_no_answer_but_the_bad_photos(
     photos: list[Sample],
 ) -> None:
@@ -123,6 +125,7 @@ def test_a_backend_that_raises_now_and_then_costs_no_answer_but_the_bad_photos(
         assert server.wait() == 0
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_a_clock_that_jumps_loses_nothing(photos: list[Sample], tmp_path: Path) -> None:
     library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
     if library is None:
@@ -153,6 +156,7 @@ def test_a_clock_that_jumps_loses_nothing(photos: list[Sample], tmp_path: Path) 
         assert server.wait() == 0
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_a_worker_that_is_killed_loses_only_what_it_held(photos: list[Sample]) -> None:
     with serve("--workers", "2") as server:
         until(lambda: server.log().count(" ready: ") == 2)

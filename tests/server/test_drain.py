@@ -30,6 +30,8 @@ from tests.support.launch import serve
 from tests.support.samples import Sample
 from tests.support.waiting import until
 
+pytestmark = pytest.mark.usefixtures("small_networks")
+
 
 def test_sigterm_under_load_loses_nothing(photos: list[Sample]) -> None:
     with serve("--drain-grace-s", "3") as server:

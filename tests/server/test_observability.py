@@ -19,6 +19,8 @@ from tests.support.lesions import drawn_photo
 from tests.support.offline import CPU_BACKEND
 from tests.support.samples import Sample
 
+pytestmark = pytest.mark.usefixtures("small_networks")
+
 
 class Collector(HTTPServer):
     """Takes traces as a collector does (OTLP over HTTP)."""

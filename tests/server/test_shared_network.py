@@ -32,6 +32,8 @@ from tests.support.samples import Sample
 from tests.support.site import Site, inverted
 from tests.support.waiting import until
 
+pytestmark = pytest.mark.usefixtures("small_networks")
+
 SHARED = ("--workers", "2", "--share-network", "yes", "--drain-grace-s", "0.5")
 
 

@@ -23,10 +23,16 @@ from tests.support.launch import ServerProcess, free_port, serve
 from tests.support.samples import Sample
 from tests.support.waiting import until
 
+pytestmark = pytest.mark.usefixtures("small_networks")
+
+
+# Nor would they share a network if they had looked for a GPU first, in a process of its own.
+PAIR = ("--workers", "2", "--share-network", "no")
+
 
 @pytest.fixture
 def pair() -> Iterator[ServerProcess]:
-    with serve("--workers", "2", "--drain-grace-s", "0.5") as server:
+    with serve(*PAIR, "--drain-grace-s", "0.5") as server:
         until(lambda: server.log().count(" ready: ") == 2)
         try:
             yield server
@@ -111,7 +117,7 @@ def test_no_worker_outlives_a_supervisor_that_is_killed(pair: ServerProcess) -> 
 def test_workers_that_cannot_start_end_the_supervisor(tmp_path: Path) -> None:
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(b"not a network")
-    flags = ("--workers", "2", "--model", str(broken))
+    flags = (*PAIR, "--model", str(broken))
     with pytest.raises(RuntimeError, match="not ready") as error, serve(*flags):
         pass
     assert str(broken) in str(error.value)
@@ -152,7 +158,7 @@ def test_what_a_killed_server_left_in_memory_goes_when_another_starts(pair: Serv
     pids = [pair.process.pid, *(child.pid for child in children)]
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
-    with serve("--workers", "2") as other:
+    with serve(*PAIR, "--drain-grace-s", "0") as other:
         # Not while anybody lives.
         assert folder.exists()
         other.terminate()
@@ -161,7 +167,7 @@ def test_what_a_killed_server_left_in_memory_goes_when_another_starts(pair: Serv
         os.kill(pid, signal.SIGKILL)
     until(lambda: not any(child.is_running() for child in children))
     assert folder.exists()
-    with serve("--workers", "2") as other:
+    with serve(*PAIR, "--drain-grace-s", "0") as other:
         assert not folder.exists()
         other.terminate()
         assert other.wait() == 0
@@ -182,7 +188,7 @@ def small_memory(kib: int) -> list[str]:
 def test_no_memory_for_metrics_is_told_at_the_start() -> None:
     with (
         pytest.raises(RuntimeError, match="look at /dev/shm") as error,
-        serve("--workers", "2", command=small_memory(1000)),
+        serve(*PAIR, command=small_memory(1000)),
     ):
         pass
     assert "Traceback" not in str(error.value)
@@ -208,7 +214,7 @@ def test_metric_file_without_room_is_not_created(
 
 
 def test_memory_that_is_full_takes_no_worker(photos: list[Sample]) -> None:
-    with serve("--workers", "2", "--drain-grace-s", "0.5", command=small_memory(2000)) as server:
+    with serve(*PAIR, "--drain-grace-s", "0.5", command=small_memory(2000)) as server:
         until(lambda: server.log().count(" ready: ") == 2)
         filler = Path(f"/proc/{server.process.pid}/root/dev/shm/filler")
         with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
@@ -249,7 +255,7 @@ def test_a_hung_worker_does_not_hold_up_a_second_signal(pair: ServerProcess) -> 
 
 
 def test_a_hung_worker_is_killed_once_the_drain_is_over() -> None:
-    flags = ("--workers", "2", "--drain-grace-s", "0", "--drain-timeout-s", "1")
+    flags = (*PAIR, "--drain-grace-s", "0", "--drain-timeout-s", "1")
     with serve(*flags) as server:
         until(lambda: server.log().count(" ready: ") == 2)
         hung = workers(server)[0]
@@ -281,7 +287,7 @@ def start_and_tell(self, place):
 supervisor._Supervisor._start = start_and_tell
 sys.exit(main())
 """
-    flags = ("--workers", "2", "--port", str(free_port()), "--drain-grace-s", "0.5")
+    flags = (*PAIR, "--port", str(free_port()), "--drain-grace-s", "0.5")
     result = subprocess.run(
         [sys.executable, "-c", program, *flags],
         cwd=ROOT,
@@ -309,7 +315,7 @@ def flaky(*arguments, **options):
 subprocess.Popen = flaky
 sys.exit(main())
 """
-    with serve("--workers", "2", "--drain-grace-s", "0", command=["-c", program]) as server:
+    with serve(*PAIR, "--drain-grace-s", "0", command=["-c", program]) as server:
         until(lambda: server.log().count(" ready: ") == 2)
         assert "again in 0.5 s: too many processes" in server.log()
         assert "ended with" not in server.log()

@@ -10,6 +10,7 @@ import httpx
 import onnx
 
 from common.stamp import unstamped
+from photos.image import MODEL_SIZE
 from server.keys import new_key
 from tests.support import MODEL
 from tests.support.launch import ServerProcess, serve
@@ -57,3 +58,35 @@ def inverted(version: str) -> bytes:
             entry.value = version
     # Not with the digest of what it was made from.
     return unstamped(graph.SerializeToString())
+
+
+def small() -> bytes:
+    """A network that takes dark for lesion, in no time, and has the shipped one's metadata.
+
+    For tests of processes and protocols, which start many servers.
+    """
+    pixels = onnx.helper.make_tensor_value_info(
+        "image", onnx.TensorProto.UINT8, ["n", MODEL_SIZE, MODEL_SIZE, 3]
+    )
+    answer = onnx.helper.make_tensor_value_info(
+        "probability", onnx.TensorProto.FLOAT, ["n", MODEL_SIZE, MODEL_SIZE]
+    )
+    nodes = [
+        onnx.helper.make_node("Cast", ["image"], ["values"], to=onnx.TensorProto.FLOAT),
+        onnx.helper.make_node("ReduceMean", ["values"], ["brightness"], axes=[3], keepdims=0),
+        onnx.helper.make_node("Div", ["brightness", "white"], ["light"]),
+        onnx.helper.make_node("Sub", ["one", "light"], ["probability"]),
+    ]
+    numbers = [
+        onnx.helper.make_tensor(name, onnx.TensorProto.FLOAT, [], [value])
+        for name, value in (("white", 255.0), ("one", 1.0))
+    ]
+    shipped = onnx.load(MODEL)
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph(nodes, "small", [pixels], [answer], numbers),
+        opset_imports=[onnx.helper.make_opsetid("", 17)],
+        ir_version=shipped.ir_version,
+    )
+    model.metadata_props.extend(shipped.metadata_props)
+    # Neither with the digest nor the trial's answers of the shipped one.
+    return unstamped(model.SerializeToString())

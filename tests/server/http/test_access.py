@@ -25,6 +25,8 @@ from tests.support.samples import Sample
 from tests.support.waiting import until
 from tests.support.wire import connect
 
+pytestmark = pytest.mark.usefixtures("small_networks")
+
 
 @dataclass
 class Guarded:

@@ -29,6 +29,8 @@ from tests.support.samples import Sample
 from tests.support.waiting import until
 from tests.support.wire import connect
 
+pytestmark = pytest.mark.usefixtures("small_networks")
+
 
 @pytest.fixture
 def good(server: ServerProcess, photos: list[Sample]) -> Iterator[Sample]:

@@ -23,6 +23,8 @@ from tests.support.streams import PROTOCOL, close_of, opened, said, stream
 from tests.support.waiting import until
 from tests.support.wire import connect, read_all
 
+pytestmark = pytest.mark.usefixtures("small_networks")
+
 PIXELS = lesion_photo(3, 160, 120).pixels
 JPEG = encode_photo(PIXELS)
 
