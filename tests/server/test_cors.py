@@ -5,6 +5,8 @@ import pytest
 
 from tests.support.launch import ServerProcess, serve
 
+pytestmark = pytest.mark.usefixtures("small_networks")
+
 _ORIGIN = "https://clinic.example"
 
 

@@ -17,6 +17,8 @@ from tests.support.launch import ServerProcess, serve
 from tests.support.samples import Sample
 from tests.support.wire import assert_refusal, connect, read_all
 
+pytestmark = pytest.mark.usefixtures("small_networks")
+
 FLAGS = ("--max-body-bytes", "4000000")
 
 

@@ -14,6 +14,8 @@ from tests.support.samples import Sample
 from tests.support.waiting import until
 from tests.support.wire import connect
 
+pytestmark = pytest.mark.usefixtures("small_networks")
+
 FEW_FILES = """
 import resource, runpy, sys
 limit = int(sys.argv.pop(1))

@@ -19,6 +19,8 @@ from tests.support import ROOT
 from tests.support.launch import free_port, serve
 from tests.support.samples import Sample
 
+pytestmark = pytest.mark.usefixtures("small_networks")
+
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(

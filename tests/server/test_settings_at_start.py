@@ -19,6 +19,8 @@ from tests.support.launch import free_port, serve
 from tests.support.offline import CPU_BACKEND
 from tests.support.waiting import until
 
+pytestmark = pytest.mark.usefixtures("small_networks")
+
 
 def refused(*flags: str, code: int = 2, **environment: str) -> str:
     """What the server says when it ends at the start."""

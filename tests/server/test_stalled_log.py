@@ -14,6 +14,8 @@ from tests.support.answers import figures
 from tests.support.launch import ServerProcess, free_port
 from tests.support.waiting import until
 
+pytestmark = pytest.mark.usefixtures("small_networks")
+
 # Of these, more than fit the pipe and what the server holds back.
 LONG = {"X-Request-ID": 128 * "x"}
 REQUESTS = 1500

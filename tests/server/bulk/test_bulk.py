@@ -223,6 +223,7 @@ def test_a_coco_data_set_of_all_photos(archive: Path, tmp_path: Path) -> None:
 
 
 # pycocotools is for NumPy 1.
+@pytest.mark.usefixtures("small_networks")
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_cocos_own_tools_read_the_masks(archive: Path, tmp_path: Path) -> None:
     coco = pytest.importorskip("pycocotools.coco", reason="needs pycocotools")
@@ -238,6 +239,7 @@ def test_cocos_own_tools_read_the_masks(archive: Path, tmp_path: Path) -> None:
         assert np.array_equal(read.annToMask(annotation).astype(bool), expected)
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_other_forms_lie_beside_the_masks(
     archive: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -284,6 +286,7 @@ def test_a_form_that_does_not_exist_is_told(
     assert "no form gif" in capfd.readouterr().err
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_what_is_wrong_with_a_photo_is_in_its_line_and_stops_nothing(
     archive: Path, tmp_path: Path, small_photos: list[bytes]
 ) -> None:
@@ -324,6 +327,7 @@ def test_what_is_wrong_with_a_photo_is_in_its_line_and_stops_nothing(
     assert written.items() <= masks(results).items(), "those done are not run again"
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_only_what_is_new_or_changed_is_run_again(
     archive: Path, tmp_path: Path, small_photos: list[bytes]
 ) -> None:
@@ -343,6 +347,7 @@ def test_only_what_is_new_or_changed_is_run_again(
     assert table(results)["a/0/photo 0.JPG"]["width"] == "163"
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_photos_that_are_gone_keep_a_mask_that_nobody_else_needs(
     archive: Path, tmp_path: Path, small_photos: list[bytes], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -373,6 +378,7 @@ def test_photos_that_are_gone_keep_a_mask_that_nobody_else_needs(
     assert masks(results) == after, "a refusal takes nothing"
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_a_shorter_manifest_leaves_what_it_no_longer_names(
     tmp_path: Path, small_photos: list[bytes]
 ) -> None:
@@ -394,6 +400,7 @@ def test_a_shorter_manifest_leaves_what_it_no_longer_names(
     assert masks(results) == before
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_a_source_with_no_photos_takes_no_results(
     archive: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -589,6 +596,7 @@ def test_a_signal_stops_it_between_photos_and_the_same_command_goes_on(
     assert {line["status"] for line in table(results).values()} == {"ok"}
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_a_manifest_names_photos_wherever_they_are(
     tmp_path: Path, small_photos: list[bytes], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -616,6 +624,7 @@ def test_a_manifest_names_photos_wherever_they_are(
     assert set(table(tmp_path / "results")) == set(lines)
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_names_of_any_kind_are_kept(tmp_path: Path, small_photos: list[bytes]) -> None:
     names = ['comma, "quote".jpg', "line\nfeed.jpg", "größe ×.jpg", os.fsdecode(b"latin-\xe9.jpg")]
     names += [f"{'n' * 240}.jpg", f"{'ö' * 120}.jpg"]
@@ -629,6 +638,7 @@ def test_names_of_any_kind_are_kept(tmp_path: Path, small_photos: list[bytes]) -
     assert all((tmp_path / "results" / line["mask"]).is_file() for line in lines.values())
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_two_photos_with_the_same_mask_are_refused(
     archive: Path, tmp_path: Path, small_photos: list[bytes], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -644,6 +654,7 @@ def test_two_photos_with_the_same_mask_are_refused(
     assert not masks(tmp_path / "results")
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_what_cannot_be_done_says_what_to_change(
     archive: Path, tmp_path: Path, small_photos: list[bytes], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -723,6 +734,7 @@ def test_a_network_that_fails_all_the_time_ends_the_run(
     assert {line["status"] for line in lines.values()} <= {"pending", "failed"}
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_a_full_disk_ends_the_run_and_is_gone_on_from(
     archive: Path,
     tmp_path: Path,
@@ -766,7 +778,7 @@ def peak_bytes(results: Path, photos: int) -> int:
 
 
 def test_a_list_of_any_length_is_gone_through_in_the_same_memory(tmp_path: Path) -> None:
-    few, many = peak_bytes(tmp_path / "few", 3_000), peak_bytes(tmp_path / "many", 30_000)
+    few, many = peak_bytes(tmp_path / "few", 3_000), peak_bytes(tmp_path / "many", 15_000)
     assert many < few + 500_000, "far less than as many paths take"
 
 

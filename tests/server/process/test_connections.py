@@ -26,6 +26,8 @@ from tests.support.samples import Sample
 from tests.support.waiting import until
 from tests.support.wire import assert_refusal, connect, read_all, send_apart
 
+pytestmark = pytest.mark.usefixtures("small_networks")
+
 LIMITS = {
     "--head-timeout-s": "1",
     "--stall-timeout-s": "1",
