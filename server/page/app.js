@@ -276,7 +276,7 @@ function show() {
   drawBand();
   drawRuler();
   editor.place();
-  if (photos.length > 1) fill(good, figures, scale);
+  fill(good, figures, scale);
 }
 
 /** How good the mask is likely to be: known of the one that the server would answer with. */

@@ -151,6 +151,16 @@ def test_a_folders_photos_are_told_one_by_one_and_saved_together(
     assert page.find("choose").is_enabled() and not page.find("result").is_displayed()
 
 
+def test_a_photo_before_the_others_has_its_figures_in_the_table(page: Page, folder: Path) -> None:
+    choose(page, folder / "=one.jpg")
+    page.find("another").send_keys(str(folder / "two.jpg"))
+    page.until(lambda: page.text("progress") == "2 of 2 photos done")
+    rows = page.driver.find_elements(By.CSS_SELECTOR, "#table tr")
+    for row in rows:
+        cells = [cell.text for cell in row.find_elements(By.TAG_NAME, "td")]
+        assert len(cells) == 5 and all(cells), cells
+
+
 def test_more_photos_than_the_page_takes_are_told(page: Page) -> None:
     page.open()
     page.run(
