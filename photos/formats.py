@@ -169,6 +169,9 @@ def foreign(data: bytes) -> str | None:
             return name
     if re.match(rb"P[1-7]\s", data[:3]):
         return "PNM"
+    # Explicit VR; the first attributes are of group 2 or 8.
+    if re.match(rb"[\x02\x08]\0.\0[A-Z]{2}", data[:6], re.DOTALL):
+        return "DICOM without its head (128 bytes and DICM)"
     return None
 
 

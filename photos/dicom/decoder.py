@@ -184,7 +184,7 @@ def _eight_bits(colours: NDArray[Any]) -> NDArray[np.uint8]:
 def _grey(stored: NDArray[Any], dataset: FileDataset) -> NDArray[np.uint8]:
     """Brightness as the object's window or table has it, or by the range of its samples."""
     values = apply_modality_lut(stored, dataset)
-    if "VOILUTSequence" in dataset or "WindowCenter" in dataset:
+    if "VOILUTSequence" in dataset or _has_window(dataset):
         if "VOILUTSequence" in dataset:
             low, high = 0.0, float((1 << int(dataset.VOILUTSequence[0].LUTDescriptor[2])) - 1)
         else:
@@ -199,6 +199,14 @@ def _grey(stored: NDArray[Any], dataset: FileDataset) -> NDArray[np.uint8]:
     if dataset.PhotometricInterpretation == "MONOCHROME1":
         low, high = high, low
     return _scaled(values, low, high)
+
+
+def _has_window(dataset: FileDataset) -> bool:
+    """Whether there is a window; one of no width, which some programs write, is none."""
+    widths = dataset.get("WindowWidth")
+    if widths is None or "WindowCenter" not in dataset:
+        return False
+    return bool(np.atleast_1d(widths)[0] > 0)
 
 
 def _scaled(values: NDArray[Any], black: float, white: float) -> NDArray[np.uint8]:

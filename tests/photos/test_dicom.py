@@ -192,6 +192,11 @@ def test_grey_of_16_bits_is_seen_through_its_window() -> None:
     assert_looks_like(decoded(rescaled), GREY, 1)
     plain = dicom_bytes(GREY.astype(np.uint16) << 4, BitsStored=12, HighBit=11)
     assert_looks_like(decoded(plain), GREY, 1)
+    for no_window in (
+        dicom_bytes(GREY, WindowCenter=0, WindowWidth=0),
+        dicom_bytes(GREY, WindowCenter=0),
+    ):
+        assert_looks_like(decoded(no_window), GREY, 0)
     signed = dicom_bytes(
         np.arange(-60, 60).astype(np.int16)[:, None].repeat(4, 1).view(np.uint16),
         PixelRepresentation=1,
@@ -318,6 +323,11 @@ def test_a_truncated_one_is_refused(way: str, share: float) -> None:
 def test_an_object_of_another_kind_is_an_unsupported_type() -> None:
     with pytest.raises(UnsupportedImageError, match="CT Image Storage, which is not read"):
         read_photo(dicom_bytes(PIXELS, kind="1.2.840.10008.5.1.4.1.1.2"))
+
+
+def test_one_without_its_head_is_named() -> None:
+    with pytest.raises(UnsupportedImageError, match="DICOM without its head"):
+        read_photo(dicom_bytes(PIXELS)[132:])
 
 
 def test_too_many_pixels_are_refused_before_anything_is_decoded() -> None:

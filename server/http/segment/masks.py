@@ -105,7 +105,8 @@ class Asked:
         Raises:
             Unprocessable: it is to be DICOM, which refers to its source, and the photo is not.
         """
-        if self.form == DICOM_FORM and not is_dicom(photo):
+        # That there is none at all is told later.
+        if self.form == DICOM_FORM and photo and not is_dicom(photo):
             raise Unprocessable(
                 "format=dicom is for a photo that is DICOM itself, since the answer refers to its"
                 " patient and study: send a DICOM object, or ask for another format."

@@ -290,6 +290,10 @@ def test_what_contradicts_itself_is_refused(
     assert_problem(ask(server, query, photo), 422, *words)
 
 
+def test_a_body_that_is_missing_is_named(server: ServerProcess) -> None:
+    assert_problem(ask(server, "format=dicom", b""), 400, "no body")
+
+
 def test_accept_may_ask_for_it(server: ServerProcess) -> None:
     headers = {"Accept": "application/dicom", "Content-Type": "application/dicom"}
     answer = httpx.post(f"{server.url}/segment", content=PHOTO, headers=headers)
