@@ -19,7 +19,9 @@ server refuses.
 
 import argparse
 from collections.abc import Sequence
+from copy import deepcopy
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -31,6 +33,7 @@ import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from common.files import replacing
 from common.onnx import onnx_runner
@@ -177,7 +180,7 @@ def _photos(size: int) -> NDArray[np.uint8]:
 def _graph(contract: Contract, images: NDArray[np.uint8]) -> onnx.ModelProto:
     """The contract as an ONNX graph, for any number of images of this size."""
     program = torch.onnx.export(
-        contract,
+        _folded(contract),
         (torch.from_numpy(images),),
         dynamo=True,
         opset_version=OPSET,
@@ -188,6 +191,22 @@ def _graph(contract: Contract, images: NDArray[np.uint8]) -> onnx.ModelProto:
     )
     assert program is not None
     return program.model_proto
+
+
+def _folded(contract: Contract) -> Contract:
+    """A copy whose convolutions do what the norm right after them in a sequence does.
+
+    The exporter folds them too, but only after it has traced each norm three times, which is a
+    third of its time for a network of many layers.
+    """
+    copied = deepcopy(contract)
+    for sequence in copied.modules():
+        if isinstance(sequence, nn.Sequential):
+            for i, (layer, norm) in enumerate(pairwise(list(sequence))):
+                if type(layer) is nn.Conv2d and isinstance(norm, nn.BatchNorm2d):
+                    sequence[i] = fuse_conv_bn_eval(layer, norm)
+                    sequence[i + 1] = nn.Identity()
+    return copied
 
 
 def _difference(path: Path, contract: Contract, images: NDArray[np.uint8]) -> float:

@@ -10,6 +10,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 import model.export
@@ -17,7 +18,7 @@ from common.onnx import onnx_runner
 from common.stamp import unstamped
 from model.config import GeneratorConfig
 from model.evaluate import WEIGHTS as SHIPPED
-from model.export import export, main, set_attention
+from model.export import Contract, export, main, set_attention
 from model.generator import Generator, load_generator, load_metadata, save_generator
 from model.layers import ChannelAttention, PositionAttention
 from tests.support.lesions import lesion_photo
@@ -119,21 +120,27 @@ def test_the_exact_form_is_one_argument_away(weights: Path, tmp_path: Path) -> N
 
 
 def test_a_network_trained_pooled_has_no_other_form(tmp_path: Path) -> None:
+    """That it is exported, `test_identity` shows."""
     path = tmp_path / "pooled.safetensors"
     save_generator(Generator(GeneratorConfig(**{**GENERATOR, "pam_pool": (2, 1)})), path)
-    assert load_generator(path).config.pam_pool == (2, 1)
-    export(path, tmp_path / "pooled.onnx", "1", "Apache-2.0")
+    generator = load_generator(path)
+    assert generator.config.pam_pool == (2, 1)
+    set_attention(generator, "pooled")
+    assert {attention.pool for attention in generator.half_resolution_attention()} == {2}
     with pytest.raises(ValueError, match="trained with keys averaged over 2×2 positions"):
         export(path, tmp_path / "exact.onnx", "1", "Apache-2.0", attention="exact")
 
 
-def test_pooled_attention_keeps_the_masks_of_the_shipped_weights(
-    tmp_path: Path, data_dir: Path | None
-) -> None:
-    exact = tmp_path / "exact.onnx"
-    export(SHIPPED.with_suffix(".safetensors"), exact, "1", "Apache-2.0", attention="exact")
+def test_pooled_attention_keeps_the_masks_of_the_shipped_weights(data_dir: Path | None) -> None:
+    exact = Contract(load_generator(SHIPPED.with_suffix(".safetensors")))
+
+    def infer(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            answers: NDArray[np.float32] = exact(torch.from_numpy(images)).numpy()
+        return answers
+
     parity = compare(
-        onnx_runner(exact),
+        infer,
         onnx_runner(SHIPPED),
         load_samples(REFERENCE if data_dir is None else data_dir / "native", limit=24),
         name="pooled",
@@ -145,12 +152,18 @@ def test_pooled_attention_keeps_the_masks_of_the_shipped_weights(
 
 
 def test_a_graph_that_computes_something_else_is_not_written(
-    graph: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+    graph: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = graph.read_bytes()
-    monkeypatch.setattr(model.export, "MAX_DIFFERENCE", -1.0)
+    other = tmp_path / "other.safetensors"
+    generator = load_generator(weights)
+    assert generator.head.bias is not None
+    generator.head.bias.data += 0.001
+    save_generator(generator, other, load_metadata(weights))
+    made = onnx.load_model_from_string(unstamped(before))
+    monkeypatch.setattr(model.export, "_graph", lambda *_: made)
     with pytest.raises(ValueError, match=r"differs from PyTorch by .* was not written"):
-        export(weights, graph, "2", "Apache-2.0")
+        export(other, graph, "2", "Apache-2.0")
     assert graph.read_bytes() == before
     assert [p.name for p in graph.parent.iterdir()] == [graph.name]
 

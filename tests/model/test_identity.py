@@ -22,11 +22,12 @@ SHIPPED = ROOT / "model/weights"
 
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
-    """Of the run `mine`, whose input is 64 pixels wide."""
+    """Of the run `mine`, whose input is 64 pixels wide and whose attention was trained pooled."""
     torch.manual_seed(0)
     path = tmp_path / "mine/best.safetensors"
     path.parent.mkdir()
-    save_generator(Generator(GeneratorConfig(**GENERATOR)), path, {"size": "64"})
+    config = GeneratorConfig(**{**GENERATOR, "pam_pool": (2, 1)})
+    save_generator(Generator(config), path, {"size": "64"})
     return path
 
 
@@ -50,7 +51,7 @@ def test_an_export_has_the_size_and_an_identity_of_its_own(weights: Path) -> Non
         export(weights, graph)
     model = onnx.load(graph)
     said = {entry.key: entry.value for entry in model.metadata_props}
-    assert said["name"] == "mine"
+    assert (said["name"], said["attention"]) == ("mine", "pooled")
     assert said["version"] == sha256(weights.read_bytes()).hexdigest()[:12]
     assert load_network(graph).size == 64
     with pytest.raises(BackendError, match=r"\[64, 64, 3\]"):
