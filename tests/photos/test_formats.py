@@ -61,7 +61,8 @@ CODES: dict[str, dict[str, Any]] = {
     "deflate-predictor": {"compression": "zlib", "predictor": True},
     "lzw": {"compression": "lzw"},
     "packbits": {"compression": "packbits"},
-    "lzma": {"compression": "lzma"},
+    # Its higher levels take most of their time for a window of megabytes.
+    "lzma": {"compression": "lzma", "compressionargs": {"level": 0}},
     "zstd": {"compression": "zstd"},
 }
 TYPES = ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "f2", "f4", "f8")
@@ -148,7 +149,10 @@ def tiff(
         pages["rowsperstrip"] = 30
     buffer = BytesIO()
     try:
-        tifffile.imwrite(buffer, array, byteorder=order, metadata=None, **pages, **CODES[code])
+        # Threads would take longer to start than a part of this size takes to pack.
+        tifffile.imwrite(
+            buffer, array, byteorder=order, metadata=None, maxworkers=1, **pages, **CODES[code]
+        )
     except (ValueError, NotImplementedError, TypeError, RuntimeError):
         return None
     return buffer.getvalue(), averaged(whole * 255)
