@@ -120,7 +120,7 @@ def validated(model: type[Model], given: Iterable[tuple[str, str]], *where: str)
     try:
         return model.model_validate(dict(given))
     except ValidationError as error:
-        errors = [{**item, "loc": (*where, *item["loc"])} for item in error.errors()]
+        errors = [{**item, "loc": (*where, item["loc"][0])} for item in error.errors()]
         raise Unprocessable(of_invalid(errors)) from error
 
 

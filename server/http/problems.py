@@ -182,9 +182,11 @@ def install(app: FastAPI) -> None:
 def of_invalid(errors: Iterable[Any]) -> str:
     """What is wrong with parameters, from pydantic's errors."""
     details = [
-        f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']},"
-        f" got {str(item['input'])[:80]!r}"
+        # Behind where it is and its name stands which of a parameter's types it is not.
+        f"{'.'.join(map(str, item['loc'][:2]))}: {item['msg']}, got {str(item['input'])[:80]!r}"
         for item in errors
+        # A parameter that may be left out has None for a type, which nobody can send.
+        if item["type"] != "none_required"
     ]
     return "; ".join(details) + "."
 

@@ -126,7 +126,8 @@ def test_406_nothing_is_wanted(server: ServerProcess, path: str, accept: str) ->
 @pytest.mark.parametrize(
     ("query", "accept", "words"),
     [
-        ("format=json", "*/*", ["no parameter 'format'", "threshold, size, clean, ", ", mask, "]),
+        ("format=json", "*/*", ["query.format: Input should be 'dicom', got 'json'."]),
+        ("answer=json", "*/*", ["no parameter 'answer'", "threshold, size, clean, ", ", mask, "]),
         ("mask=polygons", "multipart/mixed", ["mask=polygons", "multipart/mixed"]),
     ],
 )
@@ -165,7 +166,8 @@ def test_422_a_truncated_jpeg(server: ServerProcess, good: Sample, tenths: int) 
         ("threshold=-0.1", ["threshold", "greater than or equal to 0"]),
         ("threshold=nan", ["threshold"]),
         ("threshold=half", ["threshold", "number"]),
-        ("size=huge", ["size", "original", "model"]),
+        ("size=huge", ["query.size: Input should be 'original' or 'model', got 'huge'."]),
+        ("frame=x", ["query.frame: Input should be a valid integer", "got 'x'."]),
         ("format=gif", ["format", "png", "json"]),
         ("format=json&mask=gif", ["mask", "polygons"]),
         ("treshold=0.3", ["no parameter 'treshold'", "threshold, size, clean, ", ", format, "]),
