@@ -79,7 +79,7 @@ class Detector:
         """The detector in a JSON document, as `document` writes it.
 
         Raises:
-            ValueError: it is none.
+            ValueError: it has no detector.
         """
         try:
             return cls.of(json.loads(content))

@@ -48,7 +48,7 @@ class QualityTable:
     def __post_init__(self) -> None:
         x, y = np.array(self.expected, float), np.array(self.jaccard, float)
         if x.ndim != 1 or len(x) < 2 or x.shape != y.shape:
-            raise ValueError("expected and jaccard are no two rows of the same length, 2 or more")
+            raise ValueError("expected and jaccard are not of the same length, 2 or more")
         for name, row in (("expected", x), ("jaccard", y)):
             if not ((row >= 0) & (row <= 1)).all() or (np.diff(row) < 0).any():
                 raise ValueError(f"{name} does not ascend within 0 and 1")
@@ -60,7 +60,7 @@ class QualityTable:
         """The table in a JSON document, as `document` writes it.
 
         Raises:
-            ValueError: it is none.
+            ValueError: it has no such table.
         """
         try:
             return cls.of(json.loads(content))

@@ -1,4 +1,7 @@
-"""An archive over HTTP: STOW-RS stores, QIDO-RS finds, WADO-RS fetches (PS3.18, 10)."""
+"""An archive over HTTP: STOW-RS stores, QIDO-RS finds, WADO-RS fetches (PS3.18, 10).
+
+Hand-written: `dicomweb-client` is synchronous, and what uses this is not.
+"""
 
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence

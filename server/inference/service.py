@@ -39,23 +39,7 @@ class Service:
         self.networks = Networks(settings.networks)
         self.bulk_photos = asyncio.Semaphore(settings.max_queue)
         """Photos that are at work for all requests with several photos together."""
-        self._observe(metrics)
-
-    def _observe(self, metrics: Metrics) -> None:
-        networks, gate = self.networks, self.gate
-        metrics.observe(metrics.pixels_decoding, lambda: self.pixels.used)
-        metrics.observe(metrics.bytes_in_flight, lambda: gate.body_bytes.used)
-        metrics.observe(metrics.ready, lambda: self.is_ready)
-        metrics.observe(metrics.circuit_open, lambda: any(one.is_failing for one in networks))
-        metrics.observe(metrics.admitted, lambda: gate.admitted)
-        for priority, bulk in (("interactive", False), ("bulk", True)):
-            depth = metrics.queue_depth.labels(priority)
-            metrics.observe(depth, partial(networks.waiting, bulk=bulk))
-            expected = metrics.expected_wait_seconds.labels(priority)
-            metrics.observe(expected, partial(gate.wait_s, bulk=bulk))
-        metrics.observe(metrics.queue_age_seconds, networks.longest_wait_s)
-        for served in networks:
-            served.observe(metrics)
+        _observe(self)
 
     @property
     def is_ready(self) -> bool:
@@ -160,3 +144,20 @@ class Service:
         """Finish what was accepted, then end the threads and close the backend."""
         await self.networks.close()
         self.threads.close()
+
+
+def _observe(service: Service) -> None:
+    metrics, networks, gate = service.metrics, service.networks, service.gate
+    metrics.observe(metrics.pixels_decoding, lambda: service.pixels.used)
+    metrics.observe(metrics.bytes_in_flight, lambda: gate.body_bytes.used)
+    metrics.observe(metrics.ready, lambda: service.is_ready)
+    metrics.observe(metrics.circuit_open, lambda: any(one.is_failing for one in networks))
+    metrics.observe(metrics.admitted, lambda: gate.admitted)
+    for priority, bulk in (("interactive", False), ("bulk", True)):
+        depth = metrics.queue_depth.labels(priority)
+        metrics.observe(depth, partial(networks.waiting, bulk=bulk))
+        expected = metrics.expected_wait_seconds.labels(priority)
+        metrics.observe(expected, partial(gate.wait_s, bulk=bulk))
+    metrics.observe(metrics.queue_age_seconds, networks.longest_wait_s)
+    for served in networks:
+        served.observe(metrics)

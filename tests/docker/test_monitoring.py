@@ -41,6 +41,7 @@ def _series() -> dict[str, set[str]]:
         archive = ArchiveMetrics(journal)
         for family in archive.registry.collect():
             if isinstance(family, GaugeMetricFamily):
+                # The library tells the names of labels in no other way.
                 series[family.name] = set(family._labelnames)
     for metric in [*vars(metrics).values(), *vars(archive).values()]:
         if isinstance(metric, MetricWrapperBase):

@@ -60,6 +60,7 @@ def test_it_is_turned_as_its_header_says(name: str, turns: int, mirror: int | No
 
 
 def heif_upright(orientation: int) -> Image.Transpose:
+    # The decoder has a copy, since it imports nothing of ours.
     from photos.image import _UPRIGHT
 
     return _UPRIGHT[orientation]
