@@ -108,7 +108,11 @@ def main() -> None:
             *("--username", _USER, "--password", _PASSWORD, "--user-token", _TOKEN),
         ]
         # It asks no backend at a private address otherwise.
-        told = {"ML_BLOCK_LOCAL_IP": "false", "LABEL_STUDIO_ENABLE_LEGACY_API_TOKEN": "true"}
+        told = {
+            "ML_BLOCK_LOCAL_IP": "false",
+            "SSRF_PROTECTION_ENABLED": "false",
+            "LABEL_STUDIO_ENABLE_LEGACY_API_TOKEN": "true",
+        }
         running.enter_context(_running(studio, command, **told))
         command = [
             *(sys.executable, "-m", "slsnet_client.label_studio", "--server", server.url),
