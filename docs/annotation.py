@@ -17,7 +17,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
-from PIL import Image
 from selenium.webdriver.common.by import By
 
 from tests.support import ROOT
@@ -98,7 +97,6 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where it is put")
     given = parser.parse_args()
-    path: Path = given.output / "label-studio.png"
     ports = free_port(), free_port()
     studio, backend = (f"http://127.0.0.1:{port}" for port in ports)
     with serve() as server, TemporaryDirectory() as folder, contextlib.ExitStack() as running:
@@ -122,10 +120,7 @@ def main() -> None:
         running.enter_context(_running(backend, command, **told))
         with browse(studio, Path(folder)) as page:
             _open(page, studio, _predicted(studio, backend))
-            page.driver.save_screenshot(str(path))
-    with Image.open(path) as picture:
-        small = picture.convert("RGB").quantize(96)
-    small.save(path, optimize=True)
+            page.save_picture(given.output / "label-studio.png", 96)
 
 
 if __name__ == "__main__":

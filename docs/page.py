@@ -7,8 +7,6 @@ import argparse
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from PIL import Image
-
 from tests.support import ROOT
 from tests.support.launch import serve
 from tests.support.page import browse
@@ -32,10 +30,7 @@ def main() -> None:
                 page.open()
                 page.find("choose").send_keys(str(ROOT / "docs" / "lesion.jpg"))
                 page.until_done()
-                page.driver.save_screenshot(str(path))
-            with Image.open(path) as picture:
-                small = picture.convert("RGB").quantize(128)
-            small.save(path, optimize=True)
+                page.save_picture(path, 128)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
@@ -47,6 +49,11 @@ class Page:
 
     def until(self, condition: Callable[[], object]) -> None:
         WebDriverWait(self.driver, 60, poll_frequency=0.05).until(lambda _: condition())
+
+    def save_picture(self, path: Path, colours: int) -> None:
+        """What is shown, as a PNG of so many colours: as small as documents need it."""
+        with Image.open(BytesIO(self.driver.get_screenshot_as_png())) as shown:
+            shown.convert("RGB").quantize(colours).save(path, optimize=True)
 
     def until_done(self) -> None:
         self.until(lambda: self.state() == "done")

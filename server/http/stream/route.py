@@ -80,9 +80,9 @@ class _Streams:
     def __init__(self, service: Service) -> None:
         self._most = service.settings.streams
         self._most_of_key = service.settings.key_streams
-        self._open = 0
-        self._of_keys: Counter[bytes] = Counter()
-        service.metrics.observe(service.metrics.streams, lambda: self._open)
+        self._open: Counter[bytes | None] = Counter()
+        """Streams of each key."""
+        service.metrics.observe(service.metrics.streams, self._open.total)
 
     @contextlib.contextmanager
     def place(self, key: bytes | None) -> Iterator[None]:
@@ -94,26 +94,23 @@ class _Streams:
         Raises:
             TooManyRequests: there are as many as may be, of this key or in all.
         """
-        if self._most_of_key and key is not None and self._of_keys[key] >= self._most_of_key:
+        if self._most_of_key and key is not None and self._open[key] >= self._most_of_key:
             raise TooManyRequests(
                 f"This key has {self._most_of_key} streams, as many as it may. Close one, or try"
                 " again in a second.",
                 1,
                 "key_streams",
             )
-        if self._open >= self._most:
+        if self._open.total() >= self._most:
             raise TooManyRequests(
                 f"The server has {self._most} streams, and no room for another. Try again in a"
                 " second.",
                 1,
                 "too_many_streams",
             )
-        counted = [] if key is None else [key]
-        self._open += 1
-        self._of_keys.update(counted)
+        self._open[key] += 1
         try:
             yield
         finally:
-            self._open -= 1
-            # Without those that are 0, so that old keys are forgotten.
-            self._of_keys -= Counter(counted)
+            # This keeps no key whose count is 0.
+            self._open -= Counter([key])
