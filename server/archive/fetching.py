@@ -58,6 +58,8 @@ async def fetch(
         Failure: the archive cannot be searched.
     """
     counts = Fetched()
+    photos = []
+    # The whole list first: a search by pages would find the results stored meanwhile.
     async for instance in archive.search(query):
         counts.found += 1
         if instance.sop_class not in PHOTOS:
@@ -65,7 +67,9 @@ async def fetch(
         elif await asyncio.to_thread(journal.knows, instance.uid):
             counts.known += 1
         else:
-            await _take(archive, instance, journal, relay, metrics, patience, counts)
+            photos.append(instance)
+    for instance in photos:
+        await _take(archive, instance, journal, relay, metrics, patience, counts)
     # The journal is a database: nothing rings when it is empty.
     while (await asyncio.to_thread(journal.state)).waiting:  # noqa: ASYNC110
         await asyncio.sleep(_LOOK_S)

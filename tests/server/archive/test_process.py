@@ -179,14 +179,18 @@ def test_what_is_fetched_comes_back(tmp_path: Path) -> None:
         ran = _fetch(tmp_path, server.url, url, "--all")
         assert ran.returncode == 2 and "The archive answers 503" in ran.stderr
         # The second photo cannot be had at first, and the server refuses one.
-        page = archive.answer("GET", "/dicom-web/instances?offset=0&limit=100", {}, b"")
-        archive.answers = [page, (500, {}, b"")]
+        archive.asked.clear()
+        archive.answers = [None, None, (500, {}, b"")]
         server.answers = [problem(422, "The object has no pixels.")]
         ran = _fetch(tmp_path, server.url, url, "--all")
         assert ran.returncode == 1
         assert "3 fetched" in ran.stderr and "1 no photos" in ran.stderr
         assert "1 wait for a person" in ran.stderr
         assert PATIENT not in ran.stderr
+        # Its own results are none of what it found: the search was over before.
+        assert "4 objects match" in ran.stderr
+        searches = ["/instances?" in path for _, path, _ in archive.asked]
+        assert searches == sorted(searches, reverse=True)
     results = [one for one in archive.stored if one not in map(uid_of, photos)]
     assert len(results) == 6
 
