@@ -27,7 +27,7 @@ from server.http.prefix import UnderPrefix
 from server.http.problems import install
 from server.http.reference import DESCRIPTION, router
 from server.http.segment.batch import batch_router
-from server.http.segment.route import segment_router
+from server.http.segment.route import add_segment
 from server.http.shedding import Shedding
 from server.http.stream.route import stream_router
 from server.inference.repository import Repository
@@ -105,8 +105,9 @@ def create_app(
     app = _framework(
         settings, partial(_lifespan, service, loader, on_failure, tracing and tracing[1])
     )
+    # First, since a request is compared with one after the other.
+    add_segment(app.router, service)
     for routes in (
-        segment_router(service),  # first, since a request is compared with one after the other
         health_router(service),
         router,
         page_router(offers_device=device is not None),

@@ -21,13 +21,16 @@ from server.inference.service import Service
 from server.inference.submission import Body, submitted
 from server.observe.stages import Stages
 
-__all__ = ["segment_router"]
+__all__ = ["add_segment"]
 
 _Endpoint = Callable[..., Coroutine[Any, Any, Response]]
 
 
-def segment_router(service: Service) -> APIRouter:
-    """The routes `/segment` and `/segment/json`."""
+def add_segment(router: APIRouter, service: Service) -> None:
+    """Add the routes `/segment` and `/segment/json`.
+
+    To the application's own router, since one that is included costs each request a second search.
+    """
 
     async def segment(
         request: Request,
@@ -45,7 +48,6 @@ def segment_router(service: Service) -> APIRouter:
     ) -> Response:
         return await _answer(service, request, given, x_request_timeout_ms, priority)
 
-    router = APIRouter()
     # Generated clients expect one form of answer for each path. So this path is described with PNG
     # and its parameters, though it can give JSON too, and JSON has a path of its own.
     summary = "Segment the lesion in a photo"
@@ -62,7 +64,6 @@ def segment_router(service: Service) -> APIRouter:
         summary,
         SEGMENT_JSON_RESPONSES,
     )
-    return router
 
 
 def _add(

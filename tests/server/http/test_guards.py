@@ -7,13 +7,13 @@ from typing import Annotated, Any
 
 import httpx
 import pytest
-from fastapi import Depends, FastAPI, Header, HTTPException
+from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException
 
 from server.http import app as app_module
 from server.http.app import create_app
 from server.http.context import RequestContext
 from server.http.openinference.protocol import VERSION
-from server.http.segment.route import segment_router
+from server.http.segment.route import add_segment
 from server.inference.service import Service
 from server.observe.metrics import Metrics
 from server.settings import DEFAULT_NETWORK, Settings
@@ -74,7 +74,9 @@ def test_a_guard_of_the_application_holds_on_every_route(monkeypatch: pytest.Mon
 def test_a_guard_of_a_router_holds_for_photos_with_and_without_parameters() -> None:
     service = Service(Settings(), Metrics())
     app = FastAPI()
-    app.include_router(segment_router(service), dependencies=[Depends(only_ward_seven)])
+    router = APIRouter(dependencies=[Depends(only_ward_seven)])
+    add_segment(router, service)
+    app.include_router(router)
     counted = RequestContext(app, service.metrics, lambda: False)
 
     async def scenario(ask: Ask) -> None:
