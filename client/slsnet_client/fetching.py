@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping
 
 import httpx
 
-__all__ = ["FetchError", "Fetcher", "Origin", "origin"]
+__all__ = ["FetchError", "Fetcher", "Origin", "is_public", "origin"]
 
 Origin = tuple[str, str, int]
 """Scheme, host and port."""
@@ -143,7 +143,7 @@ class Fetcher:
         except (OSError, UnicodeError) as error:
             raise FetchError(f"The photo's host {host} is not known.") from error
         addresses = [str(entry[4][0]) for entry in found]
-        if not self._private and not all(map(_is_public, addresses)):
+        if not self._private and not all(map(is_public, addresses)):
             raise FetchError(
                 f"The photo's host {host} has a private address: --allow-private lets it be asked."
             )
@@ -154,7 +154,8 @@ class Fetcher:
         await self._http.aclose()
 
 
-def _is_public(address: str) -> bool:
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the internet, and so none of this machine or its network."""
     parsed = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(parsed, ipaddress.IPv6Address):
         # Addresses that lead to one of version 4.
@@ -162,7 +163,7 @@ def _is_public(address: str) -> bool:
         if parsed in _NAT64:
             inner = ipaddress.IPv4Address(int(parsed) & 0xFFFF_FFFF)
         if inner:
-            return _is_public(str(inner))
+            return is_public(str(inner))
     return parsed.is_global and not parsed.is_multicast
 
 

@@ -29,7 +29,7 @@ from server.inference.sharing.memory import new_memory
 from server.observe.shared_metrics import SHARED_FOLDER, WORKER, Folder
 from server.settings import Settings
 
-__all__ = ["supervise"]
+__all__ = ["shares", "sharing", "supervise"]
 
 log = logging.getLogger("slsnet.supervisor")
 
@@ -98,7 +98,7 @@ def _its_gpu(number: int) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": named[number % len(named)]} if named else {}
 
 
-def _shares(settings: Settings) -> bool:
+def shares(settings: Settings) -> bool:
     """Whether the workers share a network."""
     if settings.share_network != "auto":
         return settings.share_network == "yes"
@@ -119,7 +119,7 @@ def _alone(settings: Settings, listener: socket.socket) -> list[_Worker]:
     ]
 
 
-def _sharing(
+def sharing(
     settings: Settings, listener: socket.socket, folder: Folder
 ) -> tuple[list[_Worker], list[_Worker]]:
     """Workers, and the owners of the networks that they share.
@@ -163,8 +163,8 @@ class _Supervisor:
         self._told = told
         self._folder = folder
         workers, owners = (
-            _sharing(settings, listener, folder)
-            if _shares(settings)
+            sharing(settings, listener, folder)
+            if shares(settings)
             else (_alone(settings, listener), [])
         )
         self._workers = [*owners, *workers]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from slsnet_client.fetching import Fetcher, FetchError, Origin, _is_public, origin
+from slsnet_client.fetching import Fetcher, FetchError, Origin, is_public, origin
 from tests.support.studio import Answer, Studio
 
 PHOTO = b"\xff\xd8\xff" + bytes(1000)
@@ -189,4 +189,4 @@ def test_only_the_web_is_asked(url: str) -> None:
     ],
 )
 def test_what_is_public(address: str, public: bool) -> None:
-    assert _is_public(address) is public
+    assert is_public(address) is public

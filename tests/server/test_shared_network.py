@@ -211,7 +211,7 @@ def test_each_gpu_has_an_owner_and_workers_take_turns_at_them(
     listener = socket.socket()
     folder = Folder()
     try:
-        workers, owners = supervisor._sharing(Settings(workers=3), listener, folder)
+        workers, owners = supervisor.sharing(Settings(workers=3), listener, folder)
     finally:
         folder.remove()
     gpus = [owner.environment["CUDA_VISIBLE_DEVICES"] for owner in owners]
@@ -241,7 +241,7 @@ def test_workers_share_a_network_on_a_gpu(
 
     monkeypatch.setattr(subprocess, "run", answer)
     settings = Settings(workers=2, backend="tensorrt", share_network=setting)
-    assert supervisor._shares(settings) is shares
+    assert supervisor.shares(settings) is shares
 
 
 def test_what_runs_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
