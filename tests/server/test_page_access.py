@@ -51,7 +51,11 @@ def test_axe_finds_nothing_serious(page: Page, tmp_path: Path, scheme: str) -> N
     page.open()
     assert not serious(page)
     page.find("live-camera").click()
-    page.until(page.find("live-freeze").is_displayed)
+    page.until(lambda: page.find("live-contour").get_attribute("d"))
+    place = page.find("live-stop").rect
+    page.until(page.find("live-unfit").is_displayed)
+    # What comes and goes moves no button under the finger.
+    assert page.find("live-stop").rect == place
     assert not serious(page)
     page.find("live-stop").click()
     page.find("choose").send_keys("\n".join(map(str, photos)))
