@@ -209,6 +209,20 @@ function average(pixels, start, [step, along], [lineStep, , across], place, squa
   });
 }
 
+/** As photos/heif.py. */
+const MOST_COMPATIBLE = " An iPhone stores JPEG with Settings, Camera, Formats, Most Compatible.";
+
+/** The name of a format that servers read; null where it is none. */
+function foreignName(bytes) {
+  if (["II*\0", "MM\0*", "II+\0"].includes(text(bytes, 0, 4))) return "TIFF";
+  if (text(bytes, 128, 132) === "DICM") return "DICOM";
+  if (text(bytes, 4, 8) !== "ftyp") return null;
+  // As photos/formats.py.
+  const brand = text(bytes, 8, 12);
+  if (["avif", "avis"].includes(brand) || text(bytes, 8, 64).includes("avif")) return "AVIF";
+  return /^(hei|hev|mif1|msf1)/.test(brand) ? "HEIC" : null;
+}
+
 /**
  * A photo without its metadata, so that no browser turns it or converts its colours, and what they say.
  *
@@ -225,11 +239,12 @@ export async function bare(bytes) {
     ["BMP", () => ({ parts: [bytes], said: null, size: null }), starts(0x42, 0x4d)],
   ].find(([, , fits]) => fits);
   if (!read) {
-    const tiff = ["II*\0", "MM\0*", "II+\0"].includes(text(bytes, 0, 4));
+    const foreign = foreignName(bytes);
     throw new PhotoError(
       415,
-      tiff
-        ? "A TIFF is read by the server only: save it as PNG, or let the server compute."
+      foreign
+        ? `This is a file of the format ${foreign}, which the page cannot read by itself: save the photo as JPEG` +
+            ` or PNG, or let a server compute.${foreign === "HEIC" ? MOST_COMPATIBLE : ""}`
         : "The bytes are not an image of a known format: take JPEG, PNG, WEBP or BMP.",
     );
   }

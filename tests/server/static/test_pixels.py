@@ -190,7 +190,14 @@ def test_what_is_no_whole_photo_is_refused(tmp_path: Path) -> None:
     whole = {"JPEG": saved("JPEG"), "PNG": saved("PNG"), "WEBP": saved("WEBP")}
     cut = [data[:length] for data in whole.values() for length in (len(data) // 2, len(data) - 2)]
     cut += [whole["JPEG"][:30], whole["PNG"][:9], whole["WEBP"][:20]]
-    other = [b"hello", b"GIF89a", saved("TIFF"), b"\xff\xd8", b"RIFF\0\0\0\0WAVEfmt "]
+    named = {
+        "TIFF": saved("TIFF"),
+        "AVIF": saved("AVIF"),
+        "HEIC": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
+        "DICOM": bytes(128) + b"DICM",
+    }
+    video = b"\0\0\0\x18ftypmp42\0\0\0\0isom"
+    other = [*named.values(), b"hello", b"GIF89a", video, b"\xff\xd8", b"RIFF\0\0\0\0WAVEfmt "]
     for number, data in enumerate([b"", *cut, *other]):
         (tmp_path / f"{number:02}").write_bytes(data)
     told = node(
@@ -207,7 +214,9 @@ def test_what_is_no_whole_photo_is_refused(tmp_path: Path) -> None:
     )
     assert all(known for known, _, _ in told)
     assert [status for _, status, _ in told] == [400] + [422] * len(cut) + [415] * len(other)
-    assert "TIFF" in told[len(cut) + 3][2]
+    words = [detail for _, _, detail in told[1 + len(cut) :]]
+    assert all(f"the format {name}," in word for name, word in zip(named, words, strict=False))
+    assert not any("the format" in word for word in words[len(named) :])
 
 
 @pytest.mark.parametrize("by", [1, 2, 4, 8])
