@@ -170,7 +170,6 @@ function fail(problem, again = retry) {
   // What was found before stays; "Try again" is for the photo that failed.
   if (good) present(good);
   else if (current) showPhoto(current.url);
-  byId("no-preview").hidden = true;
   setState("error");
   byId("download").disabled = !good;
   byId("result").hidden = !good && !(passing && current) && photos.length < 2;
@@ -221,6 +220,7 @@ function showPicture() {
   picture.setAttribute("width", sides[0]);
   picture.setAttribute("height", sides[1]);
   picture.setAttribute("transform", upright(size.orientation, size.width, size.height));
+  byId("no-preview").hidden = true;
   // The one before it would stay until this one is read, under an outline that is not its own.
   picture.dataset.shown = "false";
   picture.setAttribute("href", url);
@@ -571,11 +571,15 @@ clicked("scale-pick", () => pick(!picking));
 byId("photo").addEventListener("error", () => {
   byId("photo").dataset.shown = "false";
   byId("photo").alt = "";
-  byId("no-preview").hidden = current?.state === "error";
+  if (!byId("photo").hidden) byId("no-preview").hidden = current?.state === "error";
 });
 
 byId("picture").addEventListener("load", () => {
   byId("picture").dataset.shown = "true";
+});
+
+byId("picture").addEventListener("error", () => {
+  byId("no-preview").hidden = false;
 });
 
 byId("threshold").addEventListener("input", ({ target }) => {

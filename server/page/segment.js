@@ -54,6 +54,8 @@ export function segment(photo, { signal, sent = () => {} } = {}) {
 }
 
 function ask(photo, { signal, sent }) {
+  // What the server says of a request without a body is for programs.
+  if (!photo.size) return Promise.reject({ status: 400, detail: "The file is empty (0 bytes): take the original one." });
   return new Promise((resolve, reject) => {
     // Unlike `fetch`, it tells how much has been sent.
     const sending = new XMLHttpRequest();

@@ -350,6 +350,25 @@ def test_a_photo_that_the_browser_cannot_show_gets_its_mask(page: Page, tmp_path
     page.until(page.find("no-preview").is_displayed)
     overlay = page.find("overlay").rect
     assert overlay["width"] / overlay["height"] == pytest.approx(900 / 600, abs=0.02)
+    # The word is this photo's, and comes back with it.
+    other = path.with_name("other.png")
+    other.write_bytes(drawn_photo(3, 640, 480, "PNG"))
+    page.find("another").send_keys(str(other))
+    page.until(lambda: page.text("progress") == "2 of 2 photos done")
+    unseen, seen = page.driver.find_elements(By.CSS_SELECTOR, "#strip .tile")
+    seen.click()
+    page.until(lambda: not page.find("no-preview").is_displayed())
+    unseen.click()
+    page.until(page.find("no-preview").is_displayed)
+
+
+def test_an_empty_file_gets_a_word_for_people(page: Page, tmp_path: Path) -> None:
+    page.open()
+    path = tmp_path / "empty.jpg"
+    path.write_bytes(b"")
+    page.find("choose").send_keys(str(path))
+    page.until(lambda: page.state() == "error")
+    assert page.text("problem-detail").startswith("The file is empty")
 
 
 def test_a_server_that_is_gone_is_told_and_can_be_tried_again(page: Page) -> None:
