@@ -91,6 +91,7 @@ async function work(photo) {
   };
   try {
     Object.assign(photo, await segment(photo.file, { signal: photo.controller.signal, sent }));
+    photo.scale ??= scaleIn(photo);
     photo.state = "done";
     photo.problem = null;
   } catch (error) {
@@ -411,6 +412,11 @@ async function saveZip() {
 
 /** Millimetres a pixel of a photo, or null. */
 const scaleOf = (photo) => (byId("scale-all").checked ? common : photo.scale);
+
+/** What a DICOM photo says of its pixels, if they are squares, or null. */
+function scaleIn({ pixel: [across, down] = [] }) {
+  return Math.abs(across - down) < 0.01 * across ? across : null;
+}
 
 function setScale(scale) {
   good.scale = scale;

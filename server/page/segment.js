@@ -46,8 +46,8 @@ export function computeBy(other = ask) {
  *
  * `photo` is a Blob, `signal` an AbortSignal; `sent` is told the share that has been sent, if at all.
  * Gives `map` (as `decode` does), `size` (upright pixels, and EXIF's orientation of what is stored),
- * `quality` (of the mask at one half) and `fitness` (whether it is a dermoscopic photo), where they are known,
- * `borders` where masks are computed here, and `milliseconds` by stage. Rejects with a problem: `status`, `detail` and perhaps `request_id`.
+ * `quality` (of the mask at one half), `fitness` (whether it is a dermoscopic photo) and `pixel` (its size in
+ * millimetres, across and down), where they are known, `borders` where masks are computed here, and `milliseconds` by stage. Rejects with a problem: `status`, `detail` and perhaps `request_id`.
  */
 export function segment(photo, { signal, sent = () => {} } = {}) {
   return way(photo, { signal, sent });
@@ -76,8 +76,9 @@ function ask(photo, { signal, sent }) {
       }
       if (sending.status === 200 && body) {
         const milliseconds = timings(sending.getResponseHeader("Server-Timing"));
-        const { quality, fitness } = body;
-        resolve({ map: decode(body.mask), size: body.image, quality, fitness, milliseconds });
+        const { quality, fitness, lesion } = body;
+        const pixel = lesion.millimetres?.pixel;
+        resolve({ map: decode(body.mask), size: body.image, quality, fitness, pixel, milliseconds });
       } else if (body && type.startsWith("application/problem+json")) {
         reject(body);
       } else {

@@ -18,8 +18,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 from tests.support.answers import read_png
+from tests.support.dicom import dicom_bytes, needs_dicom
 from tests.support.launch import ServerProcess, serve
-from tests.support.lesions import drawn_photo
+from tests.support.lesions import drawn_photo, lesion_photo
 from tests.support.page import NEEDS_BROWSER, Page, browse
 
 pytestmark = NEEDS_BROWSER
@@ -339,6 +340,23 @@ def test_two_clicks_on_the_ruler_give_millimetres(page: Page, folder: Path) -> N
     page.find("scale-all").click()
     rows = csv.DictReader(io.StringIO(saved(page, "save-csv", "lesions.csv").decode("utf-8-sig")))
     assert len({row["mm_per_px"] for row in rows}) == 1
+
+
+def test_a_dicom_photo_brings_its_scale(page: Page, tmp_path: Path) -> None:
+    needs_dicom()
+    pixels = lesion_photo(7, 600, 400).pixels
+    square, oblong = tmp_path / "square.dcm", tmp_path / "oblong.dcm"
+    square.write_bytes(dicom_bytes(pixels, PixelSpacing=[0.02, 0.02]))
+    oblong.write_bytes(dicom_bytes(pixels, PixelSpacing=[0.02, 0.04]))
+    choose(page, square, oblong)
+    page.until(lambda: page.text("progress") == "2 of 2 photos done")
+    assert page.find("scale-um").get_attribute("value") == "20"
+    text = saved(page, "save-csv", "lesions.csv").decode("utf-8-sig")
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert float(rows[0]["area_mm2"]) == pytest.approx(int(rows[0]["area_px"]) * 0.0004, rel=1e-3)
+    assert page.text("area") == f"{float(rows[0]['area_mm2']):.1f} mm²"
+    # Lengths would depend on their direction.
+    assert not rows[1]["mm_per_px"]
 
 
 def use(page: Page, tool: str) -> None:
