@@ -6,4 +6,4 @@ from benchmarks.soak import soak
 def test_overload_is_refused_and_nothing_grows() -> None:
     # Quicker than in half an hour the queue must fill, and slower than then memory settles.
     result = soak(10, overload=4)
-    assert result.faults(memory=0.15, late=0.1) == []
+    assert result.faults(memory=0.15, timely=False) == []

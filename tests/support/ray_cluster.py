@@ -56,8 +56,15 @@ class RayService:
         deployments["Segmenter"]["autoscaling_config"] |= scaling
         client = serve.context._get_global_client()
         assert client is not None
-        client.deploy_apps(ServeDeploySchema(**config), _blocking=True)
+        # Blocking, it would wait for a minute at most, however busy the machine is.
+        client.deploy_apps(ServeDeploySchema(**config), _blocking=False)
+        wait_for(self._is_running, timeout_s=300)
         wait_for(lambda: len(self.processes(SEGMENTER)) == replicas)
+
+    def _is_running(self) -> bool:
+        (name,) = (each["name"] for each in self._config["applications"])
+        application = serve.status().applications.get(name)
+        return application is not None and application.status == "RUNNING"
 
     @contextlib.contextmanager
     def another_node(self, **resources: float) -> Iterator[psutil.Process]:
