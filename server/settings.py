@@ -331,7 +331,24 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
         " wins.",
     )
     add_flags(parser, Settings.model_fields)
-    return settings_of(parser, vars(parser.parse_args(arguments)))
+    shipped = _shipped()
+    parser.add_argument(
+        "--network",
+        choices=shipped,
+        metavar="NAME",
+        help="the shipped network that is the default one, in place of --model:"
+        f" {', '.join(shipped)}",
+    )
+    given = vars(parser.parse_args(arguments))
+    if name := given.pop("network"):
+        given["model"] = [*given.get("model", []), str(shipped[name])]
+    return settings_of(parser, given)
+
+
+def _shipped() -> dict[str, Path]:
+    """The files of the networks that come with this package, by their names."""
+    folder = (Path(__file__).parent.parent / SHIPPED_MODEL).parent
+    return {file.stem: file for file in sorted(folder.glob("*.onnx"))}
 
 
 def add_flags(parser: argparse.ArgumentParser, names: Container[str]) -> None:

@@ -407,6 +407,8 @@ def test_limits_are_shared_over_all_networks() -> None:
         (["--model", "slsnet=a.onnx"], "a.onnx", {}),
         (["--model", "./b=a.onnx"], "b=a.onnx", {}),
         (["--model", "b=x", "--models", "c=y,d=z"], None, {"b": "x", "c": "y", "d": "z"}),
+        (["--network", "slsnet"], None, {}),
+        (["--network", "slsnet", "--model", "b=x"], None, {"b": "x"}),
     ],
 )
 def test_flags_name_networks(flags: list[str], default: str | None, models: dict[str, str]) -> None:
@@ -421,6 +423,8 @@ def test_flags_name_networks(flags: list[str], default: str | None, models: dict
         (["--model", "a.onnx", "--model", "b.onnx"], ["one default network", "b.onnx"]),
         (["--model", "b=x", "--model", "b=y"], ["'b'", "another name"]),
         (["--models", "slsnet=x"], ["'slsnet'", "default"]),
+        (["--network", "slsnet", "--model", "a.onnx"], ["one default network", "a.onnx"]),
+        (["--network", "unet"], ["--network", "'unet'", "'slsnet'"]),
         (["--model", "a b=x"], ["'a b'", "letters"]),
         (["--model", "..=x"], ["'..'", "letters"]),
         (["--model", "b="], ["'b='", "NAME=FILE"]),
