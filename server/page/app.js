@@ -281,10 +281,15 @@ function show() {
 }
 
 /** How good the mask is likely to be: known of the one that the server would answer with. */
+function qualityOf({ edited, quality }) {
+  const isAsked = Number(byId("threshold").value) === HALF && !edited && !byId("clean").checked;
+  return (isAsked && quality) || null;
+}
+
 function showQuality() {
-  const asked = drawn.threshold === HALF && !good.edited && !byId("clean").checked;
-  byId("quality-row").hidden = !(asked && good.quality);
-  if (good.quality) byId("quality").textContent = `${good.quality.jaccard.toFixed(2)}, ${good.quality.grade}`;
+  const quality = qualityOf(good);
+  byId("quality-row").hidden = !quality;
+  if (quality) byId("quality").textContent = `${quality.jaccard.toFixed(2)}, ${quality.grade}`;
 }
 
 /** Between a tight outline and a generous one, where annotators' outlines lie; neither crosses the mask's own. */
@@ -395,7 +400,8 @@ async function rows(more = () => ({})) {
     await pause();
     const { mask, figures, threshold, edited } = outlined(photo);
     const { width, height } = mask;
-    found.push({ name, width, height, scale: scaleOf(photo), figures, threshold, edited, ...(await more(mask)) });
+    const known = { scale: scaleOf(photo), quality: qualityOf(photo), fitness: photo.fitness };
+    found.push({ name, width, height, figures, threshold, edited, ...known, ...(await more(mask)) });
   }
   const left = photos.length - found.length;
   note(left ? `Left out: ${left} that ${left > 1 ? "are" : "is"} still under way.` : "");

@@ -4,23 +4,25 @@ import { crc } from "./mask.js";
 
 const COLUMNS = [
   "photo", "width", "height", "threshold", "edited", "area_px", "area_percent", "diameter_px", "perimeter_px",
-  "mm_per_px", "area_mm2", "diameter_mm", "perimeter_mm", "refused",
+  "mm_per_px", "area_mm2", "diameter_mm", "perimeter_mm", "expected_jaccard", "unfit", "refused",
 ];
 
 /**
  * The table as CSV (RFC 4180).
  *
  * A row has `name` and either `refused`, why there is no mask, or `width` and `height` of the mask,
- * `figures` (of `measure`), `threshold`, `edited` and `scale` (millimetres a pixel, or null).
+ * `figures` (of `measure`), `threshold`, `edited`, `scale` (millimetres a pixel), `quality` and `fitness`; the
+ * last three may be null.
  */
 export function csv(rows) {
-  const lines = rows.map(({ name, refused, width, height, figures, threshold, edited, scale }) => {
+  const lines = rows.map(({ name, refused, width, height, figures, threshold, edited, scale, quality, fitness }) => {
     if (refused) return { photo: name, refused };
     const { area, share, diameter, perimeter } = figures;
     const pixels = {
       photo: name, width, height, threshold: edited ? "" : threshold,
       edited: edited ? "yes" : "no", area_px: area, area_percent: (share * 100).toFixed(3),
       diameter_px: diameter.toFixed(1), perimeter_px: perimeter.toFixed(1),
+      expected_jaccard: quality?.jaccard, unfit: fitness && (fitness.unfit ? "yes" : "no"),
     };
     if (!scale) return pixels;
     return {

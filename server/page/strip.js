@@ -6,6 +6,7 @@ import { heading } from "./segment.js";
 
 const HEIGHT = 64;
 const STATES = { waiting: "waits", busy: "is under way", done: "done", error: "refused" };
+const UNFIT = "likely no dermoscopic photo";
 
 /** One after the other: a large photo takes much memory while it is made small. */
 let drawing = Promise.resolve();
@@ -35,7 +36,8 @@ export function clearStrip() {
 export function tell(photo) {
   const { button, word, cells } = photo.place;
   button.dataset.state = photo.state;
-  word.textContent = photo.state === "error" ? heading(photo.problem) : STATES[photo.state];
+  const isUnfit = photo.state === "done" && photo.fitness?.unfit;
+  word.textContent = photo.state === "error" ? heading(photo.problem) : isUnfit ? UNFIT : STATES[photo.state];
   if (photo.state !== "error") return;
   // Why, where the figures would be.
   cells[0].textContent = `${heading(photo.problem)} ${photo.problem.detail ?? ""}`;
