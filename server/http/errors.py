@@ -52,8 +52,8 @@ class Unauthorized(HttpProblem):
     reason = "unauthorized"
 
     def __init__(self, detail: str) -> None:
-        # Basic makes a browser ask for the key by itself.
-        challenge = 'Bearer realm="slsnet", Basic realm="slsnet", charset="UTF-8"'
+        # Basic makes a browser ask for the key by itself. Chromium looks at the first scheme only.
+        challenge = 'Basic realm="slsnet", charset="UTF-8", Bearer realm="slsnet"'
         super().__init__(detail, {"WWW-Authenticate": challenge})
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from server.keys import new_key
 from tests.support.launch import ServerProcess, serve
 from tests.support.lesions import lesion_photo
 from tests.support.page import NEEDS_BROWSER, Page, browse
@@ -210,3 +211,19 @@ def test_a_server_that_comes_back_goes_on(video: Path, tmp_path: Path) -> None:
         own.kill_and_start_again()
         page.until(lambda: rate(page) > 0)
         assert not page.text("live-word")
+
+
+def test_a_browser_that_was_given_the_key_may_do_everything(video: Path, tmp_path: Path) -> None:
+    key, line = new_key("clinic")
+    keys = tmp_path / "keys"
+    keys.write_text(f"{line}\n", encoding="utf-8")
+    with (
+        serve("--api-keys-file", str(keys)) as own,
+        browse(own.url, tmp_path, *camera(video)) as page,
+    ):
+        # As typed into the browser's own question.
+        page.driver.get(f"{own.url}/".replace("://", f"://anyone:{key}@"))
+        start(page)
+        page.find("live-freeze").click()
+        page.until_done()
+        assert float(page.text("percent")) > 0

@@ -63,7 +63,9 @@ def test_without_a_key_only_health_and_metrics_answer(guarded: Guarded) -> None:
     for path in ("/model", "/docs", "/openapi.json", "/nothing"):
         answer = guarded.get(path)
         assert_problem(answer, 401, "API key", "Authorization: Bearer")
-        assert answer.headers["www-authenticate"].startswith("Bearer ")
+        # In this order: Chromium asks for a key only where the first scheme is Basic.
+        assert answer.headers["www-authenticate"].startswith("Basic ")
+        assert 'Bearer realm="slsnet"' in answer.headers["www-authenticate"]
     tensors = guarded.get("/v2")
     assert tensors.status_code == 401
     assert "API key" in tensors.json()["error"]
