@@ -25,7 +25,7 @@ from pydicom.pixels.processing import (
     convert_color_space,
 )
 
-from photos.dicom.header import Header, Refusal, header, parsed
+from photos.dicom.header import Header, Refusal, header, of_frame, parsed
 from photos.formats import jpeg_frame
 from photos.heif_decoder import limit
 
@@ -47,6 +47,12 @@ _JPEG_FRAMES = {
     uid.JPEGLosslessSV1: (0xC3,),
     uid.JPEGLSLossless: (0xF7,),
     uid.JPEGLSNearLossless: (0xF7,),
+}
+
+# Of PS3.3, C.7.6.16.2: what a frame's functional groups may say of its brightness.
+_GREY_GROUPS = {
+    "PixelValueTransformationSequence": ("RescaleIntercept", "RescaleSlope"),
+    "FrameVOILUTSequence": ("WindowCenter", "WindowWidth", "VOILUTFunction"),
 }
 
 
@@ -102,6 +108,7 @@ def picture(dataset: FileDataset, found: Header, least: int | None = None) -> Im
         if colours == "PALETTE COLOR":
             stored = _eight_bits(apply_color_lut(stored, dataset))
         elif colours.startswith("MONOCHROME"):
+            _take_groups(dataset, found.frame)
             stored = _grey(stored, dataset)
         elif stored.dtype != np.uint8 or int(dataset.BitsStored) < 8:
             stored = _scaled(stored, 0, (1 << int(dataset.BitsStored)) - 1)
@@ -186,7 +193,10 @@ def _grey(stored: NDArray[Any], dataset: FileDataset) -> NDArray[np.uint8]:
     values = apply_modality_lut(stored, dataset)
     if "VOILUTSequence" in dataset or _has_window(dataset):
         if "VOILUTSequence" in dataset:
-            low, high = 0.0, float((1 << int(dataset.VOILUTSequence[0].LUTDescriptor[2])) - 1)
+            descriptor = dataset.VOILUTSequence[0].LUTDescriptor
+            low, high = 0.0, float((1 << int(descriptor[2])) - 1)
+            # pydicom counts a table's entries in numbers as small as those that it holds.
+            descriptor[2] = 16
         else:
             # What lies below and above every window.
             ends = apply_voi_lut(np.array([-1e12, 1e12]), dataset)
@@ -199,6 +209,15 @@ def _grey(stored: NDArray[Any], dataset: FileDataset) -> NDArray[np.uint8]:
     if dataset.PhotometricInterpretation == "MONOCHROME1":
         low, high = high, low
     return _scaled(values, low, high)
+
+
+def _take_groups(dataset: FileDataset, frame: int) -> None:
+    """Set what the frame's functional groups say of its brightness where pydicom looks for it."""
+    for group, keywords in _GREY_GROUPS.items():
+        for item in of_frame(dataset, frame, group)[:1]:
+            for keyword in keywords:
+                if keyword in item:
+                    dataset[keyword] = item[keyword]
 
 
 def _has_window(dataset: FileDataset) -> bool:

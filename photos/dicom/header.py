@@ -4,11 +4,11 @@ No text of the object is repeated in a message: it can be a patient's name. Name
 are told, and numbers.
 """
 
+import contextlib
 import math
 import warnings
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any
 
 import pydicom
 from pydicom import config, uid
@@ -16,7 +16,7 @@ from pydicom._uid_dict import UID_dictionary
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.uid import UID
 
-__all__ = ["Header", "Refusal", "header", "parsed"]
+__all__ = ["Header", "Refusal", "header", "of_frame", "parsed"]
 
 _PHOTOS = (
     uid.VLPhotographicImageStorage,
@@ -205,6 +205,12 @@ def _check_pixels(dataset: FileDataset) -> None:
             f"The DICOM object has {stored} bits stored in {allocated}, which is not read: send one"
             " of 8 or 16 bits a sample."
         )
+    # Old objects may have them elsewhere, with something else below; the standard has retired that.
+    if dataset.get("HighBit") is not None and _number(dataset, "HighBit", 0, 63) >= stored:
+        raise Refusal(
+            f"The DICOM object has {stored} bits stored and HighBit {int(dataset.HighBit)}, which"
+            f" is not read: send one where it is {stored - 1}."
+        )
 
 
 def _number(dataset: Dataset, keyword: str, least: int, most: int) -> int:
@@ -221,18 +227,21 @@ def _number(dataset: Dataset, keyword: str, least: int, most: int) -> int:
     return number
 
 
-def _spacing(dataset: Dataset, frame: int) -> tuple[float, float] | None:
-    """Millimetres between the centres of rows, and of columns; None if they are not told."""
-    places: list[Any] = [dataset]
+def of_frame(dataset: Dataset, frame: int, keyword: str) -> list[Dataset]:
+    """What functional groups of this name say: those of the frame, then those of all frames."""
+    found: list[Dataset] = []
     for groups, item in (
         ("PerFrameFunctionalGroupsSequence", frame - 1),
         ("SharedFunctionalGroupsSequence", 0),
     ):
-        try:
-            measures = dataset[groups].value[item].PixelMeasuresSequence[0]
-        except (AttributeError, IndexError, KeyError, TypeError):
-            continue
-        places.insert(len(places) - 1, measures)
+        with contextlib.suppress(AttributeError, IndexError, KeyError, TypeError):
+            found.append(dataset[groups].value[item][keyword].value[0])
+    return found
+
+
+def _spacing(dataset: Dataset, frame: int) -> tuple[float, float] | None:
+    """Millimetres between the centres of rows, and of columns; None if they are not told."""
+    places = [*of_frame(dataset, frame, "PixelMeasuresSequence"), dataset]
     for keyword in _SPACINGS:
         for place in places:
             try:

@@ -213,6 +213,35 @@ def test_a_table_of_values_of_interest_is_applied() -> None:
     table.add_new(0x00283006, "US", [257 * level for level in range(255, -1, -1)])
     stored = dicom_bytes(GREY, VOILUTSequence=[table])
     assert_looks_like(decoded(stored), 255 - GREY, 0)
+    # The usual one: many values to few.
+    table.LUTDescriptor = [4096, 0, 8]
+    table.add_new(0x00283006, "US", [level >> 4 for level in range(4096)])
+    deep = GREY.astype(np.uint16) << 4
+    stored = dicom_bytes(deep, VOILUTSequence=[table], BitsStored=12, HighBit=11)
+    assert_looks_like(decoded(stored), GREY, 0)
+
+
+def test_a_frames_own_window_is_taken() -> None:
+    from pydicom.dataset import Dataset
+
+    def groups(dark: int) -> Dataset:
+        """A window from `dark` to 4080 above it, over values of which each counts twice."""
+        window, values, found = Dataset(), Dataset(), Dataset()
+        window.WindowCenter, window.WindowWidth = dark + 2040, 4081
+        values.RescaleIntercept, values.RescaleSlope, values.RescaleType = 0, 2, "US"
+        found.FrameVOILUTSequence = [window]
+        found.PixelValueTransformationSequence = [values]
+        return found
+
+    deep = GREY.astype(np.uint16) * 8
+    frames = np.stack([deep + 500, deep + 9000])
+    kind = "1.2.840.10008.5.1.4.1.1.7.3"
+    shared = dicom_bytes(frames, kind=kind, SharedFunctionalGroupsSequence=[groups(18_000)])
+    assert_looks_like(decoded(shared, 2), GREY, 1)
+    each = [groups(1000), groups(18_000)]
+    own = dicom_bytes(frames, kind=kind, PerFrameFunctionalGroupsSequence=each)
+    for number in (1, 2):
+        assert_looks_like(decoded(own, number), GREY, 1)
 
 
 def test_one_of_several_frames_is_chosen_by_its_number() -> None:
@@ -269,6 +298,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "no PhotometricInterpretation": {"PhotometricInterpretation": "CMYK"},
     "SamplesPerPixel 1, and RGB has 3": {"SamplesPerPixel": 1},
     "32 bits stored in 32": {"BitsAllocated": 32, "BitsStored": 32, "HighBit": 31},
+    "8 bits stored and HighBit 15": {"BitsAllocated": 16, "BitsStored": 8, "HighBit": 15},
     "do not decode": {"PixelData": PIXELS.tobytes()[:5000]},
 }
 
