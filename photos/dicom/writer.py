@@ -61,6 +61,11 @@ _MAY_BE_EMPTY = (
     "ReferringPhysicianName",
 )
 
+# Results keep these, and are in UTF-8 if the photo has another, or several, which highdicom takes
+# in some of the ways only that cameras write.
+_CHARACTER_SETS = {
+    one.value for one in hd.SpecificCharacterSetValues if not one.value.startswith("ISO 2022")
+}
 
 _MEASURES = {
     "area": codes.SCT.Area,
@@ -131,6 +136,9 @@ def _reference(dataset: FileDataset) -> FileDataset:
     for keyword in _NOT_OF_PHOTOS:
         if keyword in dataset:
             delattr(dataset, keyword)
+    if str(dataset.get("SpecificCharacterSet")) not in _CHARACTER_SETS:
+        dataset.decode()
+        dataset.SpecificCharacterSet = "ISO_IR 192"
     for keyword in _MAY_BE_EMPTY:
         if dataset.get(keyword) is None:
             setattr(dataset, keyword, "")

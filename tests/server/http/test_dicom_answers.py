@@ -89,6 +89,26 @@ def test_each_object_is_valid_and_of_the_same_patient_and_study(
     assert "slsnet" in str(found.SoftwareVersions)
 
 
+@pytest.mark.parametrize(
+    ("character_set", "name"),
+    [
+        ("ISO_IR 144", "Иванов^Пётр"),
+        (["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎"),
+        ("ISO 2022 IR 100", PATIENT),
+        ("ISO_IR 6", "Somebody"),
+        (None, "Somebody"),
+    ],
+)
+def test_results_have_the_patients_name_in_every_writing(
+    server: ServerProcess, tmp_path: Path, character_set: Any, name: str
+) -> None:
+    photo = dicom_bytes(PIXELS, SpecificCharacterSet=character_set, PatientName=name)
+    answer = ask(server, f"format=dicom&objects={ALL}", photo).raise_for_status()
+    for content in parts(answer):
+        assert str(read(content).PatientName) == name
+        assert_valid(content, tmp_path)
+
+
 def test_segmentations_have_the_mask_and_say_what_made_it(
     objects: dict[str, bytes], mask: np.ndarray[Any, Any], server: ServerProcess
 ) -> None:
