@@ -210,6 +210,9 @@ def test_any_web_host_will_do_and_then_none(
             page.open(url)
             page.until_ready()
             assert ("one thread" in page.status()) == (not headers)
+            # It promises no format that it refuses.
+            hints = driver.find_element(By.CLASS_NAME, "drop").text
+            assert "JPEG, PNG, WebP or BMP" in hints and "TIFF" not in hints
             mask = mask_of(page.find(photo))
             assert (mask != offline.mask(photo)).mean() <= 2e-4
             driver.execute_async_script("navigator.serviceWorker.ready.then(() => arguments[0]())")
