@@ -8,7 +8,7 @@ import { streamed } from "./stream.js";
 // the second figure.
 const [PAUSE_MS, LONGEST_PAUSE_MS] = [200, 2000];
 
-// Timers take no longer time; it is 24 days.
+// Timers take no longer time, and the server no infinite one; it is 24 days.
 const LONGEST_DEADLINE_MS = 2 ** 31 - 1;
 
 export class Client {
@@ -45,7 +45,8 @@ export class Client {
 
   async #post(path, query, photo, options, read) {
     const { bulk = false } = options;
-    const { deadlineMs = this.#deadlineMs, signal } = options;
+    const { deadlineMs: asks = this.#deadlineMs, signal } = options;
+    const deadlineMs = Math.min(asks, LONGEST_DEADLINE_MS);
     const address = new URL(path, this.#address);
     address.search = new URLSearchParams({ ...asked(options), size: "original", ...query });
     // The same for every repetition, so that the server's log shows them together.
@@ -53,7 +54,7 @@ export class Client {
     const headers = { ...this.#headers, "X-Request-ID": requestId, ...(bulk && { Priority: "bulk" }) };
     const late = new DeadlinePassed("No answer came before the deadline.", { requestId });
     const ends = performance.now() + deadlineMs;
-    return within(Math.min(deadlineMs, LONGEST_DEADLINE_MS), late, signal, async (stop) => {
+    return within(deadlineMs, late, signal, async (stop) => {
       const body = await bytesOf(photo);
       stop.throwIfAborted();
       return this.#ask(address, headers, body, ends, stop, read);
@@ -112,7 +113,7 @@ export class Client {
     signal?.throwIfAborted();
     const address = new URL("stream", this.#address);
     address.protocol = address.protocol.replace("http", "ws");
-    address.search = new URLSearchParams({ ...asked(options), mask: "rle", deadline_ms: deadlineMs });
+    address.search = new URLSearchParams({ ...asked(options), mask: "rle", deadline_ms: Math.min(deadlineMs, LONGEST_DEADLINE_MS) });
     const pauseMs = (repeated, error) => (repeated < this.#retries ? pauseBefore(repeated, error) : null);
     const kept = { apiKey: this.#apiKey, Socket: this.#Socket, inFlight, signal };
     yield* streamed(address, frames, { ...kept, bytesOf, pauseMs, pause });

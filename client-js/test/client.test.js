@@ -232,6 +232,12 @@ test("deadline and signal end a request wherever it is", async () => {
   asleep.stop();
 });
 
+test("a deadline may be infinite", async () => {
+  const client = new Client(server.url);
+  assert.ok((await client.segment(photo, { deadlineMs: Infinity })).lesion.area);
+  for await (const { error } of client.stream([photo], { deadlineMs: Infinity })) assert.equal(error, null);
+});
+
 test("no more are at work than allowed, and they come in order", async () => {
   let free;
   const three = new Promise((resolve) => (free = resolve));

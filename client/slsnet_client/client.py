@@ -57,6 +57,9 @@ Form = Literal[
 # long, up to the second figure.
 _PAUSE_S, _LONGEST_PAUSE_S = 0.2, 2.0
 
+# What the server is told has to be finite. A day is more than it waits for anything.
+_LONGEST_DEADLINE_S = 86_400.0
+
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
@@ -214,7 +217,8 @@ class AsyncClient:
         bulk: bool,
         deadline_s: float | None,
     ) -> _T:
-        ends = time.monotonic() + (self._deadline_s if deadline_s is None else deadline_s)
+        wanted_s = self._deadline_s if deadline_s is None else deadline_s
+        ends = time.monotonic() + min(wanted_s, _LONGEST_DEADLINE_S)
         # The same for every repetition, so that the server's log shows them together.
         headers = {"Content-Type": "image/jpeg", "X-Request-ID": uuid.uuid4().hex}
         if bulk:
@@ -335,7 +339,7 @@ class AsyncClient:
             raise ValueError(f"At least 1 frame is in flight, not {in_flight}.")
         query = {
             **_query(threshold, clean=clean, model=model, reject_unfit=reject_unfit),
-            "deadline_ms": f"{1000 * deadline_s:g}",
+            "deadline_ms": f"{1000 * min(deadline_s, _LONGEST_DEADLINE_S):g}",
         }
         address = httpx.URL(self._url)
         secure = address.scheme == "https"

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import re
 import subprocess
 import sys
@@ -171,6 +172,12 @@ def test_options_reach_the_network(server: ServerProcess, segment: Segment) -> N
         segment(server.url, PNG, model="resnet")
     with Client(server.url) as client:
         assert client.network("slsnet") == client.network()
+
+
+def test_a_deadline_may_be_infinite(server: ServerProcess, segment: Segment) -> None:
+    assert segment(server.url, PNG, deadline_s=math.inf).lesion.found
+    with Client(server.url) as client:
+        assert all(not answer.error for answer in client.stream([PNG], deadline_s=math.inf))
 
 
 def test_a_picture_that_is_no_dermoscopic_photo_is_refused_if_asked(
