@@ -23,7 +23,7 @@ _PAGE = 100
 
 _SOP_CLASS, _SOP_INSTANCE = "00080016", "00080018"
 _STUDY, _SERIES = "0020000D", "0020000E"
-_FAILED, _FAILURE_REASON = "00081198", "00081197"
+_STORED, _FAILED, _FAILURE_REASON = "00081199", "00081198", "00081197"
 
 _DUPLICATE = 0x0111
 # Of PS3.4, B.2.3: it is out of resources, or failed while it worked. Others are of the object.
@@ -69,11 +69,18 @@ class Archive:
         )
         if answer.status // 100 != 2 and answer.status != 409:
             raise refused(_NAME, answer)
-        reasons = _failures(answer.content)
-        if (reasons is None and answer.status == 202) or (not reasons and answer.status == 409):
-            # Some or all are refused, and it does not say why.
-            raise Failure("refused", f"The archive answers {answer.status}.", final=True)
-        failed = [reason for reason in reasons or () if reason != _DUPLICATE]
+        stored, reasons = _told(answer.content)
+        if not reasons and stored < len(contents):
+            if answer.status in (202, 409):
+                # Some or all are refused, and it does not say why.
+                raise Failure("refused", f"The archive answers {answer.status}.", final=True)
+            # A page to log in, or of a proxy, has status 200 as well.
+            raise Failure(
+                "wrong_address",
+                f"The archive answers {answer.status} without a word of the objects: is this a"
+                " DICOMweb service?",
+            )
+        failed = [reason for reason in reasons if reason != _DUPLICATE]
         if failed:
             codes = ", ".join(f"{reason:04X}" for reason in sorted(set(failed)))
             temporary = all(
@@ -94,19 +101,20 @@ class Archive:
         Raises:
             Failure: the archive cannot be asked.
         """
-        offset = 0
+        offset, before = 0, list[Any]()
         while True:
             page = await self._page({**query, "limit": str(_PAGE), "offset": str(offset)})
+            # An archive may give less than a page at a time; one that knows none gives all again.
+            if not page or page == before:
+                return
             for found in page:
                 values = [
                     _value(found, tag) for tag in (_SOP_CLASS, _STUDY, _SERIES, _SOP_INSTANCE)
                 ]
-                if all(values):
+                if all(isinstance(value, str) and value for value in values):
                     yield Instance(*values)
-            # An archive may give less than a page at a time.
-            if not page:
-                return
             offset += len(page)
+            before = page
 
     async def _page(self, query: Mapping[str, str]) -> list[Any]:
         answer = await self._web.ask("GET", "instances", query=query, headers={"Accept": _JSON})
@@ -146,15 +154,15 @@ class Archive:
         await self._web.aclose()
 
 
-def _failures(content: bytes) -> list[int] | None:
-    """Reasons of the objects that were not stored; None if the answer does not say."""
+def _told(content: bytes) -> tuple[int, list[int]]:
+    """How many objects are stored, and why others are not, as the answer says."""
     try:
         document = json.loads(content)
         (store,) = document if isinstance(document, list) else [document]
-        failed = store.get(_FAILED, {}).get("Value", [])
-        return [int(_value(each, _FAILURE_REASON) or 0) for each in failed]
+        stored, failed = (store.get(tag, {}).get("Value", []) for tag in (_STORED, _FAILED))
+        return len(stored), [int(_value(each, _FAILURE_REASON) or 0) for each in failed]
     except (ValueError, TypeError, AttributeError):
-        return None
+        return 0, []
 
 
 def _value(found: Any, tag: str) -> Any:

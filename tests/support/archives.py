@@ -263,15 +263,17 @@ class StubArchive(_Stub):
 
     def _store(self, headers: Mapping[str, str], body: bytes) -> _Answer:
         contents = files(headers["content-type"], body)
-        failed = []
+        failed, stored = [], []
         for content in contents:
             dataset = pydicom.dcmread(BytesIO(content))
             if reason := self.refuses(dataset):
                 failed.append({"00081197": {"vr": "US", "Value": [reason]}})
                 continue
+            stored.append({"00081155": {"vr": "UI", "Value": [str(dataset.SOPInstanceUID)]}})
             self.stored.append(str(dataset.SOPInstanceUID))
             self.held[str(dataset.SOPInstanceUID)] = content
-        document = {"00081198": {"vr": "SQ", "Value": failed}} if failed else {}
+        told = {"00081198": failed, "00081199": stored}
+        document = {tag: {"vr": "SQ", "Value": items} for tag, items in told.items() if items}
         status = 409 if len(failed) == len(contents) else 202 if failed else 200
         return status, {"Content-Type": "application/dicom+json"}, json.dumps(document).encode()
 

@@ -4,6 +4,7 @@ makes sense.
 
 import asyncio
 import gc
+import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from pydicom.uid import SecondaryCaptureImageStorage
 from pynetdicom import AE, evt
 from pynetdicom.dimse_primitives import C_STORE
 
-from server.archive.dicomweb import Archive
+from server.archive.dicomweb import Archive, Instance
 from server.archive.failures import Failure
 from server.archive.multipart import encode, files
 from server.archive.sending import Peer, Sender
@@ -119,6 +120,36 @@ def test_an_archive_that_fails_gets_the_same_objects_again(
         assert _reasons(relay, "stow") == {"busy", "failed", "key_refused", "wrong_address"}
     assert len(slsnet.asked) == 1, "results are made once"
     assert len(archive.asked) == 5 and len(archive.held) == 3
+
+
+@pytest.mark.parametrize(
+    "body", [b"<html>Log in</html>", b"", b"{}", b'{"00081199": {"vr": "SQ", "Value": [{}]}}']
+)
+def test_success_that_names_no_objects_is_none(
+    tmp_path: Path, slsnet: StubServer, archive: StubArchive, body: bytes
+) -> None:
+    archive.answers = [(200, {}, body)]
+    with running(tmp_path, slsnet.url, _to(archive), listens=False) as relay:
+        relay.take(dicom_photo())
+        relay.settled()
+        assert _reasons(relay, "stow") == {"wrong_address"}
+    assert len(archive.held) == 3, "it is sent again, not erased"
+
+
+def test_an_archive_that_lists_without_pages_is_listed_once(archive: StubArchive) -> None:
+    identity = {tag: {"Value": ["1.2"]} for tag in ("00080016", "00080018", "0020000D", "0020000E")}
+    page = json.dumps([identity, {**identity, "00080018": {"Value": [7]}}, {}, "?"]).encode()
+    archive.answers = [(200, {}, page)] * 3
+
+    async def found() -> list[Instance]:
+        web = Archive(f"{archive.url}/dicom-web")
+        try:
+            return [instance async for instance in web.search({})]
+        finally:
+            await web.aclose()
+
+    assert asyncio.run(found()) == [Instance("1.2", "1.2", "1.2", "1.2")]
+    assert len(archive.asked) == 2
 
 
 def test_an_archive_that_refuses_waits_for_a_person(

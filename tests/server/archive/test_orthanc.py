@@ -71,10 +71,16 @@ def test_the_real_servers_results_come_back(tmp_path: Path, server: ServerProces
     port = free_port()
     orthanc = Orthanc(tmp_path / "orthanc", port)
     flags = ["--server", server.url, "--stow", f"{orthanc.url}/dicom-web", "--peer", orthanc.title]
-    with orthanc.running(), serve_archive(tmp_path / "journal", *flags, port=port) as process:
-        orthanc.send([orthanc.add(dicom_photo())])
-        until(lambda: "slsnet_archive_delivered_total 1.0" in process.get("/metrics"))
+    with orthanc.running():
+        with serve_archive(tmp_path / "journal", *flags, port=port) as process:
+            orthanc.send([orthanc.add(dicom_photo())])
+            until(lambda: "slsnet_archive_delivered_total 1.0" in process.get("/metrics"))
         held = [pydicom.dcmread(BytesIO(content)) for content in orthanc.held()]
+        # The overlay is a Secondary Capture, but no photo, also for another journal.
+        where = ["--server", server.url, "--from", f"{orthanc.url}/dicom-web"]
+        told = _run(["fetch", "--journal", str(tmp_path / "other"), "--all", *where])
+        assert len(held) == 4
+    assert "4 objects match: 1 fetched, 1 known already, 2 no photos" in told
     assert {one.Modality for one in held} == {"DMS", "SEG", "OT", "SR"}
     assert len({one.StudyInstanceUID for one in held}) == 1
 
