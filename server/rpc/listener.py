@@ -5,18 +5,40 @@ HTTP/2 and listens by itself.
 """
 
 from pathlib import Path
+from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2_grpc
 
 from server.rpc.bridge import Bridge
-from server.rpc.service import OpenInference
+from server.rpc.service import NO_MESSAGE, OpenInference
 from server.settings import Settings
 
 __all__ = ["Listener"]
 
 # The largest message; gRPC's own default. Messages are complete before they can be refused.
 _MESSAGE_BYTES = 4 * 2**20
+
+
+class _Parsing(grpc.aio.ServerInterceptor):
+    """Refuses messages that do not parse: gRPC's library takes them for faults of the server."""
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        handler = await continuation(details)
+        if handler is None or handler.unary_unary is None:
+            return handler
+
+        async def answer(message: bytes, context: Any) -> Any:
+            try:
+                request = handler.request_deserializer(message)
+            except DecodeError:
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, NO_MESSAGE)
+            return await handler.unary_unary(request, context)
+
+        return grpc.unary_unary_rpc_method_handler(
+            answer, response_serializer=handler.response_serializer
+        )
 
 
 class Listener:
@@ -44,6 +66,7 @@ class Listener:
         address = f"{host}:{settings.grpc_port}"
         # It belongs to the event loop that runs now.
         server = grpc.aio.server(
+            interceptors=[_Parsing()],
             # As many calls as have room for a message of full size each.
             maximum_concurrent_rpcs=max(1, settings.max_bytes_in_flight // _MESSAGE_BYTES),
             options=[

@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 import grpc
 from google.protobuf import json_format
+from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
@@ -21,11 +22,14 @@ from server.http.openinference.protocol import HEADER_LENGTH
 from server.rpc.bridge import Answer, Bridge
 from server.rpc.codec import request_body, response
 
-__all__ = ["OpenInference"]
+__all__ = ["NO_MESSAGE", "OpenInference"]
 
 # Requests of one stream that are worked on at the same time. The stream is not read further while
 # so many of its answers are missing.
 _AT_ONCE = 8
+
+NO_MESSAGE = "The request is no message of this call: it does not parse as protobuf."
+"""What a client is told whose message cannot be read."""
 
 # Metadata that the application knows as headers.
 _HEADERS = ("authorization", "x-api-key", "x-request-id", "priority", "traceparent", "tracestate")
@@ -110,21 +114,39 @@ class OpenInference(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
         answers: asyncio.Queue[asyncio.Task[Any] | None] = asyncio.Queue(_AT_ONCE - 1)
         started: set[asyncio.Task[Any]] = set()
 
-        async def read() -> None:
-            async for request in requests:
-                task = asyncio.create_task(self._in_stream(request, context))
-                started.add(task)
-                task.add_done_callback(started.discard)
-                await answers.put(task)
+        async def read() -> bool:
+            """Start what comes; return whether all of it could be read."""
+            try:
+                async for request in requests:
+                    task = asyncio.create_task(self._in_stream(request, context))
+                    started.add(task)
+                    task.add_done_callback(started.discard)
+                    await answers.put(task)
+            except DecodeError:
+                is_read = False
+            else:
+                is_read = True
             await answers.put(None)
+            return is_read
 
         reading = asyncio.create_task(read())
         try:
             while (task := await answers.get()) is not None:
                 yield await task
+            if not await reading:
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, NO_MESSAGE)
         finally:
             for unfinished in (reading, *started):
                 unfinished.cancel()
+
+    async def _not_served(self, _: Any, context: Any) -> None:
+        """Without it gRPC's library logs a fault for each such call."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "This server does not serve this call.")
+
+    ModelStatistics = TraceSetting = LogSettings = _not_served
+    SystemSharedMemoryStatus = SystemSharedMemoryRegister = _not_served
+    SystemSharedMemoryUnregister = CudaSharedMemoryStatus = _not_served
+    CudaSharedMemoryRegister = CudaSharedMemoryUnregister = _not_served
 
     async def _in_stream(self, request: Any, context: Any) -> Any:
         answer = await self._infer(request, context)

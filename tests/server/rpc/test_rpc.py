@@ -185,6 +185,29 @@ def test_faults_are_named(stub: Any, pixels: NDArray[np.uint8]) -> None:
         assert text in error.value.details()
 
 
+def test_what_is_no_call_of_this_server_is_refused_quietly() -> None:
+    port = free_port()
+    garbage = b"\xff\xff\xff"
+    with serve("--grpc-port", str(port)) as server:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            service = "/inference.GRPCInferenceService"
+            for name, message, code in (
+                ("ModelInfer", garbage, "INVALID_ARGUMENT"),
+                ("ModelStatistics", garbage, "INVALID_ARGUMENT"),
+                ("ModelStatistics", b"", "UNIMPLEMENTED"),
+                ("SystemSharedMemoryStatus", b"", "UNIMPLEMENTED"),
+                ("Nothing", b"", "UNIMPLEMENTED"),
+            ):
+                with pytest.raises(grpc.RpcError) as error:
+                    channel.unary_unary(f"{service}/{name}")(message, timeout=PATIENCE_S)
+                assert code_of(error) == code
+            stream = channel.stream_stream(f"{service}/ModelStreamInfer")
+            with pytest.raises(grpc.RpcError) as error:
+                list(stream(iter([garbage]), timeout=30))
+            assert code_of(error) == "INVALID_ARGUMENT"
+        assert "Traceback" not in server.log()
+
+
 def test_stream_answers_in_order_and_outlives_an_error(
     ports: tuple[int, int], stub: Any, pixels: NDArray[np.uint8]
 ) -> None:
