@@ -1,5 +1,6 @@
 """HTTP requests whose answers are bounded and whose failures have names."""
 
+import asyncio
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ __all__ = ["Answer", "Web", "refused"]
 
 # Seconds to connect, and within which some of the answer has to come.
 _CONNECT_S = 10
+
+# Times `timeout_s` for an answer as a whole: one that comes by drops would hold a worker for ever.
+_WHOLE = 10
 
 # An answer that asks for more is asked sooner.
 _LONGEST_RETRY_AFTER_S = 600.0
@@ -36,7 +40,7 @@ class Web:
         name: what it is called in failures, such as `archive`.
         url: its address, which paths are relative to.
         headers: of every request.
-        timeout_s: seconds within which it has to say something.
+        timeout_s: seconds within which it has to say something; ten times so many for all of it.
         max_bytes: largest answer.
     """
 
@@ -51,6 +55,7 @@ class Web:
     ) -> None:
         self._name = name
         self._max_bytes = max_bytes
+        self._whole_s = _WHOLE * timeout_s
         # Neither a proxy nor a password file of this machine. SSL_CERT_FILE names other
         # authorities.
         self._http = httpx.AsyncClient(
@@ -76,9 +81,12 @@ class Web:
             Failure: none came, or too large a one.
         """
         try:
-            async with self._http.stream(
-                method, path, params=query, headers=headers, content=content
-            ) as answer:
+            async with (
+                asyncio.timeout(self._whole_s),
+                self._http.stream(
+                    method, path, params=query, headers=headers, content=content
+                ) as answer,
+            ):
                 chunks, size = [], 0
                 async for chunk in answer.aiter_bytes():
                     size += len(chunk)
@@ -90,7 +98,7 @@ class Web:
                         )
                     chunks.append(chunk)
                 return Answer(answer.status_code, answer.headers, b"".join(chunks))
-        except httpx.TimeoutException as error:
+        except (TimeoutError, httpx.TimeoutException) as error:
             raise Failure("timeout", f"The {self._name} is too slow.") from error
         except httpx.HTTPError as error:
             raise Failure(

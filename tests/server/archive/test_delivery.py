@@ -3,6 +3,7 @@ makes sense.
 """
 
 import asyncio
+import contextlib
 import gc
 import json
 import socket
@@ -202,6 +203,39 @@ def test_an_archive_that_is_down_or_slow(tmp_path: Path, slsnet: StubServer) -> 
         with StubArchive(port) as archive:
             relay.settled()
             assert len(archive.held) == 3
+
+
+def test_an_answer_that_comes_by_drops_is_too_slow() -> None:
+    hung_up = asyncio.Event()
+
+    async def drip(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            while True:
+                writer.write(b" ")
+                await writer.drain()
+                await asyncio.sleep(0.05)
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+        hung_up.set()
+
+    async def store() -> None:
+        server = await asyncio.start_server(drip, "127.0.0.1", 0)
+        (port,) = (one.getsockname()[1] for one in server.sockets)
+        archive = Archive(f"http://127.0.0.1:{port}", timeout_s=0.5)
+        try:
+            async with asyncio.timeout(60):
+                await archive.store([b"an object"])
+        finally:
+            await archive.aclose()
+            await hung_up.wait()
+            server.close()
+            await server.wait_closed()
+
+    with pytest.raises(Failure, match="The archive is too slow") as failure:
+        asyncio.run(store())
+    assert not failure.value.final
 
 
 def test_hours_of_failures_end(tmp_path: Path, slsnet: StubServer) -> None:
