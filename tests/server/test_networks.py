@@ -22,9 +22,9 @@ from server.observe.metrics import Metrics
 from server.observe.stages import Stages
 from server.settings import Settings, read_settings
 from tests.support import MODEL
-from tests.support.answers import assert_problem, figures
+from tests.support.answers import assert_problem, figures, read_png
 from tests.support.launch import ServerProcess, serve
-from tests.support.lesions import drawn_photo
+from tests.support.lesions import drawn_photo, encode_photo, lesion_photo
 from tests.support.site import inverted
 from tests.support.streams import close_of, opened, said, stream
 from tests.support.waiting import until
@@ -415,6 +415,32 @@ def test_flags_name_networks(flags: list[str], default: str | None, models: dict
     networks = read_settings(flags).networks
     assert networks.pop("slsnet") == (Path(default) if default else MODEL)
     assert networks == {name: Path(file) for name, file in models.items()}
+
+
+@pytest.mark.parametrize("name", [file.stem for file in sorted(MODEL.parent.glob("*.onnx"))])
+def test_a_shipped_network_is_served_by_its_name(name: str) -> None:
+    photos = [lesion_photo(seed) for seed in range(4)]
+    with (
+        serve("--network", name) as server,
+        httpx.Client(base_url=server.url, timeout=60) as client,
+    ):
+        card = client.get("/model").json()
+        answers = [
+            client.post("/segment/json", content=encode_photo(photo.pixels)).raise_for_status()
+            for photo in photos
+        ]
+        masks = [
+            read_png(client.post("/segment", content=encode_photo(photo.pixels)).content)
+            for photo in photos
+        ]
+    assert card["name"] == name
+    assert (MODEL.parent / f"{name}.onnx").stat().st_size < 12_000_000
+    jaccards = [
+        (mask & photo.mask).sum() / (mask | photo.mask).sum()
+        for mask, photo in zip(masks, photos, strict=True)
+    ]
+    assert np.mean(jaccards) > 0.7
+    assert all(answer.json()["fitness"] is not None for answer in answers)
 
 
 @pytest.mark.parametrize(
