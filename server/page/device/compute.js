@@ -25,6 +25,10 @@ let ready = null;
 let count = 0;
 const waiting = new Map();
 
+// What files may be chosen: all that the server reads, or what `pixels.js` does.
+const READS = "image/jpeg,image/png,image/webp,image/bmp";
+const choosers = [...document.querySelectorAll("#choose, #another")].map((input) => [input, input.accept]);
+
 // Before the page can take a photo: who has chosen this device sends none.
 const listed = fetch(here("files.json")).then((response) => response.json());
 listed.catch(() => {}); // Who chooses this device is told.
@@ -60,6 +64,7 @@ async function choose(device, line) {
   computeBy(device ? local : undefined);
   const where = device ? "device" : "server";
   document.documentElement.dataset.compute = where;
+  for (const [input, all] of choosers) input.accept = device ? READS : all;
   privacy.textContent = PRIVACY[where];
   line.textContent = "";
   if (!device) return;

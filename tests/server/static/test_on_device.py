@@ -213,6 +213,8 @@ def test_any_web_host_will_do_and_then_none(
             # It promises no format that it refuses.
             hints = driver.find_element(By.CLASS_NAME, "drop").text
             assert "JPEG, PNG, WebP or BMP" in hints and "TIFF" not in hints
+            chooser = driver.find_element(By.ID, "choose")
+            assert "tiff" not in str(chooser.get_attribute("accept"))
             mask = mask_of(page.find(photo))
             assert (mask != offline.mask(photo)).mean() <= 2e-4
             driver.execute_async_script("navigator.serviceWorker.ready.then(() => arguments[0]())")
