@@ -127,24 +127,14 @@ def export(
             the exported graph computes something else.
     """
     contract = _contract(weights, attention, network)
-    size = input_size(weights, size)
-    digest = sha256(weights.read_bytes()).hexdigest()
-    images = _photos(size)
+    images = _photos(input_size(weights, size))
     model = _graph(contract, images)
     model.graph.name = name_of(load_metadata(weights))
     _forget_origin(model)
-    onnx.helper.set_model_props(
-        model,
-        {
-            "name": name or _name(weights),
-            "version": version or digest[:12],
-            "licence": licence,
-            **({"attention": attention} if isinstance(contract.network, Generator) else {}),
-            "parameters": str(sum(p.numel() for p in contract.parameters())),
-            "weights_sha256": digest,
-            **_told(weights),
-        },
-    )
+    given = {"name": name or _name(weights), "licence": licence}
+    if isinstance(contract.network, Generator):
+        given["attention"] = attention
+    onnx.helper.set_model_props(model, given | _card(weights, contract, version))
     onnx.checker.check_model(model, full_check=True)
 
     with replacing(output) as path:
@@ -171,10 +161,16 @@ def _contract(weights: Path, attention: AttentionForm, name: str | None) -> Cont
     return Contract(network).eval()
 
 
-def _told(weights: Path) -> dict[str, str]:
-    """The entries of the weights' metadata that the graph takes over."""
+def _card(weights: Path, contract: Contract, version: str | None) -> dict[str, str]:
+    """What the weights themselves say on the model card."""
+    digest = sha256(weights.read_bytes()).hexdigest()
     metadata = load_metadata(weights)
-    return {key: metadata[key] for key in METADATA if key in metadata}
+    return {
+        "version": version or digest[:12],
+        "parameters": str(sum(p.numel() for p in contract.parameters())),
+        "weights_sha256": digest,
+        **{key: metadata[key] for key in METADATA if key in metadata},
+    }
 
 
 def _photos(size: int) -> NDArray[np.uint8]:

@@ -22,7 +22,7 @@ from photos.forms import (
     measured,
     sample_bytes,
 )
-from photos.image import Room, always_room, encode_png, upsampled
+from photos.image import THRESHOLD, Room, always_room, encode_png, upsampled
 from photos.masks import coco_rle, polygons
 from photos.quality import Grade, grade
 from photos.regions import largest_region, mask_of
@@ -720,7 +720,7 @@ def model_answer(networks: Networks, network: str | None = None) -> ModelAnswer:
         parameters=int(card.get("parameters", 0)),
         training_data=card.get("training_data", "unknown"),
         validation_jaccard=float(card.get("validation_jaccard", 0)),
-        threshold=float(card.get("threshold", 0.5)),
+        threshold=float(card.get("threshold", THRESHOLD)),
         licence=card.get("licence", "unknown"),
         input="image: uint8 [n, 128, 128, 3] RGB",
         output="probability: float32 [n, 128, 128]",
