@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -273,6 +274,10 @@ def plot(place: Place) -> Figure:
             axis.errorbar(x, y, row.error, fmt="o", color="#2b6cb0", capsize=3)
             axis.annotate(row.name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
         axis.set_xscale("log")
+        axis.margins(x=0.25)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("Jaccard, validation")
