@@ -10,9 +10,9 @@
 Each step is a method of what the step before it gave, so none can be left out. Only `Work` reaches
 the network. It is given once for a request, or once for each photo of `Many`.
 
-Decoding and masks run in a
-pool of threads, inference in the batcher's threads. The event loop itself makes only small masks,
-and decodes a lone small photo. If the client hangs up, its work is dropped before the next stage.
+Decoding and masks run in a pool of threads, inference in the batcher's threads. The event loop
+itself makes only small masks, and decodes a lone small photo. If the client hangs up, its work is
+dropped before the next stage.
 """
 
 import asyncio

@@ -136,6 +136,7 @@ def test_the_function_that_is_deployed_exists() -> None:
     module, _, name = manifest["spec"]["handler"].partition(":")
     assert module == nuclio.__name__ and hasattr(nuclio, name)
     (label,) = json.loads(manifest["metadata"]["annotations"]["spec"])
+    # Private: nuclio asks for two functions, and nothing else.
     assert label["name"] == nuclio._LABEL
     (command,) = manifest["spec"]["build"]["directives"]["preCopy"]
     project = (ROOT / "client/pyproject.toml").read_text(encoding="utf-8")

@@ -135,8 +135,8 @@ def _value(answer: Inference) -> int:
 
 
 def dropped(service: Service, reason: str) -> float:
-    value: float = service.metrics.dropped.labels(reason)._value.get()
-    return value
+    registry = service.metrics.registry
+    return registry.get_sample_value("slsnet_dropped_total", {"reason": reason}) or 0
 
 
 def test_photos_of_all_feeders_run_together_and_each_gets_its_own_answer(tmp_path: Path) -> None:
