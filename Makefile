@@ -35,10 +35,10 @@ PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 serve: $(VENV)/.serving
 	$(BIN)/python -m server --host $(HOST) --port $(PORT)
 
-# Three at a time: most of a test is waiting for processes that it starts. By file, so that what a file's
+# Two at a time: most of a test is waiting for processes that it starts. By file, so that what a file's
 # tests share is made once; in the order of tests/conftest.py.
 test: lint
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.development
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""`python -m server.bulk`: archives of photos, without HTTP: masks and a table, on one or many
+"""`python -m server.bulk`: folders of photos, without HTTP: masks and a table, on one or many
 machines.
 
     sources    the photos, and where their masks go

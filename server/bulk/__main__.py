@@ -1,4 +1,4 @@
-"""`python -m server.bulk SRC DST`: masks and a table for an archive of photos."""
+"""`python -m server.bulk SRC DST`: masks and a table for a folder of photos."""
 
 import argparse
 import sqlite3
@@ -37,10 +37,9 @@ _SETTINGS = (
 )
 
 _DESCRIPTION = f"""
-Segment an archive of photos of any length: SRC is a folder, with those below it, or a manifest (a
-path a line, or a .csv or .tsv with a column called path; relative paths are below its folder). DST
-gets {MASKS}/, with a 1-bit PNG for each photo under the photo's own path, and {TABLE}, with a line
-for each.
+Segment photos of any number: SRC is a folder, with those below it, or a manifest (a path a line, or
+a .csv or .tsv with a column called path; relative paths are below its folder). DST gets {MASKS}/,
+with a 1-bit PNG for each photo under the photo's own path, and {TABLE}, with a line for each.
 """
 
 _EPILOG = f"""
