@@ -42,5 +42,5 @@ def halved(content: bytes) -> bytes:
     nodes = [*casts, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)
-    halved: bytes = model.SerializeToString()
-    return halved
+    smaller: bytes = model.SerializeToString()
+    return smaller

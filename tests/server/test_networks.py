@@ -426,13 +426,10 @@ def test_a_shipped_network_is_served_by_its_name(name: str) -> None:
     ):
         card = client.get("/model").json()
         answers = [
-            client.post("/segment/json", content=encode_photo(photo.pixels)).raise_for_status()
+            client.post("/segment", content=encode_photo(photo.pixels)).raise_for_status()
             for photo in photos
         ]
-        masks = [
-            read_png(client.post("/segment", content=encode_photo(photo.pixels)).content)
-            for photo in photos
-        ]
+    masks = [read_png(answer.content) for answer in answers]
     assert card["name"] == name
     assert (MODEL.parent / f"{name}.onnx").stat().st_size < 12_000_000
     jaccards = [
@@ -440,7 +437,7 @@ def test_a_shipped_network_is_served_by_its_name(name: str) -> None:
         for mask, photo in zip(masks, photos, strict=True)
     ]
     assert np.mean(jaccards) > 0.7
-    assert all(answer.json()["fitness"] is not None for answer in answers)
+    assert all("Photo-Fitness" in answer.headers for answer in answers)
 
 
 @pytest.mark.parametrize(
