@@ -142,12 +142,27 @@ static uint8_t pack(floats left, floats right, float threshold) {
 #endif
 }
 
-/* One row of the probability at the photo's width, and its mask. */
+static void store(float *at, floats four) {
+    memcpy(at, &four, sizeof four);
+}
+
+/*
+ * One row of the probability at the photo's width, and its mask. All pixels between two samples
+ * take four at a time; what is written beyond the last of them the next samples write again.
+ */
 static void widen(const float *row, int64_t columns, int64_t stride, const int32_t *left,
                   const float *across, float threshold, float *wide, uint8_t *packed) {
-    for (int64_t x = 0; x < 8 * stride; ++x) {
-        float before = row[left[x]], after = row[left[x] + (left[x] + 1 < columns)];
-        wide[x] = before + (after - before) * across[x];
+    int64_t length = 8 * stride, x = 0;
+    while (x < length) {
+        int64_t column = left[x], start = x;
+        float before = row[column], step = row[column + (column + 1 < columns)] - before;
+        for (; x + 4 <= length && left[x] == column; x += 4)
+            store(wide + x, before + step * load_floats(across + x));
+        if (x > start)
+            while (left[x - 1] != column)
+                --x;
+        for (; x < length && left[x] == column; ++x)
+            wide[x] = before + step * across[x];
     }
     for (int64_t byte = 0; byte < stride; ++byte)
         packed[byte] =
@@ -166,10 +181,10 @@ static floats between(const float *upper, const float *lower, float share) {
  */
 PUBLIC void pixels_mask(const float *probability, int64_t rows, int64_t columns, int64_t width,
                         int64_t height, float threshold, float *scratch, uint8_t *mask) {
-    int64_t stride = (width + 7) / 8, wide = 8 * stride, at = -1;
+    int64_t stride = (width + 7) / 8, wide = 8 * stride, at = -1, differing = 0;
     float *across = scratch, *upper = scratch + wide, *lower = scratch + 2 * wide;
-    int32_t *left = (int32_t *)(scratch + 3 * wide);
-    uint8_t *above = (uint8_t *)(scratch + 4 * wide), *below = above + stride;
+    int32_t *left = (int32_t *)(scratch + 3 * wide), *differ = left + wide;
+    uint8_t *above = (uint8_t *)(differ + stride), *below = above + stride;
     for (int64_t x = 0; x < wide; ++x)
         left[x] = position(x, width, columns, &across[x]);
     for (int64_t y = 0; y < height; ++y, mask += stride) {
@@ -188,13 +203,17 @@ PUBLIC void pixels_mask(const float *probability, int64_t rows, int64_t columns,
             int64_t next = top + 1 < rows ? top + 1 : top;
             widen(probability + next * columns, columns, stride, left, across, threshold, lower,
                   below);
+            differing = 0;
+            for (int32_t byte = 0; byte < stride; ++byte) {
+                differ[differing] = byte;
+                differing += above[byte] != below[byte];
+            }
             at = top;
         }
-        for (int64_t byte = 0; byte < stride; ++byte) {
-            const float *a = upper + 8 * byte, *b = lower + 8 * byte;
-            mask[byte] = above[byte] == below[byte]
-                             ? above[byte]
-                             : pack(between(a, b, down), between(a + 4, b + 4, down), threshold);
+        memcpy(mask, above, stride);
+        for (int64_t i = 0; i < differing; ++i) {
+            const float *a = upper + 8 * differ[i], *b = lower + 8 * differ[i];
+            mask[differ[i]] = pack(between(a, b, down), between(a + 4, b + 4, down), threshold);
         }
     }
 }
