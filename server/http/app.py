@@ -138,6 +138,8 @@ def _framework(settings: Settings, lifespan: Callable[[FastAPI], Any]) -> FastAP
         # A redirect would send photo and key again, to an address without the proxy's TLS.
         redirect_slashes=False,
         generate_unique_id_function=_operation_id,
+        # Traces, metrics and logs are the server's own (`server.observe`), and each exists once.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
         lifespan=lifespan,
     )
     install(app)

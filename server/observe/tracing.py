@@ -1,7 +1,7 @@
 """OpenTelemetry traces: one span for a request and one for each of its stages.
 
 They are made if an `OTEL_EXPORTER_OTLP_…` variable or `OTEL_TRACES_EXPORTER` is set, and then need
-requirements-otel.txt; otherwise OpenTelemetry is not imported. All settings are OpenTelemetry's own
+requirements-otel.txt; otherwise OpenTelemetry's SDK is not imported. All settings are its own
 variables. Spans are written when a request is over, from its stopwatch.
 """
 
