@@ -12,7 +12,7 @@ from torch import nn
 from common.files import replacing
 from model.config import ConfigError, TrainConfig, config_dict, parse_config
 from model.networks import new_network, save_network
-from model.trainer import Progress, Trainer, TrainingError
+from model.trainer import RunProgress, Trainer, TrainingError
 from photos.image import THRESHOLD
 
 _STATES = ("network", "average", "discriminator", "optimizer", "discriminator_optimizer")
@@ -70,7 +70,7 @@ def load(trainer: Trainer) -> None:
             getattr(trainer, name).load_state_dict(state[name])
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"{path} holds another architecture: {error}") from error
-    trainer.progress = Progress(**state["progress"])
+    trainer.progress = RunProgress(**state["progress"])
 
 
 def save_best(trainer: Trainer, row: Mapping[str, float]) -> None:

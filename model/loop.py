@@ -17,14 +17,14 @@ from model.networks import check_network
 from model.progress import RunLog
 from model.scoring import score_selections
 from model.splits import prepare
-from model.trainer import Progress, Trainer, TrainingError
+from model.trainer import RunProgress, Trainer, TrainingError
 
 SAVE_EVERY_S = 15.0  # a checkpoint at every epoch's end, but not more often than this
 
 
 def train(
     config: TrainConfig, data: Path, out: Path, cache: Path, *, resume: bool = False
-) -> Progress:
+) -> RunProgress:
     """Train in the folder `out`, from the start or the last checkpoint.
 
     Args:
@@ -54,7 +54,7 @@ def train(
     return run(trainer)
 
 
-def run(trainer: Trainer) -> Progress:
+def run(trainer: Trainer) -> RunProgress:
     """Train to the end of the schedule, or to an early stop.
 
     Raises:

@@ -15,7 +15,7 @@ from model.config import ConfigError, TrainConfig
 from model.generator import Generator, load_generator, load_metadata, save_generator
 from model.names import check_name, name_of
 from model.teacher import Teacher
-from model.zoo.segmenter import Segmenter
+from model.zoo.network import ZooNetwork
 
 
 def check_network(config: TrainConfig) -> None:
@@ -53,13 +53,13 @@ def save_network(network: nn.Module, path: Path, metadata: dict[str, str]) -> No
         save_generator(network, path, metadata)
         return
     told = None
-    if isinstance(network, Segmenter):
+    if isinstance(network, ZooNetwork):
         told = {**metadata, "network": network.name, "options": json.dumps(network.options)}
     state = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
     save_file(state, path, told)
 
 
-def read_network(path: Path, name: str | None = None) -> Generator | Segmenter:
+def read_network(path: Path, name: str | None = None) -> Generator | ZooNetwork:
     """Read a network written by :func:`save_network`, in evaluation mode.
 
     Args:

@@ -27,7 +27,7 @@ from model.config import PRESETS, ConfigError, load_config, parse_config, parse_
 from model.data import add_data_arguments
 from model.loop import train
 from model.names import add_network_argument
-from model.trainer import Progress, TrainingError
+from model.trainer import RunProgress, TrainingError
 from model.truth import DataError
 
 
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"best selection Jaccard {progress.best:.4f} at epoch {progress.best_epoch}")
 
 
-def _run(args: argparse.Namespace) -> Progress:
+def _run(args: argparse.Namespace) -> RunProgress:
     saved = args.out / "config.yaml"
     if args.resume:
         try:

@@ -29,8 +29,8 @@ from model.discriminator import Discriminator
 from model.generator import Generator
 from model.networks import new_network
 from model.precision import autocast
+from model.zoo.network import ZooNetwork
 from model.zoo.segan import Critic
-from model.zoo.segmenter import Segmenter
 
 
 class TrainingError(RuntimeError):
@@ -38,7 +38,7 @@ class TrainingError(RuntimeError):
 
 
 @dataclass
-class Progress:
+class RunProgress:
     """How far a run is. The checkpoint holds all of it."""
 
     epoch: int = 0
@@ -83,7 +83,7 @@ class Trainer:
         self.network = new_network(config)
         if config.init is not None:
             _initialise(self.network, Path(config.init))
-        elif isinstance(self.network, Segmenter):
+        elif isinstance(self.network, ZooNetwork):
             self.network.start()
         self.network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.discriminator = _adversary(config).to(self.device)
@@ -95,7 +95,7 @@ class Trainer:
         self.discriminator_optimizer = _optimizer(self.discriminator, config)
         # Found once, since walking hundreds of modules takes longer than averaging them.
         self._averaged, self._averages = _floats(self.average), _floats(self.network)
-        self.progress = Progress()
+        self.progress = RunProgress()
         captured = self.device.type == "cuda" and self.world == 1 and not config.compile
         self.graph = _StepGraph(self) if captured else None
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from model.names import ZOO, Option
 
 if TYPE_CHECKING:
-    from model.zoo.segmenter import Segmenter
+    from model.zoo.network import ZooNetwork
 
 __all__ = ["build", "check", "networks"]
 
@@ -26,7 +26,7 @@ def networks() -> tuple[str, ...]:
     return tuple(ZOO)
 
 
-def build(name: str, **options: Option) -> "Segmenter":
+def build(name: str, **options: Option) -> "ZooNetwork":
     """A network with fresh weights.
 
     Args:
@@ -41,7 +41,7 @@ def build(name: str, **options: Option) -> "Segmenter":
     return network
 
 
-def check(name: str, **options: Option) -> "type[Segmenter]":
+def check(name: str, **options: Option) -> "type[ZooNetwork]":
     """The class of a network; what `build` refuses is refused, at no cost.
 
     Raises:
@@ -51,7 +51,7 @@ def check(name: str, **options: Option) -> "type[Segmenter]":
         raise ValueError(f"no network {name!r}; there are: slsnet, {', '.join(ZOO)}")
     module, _, class_name = ZOO[name].partition(":")
     try:
-        found: type[Segmenter] = getattr(import_module(module), class_name)
+        found: type[ZooNetwork] = getattr(import_module(module), class_name)
     except ModuleNotFoundError as error:
         raise ValueError(f"{name}: {error}: pip install -r requirements-zoo.txt") from error
     known = inspect.signature(found).parameters

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.zoo.segmenter import Segmenter
+from model.zoo.network import ZooNetwork
 
 _WIDTHS = (8, 16, 24, 32, 48, 64)
 
@@ -116,7 +116,7 @@ class _Bridge(nn.Module):
         return out
 
 
-class EGEUNet(Segmenter):
+class EGEUNet(ZooNetwork):
     """The network of figure 2."""
 
     def __init__(self) -> None:

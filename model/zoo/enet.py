@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.layers import BatchNorm
-from model.zoo.segmenter import Segmenter
+from model.zoo.network import ZooNetwork
 from model.zoo.unpooling import max_pool, max_unpool
 
 
@@ -112,7 +112,7 @@ def _stage(channels: int) -> nn.Sequential:
     return nn.Sequential(*blocks)
 
 
-class ENet(Segmenter):
+class ENet(ZooNetwork):
     """The network of table 1.
 
     Args:

@@ -12,7 +12,7 @@ network learns little from some thousand photos.
 import torch
 from torch import Tensor, nn
 
-from model.zoo.segmenter import Segmenter
+from model.zoo.network import ZooNetwork
 
 
 def _stage(inputs: int, outputs: int, depth: int) -> nn.Sequential:
@@ -30,7 +30,7 @@ def _up(factor: int) -> nn.ConvTranspose2d:
     return layer
 
 
-class FCN8s(Segmenter):
+class FCN8s(ZooNetwork):
     """The network of figure 3.
 
     Args:

@@ -14,10 +14,10 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from model.layers import BatchNorm
-from model.zoo.segmenter import Segmenter
+from model.zoo.network import ZooNetwork
 
 
-class FrCN(Segmenter):
+class FrCN(ZooNetwork):
     """The network.
 
     Args:

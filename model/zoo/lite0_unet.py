@@ -17,10 +17,10 @@ import model.zoo.vision  # noqa: F401, before what needs torchvision
 import segmentation_models_pytorch as smp
 import torch
 
-from model.zoo.segmenter import Segmenter
+from model.zoo.network import ZooNetwork
 
 
-class Lite0UNet(Segmenter):
+class Lite0UNet(ZooNetwork):
     """The U-Net.
 
     Args:

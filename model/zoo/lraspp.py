@@ -10,11 +10,11 @@ from typing import cast
 
 from torch import Tensor
 
-from model.zoo.segmenter import IMAGENET_MEAN, IMAGENET_STD, Segmenter
+from model.zoo.network import IMAGENET_MEAN, IMAGENET_STD, ZooNetwork
 from model.zoo.vision import torchvision
 
 
-class LRASPP(Segmenter):
+class LRASPP(ZooNetwork):
     """Logits are those of torchvision's network, scaled up from 1/8 resolution."""
 
     mean, std = IMAGENET_MEAN, IMAGENET_STD

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.layers import BatchNorm
-from model.zoo.segmenter import Segmenter
+from model.zoo.network import ZooNetwork
 
 
 def _act(leaky: bool) -> nn.Module:
@@ -87,7 +87,7 @@ class _Wide(nn.Module):
         return F.relu(self.norm(self.left(x) + self.right(x)))
 
 
-class SegAN(Segmenter):
+class SegAN(ZooNetwork):
     """The segmentor.
 
     Args:

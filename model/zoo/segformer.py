@@ -18,10 +18,10 @@ import model.zoo.vision  # noqa: F401, before what needs torchvision
 # isort: split
 import segmentation_models_pytorch as smp
 
-from model.zoo.segmenter import IMAGENET_MEAN, IMAGENET_STD, Segmenter
+from model.zoo.network import IMAGENET_MEAN, IMAGENET_STD, ZooNetwork
 
 
-class SegFormer(Segmenter):
+class SegFormer(ZooNetwork):
     """The network.
 
     Args:

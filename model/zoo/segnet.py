@@ -13,7 +13,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from model.layers import BatchNorm
-from model.zoo.segmenter import Segmenter
+from model.zoo.network import ZooNetwork
 from model.zoo.unpooling import max_pool, max_unpool
 
 _DEPTHS = (2, 2, 3, 3, 3)
@@ -25,7 +25,7 @@ def _convolution(inputs: int, outputs: int) -> nn.Sequential:
     )
 
 
-class SegNet(Segmenter):
+class SegNet(ZooNetwork):
     """The network of figure 2.
 
     Args:

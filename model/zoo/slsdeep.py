@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.layers import BatchNorm
-from model.zoo.segmenter import IMAGENET_MEAN, IMAGENET_STD, Segmenter
+from model.zoo.network import IMAGENET_MEAN, IMAGENET_STD, ZooNetwork
 from model.zoo.vision import torchvision
 
 _CELLS = (1, 2, 3, 6)
@@ -30,7 +30,7 @@ def _convolution(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
     )
 
 
-class SLSDeep(Segmenter):
+class SLSDeep(ZooNetwork):
     """The network of figure 2.
 
     Args:

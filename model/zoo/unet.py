@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from model.layers import BatchNorm
-from model.zoo.segmenter import Segmenter
+from model.zoo.network import ZooNetwork
 
 
 def _convolutions(inputs: int, outputs: int) -> nn.Sequential:
@@ -26,7 +26,7 @@ def _convolutions(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-class UNet(Segmenter):
+class UNet(ZooNetwork):
     """The network of figure 1.
 
     Args:

@@ -34,7 +34,7 @@ try:
     from server.archive.metrics import Metrics
     from server.archive.receiver import Allowed, Limits, Receiver, silence
     from server.archive.relay import Destination, Patience, Relay
-    from server.archive.segmenting import Segmenter
+    from server.archive.segmenting import SegmentingServer
     from server.archive.sending import Peer, Sender
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
@@ -234,7 +234,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _relay(options: argparse.Namespace, journal: Journal, metrics: Metrics) -> Relay:
-    segmenter = Segmenter(
+    segmenter = SegmentingServer(
         options.server,
         objects=options.objects,
         threshold=options.threshold,

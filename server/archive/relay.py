@@ -17,7 +17,7 @@ from typing import Protocol
 from server.archive.failures import Failure
 from server.archive.journal import SEGMENT, Journal, JournalFull, Task
 from server.archive.metrics import Metrics
-from server.archive.segmenting import Segmenter
+from server.archive.segmenting import SegmentingServer
 
 __all__ = ["Destination", "Patience", "Relay"]
 
@@ -72,7 +72,7 @@ class Relay:
     def __init__(
         self,
         journal: Journal,
-        segmenter: Segmenter,
+        segmenter: SegmentingServer,
         destinations: Mapping[str, Destination],
         metrics: Metrics,
         *,

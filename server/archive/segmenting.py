@@ -11,12 +11,12 @@ from server.archive.journal import Result
 from server.archive.multipart import DICOM, files
 from server.archive.web import Answer, Web, refused
 
-__all__ = ["Segmenter"]
+__all__ = ["SegmentingServer"]
 
 _NAME = "server"
 
 
-class Segmenter:
+class SegmentingServer:
     """Asks the server at `url`.
 
     Args:

@@ -32,7 +32,7 @@ from ray.util import placement_group, remove_placement_group
 from server.backends import BackendError, BackendInfo, open_backend
 from server.bulk.ledger import Row, Task
 from server.bulk.local import Record, Runner
-from server.bulk.segmenter import Options, Segmenter
+from server.bulk.segmenter import Options, PhotoSegmenter
 from server.bulk.sources import BulkError
 from server.settings import Settings
 
@@ -64,11 +64,11 @@ Result = TypeVar("Result")
 def on_ray(
     settings: Settings, options: Options, root: Path, masks: Path, *, address: str, gpus: float
 ) -> Iterator[Runner]:
-    """The cluster at `address`, as `ray.init` takes it; the rest is as for `Segmenter`.
+    """The cluster at `address`, as `ray.init` takes it; the rest is as for `PhotoSegmenter`.
 
     Args:
         settings: `threads` is also how many CPUs an actor asks for; 0 is one.
-        options, root, masks: as for `Segmenter`.
+        options, root, masks: as for `PhotoSegmenter`.
         address: `auto`, `local`, `HOST:PORT` or `ray://HOST:PORT`.
         gpus: GPUs that an actor asks for.
 
@@ -226,7 +226,7 @@ class _Actor:
         # Ray calls from a thread of its own; the network's event loop runs in another.
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        self._segmenter = Segmenter(settings, options, root, masks)
+        self._segmenter = PhotoSegmenter(settings, options, root, masks)
         info = self._do(self._segmenter.open())
         if info.model.get("weights_sha256") != weights:
             raise BackendError(f"{settings.model} is another network here than where it started.")

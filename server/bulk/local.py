@@ -9,7 +9,7 @@ from pathlib import Path
 
 from server.backends import BackendInfo
 from server.bulk.ledger import Row, Task
-from server.bulk.segmenter import Options, Segmenter
+from server.bulk.segmenter import Options, PhotoSegmenter
 from server.settings import Settings
 
 __all__ = ["Record", "Runner", "this_machine"]
@@ -34,12 +34,12 @@ class Runner:
 
 @contextlib.contextmanager
 def this_machine(settings: Settings, options: Options, root: Path, masks: Path) -> Iterator[Runner]:
-    """Load the network here; arguments are those of `Segmenter`.
+    """Load the network here; arguments are those of `PhotoSegmenter`.
 
     Raises:
         BackendError: it cannot be loaded.
     """
-    segmenter = Segmenter(settings, options, root, masks)
+    segmenter = PhotoSegmenter(settings, options, root, masks)
     with asyncio.Runner() as runner:
         try:
             info = runner.run(segmenter.open())
@@ -48,7 +48,7 @@ def this_machine(settings: Settings, options: Options, root: Path, masks: Path) 
             runner.run(segmenter.close())
 
 
-async def _run(segmenter: Segmenter, tasks: Iterator[Task], record: Record) -> int:
+async def _run(segmenter: PhotoSegmenter, tasks: Iterator[Task], record: Record) -> int:
     loop = asyncio.get_running_loop()
     stopped_by = 0
 

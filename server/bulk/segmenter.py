@@ -26,7 +26,7 @@ from server.inference.service import Service
 from server.observe.metrics import Metrics
 from server.settings import Settings
 
-__all__ = ["Options", "Segmenter"]
+__all__ = ["Options", "PhotoSegmenter"]
 
 # Errors of writing that the next mask would meet too.
 _ALL_FAIL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
@@ -46,7 +46,7 @@ class Options:
     """Which one of each DICOM object, from 1; 0 for the only one."""
 
 
-class Segmenter:
+class PhotoSegmenter:
     """The network, loaded once, for one event loop.
 
     Args:

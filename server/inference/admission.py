@@ -317,16 +317,20 @@ class Gate:
         self._arriving.pop(place, None)
 
     def _find_places(self, count: int, *, bulk: bool, others: int = 0) -> None:
-        # Bulk has a share of its own. Counted with all, it would starve while others keep the queue
-        # half full.
+        admitted, bulk_queue = self.admitted + others + count, self._settings.bulk_queue
+        if admitted <= self._settings.max_queue and (
+            not bulk or self._admitted_bulk + count <= bulk_queue
+        ):
+            return
+        # Places of those that come slowly do not count. Bulk has a share of its own: counted with
+        # all, it would starve while others keep the queue half full.
         in_time = list(self._arriving_in_time())
-        taken = self.admitted - (len(self._arriving) - len(in_time)) + others
-        is_full = taken + count > self._settings.max_queue
+        is_full = admitted - (len(self._arriving) - len(in_time)) > self._settings.max_queue
         if bulk and not is_full:
             slow = sum(place.bulk for place in self._arriving) - sum(
                 place.bulk for place in in_time
             )
-            is_full = self._admitted_bulk - slow + count > self._settings.bulk_queue
+            is_full = self._admitted_bulk - slow + count > bulk_queue
         if is_full:
             raise self._overloaded("the queue is full", "queue_full")
 

@@ -10,7 +10,7 @@ from model import ablate
 from model.ablate import GROUPS, MEASURES, PAPER, Row, chosen, main, markdown
 from model.config import PRESETS, ConfigError, TrainConfig
 from model.loop import train
-from model.trainer import Progress, TrainingError
+from model.trainer import RunProgress, TrainingError
 from tests.support.tiny import GENERATOR, tiny_flags, write_isic2017
 
 
@@ -67,7 +67,7 @@ def test_a_diverged_run_is_told_and_the_others_go_on(
 ) -> None:
     write_isic2017(tmp_path / "data", training=4, validation=2)
 
-    def failing(config: TrainConfig, *args: Path, resume: bool) -> Progress:
+    def failing(config: TrainConfig, *args: Path, resume: bool) -> RunProgress:
         if not config.generator.cam:
             raise TrainingError("the loss is not a number at step 3; try another rate")
         return train(config, *args, resume=resume)

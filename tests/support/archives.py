@@ -38,7 +38,7 @@ from server.archive.metrics import Metrics
 from server.archive.multipart import encode, files
 from server.archive.receiver import Allowed, Limits, Receiver
 from server.archive.relay import Destination, Patience, Relay
-from server.archive.segmenting import Segmenter
+from server.archive.segmenting import SegmentingServer
 from tests.support import ROOT
 from tests.support.launch import free_port
 from tests.support.lesions import encode_photo, lesion_photo
@@ -385,7 +385,7 @@ def running(
     async def work() -> None:
         with Journal(folder, **options) as journal:
             metrics = Metrics(journal)
-            segmenter = Segmenter(server, objects="seg,overlay,sr")
+            segmenter = SegmentingServer(server, objects="seg,overlay,sr")
             patience = Patience(0.01, 0.05, give_up_s)
             relay = Relay(journal, segmenter, destinations, metrics, patience=patience)
             receiver = Receiver(

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from server.http.admitted import SEGMENT, SEGMENT_JSON, Admitted
 from server.http.parameters import Priority, TimeoutMs, is_bulk, only_known
-from server.http.segment.masks import encoded
+from server.http.segment.masks import Asked, encoded
 from server.http.segment.parameters import JsonParameters, MaskParameters, SegmentParameters
 from server.http.segment.reference import SEGMENT_BODY, SEGMENT_JSON_RESPONSES, SEGMENT_RESPONSES
 from server.http.uploads import check_type, image_in_body, is_form, read_body
@@ -132,26 +132,12 @@ async def _answer(
     timeout_ms: float | None,
     priority: str,
 ) -> Response:
-    settings = service.settings
-    stages: Stages = request.state.stages
-    headers = request.headers
+    headers, settings = request.headers, service.settings
     check_type(headers)
-    bare = not is_form(content_type := headers.get("content-type", ""))
-    # A form's parameters are known only once it is parsed.
-    asked = given.asked(request) if bare else None
+    stages: Stages = request.state.stages
     read = partial(read_body, request.receive, headers, max_bytes=settings.max_body_bytes)
     with contextlib.ExitStack() as held, Body(b"") as drawn:
-
-        def unpack(data: bytes) -> bytes:
-            nonlocal asked
-            photo, fields = image_in_body(data, content_type)
-            if asked is None:
-                asked = given.with_fields(request, fields).asked(request)
-            asked.check(photo)
-            if asked.needs_photo:
-                drawn.put(photo)
-            return photo
-
+        contents = _Contents(request, given, drawn)
         async with (
             submitted(
                 service,
@@ -164,21 +150,50 @@ async def _answer(
             ) as received,
             received.work() as work,
         ):
-            if asked is not None and asked.needs_photo:
+            if contents.bare:
                 # A small photo is decoded without being unpacked.
-                asked.check(received.body.data)
-                drawn.put(received.body.data)
+                contents.keep(received.body.data)
             segmentation = await work.segment(
-                unpack,
-                bare=bare,
-                frame=lambda: asked.frame if asked else None,
-                network=lambda: asked.network if asked else None,
+                contents.unpack,
+                bare=contents.bare,
+                frame=lambda: contents.asked.frame,
+                network=lambda: contents.asked.network,
             )
             stages.notes["batch"] = str(segmentation.batch_size)
-            assert asked is not None
+            asked = contents.asked
             answer = await encoded(work, segmentation, asked, drawn, held)
         about = {} if asked.form == "json" else answer.headers
         return _Answer(answer.content, asked.media_type, about, held.pop_all())
+
+
+class _Contents:
+    """What a body holds: the photo, and in a form parameters too."""
+
+    asked: Asked
+    """The form of the answer; a form's body tells it once it is unpacked."""
+
+    def __init__(self, request: Request, given: JsonParameters, drawn: Body) -> None:
+        """`drawn` gets the photo's bytes, if the answer draws it."""
+        self._request, self._given, self._drawn = request, given, drawn
+        self._type = request.headers.get("content-type", "")
+        self.bare = not is_form(self._type)
+        """Whether the body is the photo itself."""
+        if self.bare:
+            self.asked = given.asked(request)
+
+    def unpack(self, data: bytes) -> bytes:
+        """The photo's bytes; called in a thread."""
+        photo, fields = image_in_body(data, self._type)
+        if not self.bare:
+            self.asked = self._given.with_fields(self._request, fields).asked(self._request)
+            self.keep(photo)
+        return photo
+
+    def keep(self, photo: bytes) -> None:
+        """Check that the answer can be made of the photo, and keep it if it is drawn."""
+        self.asked.check(photo)
+        if self.asked.needs_photo:
+            self._drawn.put(photo)
 
 
 class _Answer(Response):

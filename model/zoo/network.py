@@ -12,7 +12,7 @@ from model.names import Option
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class Segmenter(nn.Module):
+class ZooNetwork(nn.Module):
     """A network of the zoo. A subclass sets `logits`."""
 
     mean: ClassVar[tuple[float, float, float]] = RGB_MEAN
