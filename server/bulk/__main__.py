@@ -1,4 +1,4 @@
-"""`python -m server.bulk SRC DST`: masks and a table for a folder of photos."""
+"""`python -m server.bulk PHOTOS RESULTS`: masks and a table for a folder of photos."""
 
 import argparse
 import sqlite3
@@ -37,17 +37,19 @@ _SETTINGS = (
 )
 
 _DESCRIPTION = f"""
-Segment photos of any number: SRC is a folder, with those below it, or a manifest (a path a line, or
-a .csv or .tsv with a column called path; relative paths are below its folder). DST gets {MASKS}/,
-with a 1-bit PNG for each photo under the photo's own path, and {TABLE}, with a line for each.
+Segment any number of photos. PHOTOS is a folder, with all folders below it, or a list: a text file
+with one path a line, or a .csv or .tsv with a column called path. Relative paths start at the
+folder of the list. RESULTS gets {MASKS}/, with a 1-bit PNG for each photo under the photo's own
+path, and {TABLE}, with a line for each.
 """
 
 _EPILOG = f"""
-Stopped or killed, the same command goes on where it was: photos that are done are not run again,
-but if their file has changed, their mask is gone, or they failed for no fault of their own. Photos
-that SRC no longer has keep line and mask, if they have one. What is done is kept in {STATE}. Exit
-code: 0 if every photo has its mask, 1 if some have none, 2 if the run could not be done, 128 + the
-signal's number if one stopped it.
+The run may be stopped or killed; the same command then goes on where it was. It runs a photo again
+only if the photo's file has changed, its mask is gone, or it failed for no fault of its own. A
+photo that PHOTOS no longer has keeps its line and its mask, if it has one. {STATE} keeps what is
+done.
+Exit code: 0 if every photo has its mask, 1 if some have none, 2 if the run could not be done, 128 +
+the signal's number if one stopped it.
 """
 
 
@@ -55,8 +57,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         formatter_class=Help, prog=program("server.bulk"), description=_DESCRIPTION, epilog=_EPILOG
     )
-    parser.add_argument("source", type=Path, metavar="SRC", help="a folder or a manifest")
-    parser.add_argument("results", type=Path, metavar="DST", help="the folder of results")
+    parser.add_argument("source", type=Path, metavar="PHOTOS", help="a folder or a list of photos")
+    parser.add_argument(
+        "results", type=Path, metavar="RESULTS", help="the folder of results; made if it is missing"
+    )
     parser.add_argument(
         "--threshold",
         type=float,
@@ -89,8 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--ray",
         metavar="ADDRESS",
-        help="of a Ray cluster to run on (requirements-ray.txt): auto, HOST:PORT, or local; every"
-        " node needs this project, SRC, DST and the network under the same paths",
+        help="of a Ray cluster to run on (requirements-ray.txt): auto, HOST:PORT, or local. Every"
+        " node needs this project, PHOTOS, RESULTS and the network under the same paths",
     )
     parser.add_argument(
         "--ray-gpus",

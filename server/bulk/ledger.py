@@ -134,13 +134,13 @@ CREATE TABLE waiting (
 
 
 class Ledger:
-    """The state of one `DST`, which no other process can open meanwhile."""
+    """The state of one `RESULTS`, which no other process can open meanwhile."""
 
     def __init__(self, folder: Path) -> None:
         """Open the folder and lock it.
 
         Args:
-            folder: `DST`; made if it is missing.
+            folder: `RESULTS`; made if it is missing.
 
         Raises:
             BulkError: it holds other things, or another process works on it.
@@ -324,7 +324,7 @@ class Ledger:
         if other[1] == self._listing:
             raise BulkError(
                 f"{os.fsdecode(other[0])} and {photo.path} would both have {MASKS}/{mask}. Rename"
-                " one of them, or list them in manifests of their own, with a folder of results"
+                " one of them, or name them in lists of their own, with a folder of results"
                 " for each."
             )
         # Once all are listed it is known whether the other one still exists.

@@ -1,4 +1,4 @@
-"""The photos of an archive: those of a folder, or those that a manifest lists; of any number."""
+"""The photos of a run: those of a folder, or those that a list names; of any number."""
 
 import csv
 import os
@@ -25,7 +25,7 @@ SUFFIXES = (
     ".heif",
     ".dcm",
 )
-"""Suffixes of a folder's photos, in any case; a manifest's files may have any suffix."""
+"""Suffixes of a folder's photos, in any case; files of a list may have any suffix."""
 
 # The first columns of a table of results.
 _OURS = ("path", "mask", "status", "error")
@@ -52,7 +52,7 @@ class Listed:
 
 
 class Source:
-    """A folder or a manifest, read without holding all of it in memory."""
+    """A folder or a list, read without holding all of it in memory."""
 
     def __init__(self, root: Path, manifest: Path | None, results: Path) -> None:
         """Remember where the photos are; nothing is read yet.
@@ -74,10 +74,10 @@ class Source:
         return str(self.manifest or self.root)
 
     def photos(self) -> Iterator[Listed]:
-        """Yield each photo; one that a manifest names twice comes twice.
+        """Yield each photo; one that a list names twice comes twice.
 
         Raises:
-            BulkError: the manifest or a folder cannot be read, or a photo lies among the results.
+            BulkError: the list or a folder cannot be read, or a photo lies among the results.
         """
         try:
             if self.manifest is None:
@@ -153,7 +153,7 @@ class Source:
 
 
 def open_source(path: Path, results: Path) -> Source:
-    """`SRC` and `DST` of the command line.
+    """`PHOTOS` and `RESULTS` of the command line.
 
     Raises:
         BulkError: the source is neither a folder nor a file, or one lies in the other.
@@ -170,11 +170,11 @@ def open_source(path: Path, results: Path) -> Source:
     if path.is_file():
         root = path.parent.resolve()
         return Source(root, root / path.name, into)
-    raise BulkError(f"{path} is neither a folder of photos nor a manifest: there is no such file.")
+    raise BulkError(f"{path} is neither a folder nor a list of photos: there is no such file.")
 
 
 def _entries(manifest: Path) -> Iterator[str]:
-    """The paths of a manifest: one a line, or a table's column `path`."""
+    """The paths of a list: one a line, or a table's column `path`."""
     delimiter = _TABLES.get(manifest.suffix.lower())
     with manifest.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         if delimiter is None:

@@ -211,17 +211,17 @@ def test_load_brings_another_replica_and_loses_no_request(
     assert ledger.balances(), ledger.wrong
 
 
-def test_an_archive_goes_to_gpus_alone_and_waits_for_them(
+def test_a_folder_goes_to_gpus_alone_and_waits_for_them(
     deployed: RayService, photos: list[Sample], tmp_path: Path
 ) -> None:
-    archive, results = tmp_path / "archive", tmp_path / "results"
-    archive.mkdir()
+    folder, results = tmp_path / "folder", tmp_path / "results"
+    folder.mkdir()
     for index in range(40):
-        (archive / f"{index}.jpg").write_bytes(photos[index % len(photos)].data)
+        (folder / f"{index}.jpg").write_bytes(photos[index % len(photos)].data)
     with deployed.another_node(num_gpus=1) as raylet:
         holder: Any = ray.remote(num_gpus=1)(Holder).remote()
         ray.get(holder.holds.remote())
-        with bulk(archive, results, deployed, "--ray-gpus", "1") as process:
+        with bulk(folder, results, deployed, "--ray-gpus", "1") as process:
             assert process.stderr is not None
             lines = iter(process.stderr.readline, b"")
             waiting = next((line for line in lines if line.startswith(b"waiting")), b"")
@@ -246,8 +246,8 @@ class Holder:
         return True
 
 
-def bulk(archive: Path, results: Path, service: RayService, *flags: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "server.bulk", str(archive), str(results)]
+def bulk(folder: Path, results: Path, service: RayService, *flags: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "server.bulk", str(folder), str(results)]
     command += ["--ray", service.address, *flags]
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
 
@@ -255,10 +255,10 @@ def bulk(archive: Path, results: Path, service: RayService, *flags: str) -> subp
 def test_a_photo_that_kills_whatever_is_at_work_on_it_is_recorded_and_stops_nothing(
     deployed: RayService, photos: list[Sample], tmp_path: Path
 ) -> None:
-    archive, results = tmp_path / "archive", tmp_path / "results"
-    archive.mkdir()
+    folder, results = tmp_path / "folder", tmp_path / "results"
+    folder.mkdir()
     for name in (*map(str, range(20)), "deadly"):
-        (archive / f"{name}.jpg").write_bytes(photos[0].data)
+        (folder / f"{name}.jpg").write_bytes(photos[0].data)
     deadly = """
 import os, signal, sys
 from server.bulk import cluster
@@ -273,7 +273,7 @@ class Dying(cluster._Actor):
 cluster._Actor = Dying
 sys.exit(main())
 """
-    command = [sys.executable, "-c", deadly, str(archive), str(results)]
+    command = [sys.executable, "-c", deadly, str(folder), str(results)]
     command += ["--ray", deployed.address]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300)
     assert found.returncode == 1, found.stderr.decode()
@@ -283,21 +283,21 @@ sys.exit(main())
     assert "3 actors died" in wrong["deadly.jpg"]["error"]
 
 
-def test_an_archive_on_the_cluster_killed_and_resumed_has_every_photo_once(
+def test_a_folder_on_the_cluster_killed_and_resumed_has_every_photo_once(
     deployed: RayService, tmp_path: Path, many_photos: list[Sample], data_dir: Path | None
 ) -> None:
-    archive, results = tmp_path / "archive", tmp_path / "results"
-    archive.mkdir()
+    folder, results = tmp_path / "folder", tmp_path / "results"
+    folder.mkdir()
     if data_dir is not None:
         taken = islice(sorted(data_dir.rglob("*.jpg")), BULK_PHOTOS - 1)
         photos = (path.read_bytes() for path in taken)
     else:
         photos = (many_photos[index % 200].data for index in range(BULK_PHOTOS - 1))
     for index, photo in enumerate(photos):
-        (archive / f"{index}.jpg").write_bytes(photo)
-    (archive / "broken.jpg").write_bytes(many_photos[0].data[:1000])
+        (folder / f"{index}.jpg").write_bytes(photo)
+    (folder / "broken.jpg").write_bytes(many_photos[0].data[:1000])
 
-    with bulk(archive, results, deployed) as process:
+    with bulk(folder, results, deployed) as process:
         wait_for(lambda: any(results.rglob("*.png")) or process.poll() is not None)
         # The database is nobody else's to read meanwhile; every row is written to its journal.
         journal = results / "state.sqlite-wal"
@@ -318,7 +318,7 @@ def test_an_archive_on_the_cluster_killed_and_resumed_has_every_photo_once(
     assert 0 < len(before) < BULK_PHOTOS
     resumed = time.monotonic()
 
-    with bulk(archive, results, deployed) as process:
+    with bulk(folder, results, deployed) as process:
         wait_for(lambda: deployed.processes(WORKER) or process.poll() is not None)
         for worker in deployed.processes(WORKER)[:1]:
             worker.kill()
@@ -327,7 +327,7 @@ def test_an_archive_on_the_cluster_killed_and_resumed_has_every_photo_once(
     assert process.returncode == 1, errors
     took_s = time.monotonic() - resumed
     lines = table(results)
-    assert set(lines) == {path.name for path in archive.iterdir()}
+    assert set(lines) == {path.name for path in folder.iterdir()}
     assert len(lines) == BULK_PHOTOS
     statuses = {path for path, line in lines.items() if line["status"] != "ok"}
     assert statuses == {"broken.jpg"}

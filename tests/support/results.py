@@ -1,4 +1,4 @@
-"""What a run over an archive left."""
+"""What a run over a folder of photos left."""
 
 import contextlib
 import csv

@@ -54,9 +54,9 @@ def small_photos() -> list[bytes]:
 
 
 @pytest.fixture
-def archive(tmp_path: Path, small_photos: list[bytes]) -> Path:
+def folder(tmp_path: Path, small_photos: list[bytes]) -> Path:
     """Ten photos in folders below one."""
-    folder = tmp_path / "archive"
+    folder = tmp_path / "folder"
     for index, photo in enumerate(small_photos):
         write(folder / f"{'abc'[index % 3]}/{index % 2}/photo {index}.JPG", photo)
     return folder
@@ -90,22 +90,22 @@ def start(source: Path, results: Path) -> subprocess.Popen[bytes]:
 
 
 def test_a_mask_and_a_line_for_every_photo(
-    archive: Path, tmp_path: Path, offline: Offline, capfd: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, offline: Offline, capfd: pytest.CaptureFixture[str]
 ) -> None:
     results = tmp_path / "results"
-    write(archive / "notes.txt", b"not a photo")
-    write(archive / ".hidden.jpg", b"not a photo")
-    before = {path: path.stat().st_mtime_ns for path in archive.rglob("*")}
+    write(folder / "notes.txt", b"not a photo")
+    write(folder / ".hidden.jpg", b"not a photo")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
-    assert bulk(archive, results) == 0
+    assert bulk(folder, results) == 0
 
     lines = table(results)
-    photos = [path for path in archive.rglob("*.JPG") if path.is_file()]
-    assert set(lines) == {str(path.relative_to(archive)) for path in photos}
+    photos = [path for path in folder.rglob("*.JPG") if path.is_file()]
+    assert set(lines) == {str(path.relative_to(folder)) for path in photos}
     for path in photos:
-        line = lines[str(path.relative_to(archive))]
+        line = lines[str(path.relative_to(folder))]
         expected = offline.mask(path.read_bytes())
-        assert line["mask"] == f"masks/{path.relative_to(archive).with_suffix('.png')}"
+        assert line["mask"] == f"masks/{path.relative_to(folder).with_suffix('.png')}"
         with Image.open(results / line["mask"]) as mask:
             assert mask.mode == "1"
             found = np.asarray(mask)
@@ -127,7 +127,7 @@ def test_a_mask_and_a_line_for_every_photo(
         assert (line["backend"], line["threshold"]) == (CPU_BACKEND, "0.5")
         assert len(line["weights_sha256"]) == 64
     assert set(masks(results)) == {line["mask"] for line in lines.values()}
-    assert {path: path.stat().st_mtime_ns for path in archive.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     output = capfd.readouterr().err
     assert "10 of 10 photos (100%)" in output
     assert "1 other files are passed over (.txt)" in output
@@ -138,13 +138,13 @@ def test_threshold_and_cleaning_are_those_of_the_service(
     tmp_path: Path, photos: list[Sample], offline: Offline, server: ServerProcess
 ) -> None:
     for sample in photos[:4]:
-        write(tmp_path / f"archive/{sample.name}.jpg", sample.data)
+        write(tmp_path / f"folder/{sample.name}.jpg", sample.data)
 
-    assert bulk(tmp_path / "archive", tmp_path / "results", "--threshold", "0.02", "--clean") == 0
+    assert bulk(tmp_path / "folder", tmp_path / "results", "--threshold", "0.02", "--clean") == 0
 
     cleaned = 0
     for line in table(tmp_path / "results").values():
-        photo = read_photo((tmp_path / "archive" / line["path"]).read_bytes())
+        photo = read_photo((tmp_path / "folder" / line["path"]).read_bytes())
         raw = offline.probability(photo)
         probability = largest_region(raw, 0.02)
         cleaned += not np.array_equal(raw, probability)
@@ -154,7 +154,7 @@ def test_threshold_and_cleaning_are_those_of_the_service(
         with Image.open(tmp_path / "results" / line["mask"]) as mask:
             assert np.count_nonzero(np.asarray(mask) != expected) <= expected.size / 1e5
         assert (line["threshold"], line["clean"]) == ("0.02", "1")
-        data = (tmp_path / "archive" / line["path"]).read_bytes()
+        data = (tmp_path / "folder" / line["path"]).read_bytes()
         url = f"{server.url}/segment?format=json&threshold=0.02&clean=true"
         lesion = httpx.post(url, content=data).json()["lesion"]
         for name in ("area_fraction", "mean_probability", "max_probability"):
@@ -167,11 +167,11 @@ def test_threshold_and_cleaning_are_those_of_the_service(
 def test_dicom_lies_among_photos(tmp_path: Path) -> None:
     needs_dicom()
     pixels = np.asarray(Image.open(BytesIO(drawn_photo(3, 160, 120, "PNG"))))
-    write(tmp_path / "archive/same.png", drawn_photo(3, 160, 120, "PNG"))
-    write(tmp_path / "archive/IM0001.DCM", dicom_bytes(pixels))
+    write(tmp_path / "folder/same.png", drawn_photo(3, 160, 120, "PNG"))
+    write(tmp_path / "folder/IM0001.DCM", dicom_bytes(pixels))
     frames = dicom_bytes(np.stack([pixels] * 2), kind="1.2.840.10008.5.1.4.1.1.7.4")
-    write(tmp_path / "archive/frames.dcm", frames)
-    assert bulk(tmp_path / "archive", tmp_path / "results") == 1
+    write(tmp_path / "folder/frames.dcm", frames)
+    assert bulk(tmp_path / "folder", tmp_path / "results") == 1
     lines = table(tmp_path / "results")
     assert lines["IM0001.DCM"]["area"] == lines["same.png"]["area"]
     assert lines["frames.dcm"]["status"] == "unusable"
@@ -180,32 +180,32 @@ def test_dicom_lies_among_photos(tmp_path: Path) -> None:
 
 def test_a_frame_of_each_dicom_object(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     needs_dicom()
-    archive = tmp_path / "archive"
+    folder = tmp_path / "folder"
     pixels = np.asarray(Image.open(BytesIO(drawn_photo(3, 160, 120, "PNG"))))
     frames = np.stack([np.full_like(pixels, 220), pixels])
-    write(archive / "frames.dcm", dicom_bytes(frames, kind="1.2.840.10008.5.1.4.1.1.7.4"))
-    assert bulk(archive, tmp_path / "second", "--frame", "2", "--also", "overlay-png") == 0
-    write(archive / "same.png", drawn_photo(3, 160, 120, "PNG"))
-    assert bulk(archive, tmp_path / "without", "--also", "overlay-png") == 1
+    write(folder / "frames.dcm", dicom_bytes(frames, kind="1.2.840.10008.5.1.4.1.1.7.4"))
+    assert bulk(folder, tmp_path / "second", "--frame", "2", "--also", "overlay-png") == 0
+    write(folder / "same.png", drawn_photo(3, 160, 120, "PNG"))
+    assert bulk(folder, tmp_path / "without", "--also", "overlay-png") == 1
     same = table(tmp_path / "without")["same.png"]
     assert table(tmp_path / "second")["frames.dcm"]["area"] == same["area"]
     drawn = (tmp_path / "second/also/frames_overlay.png").read_bytes()
     assert drawn == (tmp_path / "without/also/same_overlay.png").read_bytes()
     capfd.readouterr()
     # Another frame is another run, also of results that came before there were frames.
-    assert bulk(archive, tmp_path / "without", "--also", "overlay-png", "--frame", "2") == 2
+    assert bulk(folder, tmp_path / "without", "--also", "overlay-png", "--frame", "2") == 2
     assert "frame 0" in capfd.readouterr().err
-    assert bulk(archive, tmp_path / "third", "--frame", "2") == 1
+    assert bulk(folder, tmp_path / "third", "--frame", "2") == 1
     assert "frame=2 is for DICOM" in table(tmp_path / "third")["same.png"]["error"]
 
 
-def test_a_coco_data_set_of_all_photos(archive: Path, tmp_path: Path) -> None:
+def test_a_coco_data_set_of_all_photos(folder: Path, tmp_path: Path) -> None:
     results = tmp_path / "results"
-    write(archive / "a/no photo.jpg", b"none")
+    write(folder / "a/no photo.jpg", b"none")
     blank = BytesIO()
     Image.new("RGB", (90, 70), (230, 200, 190)).save(blank, "PNG")
-    write(archive / "a/no lesion.png", blank.getvalue())
-    assert bulk(archive, results, "--coco") == 1
+    write(folder / "a/no lesion.png", blank.getvalue())
+    assert bulk(folder, results, "--coco") == 1
     found = {line["path"]: line for line in table(results).values() if line["mask"]}
     data = json.loads((results / "coco.json").read_text())
     assert data["categories"] == [{"id": 1, "name": "lesion"}]
@@ -218,17 +218,17 @@ def test_a_coco_data_set_of_all_photos(archive: Path, tmp_path: Path) -> None:
         assert annotation["area"] == int(line["area"])
         assert annotation["quality"] == pytest.approx(float(line["quality"]))
     # The same command once more writes the same.
-    assert bulk(archive, results, "--coco") == 1
+    assert bulk(folder, results, "--coco") == 1
     assert json.loads((results / "coco.json").read_text()) == data
 
 
 # pycocotools is for NumPy 1.
 @pytest.mark.usefixtures("small_networks")
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-def test_cocos_own_tools_read_the_masks(archive: Path, tmp_path: Path) -> None:
+def test_cocos_own_tools_read_the_masks(folder: Path, tmp_path: Path) -> None:
     coco = pytest.importorskip("pycocotools.coco", reason="needs pycocotools")
     results = tmp_path / "results"
-    assert bulk(archive, results, "--coco", "--clean") == 0
+    assert bulk(folder, results, "--coco", "--clean") == 0
     found = {line["path"]: line for line in table(results).values()}
     read = coco.COCO(str(results / "coco.json"))
     assert len(read.anns) == len(read.imgs) == len(found)
@@ -241,12 +241,12 @@ def test_cocos_own_tools_read_the_masks(archive: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("small_networks")
 def test_other_forms_lie_beside_the_masks(
-    archive: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     results = tmp_path / "results"
     also = ("--also", "overlay,probability16,npy,svg,coco,features")
-    write(archive / "a/no photo.jpg", b"none")
-    assert bulk(archive, results, *also) == 1
+    write(folder / "a/no photo.jpg", b"none")
+    assert bulk(folder, results, *also) == 1
     found = {line["mask"]: line for line in table(results).values() if line["mask"]}
     names = {str(path.relative_to(results / "also")) for path in files(results / "also")}
     suffixes = ["overlay.jpg", "probability16.png", "probability.npy", "outline.svg"]
@@ -263,43 +263,43 @@ def test_other_forms_lie_beside_the_masks(
         assert annotation["area"] == int(line["area"])
 
     # Those of a photo that is run again are written anew, those of one that is gone go with it.
-    (first, *_) = sorted(archive.rglob("*.JPG"))
+    (first, *_) = sorted(folder.rglob("*.JPG"))
     first.write_bytes(drawn_photo(5, 90, 70))
-    assert bulk(archive, results, *also) == 1
-    changed = str(first.relative_to(archive).with_suffix(""))
+    assert bulk(folder, results, *also) == 1
+    changed = str(first.relative_to(folder).with_suffix(""))
     with Image.open(results / "also" / f"{changed}_overlay.jpg") as drawn:
         assert drawn.size == (90, 70)
     first.write_bytes(b"none any more")
-    assert bulk(archive, results, *also) == 1
+    assert bulk(folder, results, *also) == 1
     assert not list((results / "also").glob(f"{changed}_*"))
 
     capfd.readouterr()
-    assert bulk(archive, results) == 2
+    assert bulk(folder, results) == 2
     assert "also" in capfd.readouterr().err
 
 
 def test_a_form_that_does_not_exist_is_told(
-    archive: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        bulk(archive, tmp_path / "results", "--also", "gif")
+        bulk(folder, tmp_path / "results", "--also", "gif")
     assert "no form gif" in capfd.readouterr().err
 
 
 @pytest.mark.usefixtures("small_networks")
 def test_what_is_wrong_with_a_photo_is_in_its_line_and_stops_nothing(
-    archive: Path, tmp_path: Path, small_photos: list[bytes]
+    folder: Path, tmp_path: Path, small_photos: list[bytes]
 ) -> None:
     results = tmp_path / "results"
-    write(archive / "cut.png", small_photos[1][: len(small_photos[1]) // 2])
-    write(archive / "empty.jpg", b"")
-    write(archive / "text.jpeg", b"a text that says it is a photo")
-    write(archive / "wide.jpg", drawn_photo(1, 300, 200))
-    write(archive / "heavy.bmp", small_photos[4] + bytes(90_000))
-    (archive / "dangling.jpg").symlink_to(tmp_path / "nothing")
+    write(folder / "cut.png", small_photos[1][: len(small_photos[1]) // 2])
+    write(folder / "empty.jpg", b"")
+    write(folder / "text.jpeg", b"a text that says it is a photo")
+    write(folder / "wide.jpg", drawn_photo(1, 300, 200))
+    write(folder / "heavy.bmp", small_photos[4] + bytes(90_000))
+    (folder / "dangling.jpg").symlink_to(tmp_path / "nothing")
     flags = ("--max-pixels", "40000", "--max-body-bytes", "100000")
 
-    assert bulk(archive, results, *flags) == 1
+    assert bulk(folder, results, *flags) == 1
 
     lines = table(results)
     errors = {path: (line["status"], line["error"]) for path, line in lines.items()}
@@ -318,8 +318,8 @@ def test_what_is_wrong_with_a_photo_is_in_its_line_and_stops_nothing(
 
     written = masks(results)
     write(tmp_path / "nothing", small_photos[0])
-    write(archive / "cut.png", small_photos[1])
-    assert bulk(archive, results, *flags) == 1
+    write(folder / "cut.png", small_photos[1])
+    assert bulk(folder, results, *flags) == 1
 
     assert table(results)["dangling.jpg"]["status"] == "ok", "it is there now"
     assert table(results)["cut.png"]["status"] == "ok", "it was replaced by a whole one"
@@ -329,16 +329,16 @@ def test_what_is_wrong_with_a_photo_is_in_its_line_and_stops_nothing(
 
 @pytest.mark.usefixtures("small_networks")
 def test_only_what_is_new_or_changed_is_run_again(
-    archive: Path, tmp_path: Path, small_photos: list[bytes]
+    folder: Path, tmp_path: Path, small_photos: list[bytes]
 ) -> None:
     results = tmp_path / "results"
-    assert bulk(archive, results) == 0
+    assert bulk(folder, results) == 0
     before = masks(results)
 
-    write(archive / "new.jpg", small_photos[0])
-    write(archive / "a/0/photo 0.JPG", small_photos[3])
+    write(folder / "new.jpg", small_photos[0])
+    write(folder / "a/0/photo 0.JPG", small_photos[3])
     (results / "masks/b/1/photo 1.png").unlink()
-    assert bulk(archive, results) == 0
+    assert bulk(folder, results) == 0
 
     after = masks(results)
     changed = {name for name in after if after[name] != before.get(name)}
@@ -349,18 +349,18 @@ def test_only_what_is_new_or_changed_is_run_again(
 
 @pytest.mark.usefixtures("small_networks")
 def test_photos_that_are_gone_keep_a_mask_that_nobody_else_needs(
-    archive: Path, tmp_path: Path, small_photos: list[bytes], capfd: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, small_photos: list[bytes], capfd: pytest.CaptureFixture[str]
 ) -> None:
     results = tmp_path / "results"
-    write(archive / "a.jpg", small_photos[1])
-    write(archive / "corrupt.jpg", b"no photo")
-    assert bulk(archive, results) == 1
+    write(folder / "a.jpg", small_photos[1])
+    write(folder / "corrupt.jpg", b"no photo")
+    assert bulk(folder, results) == 1
     before = masks(results)
 
-    (archive / "a.jpg").rename(archive / "a.png")
-    (archive / "corrupt.jpg").unlink()
-    (archive / "b/1/photo 1.JPG").unlink()
-    assert bulk(archive, results) == 0
+    (folder / "a.jpg").rename(folder / "a.png")
+    (folder / "corrupt.jpg").unlink()
+    (folder / "b/1/photo 1.JPG").unlink()
+    assert bulk(folder, results) == 0
 
     lines = table(results)
     assert len(lines) == 11
@@ -372,8 +372,8 @@ def test_photos_that_are_gone_keep_a_mask_that_nobody_else_needs(
     assert {name for name in after if after[name] != before[name]} == {"masks/a.png"}
     assert "2 photos that are no longer there" in capfd.readouterr().err
 
-    write(archive / "a.jpg", small_photos[0])
-    assert bulk(archive, results) == 2
+    write(folder / "a.jpg", small_photos[0])
+    assert bulk(folder, results) == 2
     assert "masks/a.png" in capfd.readouterr().err
     assert masks(results) == after, "a refusal takes nothing"
 
@@ -402,15 +402,15 @@ def test_a_shorter_manifest_leaves_what_it_no_longer_names(
 
 @pytest.mark.usefixtures("small_networks")
 def test_a_source_with_no_photos_takes_no_results(
-    archive: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     results = tmp_path / "results"
-    assert bulk(archive, results) == 0
+    assert bulk(folder, results) == 0
     before = masks(results)
-    archive.rename(tmp_path / "elsewhere")
-    archive.mkdir()
+    folder.rename(tmp_path / "elsewhere")
+    folder.mkdir()
 
-    assert bulk(archive, results) == 2
+    assert bulk(folder, results) == 2
 
     assert "has no photos" in capfd.readouterr().err
     assert masks(results) == before
@@ -541,15 +541,15 @@ def test_what_a_killed_process_was_writing_is_removed_and_nothing_else(tmp_path:
 def test_killed_again_and_again_every_photo_is_in_the_table_once(
     tmp_path: Path, small_photos: list[bytes]
 ) -> None:
-    archive, results = tmp_path / "archive", tmp_path / "results"
+    folder, results = tmp_path / "folder", tmp_path / "results"
     for index in range(60):
-        write(archive / f"{index % 7}/{index}.jpg", small_photos[index % 10])
+        write(folder / f"{index % 7}/{index}.jpg", small_photos[index % 10])
     moments = random.Random(0)
     done: dict[str, int] = {}
     kills = 0
     while True:
         enough = len(done) + moments.randint(1, 20)
-        with start(archive, results) as process:
+        with start(folder, results) as process:
             while process.poll() is None:
                 time.sleep(0.01 * moments.random())
                 if kills < 2 and sum(1 for _ in results.rglob("*.png")) >= enough:
@@ -574,10 +574,10 @@ def test_killed_again_and_again_every_photo_is_in_the_table_once(
 def test_a_signal_stops_it_between_photos_and_the_same_command_goes_on(
     tmp_path: Path, small_photos: list[bytes]
 ) -> None:
-    archive, results = tmp_path / "archive", tmp_path / "results"
+    folder, results = tmp_path / "folder", tmp_path / "results"
     for index in range(40):
-        write(archive / f"{index}.jpg", small_photos[index % 10])
-    with start(archive, results) as process:
+        write(folder / f"{index}.jpg", small_photos[index % 10])
+    with start(folder, results) as process:
         while not any(results.rglob("*.png")):
             assert process.poll() is None
             time.sleep(0.01)
@@ -591,7 +591,7 @@ def test_a_signal_stops_it_between_photos_and_the_same_command_goes_on(
     assert 0 < statuses.count("ok") == len(masks(results)) < 40
     assert statuses.count("pending") == 40 - statuses.count("ok")
 
-    assert bulk(archive, results) == 0
+    assert bulk(folder, results) == 0
 
     assert {line["status"] for line in table(results).values()} == {"ok"}
 
@@ -629,9 +629,9 @@ def test_names_of_any_kind_are_kept(tmp_path: Path, small_photos: list[bytes]) -
     names = ['comma, "quote".jpg', "line\nfeed.jpg", "größe ×.jpg", os.fsdecode(b"latin-\xe9.jpg")]
     names += [f"{'n' * 240}.jpg", f"{'ö' * 120}.jpg"]
     for name in names:
-        write(tmp_path / "archive" / name, small_photos[0])
+        write(tmp_path / "folder" / name, small_photos[0])
 
-    assert bulk(tmp_path / "archive", tmp_path / "results") == 0
+    assert bulk(tmp_path / "folder", tmp_path / "results") == 0
 
     lines = table(tmp_path / "results")
     assert set(lines) == set(names)
@@ -640,12 +640,12 @@ def test_names_of_any_kind_are_kept(tmp_path: Path, small_photos: list[bytes]) -
 
 @pytest.mark.usefixtures("small_networks")
 def test_two_photos_with_the_same_mask_are_refused(
-    archive: Path, tmp_path: Path, small_photos: list[bytes], capfd: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, small_photos: list[bytes], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    write(archive / "twin.jpg", small_photos[0])
-    write(archive / "twin.png", small_photos[1])
+    write(folder / "twin.jpg", small_photos[0])
+    write(folder / "twin.png", small_photos[1])
 
-    assert bulk(archive, tmp_path / "results") == 2
+    assert bulk(folder, tmp_path / "results") == 2
 
     error = capfd.readouterr().err
     assert "twin.jpg" in error
@@ -656,7 +656,7 @@ def test_two_photos_with_the_same_mask_are_refused(
 
 @pytest.mark.usefixtures("small_networks")
 def test_what_cannot_be_done_says_what_to_change(
-    archive: Path, tmp_path: Path, small_photos: list[bytes], capfd: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, small_photos: list[bytes], capfd: pytest.CaptureFixture[str]
 ) -> None:
     def refused(source: Path, results: Path, *flags: str) -> str:
         assert bulk(source, results, *flags) == 2
@@ -666,33 +666,33 @@ def test_what_cannot_be_done_says_what_to_change(
     assert "there is no such file" in refused(tmp_path / "nowhere", results)
     (tmp_path / "empty").mkdir()
     assert "has no photos" in refused(tmp_path / "empty", tmp_path / "1")
-    assert "one in the other" in refused(archive, archive / "masks")
-    assert "one in the other" in refused(archive, tmp_path)
+    assert "one in the other" in refused(folder, folder / "masks")
+    assert "one in the other" in refused(folder, tmp_path)
     write(tmp_path / "thesis/chapter.txt", b"text")
-    assert "holds files" in refused(archive, tmp_path / "thesis")
+    assert "holds files" in refused(folder, tmp_path / "thesis")
     columns = write(tmp_path / "list.csv", b"id,file\n1,a.jpg\n")
     assert "id, file" in refused(columns, tmp_path / "2")
     own = write(tmp_path / "own.txt", b"3/masks/a.jpg\n")
     write(tmp_path / "4.onnx", b"not a network")
-    assert "cannot load" in refused(archive, tmp_path / "4", "--model", str(tmp_path / "4.onnx"))
+    assert "cannot load" in refused(folder, tmp_path / "4", "--model", str(tmp_path / "4.onnx"))
     with pytest.raises(SystemExit):
-        bulk(archive, results, "--threshold", "2")
+        bulk(folder, results, "--threshold", "2")
     assert "0 to 1" in capfd.readouterr().err
     assert not results.exists()
     assert "where the results go" in refused(own, tmp_path / "3")
 
-    assert bulk(archive, results) == 0
-    assert "threshold 0.5" in refused(archive, results, "--threshold", "0.4")
+    assert bulk(folder, results) == 0
+    assert "threshold 0.5" in refused(folder, results, "--threshold", "0.4")
     other = onnx.load(MODEL)
     for entry in other.metadata_props:
         if entry.key == "weights_sha256":
             entry.value = "0" * 64
     (tmp_path / "other.onnx").write_bytes(unstamped(other.SerializeToString()))
-    assert "weights_sha256" in refused(archive, results, "--model", str(tmp_path / "other.onnx"))
+    assert "weights_sha256" in refused(folder, results, "--model", str(tmp_path / "other.onnx"))
     write(tmp_path / "b/1.jpg", small_photos[0])
-    assert str(archive) in refused(tmp_path / "b", results)
+    assert str(folder) in refused(tmp_path / "b", results)
     with Ledger(results):
-        process = start(archive, results)
+        process = start(folder, results)
         _, error = process.communicate()
     assert process.returncode == 2
     assert b"Another process is at work" in error
@@ -716,7 +716,7 @@ class Failing:
 
 
 def test_a_network_that_fails_all_the_time_ends_the_run(
-    archive: Path,
+    folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -728,7 +728,7 @@ def test_a_network_that_fails_all_the_time_ends_the_run(
     # A copy, beside which there is no table of another network's quality.
     network = shutil.copy(SHIPPED_MODEL, tmp_path / "network.onnx")
     flags = ("--backend", "onnxruntime", "--model", str(network))
-    assert bulk(archive, tmp_path / "results", *flags) == 2
+    assert bulk(folder, tmp_path / "results", *flags) == 2
     assert "fails on every photo" in capfd.readouterr().err
     lines = table(tmp_path / "results")
     assert {line["status"] for line in lines.values()} <= {"pending", "failed"}
@@ -736,7 +736,7 @@ def test_a_network_that_fails_all_the_time_ends_the_run(
 
 @pytest.mark.usefixtures("small_networks")
 def test_a_full_disk_ends_the_run_and_is_gone_on_from(
-    archive: Path,
+    folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -752,12 +752,12 @@ def test_a_full_disk_ends_the_run_and_is_gone_on_from(
 
     with monkeypatch.context() as patch:
         patch.setattr(segmenter, "write_atomically", fill_up)
-        assert bulk(archive, tmp_path / "results") == 2
+        assert bulk(folder, tmp_path / "results") == 2
     assert "No space left" in capfd.readouterr().err
     statuses = [line["status"] for line in table(tmp_path / "results").values()]
     assert sorted(set(statuses)) == ["ok", "pending"]
 
-    assert bulk(archive, tmp_path / "results") == 0
+    assert bulk(folder, tmp_path / "results") == 0
 
 
 def peak_bytes(results: Path, photos: int) -> int:

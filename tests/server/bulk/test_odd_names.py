@@ -1,4 +1,4 @@
-"""Archives with names and entries that are not as one would wish: a row each, and on."""
+"""Folders with names and entries that are not as one would wish: a row each, and on."""
 
 import csv
 import os
@@ -32,27 +32,27 @@ def rows(results: Path) -> dict[str, dict[str, str]]:
 
 @pytest.mark.parametrize("name", ["loop.jpg", "loop", "good"])
 def test_a_link_to_itself_has_a_row_and_the_rest_is_done(tmp_path: Path, name: str) -> None:
-    archive, results = tmp_path / "archive", tmp_path / "results"
-    put(archive / "a/good.png")
-    (archive / "a" / name).symlink_to(name)
+    folder, results = tmp_path / "folder", tmp_path / "results"
+    put(folder / "a/good.png")
+    (folder / "a" / name).symlink_to(name)
 
-    assert bulk(archive, results) == 1
+    assert bulk(folder, results) == 1
     found = rows(results)
     assert found["a/good.png"]["status"] == "ok"
     assert found[f"a/{name}"]["status"] == "failed"
     assert "symbolic links" in found[f"a/{name}"]["error"]
 
-    (archive / "a" / name).unlink()
-    assert bulk(archive, results) == 0
+    (folder / "a" / name).unlink()
+    assert bulk(folder, results) == 0
     assert rows(results).keys() == {"a/good.png"}
 
 
 def test_a_folder_that_cannot_be_read_has_a_row_and_the_rest_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    archive, results = tmp_path / "archive", tmp_path / "results"
-    put(archive / "locked/hidden.png")
-    put(archive / "locked.png")
+    folder, results = tmp_path / "folder", tmp_path / "results"
+    put(folder / "locked/hidden.png")
+    put(folder / "locked.png")
     scandir = os.scandir
 
     def refuse(path: Path) -> object:
@@ -63,13 +63,13 @@ def test_a_folder_that_cannot_be_read_has_a_row_and_the_rest_is_done(
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "scandir", refuse)
-        assert bulk(archive, results) == 1
+        assert bulk(folder, results) == 1
     found = rows(results)
     assert (found["locked"]["status"], found["locked"]["mask"]) == ("failed", "")
     assert found["locked"]["error"] == "Permission denied"
     assert found["locked.png"]["status"] == "ok"
 
-    assert bulk(archive, results) == 0
+    assert bulk(folder, results) == 0
     assert rows(results).keys() == {"locked/hidden.png", "locked.png"}
 
 
@@ -92,10 +92,10 @@ NAMES = [
 
 
 def test_names_break_no_row_and_are_no_formulas(tmp_path: Path) -> None:
-    archive, results = tmp_path / "archive", tmp_path / "results"
+    folder, results = tmp_path / "folder", tmp_path / "results"
     for name in NAMES:
-        put(archive / name)
-    assert bulk(archive, results) == 0
+        put(folder / name)
+    assert bulk(folder, results) == 0
     found = rows(results)
     assert found.keys() == set(NAMES)
     for row in found.values():
@@ -104,17 +104,17 @@ def test_names_break_no_row_and_are_no_formulas(tmp_path: Path) -> None:
         assert (results / from_cell(row["mask"])).is_file()
     written = (results / "table.csv").stat().st_mtime_ns
     masks = {path: path.stat().st_mtime_ns for path in results.glob("masks/*")}
-    assert bulk(archive, results) == 0
+    assert bulk(folder, results) == 0
     assert (results / "table.csv").stat().st_mtime_ns > written
     assert {path: path.stat().st_mtime_ns for path in results.glob("masks/*")} == masks
 
 
 def test_a_table_of_results_is_a_list_of_the_same_photos(tmp_path: Path) -> None:
-    archive = tmp_path / "archive"
+    folder = tmp_path / "folder"
     for name in NAMES:
-        put(archive / name)
-    assert bulk(archive, tmp_path / "first") == 0
-    again = archive / "again.csv"
+        put(folder / name)
+    assert bulk(folder, tmp_path / "first") == 0
+    again = folder / "again.csv"
     again.write_bytes((tmp_path / "first/table.csv").read_bytes())
     assert bulk(again, tmp_path / "second") == 0
     assert rows(tmp_path / "second").keys() == set(NAMES)
@@ -130,11 +130,11 @@ def test_every_text_comes_back_from_its_cell(text: str) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="no umask there")
 @pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0o022, 0o644), (0o002, 0o664)])
 def test_who_may_read_results_is_as_the_umask_says(tmp_path: Path, umask: int, mode: int) -> None:
-    archive, results = tmp_path / "archive", tmp_path / "results"
-    put(archive / "a/b.png")
+    folder, results = tmp_path / "folder", tmp_path / "results"
+    put(folder / "a/b.png")
     before = os.umask(umask)
     try:
-        assert bulk(archive, results) == 0
+        assert bulk(folder, results) == 0
     finally:
         os.umask(before)
     for path in (results / "masks/a/b.png", results / "table.csv"):
@@ -144,10 +144,10 @@ def test_who_may_read_results_is_as_the_umask_says(tmp_path: Path, umask: int, m
 
 
 def test_a_photo_beside_a_folder_called_as_its_mask(tmp_path: Path) -> None:
-    archive, results = tmp_path / "archive", tmp_path / "results"
+    folder, results = tmp_path / "folder", tmp_path / "results"
     for name in ("a.jpg", "a.png/b.jpg", "a.png/c.png/d.jpg"):
-        put(archive / name)
-    assert bulk(archive, results) == 0
+        put(folder / name)
+    assert bulk(folder, results) == 0
     found = {path: row["mask"] for path, row in rows(results).items()}
     assert found == {
         "a.jpg": "masks/a.png",
