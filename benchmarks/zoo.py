@@ -2,36 +2,52 @@
 
     python -m benchmarks.zoo train --out build/zoo --epochs 2
     python -m benchmarks.zoo costs --out build/zoo
+    python -m benchmarks.zoo sides --out build/zoo
     python -m benchmarks.zoo report --out build/zoo
 
 `train` gives every network the same photos, augmentation, loss, optimiser, number of epochs and
 seeds, and scores it on the official validation set. What is done is not repeated and a killed run
 goes on, so a budget can be spent in pieces. `costs` exports every network, with its trained weights
 where there are any, and times all of them in rounds, each in a process of its own, as the server
-runs it; then each in a server, which gets real photos. `report` writes `table.md` and `pareto.svg`.
+runs it; then each in a server, which gets real photos. `sides` times SLSNet and GAN-FCN at the
+sides of table 3 of SLSNet's paper. `report` writes `table.md`, with the figures of the paper's
+tables beside those of here, and `pareto.svg`.
+
+`costs` adds to what an earlier call measured on the same machine, so large networks can be timed by
+themselves, with fewer rounds.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cpu_engine import Contender, Figures, OtherWork, disturbance, measure
 from benchmarks.latency import machine
 from benchmarks.versions import Load, load_photos, send
+from benchmarks.zoo_report import (
+    BATCHES,
+    CLIENTS,
+    PAPER_MS,
+    SIDES,
+    Place,
+    paper_table,
+    plot,
+    rows,
+    sides_table,
+    table,
+)
 from common.files import replacing
 from common.program import Help
 from model.config import TrainConfig, load_config, parse_overrides
@@ -51,8 +67,6 @@ from trt_build.samples import REFERENCE, load_samples
 
 __all__ = ["main"]
 
-BATCHES = (1, 8)
-CLIENTS = 8
 
 # SLSNet learns in the form that it is served in.
 _OPTIONS: dict[str, dict[str, Any]] = {"slsnet": {"generator.pam_pool": [8, 1], "pam_wake": 0}}
@@ -62,31 +76,6 @@ def configuration(name: str, **changes: Any) -> TrainConfig:
     """The training of a network; `changes` to the preset are the same for all."""
     overrides = {"network": name, **_OPTIONS.get(name, {}), **changes}
     return load_config("quick", overrides=overrides)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the results of one budget are."""
-
-    out: Path
-
-    def run(self, name: str, seed: int) -> Path:
-        """The folder of a training."""
-        return self.out / "runs" / name / f"seed-{seed}"
-
-    def graph(self, name: str) -> Path:
-        """The exported network."""
-        return self.out / "graphs" / f"{name}.onnx"
-
-    def scores(self, name: str) -> Iterator[dict[str, Any]]:
-        """What each finished training of a network reached."""
-        for path in sorted((self.out / "runs" / name).glob("seed-*/score.json")):
-            yield json.loads(path.read_text(encoding="utf-8"))
-
-    @property
-    def costs(self) -> Path:
-        """What the networks cost."""
-        return self.out / "costs.json"
 
 
 def train_all(place: Place, args: argparse.Namespace) -> None:
@@ -111,12 +100,29 @@ def train_all(place: Place, args: argparse.Namespace) -> None:
 
 def measure_all(place: Place, args: argparse.Namespace) -> None:
     """Export every network, and measure what it costs."""
-    facts = {name: _exported(place, name) for name in args.networks}
+    measured: dict[str, Any] = {"machine": _machine(), "threads": available_cores()}
+    facts = _measured(place.costs, measured)
+    facts |= {name: _exported(place, name) for name in args.networks}
     timed = _timed(place, args)
     rates = _served(place, args)
     for name in args.networks:
         facts[name] |= timed[name] | {"photos_per_s": rates[name]}
-    _write(place.costs, {"machine": machine(), "threads": available_cores(), "networks": facts})
+    _write(place.costs, measured | {"networks": facts})
+
+
+def _machine() -> str:
+    return machine().partition(", load")[0]
+
+
+def _measured(path: Path, where: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier call measured on this machine, by network."""
+    if not path.exists():
+        return {}
+    before = json.loads(path.read_text(encoding="utf-8"))
+    facts: dict[str, Any] = before.pop("networks")
+    if before != where:
+        raise SystemExit(f"{path} was measured on another machine: name another --out")
+    return facts
 
 
 def _exported(place: Place, name: str) -> dict[str, Any]:
@@ -126,7 +132,7 @@ def _exported(place: Place, name: str) -> dict[str, Any]:
         # What it costs does not depend on what it learned.
         weights = place.out / "fresh" / f"{name}.safetensors"
         weights.parent.mkdir(parents=True, exist_ok=True)
-        save_network(new_network(configuration(name)), weights, {})
+        save_network(_settled(new_network(configuration(name))), weights, {})
     graph = place.graph(name)
     graph.parent.mkdir(parents=True, exist_ok=True)
     export(weights, graph, "0", "Apache-2.0", name=name)
@@ -136,6 +142,20 @@ def _exported(place: Place, name: str) -> dict[str, Any]:
         "macs": macs(network),
         "bytes": graph.stat().st_size,
     }
+
+
+def _settled(network: nn.Module) -> nn.Module:
+    """A fresh network whose norms have seen a batch.
+
+    Else the values of deep ones grow without bound, and rounding alone fails the export's check.
+    """
+    images = torch.rand(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    with torch.no_grad():
+        network.train()(nn.functional.interpolate(images, (MODEL_SIZE, MODEL_SIZE)))
+    return network.eval()
 
 
 def macs(network: nn.Module) -> int:
@@ -197,105 +217,37 @@ def _served(place: Place, args: argparse.Namespace) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
-@dataclass(frozen=True)
-class Row:
-    """What is known of a network."""
-
-    name: str
-    costs: dict[str, Any]
-    jaccard: float | None
-    """Mean over seeds."""
-    error: float | None
-    """Its standard error over the images."""
-    seeds: int
-
-
-def rows(place: Place) -> tuple[dict[str, Any], list[Row], int | None]:
-    """All figures: what they were measured on, a row a network, and the epochs of the training."""
-    costs = json.loads(place.costs.read_text(encoding="utf-8"))
-    found, epochs = [], None
-    for name, facts in costs["networks"].items():
-        scores = list(place.scores(name))
-        epochs = scores[0]["epochs"] if scores else epochs
-        found.append(
-            Row(
-                name,
-                facts,
-                statistics.mean(score["jaccard"] for score in scores) if scores else None,
-                max(score["jaccard_standard_error"] for score in scores) if scores else None,
-                len(scores),
-            )
-        )
-    return costs, found, epochs
-
-
-def table(place: Place) -> str:
-    """The table as Markdown, the most accurate network first."""
-    costs, found, epochs = rows(place)
-    threads = costs["threads"]
-    lines = [
-        f"Machine: {costs['machine']}. Budget: {epochs or 'no'} epochs over the training photos."
-        f" Milliseconds an image in ONNX Runtime, photos a second of {CLIENTS} clients through the"
-        " server; medians.",
-        "",
-        "| network | Jaccard, validation | seeds | parameters, M | GMAC | file, MB | memory, MB"
-        f" | 1 thread: 1 | of 8 | {threads} threads: 1 | of 8 | photos/s |",
-        "|---|" + "--:|" * 11,
-    ]
-    for row in sorted(found, key=lambda row: -(row.jaccard or 0)):
-        facts = row.costs
-        score = "–" if row.jaccard is None else f"{row.jaccard:.4f} ± {row.error:.4f}"
-        times = " | ".join(
-            f"{facts['ms'][f'{count}x{size}']:.1f}" for count in (1, threads) for size in BATCHES
-        )
-        lines.append(
-            f"| `{row.name}` | {score} | {row.seeds or '–'} | {facts['parameters'] / 1e6:.2f}"
-            f" | {facts['macs'] / 1e9:.2f} | {facts['bytes'] / 1e6:.1f} | {facts['memory_mb']:.0f}"
-            f" | {times} | {facts['photos_per_s']:.1f} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def plot(place: Place) -> Figure:
-    """Accuracy against time, parameters and bytes; the line joins what nothing is better than."""
-    _, found, _ = rows(place)
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
-    axes = figure.subplots(1, 3, sharey=True)
-    scored = [row for row in found if row.jaccard is not None]
-    costs = (
-        ("ms an image, one thread", [row.costs["ms"]["1x1"] for row in scored]),
-        ("parameters, M", [row.costs["parameters"] / 1e6 for row in scored]),
-        ("file, MB", [row.costs["bytes"] / 1e6 for row in scored]),
-    )
-    for axis, (label, values) in zip(axes, costs, strict=True):
-        points = [(x, row.jaccard or 0.0) for x, row in zip(values, scored, strict=True)]
-        axis.plot(*zip(*front(points), strict=True), color="#a0aec0", zorder=1)
-        for row, (x, y) in zip(scored, points, strict=True):
-            axis.errorbar(x, y, row.error, fmt="o", color="#2b6cb0", capsize=3)
-            axis.annotate(row.name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
-        axis.set_xscale("log")
-        axis.margins(x=0.25)
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.set_xlabel(label)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("Jaccard, validation")
-    return figure
-
-
-def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other is both cheaper (first) and better (second) than, by cost."""
-    kept: list[tuple[float, float]] = []
-    for cost, value in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not kept or value > kept[-1][1]:
-            kept.append((cost, value))
-    return kept
+def measure_sides(place: Place, args: argparse.Namespace) -> None:
+    """Time networks at the sides of the paper's table 3, in stock ONNX Runtime."""
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in args.networks}
+    random = np.random.default_rng(0)
+    for name, side in itertools.product(args.networks, args.sides):
+        graph = place.out / "graphs" / f"{name}-{side}.onnx"
+        fresh = graph.with_suffix(".safetensors")
+        graph.parent.mkdir(parents=True, exist_ok=True)
+        save_network(_settled(new_network(configuration(name))), fresh, {})
+        export(fresh, graph, "0", "Apache-2.0", size=side, name=name)
+    for threads, side in itertools.product(sorted({1, available_cores()}), args.sides):
+        with ExitStack() as stack:
+            engines = {}
+            for name in args.networks:
+                graph = place.out / "graphs" / f"{name}-{side}.onnx"
+                engines[name] = Contender(None, graph, threads)
+                stack.callback(engines[name].close)
+            pixels = random.integers(0, 256, (8, side, side, 3), np.uint8)
+            other = OtherWork([engine.pid for engine in engines.values()])
+            figures = measure(engines, pixels, (1,), args.rounds, other)
+            print(f"{side}: {disturbance(figures.others)}", file=sys.stderr, flush=True)
+            for name in args.networks:
+                found[name].setdefault(str(threads), []).append(figures.wall_ms(name, 1)[1])
+    _write(place.sides, {"machine": _machine(), "sides": args.sides, "networks": found})
 
 
 def report(place: Place, _: argparse.Namespace) -> None:
     """Write the table and the plots."""
-    text = table(place)
+    text = f"{table(place)}\n{paper_table(place)}\n"
+    if place.sides.exists():
+        text += f"\n{sides_table(place)}\n"
     with replacing(place.out / "table.md") as path:
         path.write_text(text, encoding="utf-8")
     if any(row.jaccard is not None for row in rows(place)[1]):
@@ -314,22 +266,34 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.zoo", description=__doc__, formatter_class=Help
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--out", type=Path, required=True, help="folder of this budget's results")
-    common.add_argument("--networks", nargs="+", choices=SERVED, default=SERVED, metavar="NAME")
-    training = commands.add_parser("train", parents=[common], formatter_class=Help)
+
+    def add(name: str, networks: Sequence[str] = SERVED) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, formatter_class=Help)
+        command.add_argument(
+            "--out", type=Path, required=True, help="folder of this budget's results"
+        )
+        command.add_argument(
+            "--networks", nargs="+", choices=SERVED, default=networks, metavar="NAME"
+        )
+        return command
+
+    training = add("train")
     add_data_arguments(training)
     training.add_argument("--epochs", type=int, default=2, help="of every training")
     training.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N")
     training.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     training.set_defaults(work=train_all)
-    costs = commands.add_parser("costs", parents=[common], formatter_class=Help)
+    costs = add("costs")
     default = Path(os.environ.get("SLSNET_DATA", "../shared/data")) / "native"
     costs.add_argument("--photos", type=Path, default=default, help="folder of JPEGs")
     costs.add_argument("--rounds", type=int, default=10, help="of the engines, measured")
     costs.add_argument("--turns", type=int, default=3, help="of the servers")
     costs.set_defaults(work=measure_all)
-    commands.add_parser("report", parents=[common], formatter_class=Help).set_defaults(work=report)
+    sides = add("sides", tuple(PAPER_MS))
+    sides.add_argument("--rounds", type=int, default=10, help="of the engines, measured")
+    sides.add_argument("--sides", nargs="+", type=int, default=SIDES, help="pixels")
+    sides.set_defaults(work=measure_sides)
+    add("report").set_defaults(work=report)
     return parser
 
 

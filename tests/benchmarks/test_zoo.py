@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from benchmarks.zoo import front, macs, main
+from benchmarks.latency import machine
+from benchmarks.zoo import macs, main
+from benchmarks.zoo_report import front
+from server.cores import available_cores
 from tests.support.tiny import SETTINGS, write_isic2017
 
 pytest.importorskip("model.zoo.vision", reason="needs requirements-zoo.txt")
@@ -33,30 +36,45 @@ def test_a_network_is_trained_timed_served_and_reported(
     out = ["--out", str(tmp_path / "out"), "--networks", "enet"]
     settings = {key: value for key, value in SETTINGS.items() if key != "epochs"} | {"size": 128}
     tiny = [f"--set={key}={value}" for key, value in settings.items()]
-    where = ["--data", str(tmp_path / "data"), "--cache", str(tmp_path / "cache")]
-    training = ["train", *out, *where, "--epochs", "1", *tiny]
+    data = ["--data", str(tmp_path / "data"), "--cache", str(tmp_path / "cache")]
+    training = ["train", *out, *data, "--epochs", "1", *tiny]
     main(training)
     weights = tmp_path / "out/runs/enet/seed-0/best.safetensors"
     before = weights.stat().st_mtime_ns
     main(training)
     assert weights.stat().st_mtime_ns == before
 
-    main(["costs", *out, "--photos", str(tmp_path / "none"), "--rounds", "1", "--turns", "1"])
+    # What was measured before is kept.
     costs_file = tmp_path / "out/costs.json"
+    where = {"machine": machine().partition(", load")[0], "threads": available_cores()}
+    costs_file.write_text(json.dumps({**where, "networks": {"lraspp": {}}}))
+    main(["costs", *out, "--photos", str(tmp_path / "none"), "--rounds", "1", "--turns", "1"])
     costs = json.loads(costs_file.read_text())
     enet = costs["networks"]["enet"]
     assert enet["bytes"] == (tmp_path / "out/graphs/enet.onnx").stat().st_size
     assert min(enet["ms"].values()) > 0 and enet["photos_per_s"] > 0 and enet["memory_mb"] > 20
 
     # One that is not trained yet has its costs alone.
-    costs["networks"]["lraspp"] = enet | {"parameters": 3_218_138}
+    costs["networks"]["lraspp"] |= enet | {"parameters": 3_218_138}
     costs_file.write_text(json.dumps(costs))
+    main(["sides", *out, "--rounds", "1", "--sides", "64"])
     capsys.readouterr()
     main(["report", *out])
     table = (tmp_path / "out/table.md").read_text()
     assert capsys.readouterr().out == table + "\n"
     score = json.loads((weights.parent / "score.json").read_text())
-    first, second = table.splitlines()[-2:]
+    _, networks, paper, sides = table.split("\n\n")
+    first, second = networks.splitlines()[-2:]
     assert first.startswith(f"| `enet` | {score['jaccard']:.4f} ± ") and "1 epochs" in table
     assert second.startswith("| `lraspp` | – | – | 3.22 ")
+    (of_paper,) = paper.splitlines()[2:]
+    assert of_paper.startswith(f"| `enet` | 0.36 | 0.36 | 0.741 | {score['jaccard']:.3f} | – |")
+    assert all(line.startswith("| `enet` | here, threads: ") for line in sides.splitlines()[2:])
     assert "<svg" in (tmp_path / "out/pareto.svg").read_text()
+
+
+def test_costs_of_another_machine_are_not_mixed_with_those_of_this(tmp_path: Path) -> None:
+    costs = {"machine": "another", "threads": 64, "networks": {}}
+    (tmp_path / "costs.json").write_text(json.dumps(costs))
+    with pytest.raises(SystemExit, match=r"costs\.json was measured on another machine"):
+        main(["costs", "--out", str(tmp_path), "--networks", "enet"])

@@ -1,0 +1,224 @@
+"""The tables and plots of `benchmarks.zoo`, from what it measured."""
+
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+from common.tables import markdown
+
+__all__ = [
+    "BATCHES",
+    "CLIENTS",
+    "PAPER_MS",
+    "SIDES",
+    "Place",
+    "front",
+    "paper_table",
+    "plot",
+    "rows",
+    "sides_table",
+    "table",
+]
+
+BATCHES = (1, 8)
+CLIENTS = 8
+
+SIDES = (64, 128, 256)
+
+PAPER: dict[str, tuple[float, float | None, float | None]] = {
+    "slsnet": (2.35, 0.8198, 0.784),
+    "fcn8s": (134.3, 0.7217, 0.747),
+    "unet": (12.3, 0.6164, 0.544),
+    "segnet": (11.5, 0.6963, 0.695),
+    "frcn": (16.3, 0.7711, 0.746),
+    "slsdeep": (46.65, 0.782, None),
+    "segan": (382.17, 0.785, None),
+    "enet": (0.36, 0.741, None),
+    "gan-fcn": (10.61, None, 0.778),
+}
+"""What SLSNet's paper says, by network: million parameters, the Jaccard on ISBI 2017's test set
+(table 1), and the threshold Jaccard on ISIC 2018's validation set (table 2)."""
+
+PAPER_MS = {"slsnet": (5, 8, 14), "gan-fcn": (9, 14, 21)}
+"""Milliseconds an image at `SIDES` on a GTX 1080 Ti, by table 3 of SLSNet's paper."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the results of one budget are."""
+
+    out: Path
+
+    def run(self, name: str, seed: int) -> Path:
+        """The folder of a training."""
+        return self.out / "runs" / name / f"seed-{seed}"
+
+    def graph(self, name: str) -> Path:
+        """The exported network."""
+        return self.out / "graphs" / f"{name}.onnx"
+
+    def scores(self, name: str) -> Iterator[dict[str, Any]]:
+        """What each finished training of a network reached."""
+        for path in sorted((self.out / "runs" / name).glob("seed-*/score.json")):
+            yield json.loads(path.read_text(encoding="utf-8"))
+
+    @property
+    def costs(self) -> Path:
+        """What the networks cost."""
+        return self.out / "costs.json"
+
+    @property
+    def sides(self) -> Path:
+        """What some of them cost at other sides of the image."""
+        return self.out / "sides.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is known of a network."""
+
+    name: str
+    costs: dict[str, Any]
+    jaccard: float | None
+    """Mean over seeds."""
+    error: float | None
+    """Its standard error over the images."""
+    seeds: int
+    threshold_jaccard: float | None
+    """Mean over seeds."""
+
+
+def rows(place: Place) -> tuple[dict[str, Any], list[Row], int | None]:
+    """All figures: what they were measured on, a row a network, and the epochs of the training."""
+    costs = json.loads(place.costs.read_text(encoding="utf-8"))
+    found, epochs = [], None
+    for name, facts in costs["networks"].items():
+        scores = list(place.scores(name))
+        epochs = scores[0]["epochs"] if scores else epochs
+        found.append(
+            Row(
+                name,
+                facts,
+                statistics.mean(score["jaccard"] for score in scores) if scores else None,
+                max(score["jaccard_standard_error"] for score in scores) if scores else None,
+                len(scores),
+                statistics.mean(score["threshold_jaccard"] for score in scores) if scores else None,
+            )
+        )
+    return costs, found, epochs
+
+
+def _accuracy(row: Row) -> float:
+    return -1 if row.jaccard is None else row.jaccard
+
+
+def table(place: Place) -> str:
+    """The table as Markdown, the most accurate network first."""
+    costs, found, epochs = rows(place)
+    threads = costs["threads"]
+    lines = [
+        f"Machine: {costs['machine']}. Budget: {epochs or 'no'} epochs over the training photos."
+        f" Milliseconds an image in ONNX Runtime, photos a second of {CLIENTS} clients through the"
+        " server; medians.",
+        "",
+        "| network | Jaccard, validation | seeds | parameters, M | GMAC | file, MB | memory, MB"
+        f" | 1 thread: 1 | of 8 | {threads} threads: 1 | of 8 | photos/s |",
+        "|---|" + "--:|" * 11,
+    ]
+    best_first = sorted(found, key=_accuracy, reverse=True)
+    for row in best_first:
+        facts = row.costs
+        score = "–" if row.jaccard is None else f"{row.jaccard:.4f} ± {row.error:.4f}"
+        times = " | ".join(
+            f"{facts['ms'][f'{count}x{size}']:.1f}" for count in (1, threads) for size in BATCHES
+        )
+        lines.append(
+            f"| `{row.name}` | {score} | {row.seeds or '–'} | {facts['parameters'] / 1e6:.2f}"
+            f" | {facts['macs'] / 1e9:.2f} | {facts['bytes'] / 1e6:.1f} | {facts['memory_mb']:.0f}"
+            f" | {times} | {facts['photos_per_s']:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def paper_table(place: Place) -> str:
+    """The paper's tables 1 and 2 beside the figures of here, as Markdown."""
+    found = {row.name: row for row in rows(place)[1]}
+
+    def cell(value: float | None, form: str) -> str:
+        return "–" if value is None else format(value, form)
+
+    return markdown(
+        (
+            *("network", "parameters, M: paper", "here", "Jaccard: paper, test 2017"),
+            *("here, validation 2017", "threshold Jaccard: paper, validation 2018"),
+            "here, validation 2017",
+        ),
+        [
+            (
+                *(f"`{name}`", f"{parameters:.2f}", f"{row.costs['parameters'] / 1e6:.2f}"),
+                *(cell(jaccard, ".3f"), cell(row.jaccard, ".3f")),
+                *(cell(threshold, ".3f"), cell(row.threshold_jaccard, ".3f")),
+            )
+            for name, (parameters, jaccard, threshold) in PAPER.items()
+            if (row := found.get(name))
+        ],
+    )
+
+
+def sides_table(place: Place) -> str:
+    """The paper's table 3 beside the times of here, as Markdown."""
+    measured = json.loads(place.sides.read_text(encoding="utf-8"))
+    heads = [f"{side}×{side}" for side in measured["sides"]]
+    lines = []
+    for name, by_threads in measured["networks"].items():
+        if name in PAPER_MS:
+            of_paper = dict(zip(SIDES, PAPER_MS[name], strict=True))
+            times = (str(of_paper.get(side, "–")) for side in measured["sides"])
+            lines.append((f"`{name}`", "paper, GTX 1080 Ti", *times))
+        for threads, milliseconds in by_threads.items():
+            times = (f"{ms:.1f}" for ms in milliseconds)
+            lines.append((f"`{name}`", f"here, threads: {threads}", *times))
+    return markdown(("network, ms an image", "on", *heads), lines)
+
+
+def plot(place: Place) -> Figure:
+    """Accuracy against time, parameters and bytes; the line joins what nothing is better than."""
+    _, found, _ = rows(place)
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
+    scored = [row for row in found if row.jaccard is not None]
+    costs = (
+        ("ms an image, one thread", [row.costs["ms"]["1x1"] for row in scored]),
+        ("parameters, M", [row.costs["parameters"] / 1e6 for row in scored]),
+        ("file, MB", [row.costs["bytes"] / 1e6 for row in scored]),
+    )
+    for axis, (label, values) in zip(axes, costs, strict=True):
+        points = [(x, row.jaccard or 0.0) for x, row in zip(values, scored, strict=True)]
+        axis.plot(*zip(*front(points), strict=True), color="#a0aec0", zorder=1)
+        for row, (x, y) in zip(scored, points, strict=True):
+            axis.errorbar(x, y, row.error, fmt="o", color="#2b6cb0", capsize=3)
+            axis.annotate(row.name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
+        axis.set_xscale("log")
+        axis.margins(x=0.25)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("Jaccard, validation")
+    return figure
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other is both cheaper (first) and better (second) than, by cost."""
+    kept: list[tuple[float, float]] = []
+    for cost, value in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not kept or value > kept[-1][1]:
+            kept.append((cost, value))
+    return kept
