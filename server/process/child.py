@@ -9,21 +9,22 @@ from types import FrameType
 
 from server.observe.logs import finish
 
-__all__ = ["ORPHANED", "end_after", "hold_signals", "outlives"]
+__all__ = ["ALL_STOP", "end_after", "hold_signals", "outlives"]
 
 log = logging.getLogger("slsnet.server")
 
-ORPHANED = signal.SIGUSR1
-"""The signal that the supervisor is gone. SIGTERM would not do: the kernel sends one for every
-thread that the supervisor had, and a second SIGTERM ends at once."""
+ALL_STOP = signal.SIGUSR1
+"""The signal that the whole server stops, or that its supervisor is gone. SIGTERM would not do: it
+may be meant for one worker, while the others keep the port. And where the supervisor is gone the
+kernel sends one for every thread that it had, but a second SIGTERM ends at once."""
 
 # prctl(2): sets the signal that this process gets when its parent ends.
 _PR_SET_PDEATHSIG = 1
 
 
 def outlives(supervisor: int) -> bool:
-    """Whether the supervisor is gone already; otherwise its end will be told by `ORPHANED`."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ORPHANED)
+    """Whether the supervisor is gone already; otherwise its end will be told by `ALL_STOP`."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ALL_STOP)
     return os.getppid() != supervisor
 
 
@@ -32,11 +33,11 @@ def hold_signals() -> list[int]:
     held: list[int] = []
 
     def hold(number: int, _: FrameType | None) -> None:
-        if number in held and number in (signal.SIGTERM, signal.SIGINT):
+        if number in (signal.SIGTERM, signal.SIGINT) and {number, ALL_STOP} & set(held):
             os._exit(128 + number)
         held.append(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, ORPHANED):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, ALL_STOP):
         signal.signal(number, hold)
     # They were blocked until something could keep them.
     signal.pthread_sigmask(signal.SIG_SETMASK, [])

@@ -18,7 +18,7 @@ from server.inference.sharing.memory import Slots
 from server.inference.sharing.owner import SharedService
 from server.observe.logs import configure
 from server.observe.metrics import Metrics
-from server.process.child import ORPHANED, end_after, hold_signals, outlives
+from server.process.child import ALL_STOP, end_after, hold_signals, outlives
 from server.settings import Settings, read_settings
 
 __all__ = ["main"]
@@ -66,7 +66,7 @@ class _Owner:
         """
         service = self._service
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT, ORPHANED):
+        for number in (signal.SIGTERM, signal.SIGINT, ALL_STOP):
             loop.add_signal_handler(number, self.end)
         loop.add_signal_handler(signal.SIGHUP, self.reload)
         if set(held) - {signal.SIGHUP}:

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from server.inference.sharing.feeder import Address
 from server.inference.sharing.memory import new_memory
 from server.observe.shared_metrics import SHARED_FOLDER, WORKER, Folder
+from server.process.child import ALL_STOP
 from server.settings import Settings
 
 __all__ = ["shares", "sharing", "supervise"]
@@ -212,7 +213,7 @@ class _Supervisor:
         listener, lock = worker.listener.fileno(), self._folder.lock
         supervisor = str(os.getpid())
         # A worker starts with this thread's mask, and unblocks signals once it can handle them.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*_SIGNALS, ALL_STOP})
         try:
             self._folder.reserve(worker.number)
             worker.process = subprocess.Popen(
@@ -270,8 +271,8 @@ class _Supervisor:
                 if worker.process is None:
                     # The code of an earlier crash says nothing of this drain.
                     worker.code = 0
-        self._stopping = True
-        self._send(signal.SIGTERM)
+        first, self._stopping = not self._stopping, True
+        self._send(ALL_STOP if first else signal.SIGTERM)
 
     def _send(self, number: signal.Signals) -> None:
         for worker in self._workers:

@@ -36,8 +36,9 @@ from server.inference.sharing.feeder import Address
 from server.keys import KeyFileError
 from server.observe.logs import configure, silence_libtiff
 from server.observe.shared_metrics import SHARED_FOLDER
-from server.process.child import ORPHANED, end_after, hold_signals, outlives
+from server.process.child import ALL_STOP, end_after, hold_signals, outlives
 from server.process.connections import WANTED_ON_TOP, Connection, House
+from server.process.port import refuse_newcomers
 from server.settings import Settings, read_settings
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ _AT_ONCE = 4
 
 # Seconds without accepting connections when files or memory are short.
 _PAUSE_S = 0.2
+
+# Seconds in which what a client's connection still lacks arrives, while no other one can begin.
+_LAST_ACKS_S = 0.2
 
 # Seconds in which clients that connected before the port closed may send their request.
 _LAST_REQUESTS_S = 0.5
@@ -71,13 +75,20 @@ class _Server(uvicorn.Server):
     """Uvicorn with a drain that loses no request, and exit code 0 after it."""
 
     def __init__(
-        self, config: uvicorn.Config, service: Service, held: list[int], *, feeds: bool = False
+        self,
+        config: uvicorn.Config,
+        service: Service,
+        held: list[int],
+        *,
+        feeds: bool = False,
+        shares_port: bool = False,
     ) -> None:
         """Serve with `service`; if it feeds another process, that one reloads the network."""
         super().__init__(config)
         self._service = service
         self._held = held
         self._feeds = feeds
+        self._closes_port = not shares_port
         door = Door(service)
         self._house = House(
             service.settings, service.metrics, door.refuses, service.gate.body_bytes
@@ -111,6 +122,10 @@ class _Server(uvicorn.Server):
         grace_s = self._service.settings.drain_grace_s
         self._loop.call_soon_threadsafe(self._loop.call_later, grace_s, self._stop)
 
+    def _drain_with_all(self) -> None:
+        self._closes_port = True
+        self._drain()
+
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
@@ -141,10 +156,12 @@ class _Server(uvicorn.Server):
         if self.lifespan.should_exit:
             sys.exit(1)
         self._loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
-        self._loop.add_signal_handler(ORPHANED, self._drain)
+        self._loop.add_signal_handler(ALL_STOP, self._drain_with_all)
         if signal.SIGHUP in self._held:
             self._on_hangup()
-        if set(self._held) - {signal.SIGHUP}:
+        if ALL_STOP in self._held:
+            self._drain_with_all()
+        elif set(self._held) - {signal.SIGHUP}:
             self._drain()
         if self._grpc is not None:
             try:
@@ -209,6 +226,9 @@ class _Server(uvicorn.Server):
         arrival.add_done_callback(arrived)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # Else a client could connect between the last accept and the end of the port.
+        if self._closes_port and all(map(refuse_newcomers, sockets or [])):
+            await asyncio.sleep(_LAST_ACKS_S)
         for listener in sockets or []:
             await self._accept_backlog(listener)
         await asyncio.sleep(_LAST_REQUESTS_S)
@@ -246,7 +266,7 @@ class _Server(uvicorn.Server):
 
     def _stop(self) -> None:
         self.should_exit = True
-        patience_s = LAST_HANDSHAKES_S + _LAST_REQUESTS_S + _MARGIN_S
+        patience_s = _LAST_ACKS_S + LAST_HANDSHAKES_S + _LAST_REQUESTS_S + _MARGIN_S
         patience_s += math.ceil(self._service.settings.drain_timeout_s)
         end_after(patience_s)
 
@@ -282,6 +302,8 @@ def run(
     listener: socket.socket,
     on_reloaded: Callable[[], None] = lambda: None,
     owner: Address | None = None,
+    *,
+    shares_port: bool = False,
 ) -> int:
     """Serve; return the process's exit code.
 
@@ -290,6 +312,7 @@ def run(
         listener: the socket to accept connections from.
         on_reloaded: called when an administrator has reloaded the network.
         owner: runs the network; None if this process does.
+        shares_port: other processes accept from the listener too, and may go on when this one ends.
     """
     held = hold_signals()
     _allow_files(settings.max_connections + WANTED_ON_TOP)
@@ -332,7 +355,7 @@ def run(
     except OSError as error:
         log.error("TLS cannot be set up, look at --tls-cert and the other --tls flags: %s", error)
         return 1
-    server = _Server(config, service, held, feeds=owner is not None)
+    server = _Server(config, service, held, feeds=owner is not None, shares_port=shares_port)
     server.warn_of_limit()
     server.run([listener])
     return 1 if failed else 0
@@ -355,6 +378,7 @@ def main() -> int:
         socket.socket(fileno=listener),
         lambda: os.kill(supervisor, signal.SIGHUP),
         owner,
+        shares_port=True,
     )
     if os.getppid() != supervisor:
         # No other process is left to remove it.

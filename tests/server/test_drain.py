@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import json
+import select
 import signal
 import socket
 import ssl
@@ -20,6 +21,7 @@ import uvloop
 from server.http.app import create_app
 from server.process import worker
 from server.process.connections import Connection
+from server.process.port import refuse_newcomers
 from server.process.worker import _Server
 from server.settings import Settings
 from tests.support.answers import figures
@@ -127,6 +129,46 @@ def test_who_fails_at_tls_while_the_port_closes_harms_nobody(
         _Listener.errors = [ConnectionAbortedError()]
         with asyncio.Runner(loop_factory=loop) as runner:
             assert runner.run(close_the_port(listener, good)) == b"HTTP/1.1 200"
+
+
+class _Crowded(socket.socket):
+    """Whenever nobody is waiting any more, somebody else connects."""
+
+    late: ClassVar[list[socket.socket]] = []
+
+    def accept(self) -> Any:
+        try:
+            return super().accept()
+        except BlockingIOError:
+            client = socket.socket()
+            client.setblocking(False)
+            client.connect_ex(self.getsockname())
+            self.late.append(client)
+            raise
+
+
+def test_who_connects_after_the_last_accept_is_refused_and_not_reset() -> None:
+    app, service = create_app(Settings())
+    config = uvicorn.Config(app, http=Connection, log_config=None)
+
+    async def serve_for_a_moment() -> None:
+        # Private: clients have to come between the last accept and the end of the port.
+        server = _Server(config, service, [])
+        asyncio.get_running_loop().call_later(0.1, setattr, server, "should_exit", True)
+        await server.serve([listener])
+
+    with _Crowded() as listener, contextlib.ExitStack() as stack:
+        listener.bind(("127.0.0.1", 0))
+        with socket.socket() as probe:
+            if not refuse_newcomers(probe):
+                pytest.skip("this system has no filters for sockets")
+        asyncio.run(serve_for_a_moment())
+        assert _Crowded.late
+        for client in _Crowded.late:
+            stack.enter_context(client)
+            select.select([], [client], [], 60)
+            error = client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            assert errno.errorcode[error] == "ECONNREFUSED"
 
 
 def test_no_file_left_for_who_has_connected_last_is_survived() -> None:

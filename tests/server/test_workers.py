@@ -101,6 +101,15 @@ def test_sigterm_drains_all_workers_and_loses_nothing(
     assert not folder.exists()
 
 
+def test_a_worker_that_is_stopped_alone_leaves_the_port_to_the_others(pair: ServerProcess) -> None:
+    first = workers(pair)[0]
+    first.terminate()
+    while first.is_running() and first.status() != psutil.STATUS_ZOMBIE:
+        assert httpx.get(f"{pair.url}/health/live").status_code == 200
+    until(lambda: pair.log().count(" ready: ") == 3)
+    assert httpx.get(f"{pair.url}/health/live").status_code == 200
+
+
 def test_no_worker_outlives_a_supervisor_that_is_killed(pair: ServerProcess) -> None:
     folder = metrics_folder(pair)
     children = workers(pair)
