@@ -96,14 +96,12 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=Help,
     )
     parser.add_argument(
-        "--attackers", type=int, default=1, help="at the same time (default: %(default)s)"
+        "--attackers", type=int, default=1, help="clients that attack at the same time"
     )
-    parser.add_argument(
-        "--seconds", type=float, default=8, help="of each turn (default: %(default)s)"
-    )
-    parser.add_argument("--turns", type=int, default=3, help="(default: %(default)s)")
-    parser.add_argument("--photo", type=Path, help="good photo (default: one that is drawn)")
-    parser.add_argument("flags", nargs="*", help="of the server, after --")
+    parser.add_argument("--seconds", type=float, default=8, help="length of each turn")
+    parser.add_argument("--turns", type=int, default=3, help="turns alone, and beside attackers")
+    parser.add_argument("--photo", type=Path, help="the good photo (default: one that is drawn)")
+    parser.add_argument("flags", nargs="*", help="flags for the server, after --")
     options = parser.parse_args(argv)
     photo = options.photo.read_bytes() if options.photo else drawn_photo(0, 600, 450)
     files = attacks() | largest_sound()

@@ -140,10 +140,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.browser", description=__doc__, formatter_class=Help
     )
-    parser.add_argument("site", type=Path, metavar="SITE", help="written by server.static")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of JPEG photos")
+    parser.add_argument("site", type=Path, metavar="SITE", help="folder that server.static wrote")
+    parser.add_argument(
+        "--images", type=Path, metavar="DIR", help="folder of JPEG photos (default: generated ones)"
+    )
     parser.add_argument("--limit", type=int, default=20, help="most photos to take of it")
-    parser.add_argument("--runs", type=int, default=5, help="of each photo, here and there")
+    parser.add_argument("--runs", type=int, default=5, help="runs of each photo, here and there")
     args = parser.parse_args()
     with serve("--device-dir", str(args.site)) as server:
         loads = []

@@ -347,14 +347,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", type=Path, default=MODEL, help="the network, an ONNX file")
     parser.add_argument(
-        "--stock", type=Path, help="the file that stock runs, such as the exact graph (--model)"
+        "--stock",
+        type=Path,
+        help="the file that stock runs, such as the exact graph (default: --model)",
     )
-    parser.add_argument("--backends", nargs="+", default=["onnxruntime"], metavar="NAME")
-    parser.add_argument("--threads", type=int, default=available_cores(), help="of each engine")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], metavar="SIZE")
-    parser.add_argument("--rounds", type=int, default=30, help="measured")
     parser.add_argument(
-        "--busy", type=int, default=0, metavar="CORES", help="taken by other work meanwhile"
+        "--backends", nargs="+", default=["onnxruntime"], metavar="NAME", help="beside stock"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=available_cores(), help="threads of each engine"
+    )
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[1, 8], metavar="SIZE", help="sizes of batches"
+    )
+    parser.add_argument("--rounds", type=int, default=30, help="rounds that are measured")
+    parser.add_argument(
+        "--busy", type=int, default=0, metavar="CORES", help="cores that other work takes meanwhile"
     )
     parser.add_argument("--data", type=Path, default=REFERENCE, help="folder of photos")
     parser.add_argument("--masks", type=Path, help="folder of their true masks")

@@ -137,11 +137,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.feeders", description=__doc__, formatter_class=Help
     )
-    parser.add_argument("--rounds", type=int, default=3, help="of each arrangement, in turn")
-    parser.add_argument("--seconds", type=float, default=5, help="length of each")
-    parser.add_argument("--clients", type=int, default=32, help="that send at the same time")
-    parser.add_argument("--width", type=int, default=600, help="of the photo, in pixels")
-    parser.add_argument("--height", type=int, default=450, help="of the photo, in pixels")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each arrangement, in turn")
+    parser.add_argument("--seconds", type=float, default=5, help="length of a round")
+    parser.add_argument(
+        "--clients", type=int, default=32, help="clients that send at the same time"
+    )
+    parser.add_argument("--width", type=int, default=600, help="width of the photo, in pixels")
+    parser.add_argument("--height", type=int, default=450, help="its height, in pixels")
     options = parser.parse_args(arguments)
     photo = drawn_photo(0, options.width, options.height)
     rounds: dict[str, list[Round]] = defaultdict(list)

@@ -219,10 +219,12 @@ def _memory_mib() -> float:
 
 def main() -> int:
     """Run the command; return its exit code."""
-    parser = argparse.ArgumentParser(formatter_class=Help, prog="python -m benchmarks.fuzz")
-    parser.add_argument("--images", type=int, default=20_000)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--phones", action="store_true", help="AVIF and HEIC instead")
+    parser = argparse.ArgumentParser(
+        formatter_class=Help, prog="python -m benchmarks.fuzz", description=__doc__
+    )
+    parser.add_argument("--images", type=int, default=20_000, help="how many files to make")
+    parser.add_argument("--seed", type=int, default=1, help="of the random numbers")
+    parser.add_argument("--phones", action="store_true", help="make AVIF and HEIC instead")
     parser.add_argument("--photos", type=Path, help="a folder of JPEG photos to damage, too")
     given = parser.parse_args()
     silence_libtiff()

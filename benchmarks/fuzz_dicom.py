@@ -156,9 +156,11 @@ def fuzz(images: int, seed: int) -> Report:
 
 def main() -> int:
     """Run the command; return its exit code."""
-    parser = argparse.ArgumentParser(formatter_class=Help, prog="python -m benchmarks.fuzz_dicom")
-    parser.add_argument("--images", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=1)
+    parser = argparse.ArgumentParser(
+        formatter_class=Help, prog="python -m benchmarks.fuzz_dicom", description=__doc__
+    )
+    parser.add_argument("--images", type=int, default=10_000, help="how many objects to make")
+    parser.add_argument("--seed", type=int, default=1, help="of the random numbers")
     given = parser.parse_args()
     faulthandler.enable()
     started = time.perf_counter()

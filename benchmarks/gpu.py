@@ -283,11 +283,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=Help,
     )
-    parser.add_argument("--onnx", type=Path, default=MODEL)
-    parser.add_argument("--buckets", type=parse_buckets, default=BUCKETS)
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each figure")
+    parser.add_argument("--onnx", type=Path, default=MODEL, help="the network")
+    parser.add_argument(
+        "--buckets",
+        type=parse_buckets,
+        default=BUCKETS,
+        help=f"batch sizes, with commas between (default: {','.join(map(str, BUCKETS))})",
+    )
+    parser.add_argument("--seconds", type=float, default=1.0, help="measured for each figure")
     parser.add_argument("--only", nargs="+", help="words that a candidate's name must contain")
-    parser.add_argument("--output", type=Path, help="NAME of NAME.json and NAME.md")
+    parser.add_argument("--output", type=Path, metavar="NAME", help="write NAME.json and NAME.md")
     args = parser.parse_args(arguments)
     try:
         gpu = current_gpu()

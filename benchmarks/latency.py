@@ -188,7 +188,9 @@ def main() -> None:
         formatter_class=Help,
     )
     parser.add_argument("--images", type=Path, help="folder of JPEGs; the largest is taken")
-    parser.add_argument("--requests", type=int, default=30, help="measured, for each size")
+    parser.add_argument(
+        "--requests", type=int, default=30, help="requests that are measured, for each size"
+    )
     parser.add_argument("--starts", type=int, default=5, help="servers started for time to ready")
     parser.add_argument("--cores", type=int, help="run on this many cores only")
     parser.add_argument("flags", nargs="*", help="more flags for the server, after --")

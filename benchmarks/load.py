@@ -255,7 +255,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=Path, help="folder of photos; generated if not given")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the report")
     parser.add_argument("--model", type=Path, default=MODEL, help="the network, an ONNX file")
-    parser.add_argument("--clients", type=int, nargs="+", default=CLIENTS, help="of the ramp")
+    parser.add_argument(
+        "--clients", type=int, nargs="+", default=CLIENTS, help="of the ramp's steps"
+    )
     parser.add_argument("--burst", type=int, default=32, help="photos that come at once")
     parser.add_argument("--step-s", type=float, default=4, help="seconds measured of each load")
     parser.add_argument("flags", nargs="*", help="more flags for the server, after --")

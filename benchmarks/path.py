@@ -183,7 +183,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=Help,
     )
     parser.add_argument("--images", type=Path, help="folder of JPEGs; the largest is taken")
-    parser.add_argument("--turns", type=int, default=9, help="measured, of each way and size")
+    parser.add_argument(
+        "--turns", type=int, default=9, help="turns that are measured, of each way and size"
+    )
     parser.add_argument("--model", type=Path, default=SHIPPED_MODEL, help="the network")
     options = parser.parse_args(arguments)
     image = largest(options.images) if options.images else None

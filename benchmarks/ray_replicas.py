@@ -79,9 +79,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         formatter_class=Help,
         prog="python -m benchmarks.ray_replicas",
-        description="Requests a second on 1, 2 and 4 replicas beside a server without Ray.",
+        description=__doc__,
     )
-    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--clients", type=int, default=8, help="that send at the same time")
     parser.add_argument("--seconds", type=float, default=10, help="for each way to serve")
     args = parser.parse_args()
     cards = generated(Settings().model).cards

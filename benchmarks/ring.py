@@ -204,9 +204,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.ring", description=__doc__, formatter_class=Help
     )
-    parser.add_argument("--rounds", type=int, default=3, help="of each number of feeders, in turn")
-    parser.add_argument("--seconds", type=float, default=3, help="length of each")
-    parser.add_argument("--clients", type=int, default=128, help="of all feeders together")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="rounds of each number of feeders, in turn"
+    )
+    parser.add_argument("--seconds", type=float, default=3, help="length of a round")
+    parser.add_argument("--clients", type=int, default=128, help="clients of all feeders together")
     for part in ("--feeder", "--owner"):
         parser.add_argument(part, help=argparse.SUPPRESS)
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)

@@ -86,7 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.rpc", description=__doc__, formatter_class=Help
     )
-    parser.add_argument("--turns", type=int, default=9, help="measured, of each load")
+    parser.add_argument(
+        "--turns", type=int, default=9, help="turns that are measured, of each load"
+    )
     options = parser.parse_args(arguments)
     port = free_port()
     command = ("-m", "benchmarks.peers.slsnet")

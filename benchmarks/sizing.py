@@ -109,8 +109,16 @@ def main() -> None:
         description=__doc__,
         formatter_class=Help,
     )
-    parser.add_argument("file", nargs="?", type=Path, default=Path("docs/benchmarks.md"))
-    parser.add_argument("--photos-per-s", type=float, default=50, help="at the peak")
+    parser.add_argument(
+        "file",
+        nargs="?",
+        type=Path,
+        default=Path("docs/benchmarks.md"),
+        help="of the table of latencies",
+    )
+    parser.add_argument(
+        "--photos-per-s", type=float, default=50, help="photos a second at the peak"
+    )
     parser.add_argument("--core-price", type=float, default=0.045, help="$ an hour for a CPU core")
     parser.add_argument("--gpu-price", type=float, default=0.98, help="$ an hour, its cores too")
     parser.add_argument("--gpu-cores", type=int, default=8, help="CPU cores beside that GPU")

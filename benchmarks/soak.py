@@ -334,9 +334,13 @@ def _range(parts: Sequence[float]) -> str:
 
 def main() -> int:
     """Run the command; return its exit code."""
-    parser = argparse.ArgumentParser(formatter_class=Help, prog="python -m benchmarks.soak")
-    parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser = argparse.ArgumentParser(
+        formatter_class=Help, prog="python -m benchmarks.soak", description=__doc__
+    )
+    parser.add_argument("--minutes", type=float, default=30, help="how long it runs")
+    parser.add_argument(
+        "--output", type=Path, default=Path("benchmarks/results"), help="folder for the report"
+    )
     given = parser.parse_args()
     result = soak(given.minutes * 60)
     faults = result.faults()

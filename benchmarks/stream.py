@@ -203,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         formatter_class=Help,
         prog="python -m benchmarks.stream",
-        description="Frames a second over WebSockets, beside the same frames over HTTP.",
+        description=__doc__,
     )
     parser.add_argument(
         "--images",

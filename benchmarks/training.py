@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=Help,
     )
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=8, help="photos in a step")
     parser.add_argument("--size", type=int, default=128, help="side of the input, pixels")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each case")
     args = parser.parse_args(argv)

@@ -127,7 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("revision", help="the earlier version, as git names it")
     default = Path(os.environ.get("SLSNET_DATA", "../shared/data")) / "native"
     parser.add_argument("--images", type=Path, default=default, help="folder of JPEGs")
-    parser.add_argument("--turns", type=int, default=9, help="measured, of each load")
+    parser.add_argument(
+        "--turns", type=int, default=9, help="turns that are measured, of each load"
+    )
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="slsnet-") as folder:
         try:

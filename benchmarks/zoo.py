@@ -50,7 +50,7 @@ from benchmarks.zoo_report import (
 )
 from common.files import replacing
 from common.program import Help
-from model.config import TrainConfig, load_config, parse_overrides
+from model.config import TrainConfig, add_set_argument, load_config, parse_overrides
 from model.data import add_data_arguments, find_samples
 from model.evaluate import evaluate, load_network
 from model.export import export, set_attention
@@ -267,33 +267,47 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, networks: Sequence[str] = SERVED) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, formatter_class=Help)
+    def add(name: str, does: str, networks: Sequence[str] = SERVED) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, formatter_class=Help, help=does)
         command.add_argument(
             "--out", type=Path, required=True, help="folder of this budget's results"
         )
+        chosen = "all" if networks is SERVED else " ".join(networks)
         command.add_argument(
-            "--networks", nargs="+", choices=SERVED, default=networks, metavar="NAME"
+            "--networks",
+            nargs="+",
+            choices=SERVED,
+            default=networks,
+            metavar="NAME",
+            help=f"of {', '.join(SERVED)} (default: {chosen})",
         )
         return command
 
-    training = add("train")
+    training = add("train", "train and score every network")
     add_data_arguments(training)
-    training.add_argument("--epochs", type=int, default=2, help="of every training")
-    training.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N")
-    training.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    training.add_argument("--epochs", type=int, default=2, help="epochs of every training")
+    training.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], metavar="N", help="one training for each"
+    )
+    add_set_argument(training)
     training.set_defaults(work=train_all)
-    costs = add("costs")
+    costs = add("costs", "time every network, alone and in a server")
     default = Path(os.environ.get("SLSNET_DATA", "../shared/data")) / "native"
     costs.add_argument("--photos", type=Path, default=default, help="folder of JPEGs")
-    costs.add_argument("--rounds", type=int, default=10, help="of the engines, measured")
-    costs.add_argument("--turns", type=int, default=3, help="of the servers")
+    costs.add_argument(
+        "--rounds", type=int, default=10, help="rounds in which the networks are timed"
+    )
+    costs.add_argument("--turns", type=int, default=3, help="turns in which the servers are")
     costs.set_defaults(work=measure_all)
-    sides = add("sides", tuple(PAPER_MS))
-    sides.add_argument("--rounds", type=int, default=10, help="of the engines, measured")
-    sides.add_argument("--sides", nargs="+", type=int, default=SIDES, help="pixels")
+    sides = add("sides", "time networks at several sides of their input", tuple(PAPER_MS))
+    sides.add_argument(
+        "--rounds", type=int, default=10, help="rounds in which the networks are timed"
+    )
+    sides.add_argument(
+        "--sides", nargs="+", type=int, default=SIDES, help="sides of the network's input, pixels"
+    )
     sides.set_defaults(work=measure_sides)
-    add("report").set_defaults(work=report)
+    add("report", "write table.md and pareto.svg").set_defaults(work=report)
     return parser
 
 

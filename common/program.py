@@ -13,14 +13,17 @@ def program(module: str) -> str:
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Help that shows the default of every option that has one."""
+    """Help that shows the default of every option that has one that says something."""
 
     def add_argument(self, action: argparse.Action) -> None:
         """Show an option, with its default if it has one."""
-        says = action.help or ""
-        # `in` would not do: 0 is a default to be shown, and equals False.
-        hidden = action.default is None or action.default is False or action.default == []
-        shown = not hidden and action.default is not argparse.SUPPRESS and action.nargs != 0
-        if shown and action.help is not argparse.SUPPRESS and "default" not in says:
-            action.help = f"{says} (default: %(default)s)".strip()
+        says, default = action.help or "", action.default
+        # `in` would not do for False: 0 is a default to be shown, and equals it.
+        hidden = default is None or default is False or default in ("", [], ())
+        shown = not hidden and default is not argparse.SUPPRESS and action.nargs != 0
+        if shown and says is not argparse.SUPPRESS and "default" not in says:
+            # As it is given: several values have spaces between them.
+            given = default if isinstance(default, list | tuple) else [default]
+            value = " ".join(str(item) for item in given).replace("%", "%%")
+            action.help = f"{says} (default: {value})".strip()
         super().add_argument(action)

@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 from selenium.webdriver.common.by import By
 
+from common.program import Help
 from tests.support import ROOT
 from tests.support.launch import free_port, serve
 from tests.support.page import Page, browse
@@ -91,9 +92,13 @@ def _open(page: Page, studio: str, path: str) -> None:
 
 def main() -> None:
     """Command line: write the picture."""
-    parser = argparse.ArgumentParser(prog="python -m docs.annotation", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m docs.annotation", description=__doc__, formatter_class=Help
+    )
     parser.add_argument(
-        "program", metavar="LABEL_STUDIO", help="such as /opt/label-studio/bin/label-studio"
+        "program",
+        metavar="LABEL_STUDIO",
+        help="the program, such as /opt/label-studio/bin/label-studio",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where it is put")
     given = parser.parse_args()

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from common.program import Help
 from tests.support.launch import serve
 from tests.support.lesions import encode_photo, lesion_photo
 
@@ -25,7 +26,9 @@ PREDICTED, TRUE = (80, 220, 255), (255, 255, 255)
 
 def main() -> None:
     """Command line: write both pictures."""
-    parser = argparse.ArgumentParser(prog="python -m docs.example", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m docs.example", description=__doc__, formatter_class=Help
+    )
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="where both pictures are replaced"
     )

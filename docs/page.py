@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from common.program import Help
 from tests.support import ROOT
 from tests.support.launch import serve
 from tests.support.page import browse
@@ -16,7 +17,9 @@ _SHOWN = ((1440, False, "light"), (1440, False, "dark"), (390, True, "light"), (
 
 def main() -> None:
     """Command line: write the four pictures."""
-    parser = argparse.ArgumentParser(prog="python -m docs.page", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m docs.page", description=__doc__, formatter_class=Help
+    )
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="where they are replaced"
     )

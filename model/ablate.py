@@ -30,6 +30,7 @@ from model.config import (
     PRESETS,
     ConfigError,
     TrainConfig,
+    add_set_argument,
     load_config,
     parse_overrides,
 )
@@ -257,13 +258,26 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=Help,
     )
     add_data_arguments(parser)
-    parser.add_argument("--presets", nargs="+", required=True, metavar="NAME")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N")
-    parser.add_argument("--epochs", type=int, help="of every run (default: each preset's own)")
+    parser.add_argument(
+        "--presets", nargs="+", required=True, metavar="NAME", help="presets, or tables of them"
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], metavar="N", help="one run for each"
+    )
+    parser.add_argument(
+        "--epochs", type=int, metavar="N", help="of every run (default: each preset's own)"
+    )
     add_network_argument(parser, "of every run (default: each preset's own)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--split", choices=("validation", "test"), default="validation")
+    add_set_argument(parser)
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder of runs, table and plot"
+    )
+    parser.add_argument(
+        "--split",
+        choices=("validation", "test"),
+        default="validation",
+        help="part of the official set that the figures are of",
+    )
     args = parser.parse_args(argv)
     try:
         overrides = parse_overrides(args.set)

@@ -91,8 +91,12 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=Help,
     )
     add_data_arguments(parser)
-    parser.add_argument("--runs", type=Path, nargs="+", required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--runs", type=Path, nargs="+", required=True, metavar="RUN", help="folders of runs"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="the weights, .safetensors"
+    )
     args = parser.parse_args(argv)
     try:
         scores = average(args.runs, args.data, args.out, args.cache)

@@ -4,6 +4,7 @@ Presets are named configurations. `load_config` refuses keys that do not exist. 
 field does what was done without it, so that earlier runs can be resumed.
 """
 
+import argparse
 import dataclasses
 import difflib
 import itertools
@@ -282,6 +283,18 @@ def load_config(
             change = {part: change}
         _merge(values, change)
     return parse_config(values)
+
+
+def add_set_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--set`, whose values `parse_overrides` reads."""
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a setting of the training, as epochs=30 or loss.bce=0.5; may be repeated"
+        " (docs/training.md has them all)",
+    )
 
 
 def parse_overrides(items: Iterable[str]) -> dict[str, Any]:

@@ -79,8 +79,12 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=Help,
     )
-    parser.add_argument("files", type=Path, nargs="+", metavar="history.csv")
-    parser.add_argument("--out", type=Path, required=True, help=".svg or .png")
+    parser.add_argument(
+        "files", type=Path, nargs="+", metavar="history.csv", help="of runs to draw"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="the picture, .svg or .png"
+    )
     args = parser.parse_args(argv)
     try:
         draw(args.files, args.out)

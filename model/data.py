@@ -74,8 +74,15 @@ class Sample:
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--data` (by default $SLSNET_DATA) and `--cache`, which every training command takes."""
     data = Path(os.environ.get("SLSNET_DATA", "../shared/data"))
-    parser.add_argument("--data", type=Path, default=data, help="folder of data sets")
-    parser.add_argument("--cache", type=Path, default=Path("runs/cache"), help="decoded pixels")
+    parser.add_argument(
+        "--data", type=Path, default=data, help="folder of data sets, one folder each"
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=Path("runs/cache"),
+        help="folder for decoded pixels, used again by the next run",
+    )
 
 
 def find_pairs(

@@ -69,8 +69,17 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=Help,
     )
     add_data_arguments(parser)
-    parser.add_argument("--runs", type=Path, nargs="+", required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="RUN",
+        help="folders of runs, each of which held out a fold",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="the soft targets, .npz"
+    )
     args = parser.parse_args(argv)
     try:
         distil(args.data, args.runs, args.out, args.cache)

@@ -358,23 +358,31 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         formatter_class=Help,
         prog=program("model.evaluate"),
-        description="Score a network on images and masks, at the size of the masks.",
-        epilog="X.jpg|png|bmp|… belongs to X_segmentation.png. Figures are per-image means.",
+        description=__doc__,
     )
-    parser.add_argument("--images", type=Path, required=True, metavar="DIR")
     parser.add_argument(
-        "--masks", type=Path, required=True, metavar="DIR", help="may be the images' folder"
+        "--images", type=Path, required=True, metavar="DIR", help="folder of photos"
+    )
+    parser.add_argument(
+        "--masks",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of the annotators' masks; may be the same",
     )
     parser.add_argument(
         "--model",
         type=Path,
         default=WEIGHTS,
         metavar="FILE",
-        help=".onnx or .safetensors (default: the shipped network)",
+        help="the network, .onnx or .safetensors (default: the shipped one)",
     )
     add_network_argument(parser, "refuse a file of another one")
     parser.add_argument(
-        "--threshold", type=float, default=THRESHOLD, help=f"0 to 1 (default: {THRESHOLD})"
+        "--threshold",
+        type=float,
+        default=THRESHOLD,
+        help="probability above which a pixel is lesion, 0 to 1",
     )
     parser.add_argument(
         "--clean",
@@ -400,7 +408,9 @@ def _parser() -> argparse.ArgumentParser:
         " skin tone, lesion size, hair and so on, and on blurred, noisy and other poorer photos,"
         " which takes minutes",
     )
-    parser.add_argument("--csv", type=Path, metavar="OUT.csv", help="per image, somewhere else")
+    parser.add_argument(
+        "--csv", type=Path, metavar="OUT.csv", help="figures per image, in this file"
+    )
     parser.add_argument(
         "--gallery", type=Path, metavar="DIR", help="a page: worst, median, best cases, and plots"
     )

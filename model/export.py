@@ -257,7 +257,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=Help,
     )
-    parser.add_argument("--weights", type=Path, required=True, metavar="FILE", help=".safetensors")
+    parser.add_argument(
+        "--weights", type=Path, required=True, metavar="FILE", help="trained weights, .safetensors"
+    )
     add_network_argument(parser, "refuse weights of another one")
     parser.add_argument(
         "--output",
@@ -266,7 +268,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="the graph; replaced if it is there (default: beside the weights, if none is there)",
     )
     parser.add_argument(
-        "--name", help="for the model card (default: the run's folder, or the weights' file)"
+        "--name",
+        help="the network's, for the model card (default: the run's folder, or the weights' file)",
     )
     parser.add_argument(
         "--version", help="of the weights, for the model card (default: the start of their sha256)"

@@ -223,7 +223,10 @@ def _parser() -> argparse.ArgumentParser:
         help="the detector is for these (default: the shipped ones)",
     )
     make.add_argument(
-        "--output", type=Path, metavar="FILE", help="default: beside the weights, .fitness.json"
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="the detector (default: beside the weights, .fitness.json)",
     )
     make.set_defaults(run=_fit)
     test = commands.add_parser("report", formatter_class=Help, help="test one on other pictures")
@@ -235,9 +238,18 @@ def _parser() -> argparse.ArgumentParser:
         "--others", default=[], help="more pictures that are no dermoscopic photos", **folders
     )
     test.add_argument(
-        "--model", type=Path, default=WEIGHTS, metavar="FILE", help="default: the shipped network"
+        "--model",
+        type=Path,
+        default=WEIGHTS,
+        metavar="FILE",
+        help="the network (default: the shipped one)",
     )
-    test.add_argument("--detector", type=Path, metavar="FILE", help="default: beside the network")
+    test.add_argument(
+        "--detector",
+        type=Path,
+        metavar="FILE",
+        help="the one to test (default: beside the network)",
+    )
     test.set_defaults(run=_report)
     return parser
 

@@ -313,7 +313,14 @@ def _parser() -> argparse.ArgumentParser:
         "calibrate", formatter_class=Help, help="make a table from what runs held out"
     )
     add_data_arguments(make)
-    make.add_argument("--runs", type=Path, nargs="+", required=True, metavar="RUN")
+    make.add_argument(
+        "--runs",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="RUN",
+        help="folders of runs, each of which held out a fold",
+    )
     make.add_argument(
         "--weights",
         type=Path,
@@ -322,16 +329,27 @@ def _parser() -> argparse.ArgumentParser:
         help="the table is for these (default: the shipped ones)",
     )
     make.add_argument(
-        "--output", type=Path, metavar="FILE", help="default: beside the weights, .quality.json"
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="the table (default: beside the weights, .quality.json)",
     )
     make.set_defaults(run=_calibrate)
     test = commands.add_parser("report", formatter_class=Help, help="test a table on other photos")
-    test.add_argument("--images", type=Path, required=True, metavar="DIR")
-    test.add_argument("--masks", type=Path, required=True, metavar="DIR")
+    test.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of photos")
     test.add_argument(
-        "--model", type=Path, default=WEIGHTS, metavar="FILE", help="default: the shipped network"
+        "--masks", type=Path, required=True, metavar="DIR", help="folder of the annotators' masks"
     )
-    test.add_argument("--table", type=Path, metavar="FILE", help="default: beside the network")
+    test.add_argument(
+        "--model",
+        type=Path,
+        default=WEIGHTS,
+        metavar="FILE",
+        help="the network (default: the shipped one)",
+    )
+    test.add_argument(
+        "--table", type=Path, metavar="FILE", help="the one to test (default: beside the network)"
+    )
     test.add_argument("--plot", type=Path, metavar="FILE", help="the risk-coverage curve, .svg")
     test.set_defaults(run=_report)
     return parser

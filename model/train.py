@@ -23,7 +23,14 @@ import torch.distributed as dist
 import yaml
 
 from common.program import Help, program
-from model.config import PRESETS, ConfigError, load_config, parse_config, parse_overrides
+from model.config import (
+    PRESETS,
+    ConfigError,
+    add_set_argument,
+    load_config,
+    parse_config,
+    parse_overrides,
+)
 from model.data import add_data_arguments
 from model.loop import train
 from model.names import add_network_argument
@@ -39,11 +46,11 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=Help,
     )
     add_data_arguments(parser)
-    parser.add_argument("--out", type=Path, required=True, help="the run's folder")
-    parser.add_argument("--preset", default="best", help=f"one of {', '.join(PRESETS)}")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the run's folder")
+    parser.add_argument("--preset", default="best", help=f"the recipe: one of {', '.join(PRESETS)}")
     parser.add_argument("--config", type=Path, help="YAML file of changes to the preset")
     add_network_argument(parser, "to train (default: the preset's)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    add_set_argument(parser)
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
     args = parser.parse_args(argv)
     if (world := int(os.environ.get("WORLD_SIZE", 1))) > 1:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common.program import program
+from common.program import Help, program
 
 __all__ = ["Key", "KeyFile", "KeyFileError", "new_key"]
 
@@ -139,10 +139,25 @@ def _read(path: Path) -> list[Key]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    parser = argparse.ArgumentParser(prog=program("server.keys"), description="Make API keys.")
-    command = parser.add_subparsers(required=True).add_parser("new", help="make a key")
-    command.add_argument("name", help="whose it is; shows in the log")
-    command.add_argument("--admin", action="store_true", help="it may also use /admin")
+    parser = argparse.ArgumentParser(
+        prog=program("server.keys"), description=__doc__, formatter_class=Help
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser(
+        "new",
+        help="print a new key, and its line for the file",
+        description="Print a new key, once, and the line to add to the file of --api-keys-file.",
+        formatter_class=Help,
+    )
+    command.add_argument(
+        "name",
+        metavar="NAME",
+        help="whose key it is, which shows in the log: 1 to 64 letters, digits, dots, dashes and"
+        " underscores",
+    )
+    command.add_argument(
+        "--admin", action="store_true", help="the key may also use /admin, such as to reload"
+    )
     given = parser.parse_args(arguments)
     try:
         key, line = new_key(given.name, "admin" if given.admin else "use")

@@ -318,6 +318,15 @@ class Settings(BaseSettings):
         return min(asked_ms or self.bulk_timeout_ms, self.bulk_timeout_ms) / 1000
 
 
+_DESCRIPTION = """
+Serve SLSNet: a photo of a skin lesion in, its mask out.
+
+    %(prog)s                   # at http://127.0.0.1:8000, until Ctrl-C
+    %(prog)s --host 0.0.0.0 --port 80 --api-keys-file keys.txt
+    curl -F file=@lesion.jpg localhost:8000/segment -o mask.png
+"""
+
+
 def read_settings(arguments: Sequence[str] | None = None) -> Settings:
     """Settings from flags (`arguments`, default `sys.argv`), then the environment.
 
@@ -326,7 +335,7 @@ def read_settings(arguments: Sequence[str] | None = None) -> Settings:
     parser = argparse.ArgumentParser(
         formatter_class=Help,
         prog=program("server"),
-        description="Serve SLSNet: a photo of a skin lesion in, its mask out.",
+        description=_DESCRIPTION,
         epilog="Each flag can also be given as the environment variable shown beside it; the flag"
         " wins.",
     )
@@ -355,7 +364,8 @@ def add_flags(parser: argparse.ArgumentParser, names: Container[str]) -> None:
     """Add the flags of the settings `names`; only those given are in the parsed namespace."""
     for flag, variable, default, description in settings_table():
         if (name := flag.removeprefix("--").replace("-", "_")) in names:
-            help_text = f"{description} (default {default}, {variable})".replace("%", "%%")
+            shown = f"default {default}, {variable}" if default else variable
+            help_text = f"{description} ({shown})".replace("%", "%%")
             repeats = name == "model" and "models" in names
             parser.add_argument(
                 flag,

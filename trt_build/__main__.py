@@ -90,7 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--onnx", type=Path, required=True, help="the exported model")
     parser.add_argument("--output", type=Path, required=True, help="the engine file")
     add_network_argument(parser, "refuse a graph of another one")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp16", help="default: fp16")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="fp16", help="of the engine's arithmetic"
+    )
     parser.add_argument(
         "--buckets",
         type=parse_buckets,
@@ -100,29 +102,38 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--attention",
         choices=["fused", "chunked", "plain"],
-        help="of SLSNet (default: fused, or chunked for fp32 and tf32)",
+        help="form of SLSNet's attention (default: fused, or chunked for fp32 and tf32)",
     )
-    parser.add_argument("--calibration", type=Path, help="int8: default beside the ONNX file")
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        help="what int8 needs, as trt_build.calibrate writes it (default: beside the ONNX file)",
+    )
     parser.add_argument(
         "--workspace-mib",
         type=int,
         default=DEFAULT_WORKSPACE_BYTES >> 20,
-        help="for one kernel (default: %(default)s)",
+        help="memory that one kernel may take, MiB",
     )
-    parser.add_argument("--timing-cache", type=Path, help="read, and rewritten")
+    parser.add_argument(
+        "--timing-cache", type=Path, help="file of measured times: read, and rewritten"
+    )
     parser.add_argument(
         "--beside-serving",
         action="store_true",
         help="the GPU serves meanwhile: its times are noted as such, and go into no timing cache",
     )
-    parser.add_argument("--hardware-compatible", action="store_true", help="any GPU from Ampere on")
+    parser.add_argument(
+        "--hardware-compatible", action="store_true", help="for any GPU from Ampere on"
+    )
     parser.add_argument(
         "--version-compatible",
         action="store_true",
-        help="later TensorRTs run it, and lean runtimes",
+        help="later TensorRTs run the engine, and lean runtimes",
     )
     parser.add_argument(
-        "--compute-capability", help="TensorRT for RTX: for one GPU alone, such as 8.9, or current"
+        "--compute-capability",
+        help="with TensorRT for RTX: the one GPU that it is for, such as 8.9, or current",
     )
     parser.add_argument(
         "--parity",

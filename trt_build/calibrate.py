@@ -97,9 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         formatter_class=Help, prog="python -m trt_build.calibrate", description=__doc__
     )
-    parser.add_argument("--onnx", type=Path, required=True)
+    parser.add_argument("--onnx", type=Path, required=True, help="the network's file")
     parser.add_argument("--images", type=Path, required=True, help="folder of photos")
-    parser.add_argument("--output", type=Path, help="default: beside the ONNX file")
+    parser.add_argument("--output", type=Path, help="the ranges (default: beside the ONNX file)")
     parser.add_argument("--limit", type=int, default=DEFAULT_IMAGES, help="most photos to use")
     args = parser.parse_args(arguments)
     samples = load_samples(args.images, limit=args.limit)

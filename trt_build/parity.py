@@ -225,9 +225,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nargs="+",
         choices=["fp16", "fp16-sums", "bf16", "int8"],
         default=[],
-        help="on CPU",
+        help="compare these precisions, simulated on the CPU",
     )
-    parser.add_argument("--cuda", action="store_true", help="ONNX Runtime's CUDA provider")
+    parser.add_argument("--cuda", action="store_true", help="compare ONNX Runtime's CUDA provider")
     parser.add_argument(
         "--images",
         type=Path,

@@ -244,17 +244,20 @@ def _parser() -> argparse.ArgumentParser:
         choices=names,
         default=names,
         metavar="NAME",
-        help=f"of {', '.join(names)}; all if not given",
+        help=f"of {', '.join(names)} (default: all)",
     )
     parser.add_argument(
         "--networks",
         nargs="+",
         choices=NETWORKS,
         default=NETWORKS,
-        help="real, or a stub that takes 0 or 5 ms; all if not given",
+        metavar="NAME",
+        help="`real`, or a stub: `stub 0 ms`, `stub 5 ms` (default: all)",
     )
     parser.add_argument("--quick", action="store_true", help="one turn of short loads")
-    parser.add_argument("--turns", type=int, help=f"how often all is measured; {FULL.turns}")
+    parser.add_argument(
+        "--turns", type=int, help=f"how often all is measured (default: {FULL.turns})"
+    )
     parser.add_argument("--step-s", type=float, help="seconds measured of each load on a stub")
     parser.add_argument(
         "--real-s",
@@ -279,7 +282,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=float("inf"),
         metavar="S",
-        help="begin no further visit after that long; run again to go on",
+        help="begin no further visit after that long; run again to go on (default: no end)",
     )
     return parser
 

@@ -128,10 +128,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=Help,
     )
     names = [entrant.name for entrant in ENTRANTS if entrant.stubs]
-    parser.add_argument("--servers", nargs="+", choices=names, default=[OURS, "mosec", "litserve"])
-    parser.add_argument("--times", nargs="+", type=float, default=_TIMES, help="of what it can do")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=3, help="of each load")
+    parser.add_argument(
+        "--servers",
+        nargs="+",
+        choices=names,
+        default=[OURS, "mosec", "litserve"],
+        metavar="NAME",
+        help=f"of {', '.join(names)}",
+    )
+    parser.add_argument(
+        "--times",
+        nargs="+",
+        type=float,
+        default=_TIMES,
+        help="loads, as multiples of a server's throughput",
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each server")
+    parser.add_argument("--seconds", type=float, default=3, help="length of each load")
     options = parser.parse_args(arguments)
     entrants = [entrant for entrant in ENTRANTS if entrant.name in options.servers]
     pythons = {}

@@ -460,7 +460,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--server", required=True, metavar="URL", help="SLSNet Server's address")
     parser.add_argument(
-        "--label-studio", required=True, metavar="URL", help="its address; photos come from there"
+        "--label-studio",
+        required=True,
+        metavar="URL",
+        help="Label Studio's address; photos come from there",
     )
     parser.add_argument(
         "--allow-host",
@@ -474,10 +477,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="let these hosts have private addresses, such as 10.0.0.7 or 127.0.0.1",
     )
-    parser.add_argument("--threshold", type=float, default=0.5, help="default %(default)s")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=0.5,
+        help="probability above which a pixel is lesion, 0 to 1 (default: %(default)s)",
+    )
     parser.add_argument("--clean", action="store_true", help="leave the largest region only")
-    parser.add_argument("--host", default="127.0.0.1", help="to listen on, default %(default)s")
-    parser.add_argument("--port", type=int, default=9090, help="default %(default)s")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--port", type=int, default=9090, help="port to listen on (default: %(default)s)"
+    )
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     # It writes the address of every request, in which there may be a key.

@@ -114,11 +114,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m model.zoo.ceilings", description=__doc__, formatter_class=Help
     )
-    parser.add_argument("--images", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--masks", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--images", type=Path, required=True, metavar="DIR", help="folder of photos"
+    )
+    parser.add_argument(
+        "--masks", type=Path, required=True, metavar="DIR", help="folder of the annotators' masks"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="the first N photos (default: all)")
     parser.add_argument(
-        "--side", type=int, default=512, metavar="PIXELS", help="of the photos (default: 512)"
+        "--side",
+        type=int,
+        default=512,
+        metavar="PIXELS",
+        help="longest side that photos are reduced to",
     )
     args = parser.parse_args(arguments)
     try:

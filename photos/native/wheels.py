@@ -96,8 +96,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("output", type=Path, help="folder for the wheels")
-    parser.add_argument("target", nargs="*", choices=[*TARGETS, []], help="all without")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder for the wheels")
+    parser.add_argument(
+        "target",
+        nargs="*",
+        metavar="TARGET",
+        choices=[*TARGETS, []],
+        help=f"systems to build for; all if none is given: {', '.join(TARGETS)}",
+    )
     arguments = parser.parse_args()
     output = arguments.output.resolve()
     output.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,12 @@
-r"""`python -m server.archive`: photos from a DICOM archive or device in, results back into it.
+r"""Photos from a DICOM archive or device in, results back into it.
 
     slsnet archive serve --journal /var/lib/slsnet-archive --server http://127.0.0.1:8000 \
         --peer DERMATOSCOPE@10.0.0.7 --stow http://pacs.example:8042/dicom-web
     slsnet archive fetch --journal /var/lib/slsnet-fetch --server http://127.0.0.1:8000 \
         --from http://pacs.example:8042/dicom-web --date 20261101-20261130
     slsnet archive list --journal /var/lib/slsnet-archive
+    slsnet archive retry --journal /var/lib/slsnet-archive 17
+    slsnet archive discard --journal /var/lib/slsnet-archive 17
 
 The journal is a folder in which photos of patients lie until their results are delivered.
 """
@@ -109,7 +111,11 @@ def _threshold(text: str) -> float:
 
 def _journal_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--journal", type=Path, required=True, metavar="DIR", help="the folder of photos under way"
+        "--journal",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="the folder in which photos and results lie until they are delivered",
     )
 
 
@@ -131,7 +137,7 @@ def _work_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME,…",
         help="results to make of a photo, as `objects` of POST /segment",
     )
-    add("--threshold", type=_threshold, metavar="VALUE", help="as of POST /segment")
+    add("--threshold", type=_threshold, metavar="VALUE", help="0 to 1, as of POST /segment")
     add("--clean", action="store_true", help="leave only the largest region of a mask")
     add("--at-work", type=_size, default=2, metavar="N", help="objects at a time in each step")
     add(
@@ -193,9 +199,15 @@ def _serve_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="largest object, as the server's --max-body-bytes",
     )
-    add("--max-associations", type=_size, default=10, metavar="N", help="at the same time")
-    add("--health-host", default="127.0.0.1", metavar="HOST", help="for health and metrics")
-    add("--health-port", type=int, default=11113, metavar="PORT", help="for health and metrics")
+    add(
+        "--max-associations",
+        type=_size,
+        default=10,
+        metavar="N",
+        help="associations that are open at the same time",
+    )
+    add("--health-host", default="127.0.0.1", metavar="HOST", help="address of health and metrics")
+    add("--health-port", type=int, default=11113, metavar="PORT", help="port of health and metrics")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -215,10 +227,17 @@ def _parser() -> argparse.ArgumentParser:
     _journal_option(fetching)
     _work_options(fetching)
     add = fetching.add_argument
-    add("--from", type=_url, required=True, dest="source", metavar="URL", help="DICOMweb service")
-    add("--study", metavar="UID", help="of this study alone")
-    add("--series", metavar="UID", help="of this series alone")
-    add("--date", metavar="YYYYMMDD[-YYYYMMDD]", help="of studies of these days")
+    add(
+        "--from",
+        type=_url,
+        required=True,
+        dest="source",
+        metavar="URL",
+        help="DICOMweb service that has the photos",
+    )
+    add("--study", metavar="UID", help="photos of this study alone")
+    add("--series", metavar="UID", help="photos of this series alone")
+    add("--date", metavar="YYYYMMDD[-YYYYMMDD]", help="photos of studies of these days")
     add("--all", action="store_true", help="everything that the archive holds")
     _journal_option(make("list", help="list the objects that wait for a person, and why"))
     for name, summary in (
@@ -228,7 +247,11 @@ def _parser() -> argparse.ArgumentParser:
         command = make(name, help=summary)
         _journal_option(command)
         command.add_argument(
-            "objects", type=int, nargs="*" if name == "retry" else "+", metavar="OBJECT"
+            "objects",
+            type=int,
+            nargs="*" if name == "retry" else "+",
+            metavar="OBJECT",
+            help="an object's number, as `list` prints it",
         )
     return parser
 

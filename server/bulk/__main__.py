@@ -37,10 +37,15 @@ _SETTINGS = (
 )
 
 _DESCRIPTION = f"""
-Segment any number of photos. PHOTOS is a folder, with all folders below it, or a list: a text file
-with one path a line, or a .csv or .tsv with a column called path. Relative paths start at the
-folder of the list. RESULTS gets {MASKS}/, with a 1-bit PNG for each photo under the photo's own
-path, and {TABLE}, with a line for each.
+Segment any number of photos, without a server.
+
+    %(prog)s photos results
+    %(prog)s photos.csv results --also overlay,features --coco
+
+PHOTOS is a folder, with all folders below it, or a list: a text file with one path a line, or a
+.csv or .tsv with a column called path. Relative paths start at the folder of the list. RESULTS gets
+{MASKS}/, with a 1-bit PNG for each photo under the photo's own path, and {TABLE}, with a line for
+each.
 """
 
 _EPILOG = f"""
@@ -48,6 +53,7 @@ The run may be stopped or killed; the same command then goes on where it was. It
 only if the photo's file has changed, its mask is gone, or it failed for no fault of its own. A
 photo that PHOTOS no longer has keeps its line and its mask, if it has one. {STATE} keeps what is
 done.
+
 Exit code: 0 if every photo has its mask, 1 if some have none, 2 if the run could not be done, 128 +
 the signal's number if one stopped it.
 """

@@ -1,4 +1,4 @@
-"""`slsnet segment`: the masks of some photos, written beside them, without a server.
+"""The masks of some photos, written beside them, without a server.
 
     slsnet segment lesion.jpg                     lesion_mask.png, in the photo's folder
     slsnet segment *.jpg -o masks --also overlay,features    and the outline drawn over each photo,
@@ -84,9 +84,15 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=Help,
     )
-    parser.add_argument("photos", type=Path, nargs="+", metavar="PHOTO")
     parser.add_argument(
-        "-o", "--output", type=Path, metavar="DIR", help="default: each photo's own folder"
+        "photos", type=Path, nargs="+", metavar="PHOTO", help="a file that /segment would read"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="the folder for all files (default: each photo's own)",
     )
     parser.add_argument(
         "--also",
@@ -98,7 +104,10 @@ def _parser() -> argparse.ArgumentParser:
         "--overwrite", action="store_true", help="replace masks that are there (default: refuse)"
     )
     parser.add_argument(
-        "--threshold", type=_threshold, default=THRESHOLD, help="0 to 1 (default: %(default)s)"
+        "--threshold",
+        type=_threshold,
+        default=THRESHOLD,
+        help="probability above which a pixel is lesion, 0 to 1",
     )
     parser.add_argument(
         "--clean", action="store_true", help="leave the largest region only, without its holes"
@@ -108,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=Settings.model_fields["model"].default,
         metavar="FILE",
-        help="ONNX file (default: the shipped network)",
+        help="the network, an ONNX file (default: the shipped one)",
     )
     return parser
 

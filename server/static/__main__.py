@@ -82,7 +82,10 @@ def main() -> int:
         help=f"the network, an ONNX file (default: {SHIPPED_MODEL})",
     )
     parser.add_argument(
-        "--runtime", type=Path, metavar="FILE", help=f"{PACKAGE} as `npm pack` writes it"
+        "--runtime",
+        type=Path,
+        metavar="FILE",
+        help=f"{PACKAGE} as `npm pack` writes it; fetched with npm if not given",
     )
     parser.add_argument(
         "--exact", action="store_true", help="keep the weights in float32, twice the size"
