@@ -52,3 +52,16 @@ def test_the_readmes_links_lead_somewhere() -> None:
     readme = (ROOT / "README.md").read_text()
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", readme):
         assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_lines_fit_on_a_screen() -> None:
+    """Those of tables aside, and those of pages that a program wrote."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("client*/README.md")]
+    long = [
+        f"{page.relative_to(ROOT)}, line {number}"
+        for page in pages
+        if page.relative_to(ROOT).parts[:2] not in (("docs", "generated"), ("docs", "training"))
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1)
+        if len(line) > 120 and not line.lstrip().startswith("|")
+    ]
+    assert not long
