@@ -265,7 +265,7 @@ def main(argv: list[str] | None = None) -> None:
         "--seeds", type=int, nargs="+", default=[0], metavar="N", help="one run for each"
     )
     parser.add_argument(
-        "--epochs", type=int, metavar="N", help="of every run (default: each preset's own)"
+        "--epochs", type=int, metavar="N", help="epochs of every run (default: each preset's own)"
     )
     add_network_argument(parser, "of every run (default: each preset's own)")
     add_set_argument(parser)
@@ -276,7 +276,7 @@ def main(argv: list[str] | None = None) -> None:
         "--split",
         choices=("validation", "test"),
         default="validation",
-        help="part of the official set that the figures are of",
+        help="the official set on which the runs are scored",
     )
     args = parser.parse_args(argv)
     try:

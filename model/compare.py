@@ -1,4 +1,4 @@
-"""Compare training recipes on images that their runs held out.
+r"""Compare training recipes on images that their runs held out.
 
     python -m model.compare --recipe exact runs/exact-0 runs/exact-1 \
         --recipe pooled runs/pooled-0 runs/pooled-1

@@ -1,4 +1,4 @@
-"""Score a network on any folder pair, at the size of the masks.
+r"""Score a network on any folder pair, at the size of the masks.
 
     python -m model.evaluate --images DIR --masks DIR
     python -m model.evaluate --images DIR --masks DIR --model runs/a/best.safetensors \

@@ -91,7 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="the engine file")
     add_network_argument(parser, "refuse a graph of another one")
     parser.add_argument(
-        "--precision", choices=PRECISIONS, default="fp16", help="of the engine's arithmetic"
+        "--precision",
+        choices=PRECISIONS,
+        default="fp16",
+        help="numbers that the engine computes with",
     )
     parser.add_argument(
         "--buckets",

@@ -225,7 +225,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nargs="+",
         choices=["fp16", "fp16-sums", "bf16", "int8"],
         default=[],
-        help="compare these precisions, simulated on the CPU",
+        metavar="PRECISION",
+        help="compare these, simulated on the CPU: fp16, fp16-sums, bf16, int8",
     )
     parser.add_argument("--cuda", action="store_true", help="compare ONNX Runtime's CUDA provider")
     parser.add_argument(

@@ -454,9 +454,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m slsnet_client.label_studio",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Environment: LABEL_STUDIO_API_KEY, to fetch photos that Label Studio holds;"
-        " SLSNET_API_KEY, if SLSNet Server has keys; ML_BACKEND_USER=name:password, which Label"
-        " Studio then has to show.",
+        epilog="Environment: LABEL_STUDIO_API_KEY, to fetch photos that Label Studio holds;\n"
+        "SLSNET_API_KEY, if SLSNet Server has keys; ML_BACKEND_USER=name:password, which Label\n"
+        "Studio then has to show.",
     )
     parser.add_argument("--server", required=True, metavar="URL", help="SLSNet Server's address")
     parser.add_argument(

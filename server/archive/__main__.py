@@ -50,10 +50,10 @@ log = logging.getLogger("slsnet.archive")
 # Seconds for associations and attempts that are under way when the process is told to stop.
 _GRACE_S = 10.0
 
-_ENVIRONMENT = (
-    "Environment: SLSNET_API_KEY, if the server has keys; SLSNET_ARCHIVE_AUTHORIZATION, what the"
-    " header Authorization tells the DICOMweb archive, such as `Bearer …` or `Basic …`."
-)
+_ENVIRONMENT = """
+Environment: SLSNET_API_KEY, if the server has keys; SLSNET_ARCHIVE_AUTHORIZATION, what the header
+Authorization tells the DICOMweb archive, such as `Bearer …` or `Basic …`.
+"""
 
 
 def _url(text: str) -> str:

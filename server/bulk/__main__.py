@@ -51,8 +51,8 @@ each.
 _EPILOG = f"""
 The run may be stopped or killed; the same command then goes on where it was. It runs a photo again
 only if the photo's file has changed, its mask is gone, or it failed for no fault of its own. A
-photo that PHOTOS no longer has keeps its line and its mask, if it has one. {STATE} keeps what is
-done.
+photo that PHOTOS no longer has keeps its line and its mask, if it has one. {STATE} keeps what
+is done.
 
 Exit code: 0 if every photo has its mask, 1 if some have none, 2 if the run could not be done, 128 +
 the signal's number if one stopped it.

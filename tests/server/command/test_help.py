@@ -24,7 +24,7 @@ def told() -> Told:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.support.commands"],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": "client"},
+        env={**os.environ, "PYTHONPATH": "client", "COLUMNS": "80"},
         capture_output=True,
         text=True,
         check=False,
@@ -62,6 +62,18 @@ def test_defaults_are_shown_as_they_are_given(told: Told) -> None:
         )
     ]
     assert not wrong
+
+
+def test_help_fits_on_a_screen(told: Told) -> None:
+    """A backslash that a docstring takes for its own makes one long line of two."""
+    long = [
+        (command["program"], line)
+        for commands in told.values()
+        for command in commands
+        for line in command["text"].splitlines()
+        if len(line) > 100
+    ]
+    assert not long
 
 
 def test_every_command_shows_how_it_is_called(told: Told) -> None:
