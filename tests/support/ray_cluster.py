@@ -22,8 +22,8 @@ __all__ = ["GATEWAY", "PROXY", "SEGMENTER", "RayService", "ray_service", "wait_f
 
 _CONFIG = ROOT / "docker/ray/serve.yaml"
 
-# Each node has these CPUs, whatever the machine has, and this memory for what travels.
-_NODE: dict[str, Any] = {"num_cpus": 4, "object_store_memory": 128 * 2**20}
+# Each node has this memory for what travels.
+_NODE: dict[str, Any] = {"object_store_memory": 128 * 2**20}
 
 # Ray's workers have this process name.
 SEGMENTER = "ray::ServeReplica:slsnet:Segmenter"
@@ -67,9 +67,9 @@ class RayService:
         return application is not None and application.status == "RUNNING"
 
     @contextlib.contextmanager
-    def another_node(self, **resources: float) -> Iterator[psutil.Process]:
+    def another_node(self, **resources: Any) -> Iterator[psutil.Process]:
         """Add a node for the block; yield the process that its workers are children of."""
-        node = self._cluster.add_node(**(_NODE | resources))
+        node = self._cluster.add_node(**_NODE, **resources)
         try:
             yield psutil.Process(node.all_processes["raylet"][0].process.pid)
         finally:
@@ -99,18 +99,25 @@ def wait_for(condition: Callable[[], object], timeout_s: float = 120) -> None:
 
 
 @contextlib.contextmanager
-def ray_service() -> Iterator[RayService]:
-    """Start two nodes, and two replicas in the shipped configuration."""
+def ray_service(cpus: int = 4) -> Iterator[RayService]:
+    """Start two nodes, and two replicas in the shipped configuration.
+
+    Args:
+        cpus: what each node has, whatever the machine has.
+    """
     environment = {
+        # Ray would let everything else on the machine go first.
+        "RAY_worker_niceness": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_automatic_object_spilling_enabled": "0",
         "PYTHONPATH": str(ROOT),
     }
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
-    cluster = Cluster(initialize_head=True, head_node_args={**_NODE, "include_dashboard": False})
+    node = {**_NODE, "num_cpus": cpus}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
     try:
-        cluster.add_node(**_NODE)
+        cluster.add_node(**node)
         ray.init(cluster.address, log_to_driver=False)
         config = yaml.safe_load(_CONFIG.read_text())
         # There is one proxy, because both nodes share this machine and its port.
