@@ -23,13 +23,14 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -41,7 +42,7 @@ from benchmarks.zoo_report import (
     CLIENTS,
     PAPER_MS,
     SIDES,
-    Place,
+    Results,
     paper_table,
     plot,
     rows,
@@ -78,12 +79,12 @@ def configuration(name: str, **changes: Any) -> TrainConfig:
     return load_config("quick", overrides=overrides)
 
 
-def train_all(place: Place, args: argparse.Namespace) -> None:
+def train_all(results: Results, args: argparse.Namespace) -> None:
     """Train and score what is not scored yet, one seed after another."""
     samples = find_samples(args.data)
     for seed in args.seeds:
         for name in args.networks:
-            folder = place.run(name, seed)
+            folder = results.run(name, seed)
             if (folder / "score.json").exists():
                 continue
             print(f"{name}, seed {seed}", file=sys.stderr, flush=True)
@@ -98,16 +99,16 @@ def train_all(place: Place, args: argparse.Namespace) -> None:
             _write(folder / "score.json", score)
 
 
-def measure_all(place: Place, args: argparse.Namespace) -> None:
+def measure_all(results: Results, args: argparse.Namespace) -> None:
     """Export every network, and measure what it costs."""
     measured: dict[str, Any] = {"machine": _machine(), "threads": available_cores()}
-    facts = _measured(place.costs, measured)
-    facts |= {name: _exported(place, name) for name in args.networks}
-    timed = _timed(place, args)
-    rates = _served(place, args)
+    facts = _measured(results.costs, measured)
+    facts |= {name: _exported(results, name) for name in args.networks}
+    timed = _timed(results, args)
+    rates = _served(results, args)
     for name in args.networks:
         facts[name] |= timed[name] | {"photos_per_s": rates[name]}
-    _write(place.costs, measured | {"networks": facts})
+    _write(results.costs, measured | {"networks": facts})
 
 
 def _machine() -> str:
@@ -115,25 +116,26 @@ def _machine() -> str:
 
 
 def _measured(path: Path, where: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier call measured on this machine, by network."""
+    """What an earlier call measured on this machine, by network.
+
+    Raises:
+        ValueError: it was another machine.
+    """
     if not path.exists():
         return {}
     before = json.loads(path.read_text(encoding="utf-8"))
     facts: dict[str, Any] = before.pop("networks")
     if before != where:
-        raise SystemExit(f"{path} was measured on another machine: name another --out")
+        raise ValueError(f"{path} was measured on another machine: name another --out")
     return facts
 
 
-def _exported(place: Place, name: str) -> dict[str, Any]:
+def _exported(results: Results, name: str) -> dict[str, Any]:
     """Write a network's graph; return parameters, multiplications and bytes."""
-    weights = next(iter((place.out / "runs" / name).glob("seed-*/best.safetensors")), None)
+    weights = next(iter((results.out / "runs" / name).glob("seed-*/best.safetensors")), None)
     if weights is None:
-        # What it costs does not depend on what it learned.
-        weights = place.out / "fresh" / f"{name}.safetensors"
-        weights.parent.mkdir(parents=True, exist_ok=True)
-        save_network(_settled(new_network(configuration(name))), weights, {})
-    graph = place.graph(name)
+        weights = _fresh(results, name)
+    graph = results.graph(name)
     graph.parent.mkdir(parents=True, exist_ok=True)
     export(weights, graph, "0", "Apache-2.0", name=name)
     network = read_network(weights)
@@ -142,6 +144,14 @@ def _exported(place: Place, name: str) -> dict[str, Any]:
         "macs": macs(network),
         "bytes": graph.stat().st_size,
     }
+
+
+def _fresh(results: Results, name: str) -> Path:
+    """Weights of a network that is not trained: its costs do not depend on what it learned."""
+    weights = results.out / "fresh" / f"{name}.safetensors"
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    save_network(_settled(new_network(configuration(name))), weights, {})
+    return weights
 
 
 def _settled(network: nn.Module) -> nn.Module:
@@ -171,7 +181,7 @@ def macs(network: nn.Module) -> int:
     return counter.get_total_flops() // 2
 
 
-def _timed(place: Place, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def _timed(results: Results, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Milliseconds an image, by threads and size of batch, and memory."""
     pixels = np.stack(
         [
@@ -180,15 +190,12 @@ def _timed(place: Place, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         ]
     )
     found: dict[str, dict[str, Any]] = {name: {"ms": {}, "cpu_ms": {}} for name in args.networks}
+    graphs = {name: results.graph(name) for name in args.networks}
     for threads in sorted({1, available_cores()}):
-        with ExitStack() as stack:
-            engines = {}
-            for name in args.networks:
-                engines[name] = Contender("onnxruntime", place.graph(name), threads)
-                stack.callback(engines[name].close)
-            other = OtherWork([engine.pid for engine in engines.values()])
-            figures: Figures = measure(engines, pixels, BATCHES, args.rounds, other)
-            print(f"{threads} threads: {disturbance(figures.others)}", file=sys.stderr, flush=True)
+        with _contest("onnxruntime", graphs, threads, pixels, BATCHES, args.rounds) as (
+            engines,
+            figures,
+        ):
             for name, engine in engines.items():
                 for size in BATCHES:
                     key = f"{threads}x{size}"
@@ -198,60 +205,79 @@ def _timed(place: Place, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return found
 
 
+@contextmanager
+def _contest(
+    backend: str | None,
+    graphs: dict[str, Path],
+    threads: int,
+    pixels: NDArray[np.uint8],
+    batches: Sequence[int],
+    rounds: int,
+) -> Iterator[tuple[dict[str, Contender], Figures]]:
+    """Time graphs in turn, each in a process of its own, which lives until the end of the block.
+
+    Args:
+        backend: that runs them; None for stock ONNX Runtime, which takes images of any side.
+        pixels: uint8 [count, side, side, 3].
+    """
+    with ExitStack() as stack:
+        engines = {name: Contender(backend, graph, threads) for name, graph in graphs.items()}
+        for engine in engines.values():
+            stack.callback(engine.close)
+        other = OtherWork([engine.pid for engine in engines.values()])
+        figures = measure(engines, pixels, batches, rounds, other)
+        said = f"{pixels.shape[1]} pixels, {threads} threads: {disturbance(figures.others)}"
+        print(said, file=sys.stderr, flush=True)
+        yield engines, figures
+
+
 def _peak_mb(pid: int) -> float:
     """The most memory that a process has held, in MB."""
     text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     return int(text.partition("VmHWM:")[2].split()[0]) / 1000
 
 
-def _served(place: Place, args: argparse.Namespace) -> dict[str, float]:
+def _served(results: Results, args: argparse.Namespace) -> dict[str, float]:
     """Photos a second through a server of each network; medians of the turns."""
     photos = load_photos(args.photos)[0]
     load = Load("600×450", photos, CLIENTS)
     rates: dict[str, list[float]] = {name: [] for name in args.networks}
     for _ in range(args.turns):
         for name in args.networks:
-            with serve("--model", str(place.graph(name))) as server:
+            with serve("--model", str(results.graph(name))) as server:
                 send(server, load)
                 rates[name].append(send(server, load)[2])
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
-def measure_sides(place: Place, args: argparse.Namespace) -> None:
+def measure_sides(results: Results, args: argparse.Namespace) -> None:
     """Time networks at the sides of the paper's table 3, in stock ONNX Runtime."""
     found: dict[str, dict[str, list[float]]] = {name: {} for name in args.networks}
     random = np.random.default_rng(0)
-    for name, side in itertools.product(args.networks, args.sides):
-        graph = place.out / "graphs" / f"{name}-{side}.onnx"
-        fresh = graph.with_suffix(".safetensors")
-        graph.parent.mkdir(parents=True, exist_ok=True)
-        save_network(_settled(new_network(configuration(name))), fresh, {})
-        export(fresh, graph, "0", "Apache-2.0", size=side, name=name)
+    for name in args.networks:
+        fresh = _fresh(results, name)
+        for side in args.sides:
+            graph = results.graph(name, side)
+            graph.parent.mkdir(parents=True, exist_ok=True)
+            export(fresh, graph, "0", "Apache-2.0", size=side, name=name)
     for threads, side in itertools.product(sorted({1, available_cores()}), args.sides):
-        with ExitStack() as stack:
-            engines = {}
-            for name in args.networks:
-                graph = place.out / "graphs" / f"{name}-{side}.onnx"
-                engines[name] = Contender(None, graph, threads)
-                stack.callback(engines[name].close)
-            pixels = random.integers(0, 256, (8, side, side, 3), np.uint8)
-            other = OtherWork([engine.pid for engine in engines.values()])
-            figures = measure(engines, pixels, (1,), args.rounds, other)
-            print(f"{side}: {disturbance(figures.others)}", file=sys.stderr, flush=True)
+        pixels = random.integers(0, 256, (8, side, side, 3), np.uint8)
+        graphs = {name: results.graph(name, side) for name in args.networks}
+        with _contest(None, graphs, threads, pixels, (1,), args.rounds) as (_, figures):
             for name in args.networks:
                 found[name].setdefault(str(threads), []).append(figures.wall_ms(name, 1)[1])
-    _write(place.sides, {"machine": _machine(), "sides": args.sides, "networks": found})
+    _write(results.sides, {"machine": _machine(), "sides": args.sides, "networks": found})
 
 
-def report(place: Place, _: argparse.Namespace) -> None:
+def report(results: Results, _: argparse.Namespace) -> None:
     """Write the table and the plots."""
-    text = f"{table(place)}\n{paper_table(place)}\n"
-    if place.sides.exists():
-        text += f"\n{sides_table(place)}\n"
-    with replacing(place.out / "table.md") as path:
+    text = f"{table(results)}\n{paper_table(results)}\n"
+    if results.sides.exists():
+        text += f"\n{sides_table(results)}\n"
+    with replacing(results.out / "table.md") as path:
         path.write_text(text, encoding="utf-8")
-    if any(row.jaccard is not None for row in rows(place)[1]):
-        plot(place).savefig(place.out / "pareto.svg")
+    if any(row.jaccard is not None for row in rows(results)[1]):
+        plot(results).savefig(results.out / "pareto.svg")
     print(text)
 
 
@@ -314,7 +340,10 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = _parser().parse_args(arguments)
-    args.work(Place(args.out), args)
+    try:
+        args.work(Results(args.out), args)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ __all__ = [
     "CLIENTS",
     "PAPER_MS",
     "SIDES",
-    "Place",
+    "Results",
     "front",
     "paper_table",
     "plot",
@@ -50,8 +50,8 @@ PAPER_MS = {"slsnet": (5, 8, 14), "gan-fcn": (9, 14, 21)}
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where the results of one budget are."""
+class Results:
+    """What one budget gave, in its folder."""
 
     out: Path
 
@@ -59,9 +59,9 @@ class Place:
         """The folder of a training."""
         return self.out / "runs" / name / f"seed-{seed}"
 
-    def graph(self, name: str) -> Path:
-        """The exported network."""
-        return self.out / "graphs" / f"{name}.onnx"
+    def graph(self, name: str, side: int | None = None) -> Path:
+        """The exported network; for images of another side, in pixels, if one is named."""
+        return self.out / "graphs" / (f"{name}-{side}.onnx" if side else f"{name}.onnx")
 
     def scores(self, name: str) -> Iterator[dict[str, Any]]:
         """What each finished training of a network reached."""
@@ -70,12 +70,12 @@ class Place:
 
     @property
     def costs(self) -> Path:
-        """What the networks cost."""
+        """Parameters, milliseconds, memory and photos a second of each network, as JSON."""
         return self.out / "costs.json"
 
     @property
     def sides(self) -> Path:
-        """What some of them cost at other sides of the image."""
+        """Milliseconds of some networks at other sides of the image, as JSON."""
         return self.out / "sides.json"
 
 
@@ -94,13 +94,17 @@ class Row:
     """Mean over seeds."""
 
 
-def rows(place: Place) -> tuple[dict[str, Any], list[Row], int | None]:
-    """All figures: what they were measured on, a row a network, and the epochs of the training."""
-    costs = json.loads(place.costs.read_text(encoding="utf-8"))
-    found, epochs = [], None
+def rows(results: Results) -> tuple[dict[str, Any], list[Row], int | None]:
+    """All figures: what they were measured on, a row a network, and the epochs of the training.
+
+    Raises:
+        ValueError: trainings of different lengths lie in this folder.
+    """
+    costs = json.loads(results.costs.read_text(encoding="utf-8"))
+    found, budgets = [], set()
     for name, facts in costs["networks"].items():
-        scores = list(place.scores(name))
-        epochs = scores[0]["epochs"] if scores else epochs
+        scores = list(results.scores(name))
+        budgets |= {score["epochs"] for score in scores}
         found.append(
             Row(
                 name,
@@ -111,16 +115,20 @@ def rows(place: Place) -> tuple[dict[str, Any], list[Row], int | None]:
                 statistics.mean(score["threshold_jaccard"] for score in scores) if scores else None,
             )
         )
-    return costs, found, epochs
+    if len(budgets) > 1:
+        raise ValueError(
+            f"{results.out} has trainings of {sorted(budgets)} epochs: one table has one"
+        )
+    return costs, found, next(iter(budgets), None)
 
 
 def _accuracy(row: Row) -> float:
     return -1 if row.jaccard is None else row.jaccard
 
 
-def table(place: Place) -> str:
+def table(results: Results) -> str:
     """The table as Markdown, the most accurate network first."""
-    costs, found, epochs = rows(place)
+    costs, found, epochs = rows(results)
     threads = costs["threads"]
     lines = [
         f"Machine: {costs['machine']}. Budget: {epochs or 'no'} epochs over the training photos."
@@ -146,9 +154,9 @@ def table(place: Place) -> str:
     return "\n".join(lines) + "\n"
 
 
-def paper_table(place: Place) -> str:
+def paper_table(results: Results) -> str:
     """The paper's tables 1 and 2 beside the figures of here, as Markdown."""
-    found = {row.name: row for row in rows(place)[1]}
+    found = {row.name: row for row in rows(results)[1]}
 
     def cell(value: float | None, form: str) -> str:
         return "–" if value is None else format(value, form)
@@ -171,9 +179,9 @@ def paper_table(place: Place) -> str:
     )
 
 
-def sides_table(place: Place) -> str:
+def sides_table(results: Results) -> str:
     """The paper's table 3 beside the times of here, as Markdown."""
-    measured = json.loads(place.sides.read_text(encoding="utf-8"))
+    measured = json.loads(results.sides.read_text(encoding="utf-8"))
     heads = [f"{side}×{side}" for side in measured["sides"]]
     lines = []
     for name, by_threads in measured["networks"].items():
@@ -187,9 +195,9 @@ def sides_table(place: Place) -> str:
     return markdown(("network, ms an image", "on", *heads), lines)
 
 
-def plot(place: Place) -> Figure:
+def plot(results: Results) -> Figure:
     """Accuracy against time, parameters and bytes; the line joins what nothing is better than."""
-    _, found, _ = rows(place)
+    _, found, _ = rows(results)
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
     scored = [row for row in found if row.jaccard is not None]

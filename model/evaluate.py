@@ -400,6 +400,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="WxH",
         help="reduce each image to what such a camera sends, as 160x120 (default: as it is)",
     )
+    _add_outputs(parser)
+    return parser
+
+
+def _add_outputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--report",
         type=Path,
@@ -414,7 +419,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--gallery", type=Path, metavar="DIR", help="a page: worst, median, best cases, and plots"
     )
-    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The server. `inference`, `backends`, `http`, `process` and `observe` are its packages."""
+"""The server. docs/architecture.md has its packages, and a photo's way through them."""
 
 import os
 

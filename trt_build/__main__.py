@@ -81,6 +81,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _add_card(parser: argparse.ArgumentParser) -> None:
+    """What depends on the GPU."""
+    parser.add_argument(
+        "--workspace-mib",
+        type=int,
+        default=DEFAULT_WORKSPACE_BYTES >> 20,
+        help="memory that one kernel may take, MiB",
+    )
+    parser.add_argument(
+        "--timing-cache", type=Path, help="file of measured times: read, and rewritten"
+    )
+    parser.add_argument(
+        "--beside-serving",
+        action="store_true",
+        help="the GPU serves meanwhile: its times are noted as such, and go into no timing cache",
+    )
+    parser.add_argument(
+        "--hardware-compatible", action="store_true", help="for any GPU from Ampere on"
+    )
+    parser.add_argument(
+        "--version-compatible",
+        action="store_true",
+        help="later TensorRTs run the engine, and lean runtimes",
+    )
+    parser.add_argument(
+        "--compute-capability",
+        help="with TensorRT for RTX: the one GPU that it is for, such as 8.9, or current",
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program("trt_build"),
@@ -112,32 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="what int8 needs, as trt_build.calibrate writes it (default: beside the ONNX file)",
     )
-    parser.add_argument(
-        "--workspace-mib",
-        type=int,
-        default=DEFAULT_WORKSPACE_BYTES >> 20,
-        help="memory that one kernel may take, MiB",
-    )
-    parser.add_argument(
-        "--timing-cache", type=Path, help="file of measured times: read, and rewritten"
-    )
-    parser.add_argument(
-        "--beside-serving",
-        action="store_true",
-        help="the GPU serves meanwhile: its times are noted as such, and go into no timing cache",
-    )
-    parser.add_argument(
-        "--hardware-compatible", action="store_true", help="for any GPU from Ampere on"
-    )
-    parser.add_argument(
-        "--version-compatible",
-        action="store_true",
-        help="later TensorRTs run the engine, and lean runtimes",
-    )
-    parser.add_argument(
-        "--compute-capability",
-        help="with TensorRT for RTX: the one GPU that it is for, such as 8.9, or current",
-    )
+    _add_card(parser)
     parser.add_argument(
         "--parity",
         action="store_true",

@@ -448,8 +448,7 @@ class LabelStudioKey:
         return {"Authorization": f"Bearer {self._access}"}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve; return the exit code."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m slsnet_client.label_studio",
         description=__doc__,
@@ -490,6 +489,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--port", type=int, default=9090, help="port to listen on (default: %(default)s)"
     )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve; return the exit code."""
+    parser = _parser()
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     # It writes the address of every request, in which there may be a key.

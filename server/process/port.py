@@ -3,7 +3,7 @@
 To close a listening socket resets the connections that wait in it, and those that lack only the
 client's last packet. Between the last `accept` and the close there is always a moment. So the
 kernel is told first to drop packets that begin a connection: the client sends another a second
-later, and is refused then, or reaches the server that has come in the place of this one.
+later, and is refused then, or reaches the server that replaced this one.
 """
 
 import ctypes
@@ -30,7 +30,8 @@ _FILTER = (
 def refuse_newcomers(listener: socket.socket) -> bool:
     """Let no further connection begin at this port; those that have begun go on.
 
-    Connections that are accepted later take the filter over, and are not disturbed by it.
+    Accepted connections inherit the filter. It drops only what begins one, so it does not touch
+    them.
 
     Returns:
         Whether the system does that; only Linux can.
@@ -41,6 +42,6 @@ def refuse_newcomers(listener: socket.socket) -> bool:
     program = struct.pack("@HP", len(_FILTER), ctypes.addressof(code))
     try:
         listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
-    except OSError:  # of a sandbox, say, which has none
+    except OSError:  # some sandboxes have no such filter
         return False
     return True

@@ -27,6 +27,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from server.backends import BackendError
 from server.http.app import create_app
@@ -297,6 +298,30 @@ def _allow_files(wanted: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
 
 
+def _config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=Connection,
+        # A connection takes `server.process.streams` for a WebSocket, and uvicorn none.
+        ws="none",
+        ws_max_size=settings.stream_frame_bytes,
+        ws_ping_interval=settings.stall_timeout_s,
+        ws_ping_timeout=2 * settings.stall_timeout_s,
+        # Photos are compressed already, and what is small could unpack to much.
+        ws_per_message_deflate=False,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=settings.keep_alive_s,
+        timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s),
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
+        ssl_ca_certs=settings.tls_client_ca and str(settings.tls_client_ca),
+        ssl_cert_reqs=ssl.CERT_REQUIRED if settings.tls_client_ca else ssl.CERT_NONE,
+    )
+
+
 def run(
     settings: Settings,
     listener: socket.socket,
@@ -329,27 +354,7 @@ def run(
     except (KeyFileError, RuntimeError) as error:
         log.error("%s", error)
         return 1
-    config = uvicorn.Config(
-        app,
-        http=Connection,
-        # A connection takes `server.process.streams` for a WebSocket, and uvicorn none.
-        ws="none",
-        ws_max_size=settings.stream_frame_bytes,
-        ws_ping_interval=settings.stall_timeout_s,
-        ws_ping_timeout=2 * settings.stall_timeout_s,
-        # Photos are compressed already, and what is small could unpack to much.
-        ws_per_message_deflate=False,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=settings.keep_alive_s,
-        timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s),
-        ssl_certfile=settings.tls_cert,
-        ssl_keyfile=settings.tls_key,
-        ssl_ca_certs=settings.tls_client_ca and str(settings.tls_client_ca),
-        ssl_cert_reqs=ssl.CERT_REQUIRED if settings.tls_client_ca else ssl.CERT_NONE,
-    )
+    config = _config(app, settings)
     try:
         config.load()
     except OSError as error:
