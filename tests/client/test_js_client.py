@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import httpx
+import pytest
 
 import server as served
 from tests.support import ROOT
@@ -17,6 +18,7 @@ from tests.support.node import needs_node, npm_installed
 CLIENT = ROOT / "client-js"
 
 
+@pytest.mark.slow
 @needs_node
 def test_its_own_tests_pass() -> None:
     environment = {**os.environ, "SLSNET_PYTHON": sys.executable}

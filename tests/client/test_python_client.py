@@ -231,27 +231,39 @@ def test_the_outline_is_drawn_where_the_mask_ends(server: ServerProcess) -> None
         overlay(PIXELS, mask[:-1])
 
 
-def test_a_refusal_says_what_the_server_said(segment: Segment) -> None:
+@pytest.fixture(scope="module")
+def strict() -> Iterator[ServerProcess]:
     with serve("--max-body-bytes", "200000") as server:
-        broken = PNG[: len(PNG) // 2][:150_000]
-        for photo, status in ((b"no photo", 415), (broken, 422), (bytes(300_000), 413), (b"", 400)):
-            with pytest.raises(RequestRefused) as refused:
-                segment(server.url, photo)
-            error = refused.value
-            assert error.status == status and error.title and error.type == "about:blank"
-            assert error.detail and error.request_id and error.request_id in str(error)
+        yield server
 
 
-def test_keys(segment: Segment, tmp_path: Path) -> None:
+def test_a_refusal_says_what_the_server_said(segment: Segment, strict: ServerProcess) -> None:
+    broken = PNG[: len(PNG) // 2][:150_000]
+    for photo, status in ((b"no photo", 415), (broken, 422), (bytes(300_000), 413), (b"", 400)):
+        with pytest.raises(RequestRefused) as refused:
+            segment(strict.url, photo)
+        error = refused.value
+        assert error.status == status and error.title and error.type == "about:blank"
+        assert error.detail and error.request_id and error.request_id in str(error)
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServerProcess, str]]:
+    """A server that wants a key, and the key."""
     key, line = new_key("clinic")
-    file = tmp_path / "keys"
+    file = tmp_path_factory.mktemp("locked") / "keys"
     file.write_text(f"{line}\n", encoding="utf-8")
     with serve("--api-keys-file", str(file)) as server:
-        assert segment(server.url, PNG, api_key=key).lesion.found
-        for wrong in (None, "wrong"):
-            with pytest.raises(KeyRefused) as refused:
-                segment(server.url, PNG, api_key=wrong)
-            assert refused.value.status == 401 and "wrong" not in str(refused.value)
+        yield server, key
+
+
+def test_keys(segment: Segment, locked: tuple[ServerProcess, str]) -> None:
+    server, key = locked
+    assert segment(server.url, PNG, api_key=key).lesion.found
+    for wrong in (None, "wrong"):
+        with pytest.raises(KeyRefused) as refused:
+            segment(server.url, PNG, api_key=wrong)
+        assert refused.value.status == 401 and "wrong" not in str(refused.value)
 
 
 def test_what_is_no_photo_is_not_sent(segment: Segment, tmp_path: Path) -> None:

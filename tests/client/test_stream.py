@@ -172,26 +172,34 @@ def test_a_frame_that_is_awaited_while_the_server_dies_is_not_lost() -> None:
     assert (answer.index, answer.dropped, answer.error) == (1, 0, None)
 
 
-def test_keys(tmp_path: Path, run: Run) -> None:
+@pytest.fixture(scope="module")
+def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """URL of a server that wants a key and small frames, and the key."""
     key, line = new_key("clinic")
-    (tmp_path / "keys").write_text(line, encoding="utf-8")
-    with serve("--api-keys-file", str(tmp_path / "keys")) as server:
-        with pytest.raises(KeyRefused, match="API key"):
-            run(server.url, [JPEG])
-        (answer,) = run(server.url, [JPEG], key=key)
-        assert answer.result is not None
+    keys = tmp_path_factory.mktemp("strict") / "keys"
+    keys.write_text(line, encoding="utf-8")
+    flags = ("--stream-frame-bytes", "20000", "--root-path", "/skin")
+    with serve("--api-keys-file", str(keys), *flags) as server:
+        yield f"{server.url}/skin/", key
 
 
-def test_what_ends_a_stream_is_told(run: Run) -> None:
-    with serve("--stream-frame-bytes", "20000", "--root-path", "/skin") as server:
-        url = f"{server.url}/skin/"
-        with pytest.raises(RequestRefused, match="20000") as refused:
-            run(url, [JPEG, b"x" * 30_000])
-        assert refused.value.status == 413
-        with pytest.raises(RequestRefused, match="threshold") as refused:
-            run(url, [JPEG], threshold=2)
-        assert refused.value.status == 422
-        assert refused.value.request_id
+def test_keys(strict: tuple[str, str], run: Run) -> None:
+    url, key = strict
+    with pytest.raises(KeyRefused, match="API key"):
+        run(url, [JPEG])
+    (answer,) = run(url, [JPEG], key=key)
+    assert answer.result is not None
+
+
+def test_what_ends_a_stream_is_told(strict: tuple[str, str], run: Run) -> None:
+    url, key = strict
+    with pytest.raises(RequestRefused, match="20000") as refused:
+        run(url, [JPEG, b"x" * 30_000], key=key)
+    assert refused.value.status == 413
+    with pytest.raises(RequestRefused, match="threshold") as refused:
+        run(url, [JPEG], key=key, threshold=2)
+    assert refused.value.status == 422
+    assert refused.value.request_id
     with pytest.raises(Unreachable):
         run(f"http://127.0.0.1:{free_port()}", [JPEG])
 

@@ -79,6 +79,7 @@ def test_it_computes_what_pytorch_does(graph: Path, weights: Path) -> None:
     assert expected.std() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_file_tells_nothing_of_where_it_was_made(
     graph: Path, weights: Path, tmp_path: Path
 ) -> None:

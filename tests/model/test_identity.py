@@ -44,6 +44,7 @@ def test_weights_without_a_size_use_the_given_one() -> None:
     assert (input_size(shipped), input_size(shipped, 64)) == (128, 64)
 
 
+@pytest.mark.slow
 def test_an_export_has_the_size_and_an_identity_of_its_own(weights: Path) -> None:
     graph = weights.with_suffix(".onnx")
     with warnings.catch_warnings():

@@ -141,6 +141,7 @@ def test_the_shipped_table_belongs_to_the_shipped_weights() -> None:
     assert table.weights_sha256 == load_network(WEIGHTS).metadata["weights_sha256"]
 
 
+@pytest.mark.slow
 def test_the_shipped_table_is_true_of_photos_that_it_was_not_made_of(data_dir: Path | None) -> None:
     if data_dir is None:
         pytest.skip("needs the ISIC 2017 validation set (SLSNET_DATA)")

@@ -340,6 +340,7 @@ def command(data: Path, cache: Path, out: Path, *flags: str) -> list[str]:
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
+@pytest.mark.slow
 def test_killed_runs_go_on_bit_for_bit(data: Path, cache: Path, tmp_path: Path) -> None:
     """Everything that has state is on: dropout, averaging, adversary, warm-up, sleeping PAMs."""
     flags = tiny_flags(

@@ -34,6 +34,7 @@ def ranges() -> dict[str, float]:
     return {node.input[0]: 4.0 for node in model.graph.node if node.op_type == "Conv"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "low", "scratch_gb"),
     [

@@ -66,6 +66,7 @@ def test_it_sends_photos_and_holds_their_results(tmp_path: Path) -> None:
         assert len(studies) == 2
 
 
+@pytest.mark.slow
 def test_the_real_servers_results_come_back(tmp_path: Path, server: ServerProcess) -> None:
     needs_dicom()
     port = free_port()

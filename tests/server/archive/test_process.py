@@ -44,6 +44,7 @@ def _is_there(port: int) -> bool:
 
 # pynetdicom leaves the socket of a peer that went to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.slow
 def test_what_was_acknowledged_is_delivered_over_kills(tmp_path: Path) -> None:
     photos = [dicom_photo(seed % 5) for seed in range(12)]
     port = free_port()
