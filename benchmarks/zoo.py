@@ -155,16 +155,21 @@ def _fresh(results: Results, name: str) -> Path:
 
 
 def _settled(network: nn.Module) -> nn.Module:
-    """A fresh network whose norms have seen a batch.
+    """A fresh network of the zoo whose norms have seen a batch; SLSNet as it is.
 
     Else the values of deep ones grow without bound, and rounding alone fails the export's check.
     """
-    images = torch.rand(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    if isinstance(network, Generator):
+        return network
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(8, 3, 8, 8, generator=generator)
+    images = nn.functional.interpolate(coarse, (MODEL_SIZE, MODEL_SIZE))
+    images += torch.randn(images.shape, generator=generator) / 20
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None
     with torch.no_grad():
-        network.train()(nn.functional.interpolate(images, (MODEL_SIZE, MODEL_SIZE)))
+        network.train()(images)
     return network.eval()
 
 
