@@ -1,15 +1,28 @@
-"""The name of a command in its help and errors, and the form of its help."""
+"""What commands share: their name in help and errors, the form of help, and a type of option."""
 
 import argparse
 import sys
 
-__all__ = ["Help", "program"]
+__all__ = ["Help", "fraction", "program"]
 
 
 def program(module: str) -> str:
     """`slsnet COMMAND` if it was called so, else `python -m MODULE`."""
     called = sys.argv[0]
     return called if called.startswith("slsnet ") else f"python -m {module}"
+
+
+def fraction(text: str) -> float:
+    """Read an option from 0 to 1, such as a threshold.
+
+    Raises:
+        argparse.ArgumentTypeError: it is a number outside.
+        ValueError: it is no number.
+    """
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not within 0 and 1")
+    return value
 
 
 class Help(argparse.RawDescriptionHelpFormatter):

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import httpx
 
-from common.program import Help, program
+from common.program import Help, fraction, program
 from server.observe.logs import configure
 
 try:
@@ -43,7 +43,7 @@ except ModuleNotFoundError as error:
         f"{error}: pip install -r requirements-dicom.txt", name=error.name
     ) from error
 
-__all__ = ["main"]
+__all__ = ["main", "parsed"]
 
 log = logging.getLogger("slsnet.archive")
 
@@ -102,13 +102,6 @@ def _size(text: str) -> int:
     return value
 
 
-def _threshold(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not within 0 and 1")
-    return value
-
-
 def _journal_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--journal",
@@ -137,7 +130,7 @@ def _work_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME,…",
         help="results to make of a photo, as `objects` of POST /segment",
     )
-    add("--threshold", type=_threshold, metavar="VALUE", help="0 to 1, as of POST /segment")
+    add("--threshold", type=fraction, metavar="VALUE", help="0 to 1, as of POST /segment")
     add("--clean", action="store_true", help="leave only the largest region of a mask")
     add("--at-work", type=_size, default=2, metavar="N", help="objects at a time in each step")
     add(
@@ -386,27 +379,36 @@ def _look(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the arguments of any command, and check those that depend on each other.
+
+    Args:
+        arguments: None is those of the process.
+
+    Raises:
+        SystemExit: they are wrong; stderr says why.
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
     if options.command == "serve":
         if not options.peer and not options.any_peer:
             parser.error("name those that may send: --peer TITLE or TITLE@ADDRESS, or --any-peer")
         if not (options.stow or options.send_to):
             parser.error("name where results go: --stow, --send-to or both")
-    else:
+    elif options.command == "fetch":
         if not (options.study or options.series or options.date or options.all):
             parser.error("name what to fetch: --study, --series, --date, or --all")
         if not (options.stow or options.send_to):
             options.stow = options.source
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit code."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options = parsed(arguments)
     try:
         if options.command not in ("serve", "fetch"):
             return _look(options)
-        _check(parser, options)
         # Whatever is written here is this user's alone.
         os.umask(0o077)
         configure("info", options.log_format)

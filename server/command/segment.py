@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.files import write_atomically
-from common.program import Help, program
+from common.program import Help, fraction, program
 from photos.fitness import is_unfit
 from photos.forms import Form, Found, encoded, forms
 from photos.image import THRESHOLD, ImageError, encode_png, read_photo
@@ -71,13 +71,6 @@ def _segment(
     return f"{says}, {took_ms:.0f} ms -> {', '.join(map(str, targets))}"
 
 
-def _threshold(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not within 0 and 1")
-    return value
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program("server.command.segment"),
@@ -105,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--threshold",
-        type=_threshold,
+        type=fraction,
         default=THRESHOLD,
         help="probability above which a pixel is lesion, 0 to 1",
     )

@@ -148,11 +148,9 @@ def test_what_stands_beside_the_server() -> None:
 
 def test_the_archive_takes_the_flags_of_compose() -> None:
     pytest.importorskip("pynetdicom", reason="needs requirements-dicom.txt")
-    # What the program does with its arguments before it begins.
-    from server.archive.__main__ import _check, _parser
+    from server.archive.__main__ import parsed
 
     compose = yaml.safe_load((FOLDER / "compose.full.yaml").read_text())["services"]
     _, *flags = compose["archive"]["command"]
-    parser = _parser()
     given = [re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", flag) for flag in flags]
-    _check(parser, parser.parse_args(given))
+    parsed(given)

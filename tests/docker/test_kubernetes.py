@@ -259,9 +259,7 @@ def test_what_stands_beside_the_server(name: str, tmp_path: Path) -> None:
 def _parse(name: str, flags: list[str]) -> None:
     """Hold them against the program's own options."""
     pytest.importorskip("pynetdicom", reason="needs requirements-dicom.txt")
-    # What the program does with its arguments before it begins.
-    from server.archive.__main__ import _check, _parser
+    from server.archive.__main__ import parsed
 
     if name == "archive":
-        parser = _parser()
-        _check(parser, parser.parse_args(flags))
+        parsed(flags)
