@@ -22,6 +22,7 @@ from PIL import Image
 
 from common.files import write_atomically
 from common.program import Help, program
+from model.commands import run_command
 from model.data import add_data_arguments, find_samples, hold_out
 from model.evaluate import WEIGHTS, Network, load_network
 from model.others import KINDS, drawn, of_packages
@@ -256,14 +257,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    try:
-        print(options.run(options))
-    except ModuleNotFoundError as error:
-        parser.exit(1, f"{parser.prog}: error: {error}: pip install -r requirements-train.txt\n")
-    except (ValueError, OSError) as error:
-        parser.exit(1, f"{parser.prog}: error: {error}\n")
+    run_command(_parser(), arguments)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from common.files import write_atomically
 from common.program import Help, program
+from model.commands import run_command
 from model.data import add_data_arguments, find_pairs, find_samples
 from model.evaluate import WEIGHTS, Case, Evaluation, evaluate, load_network
 from model.metrics import THRESHOLD_JACCARD, jaccard
@@ -357,14 +358,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make a table, or test one."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    try:
-        print(options.run(options))
-    except ModuleNotFoundError as error:
-        parser.exit(1, f"{parser.prog}: error: {error}: pip install -r requirements-train.txt\n")
-    except (ValueError, OSError) as error:
-        parser.exit(1, f"{parser.prog}: error: {error}\n")
+    run_command(_parser(), arguments)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,26 @@
+"""How a program of several commands runs the one that it was asked for."""
+
+import argparse
+from collections.abc import Sequence
+
+__all__ = ["run_command"]
+
+
+def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> None:
+    """Run a command, and print what it says.
+
+    Args:
+        parser: its default `run` takes the options, and gives what is to be printed.
+        arguments: None is those of the process.
+
+    Raises:
+        SystemExit: with 1 and the reason on stderr, if the command fails or a package is missing;
+            with 2 if the arguments are wrong.
+    """
+    options = parser.parse_args(arguments)
+    try:
+        print(options.run(options))
+    except ModuleNotFoundError as error:
+        parser.exit(1, f"{parser.prog}: error: {error}: pip install -r requirements-train.txt\n")
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
