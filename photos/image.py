@@ -38,6 +38,7 @@ __all__ = [
     "FORMATS",
     "MODEL_SIZE",
     "THRESHOLD",
+    "UPRIGHT",
     "CorruptImageError",
     "ImageError",
     "ImageTooLargeError",
@@ -103,9 +104,9 @@ _MAGIC = (
     (b"BM", "BMP"),
 )
 
-# EXIF orientation → the operation that turns the stored picture upright (EXIF 2.32, tag 0x0112).
 _ORIENTATION_TAG = 0x0112
-_UPRIGHT = {
+
+UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -114,6 +115,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+"""EXIF orientation → what turns the stored picture upright (EXIF 2.32, tag 0x0112)."""
 
 # Pillow warns of damaged metadata and of large pictures. This module checks both itself. A warning
 # whose text has a number from the file would stay in Python's registry of warnings for ever.
@@ -270,7 +272,7 @@ def _decode(
             orientation = _orientation(image)
             # Pillow's BOX is not symmetric. Turned before averaging, the pixels are exactly those
             # of the same photo stored upright. A JPEG is small by now.
-            upright = image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+            upright = image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
             square = _squash(upright, size, grey)
     if 5 <= orientation <= 8:
         width, height = height, width
@@ -527,7 +529,7 @@ def _orientation(image: ImageFile.ImageFile) -> int:
             exif = bytes.fromhex("".join(image.info["Raw profile type exif"].split("\n")[3:]))
         immodest = exif is not None and not structure.is_modest_exif(exif)
         tag = 1 if immodest else int(image.getexif().get(_ORIENTATION_TAG, 1))
-        orientation = tag if tag in _UPRIGHT else 1
+        orientation = tag if tag in UPRIGHT else 1
     except Exception:  # noqa: BLE001
         # EXIF is damaged and the pixels are sound: take the picture as it is stored.
         return 1

@@ -162,6 +162,7 @@ def test_a_graph_that_computes_something_else_is_not_written(
     generator.head.bias.data += 0.001
     save_generator(generator, other, load_metadata(weights))
     made = onnx.load_model_from_string(unstamped(before))
+    # Private: no weights make PyTorch trace another graph than theirs.
     monkeypatch.setattr(model.export, "_graph", lambda *_: made)
     with pytest.raises(ValueError, match=r"differs from PyTorch by .* was not written"):
         export(other, graph, "2", "Apache-2.0")

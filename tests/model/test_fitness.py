@@ -32,6 +32,7 @@ def photos() -> list[NDArray[np.uint8]]:
 def test_a_detector_lets_photos_like_its_own_pass_and_finds_others(
     photos: list[NDArray[np.uint8]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Private: as many photos as a real detector needs would take minutes to draw.
     monkeypatch.setattr(fitness, "_LEAST_PHOTOS", 100)
     monkeypatch.setattr(fitness, "GROUPS", 2)
     found = np.array([features(photo) for photo in photos[:120]])
@@ -59,6 +60,7 @@ def test_drawn_pictures_follow_from_their_seed(kind: str) -> None:
 def test_a_report_counts_both_kinds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Private: two of a kind are enough to be counted.
     monkeypatch.setattr(fitness, "_DRAWN_EACH", 2)
     monkeypatch.setattr(fitness, "_TURNS", 2)
     write_pairs(tmp_path / "photos", 3, 64, 64)

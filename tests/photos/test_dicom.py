@@ -393,12 +393,14 @@ def test_an_object_that_unpacks_to_gigabytes_is_refused() -> None:
 def test_what_a_process_does_costs_its_photo_only(
     monkeypatch: pytest.MonkeyPatch, code: str, error: type[Exception]
 ) -> None:
+    # Private: the process cannot be made to misbehave in another way.
     monkeypatch.setattr(process, "_START", code)
     with pytest.raises(error):
         read_photo(dicom_bytes(PIXELS))
 
 
 def test_a_process_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Private: as above, and the real limit would be waited for.
     monkeypatch.setattr(process, "_START", "import time; time.sleep(600)")
     monkeypatch.setattr(process, "_MAX_S", 0.5)
     with pytest.raises(CorruptImageError, match="too long"):

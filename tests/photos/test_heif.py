@@ -12,6 +12,7 @@ from PIL import Image
 
 from photos import heif
 from photos.image import (
+    UPRIGHT,
     CorruptImageError,
     ImageError,
     ImageTooLargeError,
@@ -55,15 +56,8 @@ def test_it_is_turned_as_its_header_says(name: str, turns: int, mirror: int | No
     assert found.orientation == exif.orientation
     stored = Image.fromarray(PIXELS)
     if found.orientation > 1:
-        stored = stored.transpose(heif_upright(found.orientation))
+        stored = stored.transpose(UPRIGHT[found.orientation])
     assert np.array_equal(np.asarray(stored), upright)
-
-
-def heif_upright(orientation: int) -> Image.Transpose:
-    # The decoder has a copy, since it imports nothing of ours.
-    from photos.image import _UPRIGHT
-
-    return _UPRIGHT[orientation]
 
 
 def test_grey_and_transparent_ones_are_read(name: str) -> None:

@@ -293,6 +293,7 @@ def test_nothing_is_built_again_while_photos_come(
     def idle_s() -> float:
         if whose == "this server's":
             return 0.0
+        # Private: what the other tells of its photos, without a build of its own.
         other._idle_s(lambda: 0.0)
         return 100.0
 

@@ -177,6 +177,7 @@ def test_a_peer_needs_a_title(text: str) -> None:
 
 def test_a_journal_that_fails_takes_nothing(tmp_path: Path) -> None:
     with running(tmp_path, "http://127.0.0.1:9", {}) as relay:
+        # Private: root, as whom tests may run, can write where a folder says no.
         relay.journal._database.execute("PRAGMA query_only = ON")  # as a disk that only reads
         assert store(relay.port, [dicom_photo()]) == [0xA700]
         relay.journal._database.execute("PRAGMA query_only = OFF")
