@@ -6,7 +6,7 @@
     ├── Forbidden 403          the key does not open this path
     ├── NotFound 404           nothing has that name
     ├── NotAcceptable 406      Accept rules out every form of the answer
-    ├── Encoded 415            the body's Content-Encoding is not served
+    ├── BodyEncoded 415        the body's Content-Encoding is not served
     └── TooManyRequests 429    a limit of HTTP's own, beside those of admission
 
 `server.http.problems` tells them and the errors of `server.inference.errors`.
@@ -19,7 +19,7 @@ from server.inference.errors import Problem, UnsupportedType
 
 __all__ = [
     "BadRequest",
-    "Encoded",
+    "BodyEncoded",
     "Forbidden",
     "HttpProblem",
     "NotAcceptable",
@@ -77,7 +77,7 @@ class NotAcceptable(HttpProblem):
     status = HTTPStatus.NOT_ACCEPTABLE
 
 
-class Encoded(HttpProblem):
+class BodyEncoded(HttpProblem):
     """The body's Content-Encoding is not served."""
 
     status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE

@@ -14,7 +14,7 @@ import multipart
 from starlette.datastructures import Headers
 from starlette.types import Receive
 
-from server.http.errors import BadRequest, Encoded
+from server.http.errors import BadRequest, BodyEncoded
 from server.inference.errors import (
     ClientGone,
     Problem,
@@ -99,7 +99,7 @@ def check_type(headers: Headers) -> None:
 
     Raises:
         UnsupportedType: the type is neither a form nor an image that is served.
-        Encoded: the body is compressed.
+        BodyEncoded: the body is compressed.
     """
     _check_encoding(headers)
     kind = _media_type(headers.get("content-type", ""))
@@ -114,7 +114,7 @@ def check_type(headers: Headers) -> None:
 def _check_encoding(headers: Headers) -> None:
     encoding = headers.get("content-encoding", "identity")
     if encoding.strip().lower() != "identity":
-        raise Encoded(
+        raise BodyEncoded(
             f"A body with Content-Encoding {encoding[:40]} is not served: photos are compressed"
             " already. Send it without Content-Encoding.",
             # RFC 9110, 15.5.16.
@@ -180,7 +180,7 @@ async def read_parts(
     Raises:
         BadRequest: the form is malformed, or empty.
         UnsupportedType: the body is not a form.
-        Encoded: it is compressed.
+        BodyEncoded: it is compressed.
         TooLarge: it has too many photos, or bytes.
         ClientGone: the client hung up before the end.
     """

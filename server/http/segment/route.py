@@ -163,7 +163,7 @@ async def _answer(
             asked = contents.asked
             answer = await encoded(work, segmentation, asked, drawn, held)
         about = {} if asked.form == "json" else answer.headers
-        return _Answer(answer.content, asked.media_type, about, held.pop_all())
+        return _HeldResponse(answer.content, asked.media_type, about, held.pop_all())
 
 
 class _Contents:
@@ -196,7 +196,7 @@ class _Contents:
             self._drawn.put(photo)
 
 
-class _Answer(Response):
+class _HeldResponse(Response):
     """An answer that may hold bytes of the budget until it is sent."""
 
     def __init__(

@@ -85,7 +85,7 @@ class Address:
 class _SharedNetwork:
     """A network that the owner runs; see `Network`."""
 
-    def __init__(self, owner: "_Owner", number: int, info: BackendInfo, max_batch: int) -> None:
+    def __init__(self, owner: "_OwnerLink", number: int, info: BackendInfo, max_batch: int) -> None:
         self.info = info
         self.max_batch = max_batch
         self.number = number
@@ -136,14 +136,14 @@ class _SharedNetwork:
             self._owner.put(RELEASE, number=self.number)
 
 
-class _Owner(Channel):
+class _OwnerLink(Channel):
     """The owner of the network, as long as it is connected."""
 
     def __init__(
         self,
         slots: Slots,
         service: Service,
-        on_network: Callable[["_Owner", dict[str, Any]], None],
+        on_network: Callable[["_OwnerLink", dict[str, Any]], None],
     ) -> None:
         super().__init__()
         self.lost = asyncio.Event()
@@ -313,7 +313,7 @@ class Link:
         self._service = service
         self._address = address
         self._slots = Slots(address.memory)
-        self._owner: _Owner | None = None
+        self._owner: _OwnerLink | None = None
         self._keeping: asyncio.Task[None] | None = None
         self._taking: set[asyncio.Task[None]] = set()
 
@@ -357,7 +357,7 @@ class Link:
             try:
                 # It waits at the socket for an owner that is not there yet.
                 _, owner = await loop.create_unix_connection(
-                    lambda: _Owner(self._slots, self._service, self._take), self._address.path
+                    lambda: _OwnerLink(self._slots, self._service, self._take), self._address.path
                 )
             except OSError as error:
                 log.debug("no way to the network's process: %s", error)
@@ -368,7 +368,7 @@ class Link:
                 log.error("the network's process is gone: requests are refused until it is back")
             await asyncio.sleep(_PAUSE_S)
 
-    def _take(self, owner: _Owner, card: dict[str, Any]) -> None:
+    def _take(self, owner: _OwnerLink, card: dict[str, Any]) -> None:
         service, network = self._service, owner.network(card)
         name = card["name"]
         if name not in service.networks:
