@@ -59,7 +59,7 @@ class Client:
         self._connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
 
     def close(self) -> None:
-        """Close the connection."""
+        """Hang up; no photo can be sent afterwards."""
         self._connection.close()
 
     def segment(self, photo: bytes) -> Timing:

@@ -115,7 +115,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The configuration of one training run."""
+    """A training run's recipe: networks, losses, data and schedule. Wrong values raise ValueError."""
 
     __pydantic_config__ = _STRICT
 

@@ -38,7 +38,7 @@ _SAMPLES_AT_ONCE = 1 << 17
 
 
 class Form(StrEnum):
-    """A form of file."""
+    """Files that can be made of one mask, by the names that clients and commands ask for."""
 
     OVERLAY = "overlay"
     """JPEG: the photo with the outline, at most 2048 pixels a side."""

@@ -17,7 +17,7 @@ __all__ = ["COMMANDS", "main"]
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand."""
+    """What `slsnet NAME` runs, and what `slsnet --help` says of it."""
 
     module: str
     """The module whose `main` it runs."""

@@ -137,7 +137,7 @@ def inlined(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def error_headers(status: int) -> dict[str, Any]:
-    """OpenAPI headers of an error."""
+    """Headers of errors of this HTTP status, as OpenAPI describes them."""
     text = {"schema": {"type": "string"}}
     headers = dict(HEADERS)
     if status == 401:

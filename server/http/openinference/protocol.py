@@ -69,7 +69,7 @@ class _Message(BaseModel):
 
 
 class ServerMetadata(_Message):
-    """The server."""
+    """The server's name and version, and the extensions of the protocol that it serves."""
 
     name: str = Field(examples=["slsnet-server"])
     version: str = Field(examples=["0.1.0"])
@@ -134,7 +134,7 @@ class ModelConfig(_Message):
 
 
 class RequestParameters(_Message):
-    """Parameters of a request as a whole."""
+    """What a client may ask of a request as a whole; none is needed."""
 
     binary_data_output: StrictBool = Field(
         False, description="all outputs as binary data, if none is asked for by name"
@@ -146,7 +146,7 @@ class RequestParameters(_Message):
 
 
 class InputParameters(_Message):
-    """Parameters of an input."""
+    """Where a client has put an input's values, if not in the JSON."""
 
     binary_data_size: StrictInt | None = Field(
         None, ge=0, description="bytes after the JSON that hold it"
@@ -155,7 +155,7 @@ class InputParameters(_Message):
 
 
 class RequestInput(_Message):
-    """The images."""
+    """A client's images, uint8 RGB [images, 128, 128, 3]."""
 
     name: str = Field(examples=[INPUT])
     shape: list[StrictInt] = Field(examples=[[1, 128, 128, 3]])
@@ -167,7 +167,7 @@ class RequestInput(_Message):
 
 
 class OutputParameters(_Message):
-    """Parameters of a requested output."""
+    """How a client wants an output to be sent."""
 
     binary_data: StrictBool = Field(False, description="as binary data, after the JSON")
     classification: StrictInt = Field(0, description="not served")
@@ -175,7 +175,7 @@ class OutputParameters(_Message):
 
 
 class RequestOutput(_Message):
-    """A requested output."""
+    """An output that a client asks for; without any it gets them all."""
 
     name: str = Field(examples=[OUTPUT])
     parameters: OutputParameters = OutputParameters()
@@ -197,7 +197,7 @@ class AnswerParameters(_Message):
 
 
 class AnswerOutput(_Message):
-    """The probabilities."""
+    """The server's probabilities of lesion, 0 to 1, float32 [images, 128, 128]."""
 
     name: str = Field(examples=[OUTPUT])
     shape: list[int] = Field(examples=[[1, 128, 128]])
