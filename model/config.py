@@ -115,7 +115,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run's recipe: networks, losses, data and schedule. Wrong values raise ValueError."""
+    """A run's recipe: networks, losses, data and schedule. Wrong values raise ValueError."""
 
     __pydantic_config__ = _STRICT
 
