@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from server.settings import Settings
 from tests.support import ROOT, python_files
 
 PARTS = ("server", "model", "engines", "trt_build", "benchmarks", "docs")
@@ -51,9 +52,13 @@ def parser(
 def test_defaults_are_shown(parser: argparse.ArgumentParser) -> None:
     parser.format_help()
     for action in parser._actions:
-        # The server's settings have theirs in words alone.
-        is_help = isinstance(action, argparse._HelpAction)
-        if action.nargs != 0 and action.default not in (None, []) and not is_help:
+        if action.nargs == 0 or isinstance(action, argparse._HelpAction):
+            continue
+        default = action.default
+        if default == argparse.SUPPRESS:
+            # The server's settings have theirs in words alone.
+            default = Settings.model_fields[action.dest].default
+        if default not in (None, "", [], (), {}, frozenset()):
             assert "default" in (action.help or ""), action.dest
 
 

@@ -1,5 +1,6 @@
 """`--share-network yes`: workers speak HTTP and decode, one process runs the network for them."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -39,8 +40,13 @@ SHARED = ("--workers", "2", "--share-network", "yes", "--drain-grace-s", "0.5")
 
 def children(server: ServerProcess, module: str) -> list[psutil.Process]:
     """The server's processes that run this module."""
-    found = psutil.Process(server.process.pid).children()
-    return [child for child in found if f"server.process.{module}" in child.cmdline()]
+    found = []
+    for child in psutil.Process(server.process.pid).children():
+        # One that a test has killed may vanish meanwhile.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if f"server.process.{module}" in child.cmdline():
+                found.append(child)
+    return found
 
 
 def owner_of(server: ServerProcess) -> psutil.Process:
