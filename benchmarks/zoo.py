@@ -276,13 +276,14 @@ def measure_sides(results: Results, args: argparse.Namespace) -> None:
 
 def report(results: Results, _: argparse.Namespace) -> None:
     """Write the table and the plots."""
-    text = f"{table(results)}\n{paper_table(results)}\n"
+    costs, found, epochs = rows(results)
+    text = f"{table(costs, found, epochs)}\n{paper_table(found)}\n"
     if results.sides.exists():
         text += f"\n{sides_table(results)}\n"
     with replacing(results.out / "table.md") as path:
         path.write_text(text, encoding="utf-8")
-    if any(row.jaccard is not None for row in rows(results)[1]):
-        plot(results).savefig(results.out / "pareto.svg")
+    if any(row.jaccard is not None for row in found):
+        plot(found).savefig(results.out / "pareto.svg")
     print(text)
 
 

@@ -126,9 +126,8 @@ def _accuracy(row: Row) -> float:
     return -1 if row.jaccard is None else row.jaccard
 
 
-def table(results: Results) -> str:
-    """The table as Markdown, the most accurate network first."""
-    costs, found, epochs = rows(results)
+def table(costs: dict[str, Any], found: list[Row], epochs: int | None) -> str:
+    """The table as Markdown, the most accurate network first; arguments are what `rows` returns."""
     threads = costs["threads"]
     lines = [
         f"Machine: {costs['machine']}. Budget: {epochs or 'no'} epochs over the training photos."
@@ -154,9 +153,9 @@ def table(results: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
-def paper_table(results: Results) -> str:
+def paper_table(of_networks: list[Row]) -> str:
     """The paper's tables 1 and 2 beside the figures of here, as Markdown."""
-    found = {row.name: row for row in rows(results)[1]}
+    found = {row.name: row for row in of_networks}
 
     def cell(value: float | None, form: str) -> str:
         return "–" if value is None else format(value, form)
@@ -195,9 +194,8 @@ def sides_table(results: Results) -> str:
     return markdown(("network, ms an image", "on", *heads), lines)
 
 
-def plot(results: Results) -> Figure:
+def plot(found: list[Row]) -> Figure:
     """Accuracy against time, parameters and bytes; the line joins what nothing is better than."""
-    _, found, _ = rows(results)
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
     scored = [row for row in found if row.jaccard is not None]

@@ -85,6 +85,32 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add `--images` and `--masks`, whose folders `find_pairs` reads."""
+    parser.add_argument(
+        "--images", type=Path, required=True, metavar="DIR", help="folder of photos"
+    )
+    parser.add_argument(
+        "--masks",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of the annotators' masks; may be the same",
+    )
+
+
+def add_held_out_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--runs`, which held photos out (`data.folds`)."""
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="RUN",
+        help="folders of runs, each of which held out a fold",
+    )
+
+
 def find_pairs(
     images: Path, masks: Path, origin: str = "folder", split: Split = "training"
 ) -> list[Sample]:

@@ -26,7 +26,7 @@ from common.files import replacing
 from common.program import Help
 from model.checkpoint import load_run
 from model.config import ConfigError
-from model.data import add_data_arguments, find_samples, load_pixels, select
+from model.data import add_data_arguments, add_held_out_argument, find_samples, load_pixels, select
 from model.metrics import jaccard
 from model.scoring import confusion
 from model.splits import STORED_SIZE, split_samples
@@ -69,14 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=Help,
     )
     add_data_arguments(parser)
-    parser.add_argument(
-        "--runs",
-        type=Path,
-        nargs="+",
-        required=True,
-        metavar="RUN",
-        help="folders of runs, each of which held out a fold",
-    )
+    add_held_out_argument(parser)
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="the soft targets, .npz"
     )

@@ -34,7 +34,7 @@ from PIL import Image, ImageOps
 from common.program import Help, program
 from common.progress import Progress, say
 from common.tables import to_cell
-from model.data import Sample, find_pairs
+from model.data import Sample, add_pair_arguments, find_pairs
 from model.metrics import (
     METRICS,
     Calibration,
@@ -354,22 +354,8 @@ def write_table(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         writer.writerows([first, *others])
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        formatter_class=Help,
-        prog=program("model.evaluate"),
-        description=__doc__,
-    )
-    parser.add_argument(
-        "--images", type=Path, required=True, metavar="DIR", help="folder of photos"
-    )
-    parser.add_argument(
-        "--masks",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder of the annotators' masks; may be the same",
-    )
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--model`, a file that `load_network` reads."""
     parser.add_argument(
         "--model",
         type=Path,
@@ -377,6 +363,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="the network, .onnx or .safetensors (default: the shipped one)",
     )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        formatter_class=Help,
+        prog=program("model.evaluate"),
+        description=__doc__,
+    )
+    add_pair_arguments(parser)
+    add_model_argument(parser)
     add_network_argument(parser, "refuse a file of another one")
     parser.add_argument(
         "--threshold",

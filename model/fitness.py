@@ -24,7 +24,7 @@ from common.files import write_atomically
 from common.program import Help, program
 from model.commands import run_command
 from model.data import add_data_arguments, find_samples, hold_out
-from model.evaluate import WEIGHTS, Network, load_network
+from model.evaluate import WEIGHTS, Network, add_model_argument, load_network
 from model.others import KINDS, drawn, of_packages
 from model.truth import DataError, find_photos
 from photos.fitness import FEATURES, Detector, features, is_unfit
@@ -238,13 +238,7 @@ def _parser() -> argparse.ArgumentParser:
     test.add_argument(
         "--others", default=[], help="more pictures that are no dermoscopic photos", **folders
     )
-    test.add_argument(
-        "--model",
-        type=Path,
-        default=WEIGHTS,
-        metavar="FILE",
-        help="the network (default: the shipped one)",
-    )
+    add_model_argument(test)
     test.add_argument(
         "--detector",
         type=Path,

@@ -24,8 +24,14 @@ from numpy.typing import NDArray
 from common.files import write_atomically
 from common.program import Help, program
 from model.commands import run_command
-from model.data import add_data_arguments, find_pairs, find_samples
-from model.evaluate import WEIGHTS, Case, Evaluation, evaluate, load_network
+from model.data import (
+    add_data_arguments,
+    add_held_out_argument,
+    add_pair_arguments,
+    find_pairs,
+    find_samples,
+)
+from model.evaluate import WEIGHTS, Case, Evaluation, add_model_argument, evaluate, load_network
 from model.metrics import THRESHOLD_JACCARD, jaccard
 from model.truth import DataError, read_truth
 from photos.image import THRESHOLD, upsampled
@@ -314,14 +320,7 @@ def _parser() -> argparse.ArgumentParser:
         "calibrate", formatter_class=Help, help="make a table from what runs held out"
     )
     add_data_arguments(make)
-    make.add_argument(
-        "--runs",
-        type=Path,
-        nargs="+",
-        required=True,
-        metavar="RUN",
-        help="folders of runs, each of which held out a fold",
-    )
+    add_held_out_argument(make)
     make.add_argument(
         "--weights",
         type=Path,
@@ -337,17 +336,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     make.set_defaults(run=_calibrate)
     test = commands.add_parser("report", formatter_class=Help, help="test a table on other photos")
-    test.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of photos")
-    test.add_argument(
-        "--masks", type=Path, required=True, metavar="DIR", help="folder of the annotators' masks"
-    )
-    test.add_argument(
-        "--model",
-        type=Path,
-        default=WEIGHTS,
-        metavar="FILE",
-        help="the network (default: the shipped one)",
-    )
+    add_pair_arguments(test)
+    add_model_argument(test)
     test.add_argument(
         "--table", type=Path, metavar="FILE", help="the one to test (default: beside the network)"
     )

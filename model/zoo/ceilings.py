@@ -12,14 +12,13 @@ Figures are mean Jaccards over photos, at the photos' size reduced to `--side`.
 import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from common.program import Help
-from model.data import Sample, find_pairs
+from model.data import Sample, add_pair_arguments, find_pairs
 from model.metrics import count, jaccard
 from model.truth import DataError, read_truth
 from photos.image import ImageError, read_photo
@@ -114,12 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m model.zoo.ceilings", description=__doc__, formatter_class=Help
     )
-    parser.add_argument(
-        "--images", type=Path, required=True, metavar="DIR", help="folder of photos"
-    )
-    parser.add_argument(
-        "--masks", type=Path, required=True, metavar="DIR", help="folder of the annotators' masks"
-    )
+    add_pair_arguments(parser)
     parser.add_argument("--limit", type=int, metavar="N", help="the first N photos (default: all)")
     parser.add_argument(
         "--side",
