@@ -6,8 +6,10 @@
     python -m benchmarks.zoo report --out build/zoo
 
 `train` gives every network the same photos, augmentation, loss, optimiser, number of epochs and
-seeds, and scores it on the official validation set. What is done is not repeated and a killed run
-goes on, so a budget can be spent in pieces. `costs` exports every network, with its trained weights
+seeds, and scores it on the official validation set. With `--folds` each seed also keeps a fold of
+the training photos out, and is scored on that too: `--folds 5 --seeds 0 1 2 3 4` holds out every
+photo once. What is done is not repeated and a killed run goes on, so a budget can be spent in
+pieces. `costs` exports every network, with its trained weights
 where there are any, and times all of them in rounds, each in a process of its own, as the server
 runs it; then each in a server, which gets real photos. `sides` times SLSNet and GAN-FCN at the
 sides of table 3 of SLSNet's paper. `report` writes `table.md`, with the figures of the paper's
@@ -53,7 +55,7 @@ from common.files import replacing
 from common.program import Help
 from model.config import TrainConfig, add_set_argument, load_config, parse_overrides
 from model.data import add_data_arguments, find_samples
-from model.evaluate import evaluate, load_network
+from model.evaluate import Evaluation, evaluate, load_network
 from model.export import export, set_attention
 from model.generator import Generator
 from model.layers import PositionAttention
@@ -89,14 +91,23 @@ def train_all(results: Results, args: argparse.Namespace) -> None:
                 continue
             print(f"{name}, seed {seed}", file=sys.stderr, flush=True)
             changes = parse_overrides(args.set)
+            if args.folds:
+                changes |= {"data.folds": args.folds, "data.fold": seed % args.folds}
             config = configuration(name, epochs=args.epochs, seed=seed, **changes)
             train(config, args.data, folder, args.cache, resume=(folder / "last.pt").exists())
-            held_out = next(iter(split_samples(config, samples, args.cache)[1].values()))
             network = load_network(folder / "best.safetensors", config.size)
-            report = evaluate(held_out, network).report()
-            kept = ("jaccard", "jaccard_standard_error", "threshold_jaccard", "dice", "count")
-            score = {key: report[key] for key in kept} | {"epochs": args.epochs, "seed": seed}
+            held_out = split_samples(config, samples, args.cache)[1]
+            first, *fold = [_score(evaluate(chosen, network)) for chosen in held_out.values()]
+            score = first | {"epochs": args.epochs, "seed": seed}
+            if fold:
+                score["fold"] = fold[0] | {"fold": config.data.fold}
             _write(folder / "score.json", score)
+
+
+def _score(result: Evaluation) -> dict[str, Any]:
+    kept = ("jaccard", "jaccard_standard_error", "threshold_jaccard", "dice", "count")
+    report = result.report()
+    return {key: report[key] for key in kept}
 
 
 def measure_all(results: Results, args: argparse.Namespace) -> None:
@@ -320,6 +331,14 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--epochs", type=int, default=2, help="epochs of every training")
     training.add_argument(
         "--seeds", type=int, nargs="+", default=[0], metavar="N", help="one training for each"
+    )
+    training.add_argument(
+        "--folds",
+        type=int,
+        default=0,
+        metavar="N",
+        help="split the training photos into N folds; seed S trains without fold S modulo N"
+        " (0: train on all)",
     )
     add_set_argument(training)
     training.set_defaults(work=train_all)

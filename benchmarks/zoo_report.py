@@ -1,6 +1,7 @@
 """The tables and plots of `benchmarks.zoo`, from what it measured."""
 
 import json
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -92,6 +93,8 @@ class Row:
     seeds: int
     threshold_jaccard: float | None
     """Mean over seeds."""
+    fold: tuple[float, float, int] | None
+    """Mean Jaccard over the photos that its trainings held out, standard error, and how many."""
 
 
 def rows(results: Results) -> tuple[dict[str, Any], list[Row], int | None]:
@@ -113,6 +116,7 @@ def rows(results: Results) -> tuple[dict[str, Any], list[Row], int | None]:
                 max(score["jaccard_standard_error"] for score in scores) if scores else None,
                 len(scores),
                 statistics.mean(score["threshold_jaccard"] for score in scores) if scores else None,
+                _over_folds([score["fold"] for score in scores if "fold" in score]),
             )
         )
     if len(budgets) > 1:
@@ -120,6 +124,20 @@ def rows(results: Results) -> tuple[dict[str, Any], list[Row], int | None]:
             f"{results.out} has trainings of {sorted(budgets)} epochs: one table has one"
         )
     return costs, found, next(iter(budgets), None)
+
+
+def _over_folds(folds: list[dict[str, Any]]) -> tuple[float, float, int] | None:
+    """The mean over all photos, its standard error, and their number; each fold counts once."""
+    distinct = list({fold["fold"]: fold for fold in folds}.values())
+    count = sum(fold["count"] for fold in distinct)
+    if not count:
+        return None
+    shares = [fold["count"] / count for fold in distinct]
+    mean = sum(share * fold["jaccard"] for share, fold in zip(shares, distinct, strict=True))
+    errors = [
+        share * fold["jaccard_standard_error"] for share, fold in zip(shares, distinct, strict=True)
+    ]
+    return mean, math.hypot(*errors), count
 
 
 def _accuracy(row: Row) -> float:
@@ -134,20 +152,22 @@ def table(costs: dict[str, Any], found: list[Row], epochs: int | None) -> str:
         f" Milliseconds an image in ONNX Runtime, photos a second of {CLIENTS} clients through the"
         " server; medians.",
         "",
-        "| network | Jaccard, validation | seeds | parameters, M | GMAC | file, MB | memory, MB"
-        f" | 1 thread: 1 | of 8 | {threads} threads: 1 | of 8 | photos/s |",
-        "|---|" + "--:|" * 11,
+        "| network | Jaccard, validation | held-out folds | seeds | parameters, M | GMAC"
+        f" | file, MB | memory, MB | 1 thread: 1 | of 8 | {threads} threads: 1 | of 8 | photos/s |",
+        "|---|" + "--:|" * 12,
     ]
     best_first = sorted(found, key=_accuracy, reverse=True)
     for row in best_first:
         facts = row.costs
         score = "–" if row.jaccard is None else f"{row.jaccard:.4f} ± {row.error:.4f}"
+        fold = "{:.4f} ± {:.4f} of {}".format(*row.fold) if row.fold else "–"
         times = " | ".join(
             f"{facts['ms'][f'{count}x{size}']:.1f}" for count in (1, threads) for size in BATCHES
         )
         lines.append(
-            f"| `{row.name}` | {score} | {row.seeds or '–'} | {facts['parameters'] / 1e6:.2f}"
-            f" | {facts['macs'] / 1e9:.2f} | {facts['bytes'] / 1e6:.1f} | {facts['memory_mb']:.0f}"
+            f"| `{row.name}` | {score} | {fold} | {row.seeds or '–'}"
+            f" | {facts['parameters'] / 1e6:.2f} | {facts['macs'] / 1e9:.2f}"
+            f" | {facts['bytes'] / 1e6:.1f} | {facts['memory_mb']:.0f}"
             f" | {times} | {facts['photos_per_s']:.1f} |"
         )
     return "\n".join(lines) + "\n"

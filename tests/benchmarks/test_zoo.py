@@ -1,6 +1,7 @@
 """The zoo's benchmark: what it measures, and its table and plots, from trainings of seconds."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from torch import nn
 
 from benchmarks.latency import machine
 from benchmarks.zoo import macs, main
-from benchmarks.zoo_report import front
+from benchmarks.zoo_report import Results, front, rows
 from server.cores import available_cores
 from tests.support.tiny import SETTINGS, write_isic2017
 
@@ -32,12 +33,12 @@ def test_the_front_has_what_nothing_is_better_than() -> None:
 def test_a_network_is_trained_timed_served_and_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_isic2017(tmp_path / "data", training=4, validation=2)
+    write_isic2017(tmp_path / "data", training=8, validation=2)
     out = ["--out", str(tmp_path / "out"), "--networks", "enet"]
     settings = {key: value for key, value in SETTINGS.items() if key != "epochs"} | {"size": 128}
     tiny = [f"--set={key}={value}" for key, value in settings.items()]
     data = ["--data", str(tmp_path / "data"), "--cache", str(tmp_path / "cache")]
-    training = ["train", *out, *data, "--epochs", "1", *tiny]
+    training = ["train", *out, *data, "--epochs", "1", "--folds", "2", *tiny]
     main(training)
     weights = tmp_path / "out/runs/enet/seed-0/best.safetensors"
     before = weights.stat().st_mtime_ns
@@ -63,14 +64,30 @@ def test_a_network_is_trained_timed_served_and_reported(
     table = (tmp_path / "out/table.md").read_text()
     assert capsys.readouterr().out == table + "\n"
     score = json.loads((weights.parent / "score.json").read_text())
+    held_out = score["fold"]
+    assert 0 < held_out["count"] < 8 and 0 <= held_out["jaccard"] <= 1
     _, networks, paper, sides = table.split("\n\n")
     first, second = networks.splitlines()[-2:]
     assert first.startswith(f"| `enet` | {score['jaccard']:.4f} ± ") and "1 epochs" in table
-    assert second.startswith("| `lraspp` | – | – | 3.22 ")
+    assert f" | {held_out['jaccard']:.4f} ± " in first and f" of {held_out['count']} | 1 |" in first
+    assert second.startswith("| `lraspp` | – | – | – | 3.22 ")
     (of_paper,) = paper.splitlines()[2:]
     assert of_paper.startswith(f"| `enet` | 0.36 | 0.36 | 0.741 | {score['jaccard']:.3f} | – |")
     assert all(line.startswith("| `enet` | here, threads: ") for line in sides.splitlines()[2:])
     assert "<svg" in (tmp_path / "out/pareto.svg").read_text()
+
+
+def test_folds_are_one_set_of_photos_in_which_each_counts_once(tmp_path: Path) -> None:
+    costs = {"networks": {"enet": {}}}
+    (tmp_path / "costs.json").write_text(json.dumps(costs))
+    for seed, (fold, count, value) in enumerate([(0, 30, 0.6), (1, 10, 0.8), (0, 30, 0.6)]):
+        figures = {"jaccard": value, "jaccard_standard_error": 0.04, "threshold_jaccard": 0.5}
+        score = figures | {"epochs": 2, "fold": figures | {"fold": fold, "count": count}}
+        folder = tmp_path / f"runs/enet/seed-{seed}"
+        folder.mkdir(parents=True)
+        (folder / "score.json").write_text(json.dumps(score))
+    (row,) = rows(Results(tmp_path))[1]
+    assert row.fold == (pytest.approx(0.65), pytest.approx(0.04 * math.hypot(0.75, 0.25)), 40)
 
 
 def test_costs_of_another_machine_are_not_mixed_with_those_of_this(tmp_path: Path) -> None:
