@@ -1,6 +1,7 @@
-"""Streams, memory and graphs through cuda-python; errors are raised as exceptions.
+"""Streams, memory, graphs and kernels through cuda-python; errors are raised as exceptions.
 
-Every call is one of CUDA's runtime API. Addresses are integers, sizes are bytes. It is hand-written
+Every call is one of CUDA's runtime API, except for kernels, which the driver's API loads and NVRTC
+compiles. Addresses are integers, sizes are bytes. It is hand-written
 because cuda-python returns an error beside each result, and PyTorch and CuPy, which raise it, take
 gigabytes.
 """
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from cuda.bindings import runtime
+from cuda.bindings import driver, nvrtc, runtime
 from numpy.typing import NDArray
 
 
@@ -144,3 +145,77 @@ class PinnedArray:
     def close(self) -> None:
         """Give the memory back; `array` must not be touched afterwards."""
         runtime.cudaFreeHost(self.address)
+
+
+class Kernel:
+    """A function in CUDA C++, compiled for a GPU when it is made.
+
+    Args:
+        source: CUDA C++ that has it as `extern "C"`.
+        name: of the function. Its parameters are `const unsigned char *`, 2 × `long long`,
+            3 × `int` and `unsigned char *`.
+        compute_capability: the GPU's, such as `9.0`.
+
+    Raises:
+        CudaError: it does not compile or load, or NVRTC is not installed.
+    """
+
+    PARAMETERS = (
+        *(ctypes.c_void_p, ctypes.c_longlong, ctypes.c_longlong),
+        *(ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_void_p),
+    )
+
+    def __init__(self, source: str, name: str, compute_capability: str) -> None:
+        code = compiled(source, compute_capability)
+        self._module = _call_driver(driver.cuModuleLoadData, code)
+        self._function = _call_driver(driver.cuModuleGetFunction, self._module, name.encode())
+
+    def launch(self, stream: Stream, grid: tuple[int, int], block: int, *arguments: int) -> None:
+        """Queue one run on a stream.
+
+        Args:
+            stream: that it runs on.
+            grid: number of blocks along x and y.
+            block: threads of a block, along x.
+            arguments: the function's; addresses are integers.
+        """
+        _call_driver(
+            driver.cuLaunchKernel,
+            self._function,
+            *(*grid, 1),
+            *(block, 1, 1),
+            *(0, stream.handle),
+            *((arguments, self.PARAMETERS), 0),
+        )
+
+
+def compiled(source: str, compute_capability: str) -> bytes:
+    """Machine code of CUDA C++ for a GPU; needs NVRTC, and no GPU.
+
+    Multiplications and additions are not contracted, so doubles round as on a CPU.
+
+    Raises:
+        CudaError: it does not compile (the message has the compiler's), or there is no NVRTC.
+    """
+    try:
+        program = _call_driver(nvrtc.nvrtcCreateProgram, source.encode(), b"kernel.cu", 0, [], [])
+    except RuntimeError as error:  # cuda-python found no library to load
+        raise CudaError(f"NVRTC is not installed: {error}") from error
+    target = f"--gpu-architecture=sm_{compute_capability.replace('.', '')}"
+    options = [target.encode(), b"--fmad=false"]
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        said = bytes(_call_driver(nvrtc.nvrtcGetProgramLogSize, program))
+        _call_driver(nvrtc.nvrtcGetProgramLog, program, said)
+        raise CudaError(f"NVRTC does not compile it for {target}: {said.decode(errors='replace')}")
+    code = bytes(_call_driver(nvrtc.nvrtcGetCUBINSize, program))
+    _call_driver(nvrtc.nvrtcGetCUBIN, program, code)
+    return code
+
+
+def _call_driver(function: Callable[..., Any], *arguments: Any) -> Any:
+    """As `_call`, for functions of the driver and of NVRTC."""
+    status, *results = function(*arguments)
+    if status.value:
+        raise CudaError(f"{function.__name__}: {status.name}")
+    return results[0] if results else None

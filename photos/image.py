@@ -42,6 +42,7 @@ __all__ = [
     "CorruptImageError",
     "ImageError",
     "ImageTooLargeError",
+    "JpegReader",
     "NoDecoderError",
     "Photo",
     "Room",
@@ -164,6 +165,11 @@ Room = Callable[[int], AbstractContextManager[None]]
 """Gets a number of pixels; what it returns is entered before memory is taken for them."""
 
 
+JpegReader = Callable[[bytes, int, int], NDArray[np.uint8] | None]
+"""Gets a baseline JPEG, its EXIF orientation and a side. Returns the upright frame averaged to
+uint8 [side, side, 3] RGB, or None where Pillow has to read it."""
+
+
 def always_room(_pixels: int) -> AbstractContextManager[None]:
     """Room for any number of pixels."""
     return nullcontext()
@@ -176,6 +182,7 @@ def read_photo(
     max_pixels: int = DEFAULT_MAX_PIXELS,
     room: Room = always_room,
     frame: int | None = None,
+    jpeg: JpegReader | None = None,
 ) -> Photo:
     """Decode a photo of any size to `size`×`size` RGB by area average (Pillow's BOX filter).
 
@@ -190,6 +197,7 @@ def read_photo(
 
     `room` gets the number of pixels and returns a context manager. It is entered before memory is
     taken for the pixels, so that photos that are decoded at once can wait for each other there.
+    `jpeg` decodes usual JPEG files in Pillow's place, after all checks of the header.
 
     Raises:
         UnsupportedImageError: the format is not one of `FORMATS`, nor AVIF, HEIC or DICOM with
@@ -206,7 +214,7 @@ def read_photo(
     # Hostile bytes can raise anything in an image library (OSError, SyntaxError, struct.error,
     # zlib.error, KeyError, RuntimeError, …). To the sender all of it means the same.
     try:
-        return _decode(name, data, size, max_pixels, room, frame)
+        return _decode(name, data, size, max_pixels, room, frame, jpeg)
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -236,6 +244,7 @@ def _decode(
     max_pixels: int,
     room: Room,
     frame: int | None,
+    jpeg: JpegReader | None,
 ) -> Photo:
     """`read_photo` of the format `name`; it also raises whatever the libraries below raise."""
     if name in heif.FORMATS:
@@ -262,6 +271,12 @@ def _decode(
                 held.enter_context(room(width * height))
             if (refusal := formats.refusal(image, data)) is not None:
                 raise CorruptImageError(refusal)
+            if jpeg is not None and name == "JPEG" and _is_usual_jpeg(image, data):
+                orientation = _orientation(image)
+                if (found := jpeg(data, orientation, size)) is not None:
+                    if 5 <= orientation <= 8:
+                        width, height = height, width
+                    return Photo(found, width, height, orientation)
             if name != "JPEG" or not formats.is_lossless_jpeg(data):
                 image.draft("RGB", (_JPEG_MARGIN * size, _JPEG_MARGIN * size))
             grey = formats.Grey.of(image)
@@ -321,6 +336,24 @@ def _odd(name: str, odd: str) -> CorruptImageError:
 def is_baseline_jpeg(data: bytes) -> bool:
     """Whether it is a JPEG of one scan: its pixels alone bound the time to decode it."""
     return data.startswith(_MAGIC[0][0]) and jpeg_scans(data) == 1
+
+
+def _is_usual_jpeg(image: ImageFile.ImageFile, data: bytes) -> bool:
+    """Whether it has 8 bits of YCbCr in one scan, and its end, so that decoders agree about it.
+
+    One on a GPU may take a file that is cut off for a whole one. Where no marker says what the
+    colours are, decoders guess it by the names of the components.
+    """
+    components = [component[0] for component in getattr(image, "layer", ())]
+    return (
+        image.mode == "RGB"
+        and components == [1, 2, 3]
+        and image.info.get("adobe_transform", 1) == 1
+        and getattr(image, "bits", 0) == 8
+        and data.endswith(b"\xff\xd9")
+        and is_baseline_jpeg(data)
+        and not formats.is_lossless_jpeg(data)
+    )
 
 
 def lesion_mask(

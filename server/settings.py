@@ -99,6 +99,11 @@ class Settings(BaseSettings):
     decode_threads: int = Field(
         0, ge=0, description="threads that decode photos and encode masks; 0 is one for each core"
     )
+    decode: Literal["cpu", "gpu"] = Field(
+        "cpu",
+        description="what decodes usual JPEG files: cpu or gpu (needs requirements-decode.txt);"
+        " the CPU decodes all others",
+    )
     max_batch: int = Field(
         0,
         ge=0,

@@ -2,10 +2,13 @@
 
     python -m trt_build.parity --onnx model/weights/slsnet.onnx --engine slsnet.engine
     python -m trt_build.parity --onnx model/weights/slsnet.onnx --simulate fp16 bf16 int8
+    python -m trt_build.parity --onnx model/weights/slsnet.onnx --decode gpu --images FOLDER
 
 `--simulate` runs on the CPU without TensorRT, in float32 arithmetic; every value is rounded as
 the engine would store it. `fp16-sums` also rounds every step of position attention's sums, as a
-kernel that sums in float16 does. The command exits with 1 where the gate is not passed, and with 2
+kernel that sums in float16 does. `--decode` compares the pixels instead: those of photos that the
+GPU decoded (`gpu`), or that are decoded whole on the CPU before they are averaged, as a GPU does it
+(`whole`). The command exits with 1 where the gate is not passed, and with 2
 where nothing could be compared.
 """
 
@@ -14,12 +17,14 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
+from PIL import Image
 
 from common.files import write_atomically
 from common.onnx import onnx_runner
@@ -27,7 +32,7 @@ from common.program import Help
 from common.stamp import Infer
 from engines.plan import Precision
 from model.metrics import count, jaccard
-from photos.image import THRESHOLD, lesion_mask, unpack_mask
+from photos.image import THRESHOLD, UPRIGHT, JpegReader, lesion_mask, unpack_mask
 from trt_build.samples import REFERENCE, Sample, batches, load_samples
 
 GENERATED = "generated lesions"
@@ -95,15 +100,19 @@ def compare(
     precision: Precision,
     source: str,
     threshold: float = THRESHOLD,
+    decoded: Sequence[Sample] | None = None,
 ) -> Parity:
-    """Run both backends on `samples`, and compare probabilities and masks."""
+    """Run both backends on `samples`, and compare probabilities and masks.
+
+    `decoded` are the same photos as the candidate gets them; None if it gets the same pixels.
+    """
     differences: list[float] = []
     means: list[float] = []
     overlaps: list[float] = []
     truths: list[tuple[float, float]] = []
     position = 0
-    for batch in batches(samples):
-        expected, found = reference(batch), candidate(batch)
+    for batch, other in zip(batches(samples), batches(decoded or samples), strict=True):
+        expected, found = reference(batch), candidate(other)
         if found.shape != expected.shape:
             raise ValueError(f"{name} gives {found.shape}, expected {expected.shape}")
         for one, other in zip(expected, found, strict=True):
@@ -228,6 +237,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="PRECISION",
         help="compare these, simulated on the CPU: fp16, fp16-sums, bf16, int8",
     )
+    parser.add_argument(
+        "--decode",
+        choices=["whole", "gpu"],
+        help="compare photos decoded whole on the CPU, or on the GPU",
+    )
     parser.add_argument("--cuda", action="store_true", help="compare ONNX Runtime's CUDA provider")
     parser.add_argument(
         "--images",
@@ -239,8 +253,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, help="most photos to use (default: all)")
     parser.add_argument("--json", type=Path, help="also write the results here")
     args = parser.parse_args(arguments)
-    if not (args.engine or args.simulate or args.cuda or args.candidate):
-        parser.error("nothing to compare: give --engine, --candidate, --simulate or --cuda")
+    if not (args.engine or args.simulate or args.cuda or args.candidate or args.decode):
+        parser.error(
+            "nothing to compare: give --engine, --candidate, --simulate, --decode or --cuda"
+        )
 
     try:
         results = _results(args)
@@ -280,7 +296,42 @@ def _results(args: argparse.Namespace) -> list[Parity]:
         )
         for name, precision, infer in candidates
     ]
+    if args.decode:
+        decoded = load_samples(args.images, args.masks, args.limit, _reader(args.decode))
+        apart = np.abs(
+            np.stack(
+                [
+                    one.pixels.astype(int) - two.pixels
+                    for one, two in zip(samples, decoded, strict=True)
+                ]
+            )
+        )
+        name = f"decoded {args.decode}: pixels {apart.mean():.2f} levels off, at most {apart.max()}"
+        infer = onnx_runner(args.onnx)
+        results.append(
+            compare(
+                *(infer, infer, samples),
+                name=name,
+                precision="fp32",
+                source=source,
+                decoded=decoded,
+            )
+        )
     return results + engines
+
+
+def _reader(how: str) -> JpegReader:
+    if how == "whole":
+        return _decoded_whole
+    from engines.jpeg import GpuJpeg
+
+    return GpuJpeg()
+
+
+def _decoded_whole(data: bytes, orientation: int, size: int) -> NDArray[np.uint8]:
+    with Image.open(BytesIO(data)) as image:
+        upright = image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+        return np.array(upright.resize((size, size), Image.Resampling.BOX))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from model.truth import find_masks, find_photos, read_truth
-from photos.image import read_photo
+from photos.image import JpegReader, read_photo
 
 REFERENCE = Path(__file__).parent / "reference"
 """Generated lesions with their masks, which are shipped. The gate uses them by default."""
@@ -35,8 +35,15 @@ class Sample:
     """The true mask [height, width], lesion true; None if there is none."""
 
 
-def load_samples(images: Path, masks: Path | None = None, limit: int | None = None) -> list[Sample]:
+def load_samples(
+    images: Path,
+    masks: Path | None = None,
+    limit: int | None = None,
+    jpeg: JpegReader | None = None,
+) -> list[Sample]:
     """Read up to `limit` photos of a folder, spread evenly over its sorted names.
+
+    `jpeg` decodes usual JPEG files, as for `read_photo`.
 
     Raises:
         FileNotFoundError: the folder holds none.
@@ -49,11 +56,11 @@ def load_samples(images: Path, masks: Path | None = None, limit: int | None = No
     if limit is not None and limit < len(files):
         files = [files[i * len(files) // limit] for i in range(limit)]
     found = find_masks(files, masks or images)
-    return [_load(path, found.get(path)) for path in files]
+    return [_load(path, found.get(path), jpeg) for path in files]
 
 
-def _load(path: Path, mask: Path | None) -> Sample:
-    photo = read_photo(path.read_bytes())
+def _load(path: Path, mask: Path | None, jpeg: JpegReader | None) -> Sample:
+    photo = read_photo(path.read_bytes(), jpeg=jpeg)
     truth = None
     if mask is not None:
         picture = Image.fromarray(read_truth(mask))

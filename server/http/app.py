@@ -94,12 +94,18 @@ def create_app(
     Raises:
         KeyFileError: the file of API keys cannot be read.
         DeviceFilesError: the files for browsers are not whole.
+        GpuJpegError: photos are to be decoded on the GPU, and cannot be.
         RuntimeError: traces are switched on and cannot be made.
     """
     tracing = open_tracing()
     keys = KeyFile(settings.api_keys_file) if settings.api_keys_file else None
     device = DeviceFiles(settings.device_dir) if settings.device_dir else None
     service = Service(settings, Metrics())
+    if settings.decode == "gpu":
+        # Here, since it takes CUDA's libraries, which few servers have.
+        from server.inference.decoding import GpuDecoding
+
+        service.jpeg = GpuDecoding(service.metrics)
     is_alone = is_alone and settings.workers == 1
     loader = Repository(service, is_alone=is_alone) if owner is None else Link(service, owner)
     app = _framework(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
+from photos.image import JpegReader
 from server.backends import Backend, BackendInfo
 from server.inference.admission import Gate
 from server.inference.batching import Batcher
@@ -35,6 +36,8 @@ class Service:
         self.gate = Gate(settings)
         self.pixels = PixelBudget(settings.max_pixels_decoding)
         """Pixels of photos being decoded, and of probabilities being enlarged to a photo's size."""
+        self.jpeg: JpegReader | None = None
+        """Decodes usual JPEG files in the CPU's place."""
         self.threads = Threads(settings.decoders)
         self.networks = Networks(settings.networks)
         self.bulk_photos = asyncio.Semaphore(settings.max_queue)

@@ -560,6 +560,7 @@ class Work:
             raise ClientGone
         try:
             room = self.service.pixels.room
-            return read_photo(data, max_pixels=max_pixels, room=room, frame=frame)
+            jpeg = self.service.jpeg
+            return read_photo(data, max_pixels=max_pixels, room=room, frame=frame, jpeg=jpeg)
         except PhotoError as error:
             raise of_photo_error(error) from error

@@ -131,6 +131,11 @@ class Metrics:
             "Photos that are likely no dermoscopic photos, whether they were refused or not",
             registry=self.registry,
         )
+        self.decoded_on_gpu = Counter(
+            "slsnet_decoded_on_gpu",
+            "Photos that the GPU decoded (--decode gpu)",
+            registry=self.registry,
+        )
         self.engine_events = Counter(
             "slsnet_engine_events",
             "Steps in the life of the TensorRT engine: found, missing, damaged, built, refused, …",

@@ -21,6 +21,7 @@ from server.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from server.backends.tensorrt import TensorRtBackend
 from tests.support import MODEL
 from tests.support.devices import why_no_gpu
+from trt_build import parity
 from trt_build.build import BuildOptions, build
 from trt_build.calibrate import measure_ranges
 from trt_build.parity import GENERATED, gate_engine
@@ -40,6 +41,15 @@ def trt() -> TensorRT:
     except TensorRTError as error:
         pytest.skip(str(error))
     return trt
+
+
+def test_photos_decoded_on_the_card_have_the_cpus_masks(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("nvidia.nvimgcodec", reason="needs requirements-decode.txt")
+    code = parity.main(["--onnx", str(MODEL), "--decode", "gpu"])
+    said = capsys.readouterr().out
+    assert code == 0 and "decoded gpu" in said, said
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """The gate, the calibration before it, and the photos of both."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from common.onnx import onnx_runner
 from engines.device import NoGpuError
 from tests.support import MODEL
-from tests.support.lesions import write_pairs
+from tests.support.lesions import encode_photo, lesion_photo, write_pairs
 from trt_build.calibrate import calibration_path, read_ranges
 from trt_build.calibrate import main as calibrate
 from trt_build.parity import GATES, Parity, compare, mask_iou, table
@@ -160,6 +161,19 @@ def test_the_shipped_model_passes_the_gate_in_every_precision(
     assert printed.count("passed") == 3
     fp16, bf16, _ = json.loads(results.read_text())
     assert fp16["mean_difference"] < bf16["mean_difference"]
+
+
+def test_photos_that_are_decoded_whole_have_the_same_masks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed, orientation in enumerate((1, 6)):
+        photo = encode_photo(lesion_photo(seed, 1100, 900).pixels, orientation=orientation)
+        (tmp_path / f"{seed}.jpg").write_bytes(photo)
+    command = ["--onnx", str(MODEL), "--decode", "whole", "--images", str(tmp_path)]
+    assert parity(command) == 0
+    said = capsys.readouterr().out
+    levels = re.search(r"decoded whole: pixels ([\d.]+) levels off", said)
+    assert levels and 0 < float(levels[1]) < 2.5 and "passed" in said
 
 
 @pytest.mark.parametrize("name", ["fp16", "fp16-sums"])

@@ -37,6 +37,11 @@ def test_gpu_pins_are_the_tested_ones(package: str) -> None:
     assert _pins("requirements-gpu.txt")[package] == tested[package]
 
 
+def test_the_decoder_that_is_tested_is_the_one_that_serves() -> None:
+    decode, tested = _pins("requirements-decode.txt"), _pins("requirements-dev.txt")
+    assert decode["nvidia-nvimgcodec-cu13"] == tested["nvidia-nvimgcodec-cu13"]
+
+
 def test_a_lean_runtime_is_of_the_version_that_builds() -> None:
     gpu, lean = _pins("requirements-gpu.txt"), _pins("requirements-lean.txt")
     version = gpu["tensorrt-cu13"]
