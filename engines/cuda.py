@@ -167,6 +167,8 @@ class Kernel:
 
     def __init__(self, source: str, name: str, compute_capability: str) -> None:
         code = compiled(source, compute_capability)
+        # The runtime makes the GPU's context on its first use, and the driver needs one.
+        _call(runtime.cudaFree, 0)
         self._module = _call_driver(driver.cuModuleLoadData, code)
         self._function = _call_driver(driver.cuModuleGetFunction, self._module, name.encode())
 
