@@ -99,6 +99,12 @@ _MAX_PIPELINE = 32
 # Bytes of a refused body that are thrown away, so that its connection can stay.
 _MOST_THROWN_AWAY = 2**20
 
+# What an answer's head begins with.
+_HEAD = b"HTTP/1.1 "
+
+# Bytes of a body that are copied behind its head; more are written by themselves.
+_JOINED = 2**16
+
 # The possible ends of a head or a chunked body; their first bytes may have come before.
 _ENDS = re.compile(rb"\A(?:\n\r\n|\r?\n)|\r\n\r\n")
 
@@ -108,11 +114,16 @@ class _Refused(Exception):
 
 
 class _Transport:
-    """A connection's transport, which is closed in another way."""
+    """A connection's transport, which is closed in another way, and sends heads with their bodies.
+
+    Uvicorn writes the head of an answer by itself, and uvloop sends each write at once. So a client
+    on this machine would wake twice, and take the processor in between.
+    """
 
     def __init__(self, connection: "Connection", transport: asyncio.Transport) -> None:
         self._connection = connection
         self._transport = transport
+        self._head = b""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
@@ -120,7 +131,28 @@ class _Transport:
     def is_closing(self) -> bool:
         return self._connection._is_parting or self._transport.is_closing()
 
+    def write(self, data: bytes) -> None:
+        if not self._head and data.startswith(_HEAD):
+            self._head = data
+            self._connection.loop.call_soon(self.flush)
+        elif len(data) > _JOINED:
+            self.flush()
+            self._transport.write(data)
+        else:
+            self._head += data
+            self.flush()
+
+    def flush(self) -> None:
+        """Write a head that waits for its body."""
+        if self._head:
+            head, self._head = self._head, b""
+            self._transport.write(head)
+
+    def get_write_buffer_size(self) -> int:
+        return len(self._head) + self._transport.get_write_buffer_size()
+
     def close(self) -> None:
+        self.flush()
         self._connection._close(self._transport)
 
 
@@ -382,6 +414,7 @@ class Connection(HttpToolsProtocol):
             metrics=self._metrics,
             budget=self._house.body_bytes,
         )
+        cast(_Transport, self.transport).flush()
         transport = cast(_Transport, self.transport)._transport
         self._stream.connection_made(transport)
         transport.set_protocol(self._stream)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import select
 import socket
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -190,6 +191,18 @@ def test_a_client_that_keeps_its_connection_is_served_again(strict: ServerProces
             # Longer than a head may take, shorter than a connection is kept.
             time.sleep(pause_s)
             assert client.get("/health/live").status_code == 200
+
+
+def test_an_answer_comes_in_one_piece(strict: ServerProcess) -> None:
+    with connect(strict) as connection:
+        for answers in (1, 2):
+            connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+            answer = b""
+            while not answer.endswith(b"}"):
+                answer += connection.recv(65536)
+            # Linux: tcpi_data_segs_in of struct tcp_info.
+            known = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 156)
+            assert int.from_bytes(known[152:156], sys.byteorder) == answers
 
 
 def test_pipelined_requests_are_answered_in_turn(strict: ServerProcess) -> None:
