@@ -4,8 +4,9 @@ It times whole steps (augmentation, forward, loss, backward, optimiser) of the s
 model.train, and of a plain form of the same network and losses: float32, contiguous NCHW, the
 attentions' H·W × H·W matrices in memory, nothing asleep. The cases take turns, so that other work
 on the machine falls on all of them. The recipe's rate is that of its whole schedule: the
-half-resolution attention is asleep for `pam_wake` of it, and awake for the rest. One more case
-averages keys and values at half resolution over 8×8 positions, with every attention awake.
+half-resolution attention is asleep for `pam_wake` of it, and awake for the rest. Two more cases
+average keys and values at half resolution over 8×8 positions, and one of them those at quarter
+resolution over 4×4 too, with every attention awake.
 """
 
 import argparse
@@ -46,8 +47,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each case")
     args = parser.parse_args(argv)
     config = dataclasses.replace(PRESETS["best"], batch_size=args.batch_size, size=args.size)
-    pooled = dataclasses.replace(
-        config, generator=dataclasses.replace(config.generator, pam_pool=(8, 1))
+    pooled, pooled_twice = (
+        dataclasses.replace(
+            config, generator=dataclasses.replace(config.generator, pam_pool=(8, quarter))
+        )
+        for quarter in (1, 4)
     )
     rng = np.random.default_rng(0)
     pixels = PixelSet(
@@ -64,11 +68,14 @@ def main(argv: list[str] | None = None) -> None:
                 config, pixels, Path(folder), asleep=False
             ),
             "pooled attention, all awake": _recipe(pooled, pixels, Path(folder), asleep=False),
+            "pooled at quarter resolution too": _recipe(
+                pooled_twice, pixels, Path(folder), asleep=False
+            ),
             "plain eager": _plain(config, pixels),
         }
         seconds = _take_turns(steps, args.rounds)
     each = [statistics.median(s) / args.batch_size for s in seconds.values()]
-    asleep, awake, pooled_awake, plain = each
+    asleep, awake, pooled_awake, twice, plain = each
     schedule = config.pam_wake * asleep + (1 - config.pam_wake) * awake
     print(f"{_machine()}, batch {args.batch_size}, {args.size}×{args.size}\n")
     print("| a training step | images/s |\n|---|---:|")
@@ -77,6 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"| **recipe, whole schedule** ({config.pam_wake:.0%} asleep) | **{1 / schedule:.3g}** |")
     print(f"\nrecipe / plain eager: {plain / schedule:.2f}")
     print(f"pooled, all awake / exact, all awake: {awake / pooled_awake:.2f}")
+    print(f"pooled at quarter resolution too / exact, all awake: {awake / twice:.2f}")
 
 
 def _recipe(config: TrainConfig, pixels: PixelSet, folder: Path, *, asleep: bool) -> Step:
