@@ -23,6 +23,7 @@ VENV := .venv
 NATIVE := $(addprefix photos/native/,pyproject.toml backend.py meson.build slsnet_pixels/__init__.py slsnet_pixels/pixels.c)
 BIN := $(VENV)/bin
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PIP := pip==26.3
 # Without them everything works, slower.
 INSTALL_LOOPS = $(BIN)/python -m pip install --quiet --disable-pip-version-check ./photos/native || \
 	echo "== WITHOUT the compiled loops: photos are read slower"
@@ -107,6 +108,9 @@ $(VENV)/.benchmarks: requirements.txt $(NATIVE) requirements-bench.txt | $(BIN)/
 $(VENV)/.development: requirements.txt $(NATIVE) requirements-train.txt requirements-zoo.txt requirements-otel.txt requirements-heif.txt requirements-dicom.txt requirements-ray.txt \
 		requirements-bench.txt requirements-browser.txt docker/requirements-tools.txt requirements-dev.txt requirements-scorer.txt | $(BIN)/python
 	@echo "== installing requirements-dev.txt into $(VENV): PyTorch, Ray and the development tools, some gigabytes, several minutes"
+	@# The pip that comes with Python 3.11 takes two minutes to find out which versions go together.
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP) || \
+		echo "== WITHOUT $(PIP): installing takes longer"
 	@# Python compiles a module when it first imports it, and most of these are never imported.
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements-dev.txt
 	@$(INSTALL_LOOPS)
