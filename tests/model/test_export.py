@@ -79,16 +79,11 @@ def test_it_computes_what_pytorch_does(graph: Path, weights: Path) -> None:
     assert expected.std() > 1e-3
 
 
-@pytest.mark.slow
-def test_the_file_tells_nothing_of_where_it_was_made(
-    graph: Path, weights: Path, tmp_path: Path
-) -> None:
+def test_the_file_tells_nothing_of_where_it_was_made(graph: Path) -> None:
+    """That the next file of the same weights is equal, `test_zoo` shows."""
     content = onnx.load(graph)
     assert not any(node.metadata_props or node.doc_string for node in content.graph.node)
     assert b"model/" not in graph.read_bytes() and b".py" not in graph.read_bytes()
-    again = tmp_path / "again.onnx"
-    export(weights, again, "1.2.3", "Apache-2.0")
-    assert again.read_bytes() == graph.read_bytes()
 
 
 def test_metadata(graph: Path, weights: Path) -> None:
@@ -108,6 +103,7 @@ def test_metadata(graph: Path, weights: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_the_exact_form_is_one_argument_away(weights: Path, tmp_path: Path) -> None:
     export(weights, tmp_path / "exact.onnx", "1", "Apache-2.0", attention="exact")
     content = onnx.load(tmp_path / "exact.onnx")
