@@ -201,6 +201,7 @@ def test_a_camera_that_is_refused_or_missing_gets_a_word(
             assert page.find("choose").is_enabled()
 
 
+@pytest.mark.slow
 def test_a_server_that_comes_back_goes_on(video: Path, tmp_path: Path) -> None:
     with serve() as own, browse(own.url, tmp_path, *camera(video)) as page:
         start(page)

@@ -177,6 +177,7 @@ def test_networks_change_for_all_workers(tmp_path: Path, photos: list[Sample]) -
         assert server.wait() == 0
 
 
+@pytest.mark.slow
 def test_an_owner_that_stands_still_is_replaced(photos: list[Sample]) -> None:
     program = """
 import os, sys

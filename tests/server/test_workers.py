@@ -263,6 +263,7 @@ def test_a_hung_worker_does_not_hold_up_a_second_signal(pair: ServerProcess) -> 
     assert not hung.is_running()
 
 
+@pytest.mark.slow
 def test_a_hung_worker_is_killed_once_the_drain_is_over() -> None:
     flags = (*PAIR, "--drain-grace-s", "0", "--drain-timeout-s", "1")
     with serve(*flags) as server:

@@ -197,6 +197,7 @@ def test_only_the_networks_scripts_may_compile(server_with_files: ServerProcess)
         assert httpx.get(f"{url}/{FOLDER}/{name}").status_code == 404
 
 
+@pytest.mark.slow
 @needs_chromium
 @pytest.mark.parametrize("headers", [{}, ISOLATED], ids=["plain", "isolated"])
 def test_any_web_host_will_do_and_then_none(
