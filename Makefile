@@ -30,21 +30,28 @@ INSTALL_LOOPS = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: serve test lint docs linkcheck imports bare static wheels audit bench peers clean
+.PHONY: serve test lint style docs linkcheck imports bare static wheels audit bench peers clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.serving
 	$(BIN)/python -m server --host $(HOST) --port $(PORT)
 
 # Two at a time: most of a test is waiting for processes that it starts. By file, so that what a file's
-# tests share is made once; in the order of tests/conftest.py.
-test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# tests share is made once; in the order of tests/conftest.py. Types, which take one core for more than a
+# minute, are checked meanwhile, and told at the end.
+test: style
+	@echo "$(BIN)/mypy, beside the tests"; \
+	$(BIN)/mypy >$(VENV)/mypy.log 2>&1 & types=$$!; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder; tests=$$?; \
+	wait $$types; types=$$?; cat $(VENV)/mypy.log; \
+	[ $$tests = 0 ] && [ $$types = 0 ]
 
-lint: $(VENV)/.development
+lint: style
+	$(BIN)/mypy
+
+style: $(VENV)/.development
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	PYTHONPATH=client $(BIN)/lint-imports --no-cache
 
 docs: $(VENV)/.development
