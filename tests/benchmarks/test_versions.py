@@ -1,9 +1,11 @@
 """The comparison of two versions of the server: both answer, and a row has their ratios."""
 
 import subprocess
+from io import BytesIO
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from benchmarks import versions
 from benchmarks.versions import Load, compare
@@ -34,6 +36,19 @@ def test_an_earlier_version_serves_beside_this_one(tmp_path: Path) -> None:
     name, clients, *figures = [cell.strip(" *") for cell in row.strip("|").split("|")]
     assert (name, clients, len(figures)) == ("small", "2", 9)
     assert all(float(figure) > 0 for figure in figures)
+
+
+def test_photos_are_drawn_where_there_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Private: twenty of six megapixels take half a minute.
+    monkeypatch.setattr(versions, "_PHOTOS", 2)
+    monkeypatch.setattr(versions, "_LARGE", (900, 600))
+    small, large, source = versions.load_photos(tmp_path / "none")
+    assert source == "generated"
+    for photos, size in ((small, (600, 450)), (large, (900, 600))):
+        assert [Image.open(BytesIO(photo)).size for photo in photos] == [size] * 2
+        assert photos[0] != photos[1]
 
 
 def test_a_revision_that_git_does_not_know_is_said(capsys: pytest.CaptureFixture[str]) -> None:
