@@ -341,8 +341,9 @@ test("a picture that is no dermoscopic photo is told of, or refused", async () =
   const client = new Client(server.url);
   const { fitness, quality } = await client.segment(cap());
   assert.ok(fitness.unfit && fitness.distance > 1 && quality.grade);
-  for (const ask of [client.segment(cap(), { rejectUnfit: true }), client.segmentAs(cap(), "svg", { rejectUnfit: true })]) {
-    const error = await rejected(ask);
+  // One after another: nobody would wait for the second while it is refused.
+  for (const ask of [() => client.segment(cap(), { rejectUnfit: true }), () => client.segmentAs(cap(), "svg", { rejectUnfit: true })]) {
+    const error = await rejected(ask());
     assert.ok(error instanceof RequestRefused && /no dermoscopic photo/.test(error.detail));
   }
   assert.equal((await client.segment(photo, { rejectUnfit: true })).fitness.unfit, false);
