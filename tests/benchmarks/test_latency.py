@@ -20,7 +20,7 @@ def test_a_folder_without_photos_is_refused(tmp_path: Path, exists: bool) -> Non
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=False,
     )
     assert result.returncode == 2

@@ -628,7 +628,7 @@ def test_stock_onnx_runtime_runs_in_the_bare_loop() -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=True,
     )
     per_s = json.loads(run.stdout)
@@ -644,7 +644,7 @@ def test_the_bare_loop_runs_in_as_many_processes_as_the_server() -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=True,
     )
     per_s = json.loads(run.stdout)

@@ -30,7 +30,7 @@ runpy.run_path({str(ROOT / "docker/entrypoint.py")!r}, run_name="__main__")
 
 def check(port: int, host: str = "0.0.0.0", **variables: str) -> int:
     environment = {**os.environ, "SLSNET_HOST": host, "SLSNET_PORT": str(port), **variables}
-    return subprocess.run([sys.executable, HEALTH], env=environment, timeout=60).returncode
+    return subprocess.run([sys.executable, HEALTH], env=environment, timeout=600).returncode
 
 
 @contextmanager

@@ -154,7 +154,7 @@ def test_rtx_is_asked_whether_its_work_may_be_recorded(
 
 def test_two_batches_are_in_flight_on_streams_and_memory_of_their_own(machine: Machine) -> None:
     runner = EngineRunner(machine.engine)
-    inside = threading.Barrier(SLOTS, timeout=10)
+    inside = threading.Barrier(SLOTS, timeout=600)
     launch = machine.cuda.cudaGraphLaunch
 
     def launch_together(executable: Any, stream: Any) -> Any:

@@ -122,7 +122,7 @@ def test_who_fails_at_tls_while_the_port_closes_harms_nobody(
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         plain, *_, good = [
-            stack.enter_context(socket.create_connection(listener.getsockname(), timeout=60))
+            stack.enter_context(socket.create_connection(listener.getsockname(), timeout=600))
             for _ in range(20)
         ]
         plain.sendall(b"GET / HTTP/1.1\r\n\r\n")

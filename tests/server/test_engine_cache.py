@@ -166,7 +166,7 @@ def test_a_build_outlives_its_server_and_is_not_begun_again(harness: Harness) ->
     first.send_signal(signal.SIGKILL)
     first.wait()
     second = _server(harness.folder)
-    output, _ = second.communicate(timeout=60)
+    output, _ = second.communicate(timeout=600)
     if first.stdout is not None:
         first.stdout.close()
 

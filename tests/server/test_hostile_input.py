@@ -55,6 +55,6 @@ def ask(server: ServerProcess, tmp_path: Path, *arguments: str) -> None:
         *arguments,
     ]
     result = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False
     )
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]

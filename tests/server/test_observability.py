@@ -84,7 +84,7 @@ def test_a_request_leaves_a_line_of_json_and_a_trace(
             f"{server.url}/segment?format=json",
             files={"file": ("Jane-Doe.jpg", photos[0].data)},
             headers={"traceparent": f"00-{trace_id}-00f067aa0ba902b7-01"},
-            timeout=60,
+            timeout=600,
         )
         assert answer.status_code == 200
         assert httpx.post(f"{server.url}/segment", content=b"x").status_code == 415

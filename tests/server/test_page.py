@@ -145,7 +145,7 @@ def test_the_band_is_where_the_border_may_lie(page: Page, photo: Path) -> None:
         f"{page.url}/segment/json",
         content=photo.read_bytes(),
         params={"borders": "true", "mask": "polygons"},
-        timeout=60,
+        timeout=600,
     ).json()
     tight, generous = (
         np.array([at for polygon in answer["borders"][name]["polygons"] for at in polygon[0]])

@@ -91,7 +91,7 @@ def test_a_network_that_cannot_serve_leaves_the_one_before(
     assert_problem(site.reload(), 422, "from before goes on")
     site.server.process.send_signal(signal.SIGHUP)
     answer = httpx.post(
-        f"{site.server.url}/segment", content=photos[0].data, headers=site.headers, timeout=60
+        f"{site.server.url}/segment", content=photos[0].data, headers=site.headers, timeout=600
     )
     assert answer.status_code == 200
     assert read_png(answer.content).any()

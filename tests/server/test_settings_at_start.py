@@ -30,7 +30,7 @@ def refused(*flags: str, code: int = 2, **environment: str) -> str:
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert result.returncode == code, result.stderr

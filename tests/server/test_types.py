@@ -50,7 +50,7 @@ def test_a_form_that_is_not_told_apart(
 ) -> None:
     form = httpx.Request("POST", server.url, files={"file": photos[0].data})
     response = httpx.post(
-        server.url + path, content=form.read(), headers={"Content-Type": kind}, timeout=60
+        server.url + path, content=form.read(), headers={"Content-Type": kind}, timeout=600
     )
     if path == "/segment/batch" and not kind.startswith("multipart"):
         assert_problem(response, 415, "multipart/form-data")

@@ -98,7 +98,7 @@ class Firefox:
     def _ask(self, method: str, **params: Any) -> dict[str, Any]:
         self._sent += 1
         self._socket.send(json.dumps({"id": self._sent, "method": method, "params": params}))
-        while (answer := json.loads(self._socket.recv(timeout=120))).get("id") != self._sent:
+        while (answer := json.loads(self._socket.recv(timeout=600))).get("id") != self._sent:
             pass
         assert answer["type"] == "success", answer
         result: dict[str, Any] = answer["result"]

@@ -53,14 +53,14 @@ def stream(server: ServerProcess, query: str = "", **options: Any) -> Iterator[C
 
 def said(socket: ClientConnection) -> dict[str, Any]:
     """The next message."""
-    message: dict[str, Any] = json.loads(socket.recv(timeout=60))
+    message: dict[str, Any] = json.loads(socket.recv(timeout=600))
     return message
 
 
 def close_of(socket: ClientConnection) -> tuple[int, str]:
     """Code and reason of the close that comes next."""
     with pytest.raises(ConnectionClosed) as closed:
-        socket.recv(timeout=60)
+        socket.recv(timeout=600)
     said_last = closed.value.rcvd
     assert said_last is not None, closed.value
     return said_last.code, said_last.reason

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 def until(condition: Callable[[], bool]) -> None:
     """Wait for it, and not for ever."""
-    give_up = time.perf_counter() + 60
+    give_up = time.perf_counter() + 300
     while not condition():
         assert time.perf_counter() < give_up
         time.sleep(0.02)

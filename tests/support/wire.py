@@ -11,7 +11,7 @@ from tests.support.waiting import until
 
 
 def connect(server: ServerProcess) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", server.port), timeout=60)
+    return socket.create_connection(("127.0.0.1", server.port), timeout=600)
 
 
 def send_apart(connection: socket.socket, *pieces: bytes) -> None:

@@ -197,7 +197,7 @@ def test_a_key_file_that_cannot_be_read_ends_the_process(tmp_path: Path) -> None
     file.write_text("clinic use slsnet_put_here_by_mistake", encoding="utf-8")
     command = [sys.executable, "-m", "server", "--api-keys-file", str(file)]
     result = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
     )
     assert result.returncode == 1
     assert "line 1" in result.stderr
@@ -277,7 +277,7 @@ def test_tls_that_cannot_be_set_up_ends_the_process(tmp_path: Path) -> None:
     ):
         command = [sys.executable, "-m", "server", "--port", str(free_port()), *flags]
         result = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+            command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
         )
         assert result.returncode in (1, 2)
         assert words in result.stderr

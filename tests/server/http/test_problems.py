@@ -217,7 +217,7 @@ def test_413_more_bytes_than_allowed(server: ServerProcess, good: Sample) -> Non
     assert_problem(form, 413, str(limit), "smaller")
     pieces = (bytes(2**20) for _ in range(100))
     streamed = httpx.post(
-        f"{server.url}/segment", content=pieces, headers={"Content-Type": "image/png"}, timeout=60
+        f"{server.url}/segment", content=pieces, headers={"Content-Type": "image/png"}, timeout=600
     )
     assert_problem(streamed, 413, str(limit), "smaller")
 

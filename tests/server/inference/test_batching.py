@@ -28,7 +28,7 @@ class HeldBackend(Held):
         self.gate = threading.Semaphore(0)
         super().__init__(
             BackendInfo("held", "1", "cpu", "fp32", max_batch=4, slots=slots, buckets=buckets),
-            lambda: self.gate.acquire(timeout=60),
+            lambda: self.gate.acquire(timeout=600),
         )
 
 

@@ -40,7 +40,7 @@ def _is_ready(client: httpx.Client) -> bool:
 @pytest.mark.skipif(has_gpu(), reason="there is a GPU")
 def test_a_server_without_a_gpu_says_so_and_does_not_start() -> None:
     command = [sys.executable, "-m", "server", "--port", "0", "--decode", "gpu"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 1
     assert "--decode gpu: " in ended.stderr and "Traceback" not in ended.stderr
 

@@ -301,7 +301,7 @@ def test_photos_that_take_seconds_leave_threads_to_others(monkeypatch: pytest.Mo
         service = Service(Settings(decode_threads=2), Metrics())
         await service.use(Constant(0.5))
         slow = [asyncio.create_task(segment(service, large)) for _ in range(3)]
-        await asyncio.to_thread(begun.acquire, timeout=60)
+        await asyncio.to_thread(begun.acquire, timeout=600)
         found = await segment(service, small)
         assert found.width == 64 and not any(task.done() for task in slow)
         go_on.set()

@@ -338,7 +338,7 @@ def test_limits_cancellation_and_drain(tmp_path: Path, pixels: NDArray[np.uint8]
 
 def accepts(port: int) -> bool:
     try:
-        socket.create_connection(("127.0.0.1", port), timeout=60).close()
+        socket.create_connection(("127.0.0.1", port), timeout=600).close()
     except ConnectionRefusedError:
         return False
     return True
