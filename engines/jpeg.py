@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from engines.device import NoGpuError, current_gpu
+from engines.device import Gpu, NoGpuError, current_gpu
 from photos.image import MODEL_SIZE, read_photo
 
 __all__ = ["KERNEL", "MOST_LEVELS", "GpuJpeg", "GpuJpegError", "differences"]
@@ -132,19 +132,25 @@ class GpuJpeg:
         self._lanes: list[_Lane] = []
         try:
             self._kernel = cuda.Kernel(KERNEL, "average", gpu.compute_capability)
-            mean, most = differences(self)
         except cuda.CudaError as error:
-            self.close()
             raise GpuJpegError(str(error)) from error
+        try:
+            self.said = self._proved(gpu)
         except BaseException:
             self.close()
             raise
-        self.said = (
-            f"{gpu.name}: pixels are {mean:.2f} levels off the CPU's on average, {most} at most"
-        )
+
+    def _proved(self, gpu: Gpu) -> str:
+        """Compare the GPU's pixels with the CPU's, and say how far they are apart.
+
+        Raises:
+            GpuJpegError: too far, or the GPU does not decode.
+        """
+        mean, most = differences(self)
+        said = f"{gpu.name}: pixels are {mean:.2f} levels off the CPU's on average, {most} at most"
         if mean > MOST_LEVELS:
-            self.close()
-            raise GpuJpegError(f"{self.said}; {MOST_LEVELS} on average are allowed")
+            raise GpuJpegError(f"{said}; {MOST_LEVELS} on average are allowed")
+        return said
 
     def __call__(self, data: bytes, orientation: int, size: int) -> NDArray[np.uint8] | None:
         """The photo's frame averaged to a square; None where the CPU has to read it.
@@ -166,7 +172,7 @@ class GpuJpeg:
                 lane = self._of_thread.lane = _Lane(self._codec, self._cuda, self._kernel, size)
                 self._lanes.append(lane)
             return lane.read(data, orientation)
-        except (self._cuda.CudaError, RuntimeError) as error:
+        except RuntimeError as error:  # CUDA's, or nvImageCodec's
             raise GpuJpegError(f"{type(error).__name__}: {error}") from error
 
     def close(self) -> None:

@@ -274,9 +274,7 @@ def _decode(
             if jpeg is not None and name == "JPEG" and _is_usual_jpeg(image, data):
                 orientation = _orientation(image)
                 if (found := jpeg(data, orientation, size)) is not None:
-                    if 5 <= orientation <= 8:
-                        width, height = height, width
-                    return Photo(found, width, height, orientation)
+                    return Photo(found, *_upright_sides(width, height, orientation), orientation)
             if name != "JPEG" or not formats.is_lossless_jpeg(data):
                 image.draft("RGB", (_JPEG_MARGIN * size, _JPEG_MARGIN * size))
             grey = formats.Grey.of(image)
@@ -289,9 +287,12 @@ def _decode(
             # of the same photo stored upright. A JPEG is small by now.
             upright = image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
             square = _squash(upright, size, grey)
-    if 5 <= orientation <= 8:
-        width, height = height, width
-    return Photo(square, width, height, applied if name == "TIFF" else orientation)
+    sides = _upright_sides(width, height, orientation)
+    return Photo(square, *sides, applied if name == "TIFF" else orientation)
+
+
+def _upright_sides(width: int, height: int, orientation: int) -> tuple[int, int]:
+    return (height, width) if 5 <= orientation <= 8 else (width, height)
 
 
 def _decode_heif(name: str, data: bytes, size: int, max_pixels: int, room: Room) -> Photo:
