@@ -148,6 +148,10 @@ class _Transport:
             head, self._head = self._head, b""
             self._transport.write(head)
 
+    def forget(self) -> None:
+        """Drop a head that waits: there is nobody left to send it to."""
+        self._head = b""
+
     def get_write_buffer_size(self) -> int:
         return len(self._head) + self._transport.get_write_buffer_size()
 
@@ -292,6 +296,7 @@ class Connection(HttpToolsProtocol):
                 timer.cancel()
         self._house.leaving.pop(self, None)
         self._house.asked.pop(self, None)
+        cast(_Transport, self.transport).forget()
         # Uvicorn tells only the last request.
         self._hang_up()
         super().connection_lost(exc)
@@ -323,6 +328,8 @@ class Connection(HttpToolsProtocol):
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Keep it open for the answers that are due."""
+        # After this the system's transport may close, and takes no more.
+        cast(_Transport, self.transport).flush()
         if self.transport.is_closing() or self.scheme == "https":
             return False
         last = self._drop_unfinished()

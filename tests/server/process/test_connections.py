@@ -205,6 +205,15 @@ def test_an_answer_comes_in_one_piece(strict: ServerProcess) -> None:
             assert int.from_bytes(known[152:156], sys.byteorder) == answers
 
 
+@pytest.mark.parametrize("method", [b"GET", b"HEAD"])
+def test_a_client_that_has_said_all_is_answered(strict: ServerProcess, method: bytes) -> None:
+    for _ in range(100):
+        with connect(strict) as connection:
+            connection.sendall(method + b" /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+            connection.shutdown(socket.SHUT_WR)
+            assert read_all(connection).startswith(b"HTTP/1.1 200 OK\r\n")
+
+
 def test_pipelined_requests_are_answered_in_turn(strict: ServerProcess) -> None:
     request = b"GET /health/live HTTP/1.1\r\nHost: x\r\n"
     with connect(strict) as connection:
@@ -376,6 +385,35 @@ def test_the_rest_of_an_answer_that_was_left_off_is_not_kept() -> None:
         connection.pause_writing()
         connection.resume_writing()
         await asyncio.wait_for(aborted.wait(), 10)
+
+    asyncio.run(scenario())
+
+
+def test_nothing_is_written_to_a_client_that_has_left() -> None:
+    """Uvloop would raise, and the log have a traceback."""
+
+    async def scenario() -> None:
+        async def begins(
+            _scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
+        ) -> None:
+            await send(
+                {"type": "http.response.start", "status": 200, "headers": [], "trailers": False}
+            )
+            connection.connection_lost(None)
+            await receive()
+
+        transport = Mock(asyncio.Transport)
+        transport.get_extra_info.return_value = None
+        transport.is_closing.return_value = False
+        config = uvicorn.Config(cast(ASGI3Application, begins), ws="none", log_config=None)
+        config.load()
+        state = ServerState()
+        connection = Connection(House(Settings(), Metrics()), config, state, {})
+        connection.connection_made(transport)
+        connection.data_received(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        await asyncio.wait(list(state.tasks), timeout=30)
+        await asyncio.sleep(0)
+        transport.write.assert_not_called()
 
     asyncio.run(scenario())
 
