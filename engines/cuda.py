@@ -55,6 +55,16 @@ def wait_by_spinning(spin: bool) -> None:
     _call(runtime.cudaSetDeviceFlags, how)
 
 
+def pass_over_recordings() -> None:
+    """Let this thread allocate and wait while another one records a graph, in whatever mode.
+
+    In CUDA's global mode, which ONNX Runtime records in, it would be refused and void the
+    recording.
+    """
+    mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+    _call(runtime.cudaThreadExchangeStreamCaptureMode, mode)
+
+
 class Stream:
     """A stream of its own. It is independent of the default stream, which cannot be captured."""
 

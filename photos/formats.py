@@ -23,6 +23,7 @@ __all__ = [
     "foreign",
     "is_lossless_jpeg",
     "jpeg_frame",
+    "jpeg_scan",
     "rare",
     "refusal",
     "without_text",
@@ -58,7 +59,7 @@ _COMPRESSIONS = {
 
 _STRIP_PIXELS = 1_000_000
 
-# Segments before a JPEG's frame: real files have a few dozen.
+# Segments before a JPEG's scan: real files have a few dozen.
 _MAX_JPEG_SEGMENTS = 10_000
 
 # Bytes of EXIF and XMP in a PNG, when decompressed: Pillow's own limit.
@@ -177,23 +178,36 @@ def foreign(data: bytes) -> str | None:
 
 def jpeg_frame(data: bytes) -> tuple[int, int, int] | None:
     """A JPEG's first frame header: marker (SOF0 is C0), bits a sample, components."""
+    for marker, at in _jpeg_segments(data):
+        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
+            return marker, data[at + 4], data[at + 9]
+    return None
+
+
+def jpeg_scan(data: bytes) -> int:
+    """How many components a JPEG's first scan has; 0 if there is no scan."""
+    return next((data[at + 4] for marker, at in _jpeg_segments(data) if marker == 0xDA), 0)
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """Marker and place of each segment, up to the first scan."""
     at = 2
     for _ in range(_MAX_JPEG_SEGMENTS):
         at = data.find(b"\xff", at)
         if at < 0 or at + 10 > len(data):
-            return None
+            return
         marker = data[at + 1]
         if marker == 0xFF:
             at += 1
         elif marker <= 1 or 0xD0 <= marker <= 0xD8:
             at += 2
-        elif marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            return marker, data[at + 4], data[at + 9]
-        elif marker in (0xD9, 0xDA):
-            return None
+        elif marker == 0xD9:
+            return
         else:
+            yield marker, at
+            if marker == 0xDA:
+                return
             at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return None
 
 
 def is_lossless_jpeg(data: bytes) -> bool:

@@ -84,6 +84,10 @@ _MAX_SIDE = 65_535
 # With two it is 1.0, and takes half a millisecond more at 1024×768 and no more at 6000×4000.
 _JPEG_MARGIN = 2
 
+# Components of a usual JPEG: name, samples across and down. Brightness may have more than colours.
+_BRIGHTNESS = ((1, 1, 1), (1, 2, 1), (1, 2, 2))
+_COLOURS = [(2, 1, 1), (3, 1, 1)]
+
 # Pixels converted to RGB at a time.
 _STRIP_PIXELS = 1_000_000
 
@@ -166,7 +170,7 @@ Room = Callable[[int], AbstractContextManager[None]]
 
 
 JpegReader = Callable[[bytes, int, int], NDArray[np.uint8] | None]
-"""Gets a baseline JPEG, its EXIF orientation and a side. Returns the upright frame averaged to
+"""Gets a usual JPEG, its EXIF orientation and a side. Returns the upright frame averaged to
 uint8 [side, side, 3] RGB, or None where Pillow has to read it."""
 
 
@@ -340,20 +344,24 @@ def is_baseline_jpeg(data: bytes) -> bool:
 
 
 def _is_usual_jpeg(image: ImageFile.ImageFile, data: bytes) -> bool:
-    """Whether it has 8 bits of YCbCr in one scan, and its end, so that decoders agree about it.
+    """Whether it is as cameras write it and has its end, so that decoders agree about it.
 
-    One on a GPU may take a file that is cut off for a whole one. Where no marker says what the
-    colours are, decoders guess it by the names of the components.
+    It has 8 bits of YCbCr in one scan, sequential and Huffman-coded, and its colours are 4:4:4,
+    4:2:2 or 4:2:0. One on a GPU may take a file that is cut off for a whole one. Where no marker
+    says what the colours are, decoders guess it by the names of the components.
     """
-    components = [component[0] for component in getattr(image, "layer", ())]
+    components = [component[:3] for component in getattr(image, "layer", ())]
+    frame = formats.jpeg_frame(data)
     return (
         image.mode == "RGB"
-        and components == [1, 2, 3]
+        and components[1:] == _COLOURS
+        and components[0] in _BRIGHTNESS
         and image.info.get("adobe_transform", 1) == 1
-        and getattr(image, "bits", 0) == 8
+        and frame is not None
+        and frame[:2] in ((0xC0, 8), (0xC1, 8))
         and data.endswith(b"\xff\xd9")
         and is_baseline_jpeg(data)
-        and not formats.is_lossless_jpeg(data)
+        and formats.jpeg_scan(data) == len(components)
     )
 
 

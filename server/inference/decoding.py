@@ -41,8 +41,10 @@ class GpuDecoding:
         except GpuJpegError as error:
             # It may be an error that the process does not survive on the GPU, and no photo waits
             # for the next one to fail too.
-            self._read = None
-            log.error("the CPU decodes all photos from now on, the GPU failed: %s", error)
+            # Photos that were there meanwhile fail as well; the log says it once.
+            works, self._read = self._read, None
+            if works is not None:
+                log.error("the CPU decodes all photos from now on, the GPU failed: %s", error)
             return None
         if pixels is not None:
             self._metrics.decoded_on_gpu.inc()

@@ -12,10 +12,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from engines import cuda, jpeg
 from engines.device import Gpu, NoGpuError
 from engines.jpeg import KERNEL, GpuJpeg, GpuJpegError
 from photos.image import UPRIGHT, read_photo
+from tests.support import ROOT
 from tests.support.fake_cuda import FakeCuda, Status
 from tests.support.lesions import lesion_photo
 
@@ -176,6 +178,8 @@ def test_a_photo_on_its_side_is_read_upright(card: Card, orientation: int) -> No
 def test_odd_files_are_the_cpus(card: Card) -> None:
     pixels = lesion_photo(5, 300, 260).pixels
     whole = _jpeg(pixels)
+    frame, colours = b"\xff\xc0\0\x11\x08", b"\x01\x22\0\x02\x11\x01\x03\x11\x01"
+    scan = b"\xff\xda\0\x0c\x03\x01\0\x02\x11\x03\x11\0\x3f\0"
     grey = BytesIO()
     Image.fromarray(pixels).convert("L").save(grey, "JPEG")
     cmyk = BytesIO()
@@ -186,6 +190,12 @@ def test_odd_files_are_the_cpus(card: Card) -> None:
         "progressive": _jpeg(pixels, progressive=True),
         "stored as RGB": _jpeg(pixels, keep_rgb=True),
         "bytes after the end": whole + b"\0",
+        "arithmetic coding": _changed(whole, frame, b"\xff\xc9" + frame[2:]),
+        "4:4:0": _changed(whole, colours, b"\x01\x12" + colours[2:]),
+        "4:1:1": _changed(whole, colours, b"\x01\x41" + colours[2:]),
+        "finer colours": _changed(whole, colours, b"\x01\x11\0\x02\x22\x01\x03\x22\x01"),
+        "one finer colour": _changed(whole, colours, colours[:4] + b"\x21" + colours[5:]),
+        "no colours in its scan": _changed(whole, scan, b"\xff\xda\0\x08\x01\x01\0\0\x3f\0"),
         "grey": grey.getvalue(),
         "CMYK": cmyk.getvalue(),
         "PNG": png.getvalue(),
@@ -203,6 +213,22 @@ def test_odd_files_are_the_cpus(card: Card) -> None:
     np.testing.assert_array_equal(read_photo(tall, jpeg=read).pixels, read_photo(tall).pixels)
 
 
+def _changed(data: bytes, old: bytes, new: bytes) -> bytes:
+    assert data.count(old) == 1
+    return data.replace(old, new)
+
+
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+def test_what_cameras_write_is_the_gpus(card: Card, subsampling: str) -> None:
+    read = GpuJpeg()
+    before = card.decoder.decoded
+    pixels = lesion_photo(5, 300, 260).pixels
+    for more in ({}, {"restart_marker_rows": 1}, {"icc_profile": bytes(70_000)}):
+        data = _jpeg(pixels, subsampling=subsampling, **more)
+        np.testing.assert_array_equal(read_photo(data, jpeg=read).pixels, _whole(data, 1))
+    assert card.decoder.decoded == before + 3
+
+
 def test_what_the_gpu_does_not_decode_the_cpu_does(
     card: Card, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,6 +236,25 @@ def test_what_the_gpu_does_not_decode_the_cpu_does(
     read = GpuJpeg()
     monkeypatch.setattr(card.decoder, "decode", lambda *_, **__: None)
     np.testing.assert_array_equal(read_photo(data, jpeg=read).pixels, read_photo(data).pixels)
+    # It says no more than that when the GPU is broken. No photo waits for such a one again.
+    card.memory.sticky = Status.cudaErrorIllegalAddress
+    with pytest.raises(GpuJpegError, match="cudaErrorIllegalAddress"):
+        read(data, 1, 128)
+
+
+def test_photos_are_decoded_while_a_graph_is_recorded(card: Card) -> None:
+    """ONNX Runtime records in CUDA's global mode, when a network is loaded anew."""
+    data = _jpeg(lesion_photo(7, 300, 260).pixels)
+    read = GpuJpeg()
+    stream = cuda.Stream()
+    with ThreadPoolExecutor(1) as recorder, ThreadPoolExecutor(1) as decoder:
+        number = card.memory.streams[stream.handle]
+        mode = card.memory.cudaStreamCaptureMode.cudaStreamCaptureModeGlobal
+        recorder.submit(card.memory.cudaStreamBeginCapture, number, mode).result()
+        # A thread that has not decoded yet allocates.
+        found = decoder.submit(read, data, 1, 128).result()
+        status, _ = recorder.submit(card.memory.cudaStreamEndCapture, number).result()
+    assert found is not None and status == Status.cudaSuccess
 
 
 def test_pixels_that_are_too_far_off_are_refused_at_the_start(
@@ -230,6 +275,15 @@ def test_pixels_that_are_too_far_off_are_refused_at_the_start(
     with pytest.raises(GpuJpegError, match=r"levels off .* 2\.5 on average are allowed"):
         GpuJpeg()
 
+    def darker_in_full_colour(data: bytes, **named: Any) -> Any:
+        with Image.open(BytesIO(data)) as image:
+            is_full = image.layer[0][1:3] == (1, 1)  # type: ignore[attr-defined]
+        return (darker if is_full else right)(data, **named)
+
+    monkeypatch.setattr(card.decoder, "decode", darker_in_full_colour)
+    with pytest.raises(GpuJpegError, match=r"2\.5 on average are allowed"):
+        GpuJpeg()
+
 
 def test_errors_say_what_is_missing_or_failed(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     data = _jpeg(lesion_photo(8, 300, 260).pixels)
@@ -242,6 +296,10 @@ def test_errors_say_what_is_missing_or_failed(card: Card, monkeypatch: pytest.Mo
     with pytest.raises(GpuJpegError, match="cudaErrorIllegalAddress"):
         read(data, 1, 128)
     card.memory.sticky = None
+    for error in (ValueError("an argument"), MemoryError()):
+        monkeypatch.setattr(card.decoder, "decode", Mock(side_effect=error))
+        with pytest.raises(GpuJpegError, match=type(error).__name__):
+            read(data, 1, 128)
     monkeypatch.setitem(sys.modules, "nvidia", None)
     with pytest.raises(GpuJpegError, match=r"pip install -r requirements-decode\.txt"):
         GpuJpeg()
@@ -275,7 +333,27 @@ def test_nvrtc_compiles_the_kernel() -> None:
         cuda.compiled(KERNEL.replace("double", "duble"), "9.0")
 
 
-def test_a_real_decoder_gives_pillows_pixels(tmp_path: Path) -> None:
+DAMAGED = """
+from engines import jpeg
+codec = jpeg._codec()  # Private: it needs a GPU all around it.
+decoder = codec.Decoder(
+    device_id=codec.NVIMGCODEC_DEVICE_CPU_ONLY,
+    backends=[codec.Backend(codec.BackendKind.CPU_ONLY)],
+)
+assert decoder.decode(codec.CodeStream(b"\\xff\\xd8\\xff\\xd0\\xff\\xd9")) is None
+"""
+
+
+def test_a_damaged_photo_leaves_nothing_in_the_log() -> None:
+    pytest.importorskip("nvidia.nvimgcodec", reason="nvidia-nvimgcodec-cu13 is not here")
+    command = [sys.executable, "-c", DAMAGED]
+    ended = subprocess.run(
+        command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=600
+    )
+    assert "parse" not in ended.stdout + ended.stderr
+
+
+def test_a_real_decoder_gives_pillows_pixels() -> None:
     """What the stand-in above rests on."""
     codec = pytest.importorskip("nvidia.nvimgcodec", reason="nvidia-nvimgcodec-cu13 is not here")
     decoder = codec.Decoder(

@@ -78,6 +78,8 @@ class FakeCuda:
         self.graphs = 0
         self.copies = 0
         self.flags = 0
+        self.modes: dict[int, int] = {}
+        """Of the threads that have changed theirs: the capture mode that holds for their calls."""
         self.sticky: Status | None = None
         """An error that outlives the call that met it."""
 
@@ -105,11 +107,13 @@ class FakeCuda:
 
     def may_be_unsafe(self) -> bool:
         """Whether a call that may be unsafe is refused now; the captures in its way are void."""
+        me = threading.get_ident()
+        heeds_others = self.modes.get(me, 0) == 0
         captures = [
             stream
             for stream in self.streams.values()
             if stream.recording is not None
-            and (stream.captured_by[0] == 0 or stream.captured_by[1] == threading.get_ident())
+            and ((heeds_others and stream.captured_by[0] == 0) or stream.captured_by[1] == me)
         ]
         for stream in captures:
             stream.is_void = True
@@ -181,6 +185,11 @@ class FakeCuda:
         stream.recording, stream.is_void = [], False
         stream.captured_by = (mode, threading.get_ident())
         return (OK,)
+
+    def cudaThreadExchangeStreamCaptureMode(self, mode: int) -> tuple[Status, int]:
+        before = self.modes.get(threading.get_ident(), 0)
+        self.modes[threading.get_ident()] = mode
+        return OK, before
 
     def cudaStreamEndCapture(self, stream: FakeStream) -> tuple[Status, Any]:
         if stream.captured_by[0] != 2 and stream.captured_by[1] != threading.get_ident():

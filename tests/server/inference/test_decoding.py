@@ -3,6 +3,8 @@
 import logging
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import httpx
@@ -13,6 +15,8 @@ from numpy.typing import NDArray
 from engines.jpeg import GpuJpegError
 from server.http.app import create_app
 from server.inference import decoding
+from server.inference.decoding import GpuDecoding
+from server.observe.metrics import Metrics
 from server.settings import Settings
 from tests.support import ROOT
 from tests.support.app import serve_app
@@ -80,3 +84,23 @@ def test_photos_go_to_the_gpu_until_it_fails_and_none_is_lost(
             "the CPU decodes all photos from now on, the GPU failed: CudaError: an illegal address"
         ]
         assert decoded() == 1
+
+
+def test_photos_that_fail_together_are_told_of_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    together = threading.Barrier(4)
+
+    class Failing:
+        said = "a card: pixels are right"
+
+        def __call__(self, data: bytes, orientation: int, size: int) -> None:
+            together.wait(600)
+            raise GpuJpegError("CudaError: an illegal address")
+
+    monkeypatch.setattr(decoding, "GpuJpeg", Failing)
+    read = GpuDecoding(Metrics())
+    with ThreadPoolExecutor(4) as threads, caplog.at_level(logging.ERROR, "slsnet.decoding"):
+        assert list(threads.map(lambda _: read(b"", 1, 128), range(4))) == [None] * 4
+    mine = [r for r in caplog.records if r.name == "slsnet.decoding"]
+    assert [r.levelno for r in mine].count(logging.ERROR) == 1
