@@ -182,6 +182,17 @@ def test_logits_come_at_the_images_size(name: str) -> None:
             network(torch.rand(1, 3, 63, 64))
 
 
+def test_fcn8s_learns_by_what_it_infers_with() -> None:
+    network = zoo.build("fcn8s", width=4)
+    for module in network.modules():
+        if isinstance(module, nn.Dropout2d):
+            module.p = 0.0
+    images = torch.rand(2, 3, 128, 64)
+    learning, inferring = network.train()(images), network.eval()(images)
+    assert inferring.std() > 0.1
+    torch.testing.assert_close(learning, inferring, atol=1e-4, rtol=1e-4)
+
+
 def test_imagenet_weights_are_where_training_starts() -> None:
     fresh, started = (zoo.build("lite0-unet", width=32) for _ in range(2))
     started.start()
