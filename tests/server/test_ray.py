@@ -28,6 +28,7 @@ from tests.support.launch import free_port
 from tests.support.offline import CPU_BACKEND, Offline
 from tests.support.results import masks, recorded, table
 from tests.support.samples import Sample
+from tests.support.waiting import until
 
 pytest.importorskip("ray", reason="needs Ray: pip install -r requirements-ray.txt")
 
@@ -36,7 +37,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from server.ray_app import app
 from server.settings import Settings
-from tests.support.ray_cluster import SEGMENTER, RayService, ray_service, wait_for
+from tests.support.ray_cluster import SEGMENTER, RayService, ray_service
 
 pytestmark = pytest.mark.slow
 
@@ -181,14 +182,14 @@ def test_a_replica_that_is_killed_under_load_loses_no_request(
 ) -> None:
     with Load(deployed.url, photos, offline) as ledger:
         for enough in (40, 100):
-            wait_for(partial(ledger.has_answered, enough))
+            until(partial(ledger.has_answered, enough))
             victim = deployed.processes(SEGMENTER)[0]
             victim.kill()
             # The raylet's child, so it may stay as a zombie for a moment.
-            wait_for(lambda: victim not in deployed.processes(SEGMENTER))  # noqa: B023
-        wait_for(lambda: len(deployed.processes(SEGMENTER)) == 2)
+            until(lambda: victim not in deployed.processes(SEGMENTER))  # noqa: B023
+        until(lambda: len(deployed.processes(SEGMENTER)) == 2)
         before = ledger.answered
-        wait_for(lambda: ledger.answered >= before + 20)
+        until(lambda: ledger.answered >= before + 20)
     assert ledger.balances(), ledger.wrong
 
 
@@ -196,10 +197,10 @@ def test_scaling_down_under_load_loses_no_request(
     deployed: RayService, photos: list[Sample], offline: Offline
 ) -> None:
     with Load(deployed.url, photos, offline) as ledger:
-        wait_for(lambda: ledger.answered >= 20)
+        until(lambda: ledger.answered >= 20)
         deployed.deploy(replicas=1)
         before = ledger.answered
-        wait_for(lambda: ledger.answered >= before + 20)
+        until(lambda: ledger.answered >= before + 20)
     assert ledger.balances(), ledger.wrong
 
 
@@ -208,9 +209,9 @@ def test_load_brings_another_replica_and_loses_no_request(
 ) -> None:
     deployed.deploy(replicas=1, max_replicas=2, target_ongoing_requests=2, upscale_delay_s=1)
     with Load(deployed.url, photos, offline) as ledger:
-        wait_for(lambda: len(deployed.processes(SEGMENTER)) == 2)
+        until(lambda: len(deployed.processes(SEGMENTER)) == 2)
         before = ledger.answered
-        wait_for(lambda: ledger.answered >= before + 20)
+        until(lambda: ledger.answered >= before + 20)
     assert ledger.balances(), ledger.wrong
 
 
@@ -230,7 +231,7 @@ def test_a_folder_goes_to_gpus_alone_and_waits_for_them(
             waiting = next((line for line in lines if line.startswith(b"waiting")), b"")
             assert b"1 CPUs and 1 GPUs" in waiting
             ray.kill(holder)
-            wait_for(lambda: deployed.processes(WORKER) or process.poll() is not None)
+            until(lambda: deployed.processes(WORKER) or process.poll() is not None)
             while process.poll() is None:
                 for worker in deployed.processes(WORKER):
                     with contextlib.suppress(psutil.NoSuchProcess):
@@ -302,7 +303,7 @@ def test_a_folder_on_the_cluster_killed_and_resumed_has_every_photo_once(
     (folder / "broken.jpg").write_bytes(many_photos[0].data[:1000])
 
     with bulk(folder, results, deployed) as process:
-        wait_for(lambda: any(results.rglob("*.png")) or process.poll() is not None)
+        until(lambda: any(results.rglob("*.png")) or process.poll() is not None)
         # The database is nobody else's to read meanwhile; every row is written to its journal.
         journal = results / "state.sqlite-wal"
         listed = journal.stat().st_mtime_ns
@@ -311,11 +312,11 @@ def test_a_folder_on_the_cluster_killed_and_resumed_has_every_photo_once(
             count = sum(1 for _ in results.rglob("*.png"))
             return count >= BULK_PHOTOS / 3 and journal.stat().st_mtime_ns > listed
 
-        wait_for(lambda: a_third_is_done() or process.poll() is not None, timeout_s=600)
+        until(lambda: a_third_is_done() or process.poll() is not None)
         assert process.poll() is None
         process.kill()
     assert process.returncode == -signal.SIGKILL
-    wait_for(lambda: not deployed.processes(WORKER))
+    until(lambda: not deployed.processes(WORKER))
     done = recorded(results)
     written = masks(results)
     before = {name: written[name] for name in written if name_of(name) in done}
@@ -323,7 +324,7 @@ def test_a_folder_on_the_cluster_killed_and_resumed_has_every_photo_once(
     resumed = time.monotonic()
 
     with bulk(folder, results, deployed) as process:
-        wait_for(lambda: deployed.processes(WORKER) or process.poll() is not None)
+        until(lambda: deployed.processes(WORKER) or process.poll() is not None)
         for worker in deployed.processes(WORKER)[:1]:
             worker.kill()
         assert process.stderr is not None

@@ -3,8 +3,7 @@
 import contextlib
 import copy
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +16,9 @@ from ray.serve.schema import ServeDeploySchema
 
 from tests.support import ROOT
 from tests.support.launch import free_port
+from tests.support.waiting import until
 
-__all__ = ["GATEWAY", "PROXY", "SEGMENTER", "RayService", "ray_service", "wait_for"]
+__all__ = ["GATEWAY", "PROXY", "SEGMENTER", "RayService", "ray_service"]
 
 _CONFIG = ROOT / "docker/ray/serve.yaml"
 
@@ -58,8 +58,8 @@ class RayService:
         assert client is not None
         # Blocking, it would wait for a minute at most, however busy the machine is.
         client.deploy_apps(ServeDeploySchema(**config), _blocking=False)
-        wait_for(self._is_running, timeout_s=300)
-        wait_for(lambda: len(self.processes(SEGMENTER)) == replicas)
+        until(self._is_running)
+        until(lambda: len(self.processes(SEGMENTER)) == replicas)
 
     def _is_running(self) -> bool:
         (name,) = (each["name"] for each in self._config["applications"])
@@ -83,19 +83,6 @@ class RayService:
                 if " ".join(process.cmdline()).startswith(kind):
                     found.append(process)
         return found
-
-
-def wait_for(condition: Callable[[], object], timeout_s: float = 120) -> None:
-    """Ask again and again until the condition is true.
-
-    Raises:
-        TimeoutError: the condition does not come true.
-    """
-    give_up = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > give_up:
-            raise TimeoutError("what was waited for does not come true")
-        time.sleep(0.05)
 
 
 @contextlib.contextmanager

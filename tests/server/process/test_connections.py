@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import cast
 from unittest.mock import Mock
 
 import httpx
@@ -359,6 +358,19 @@ def test_a_stream_with_requests_behind_it_ends_with_its_client(
     assert "Exception" not in caplog.text
 
 
+def _asked(
+    application: ASGI3Application, transport: Mock, state: ServerState, settings: Settings
+) -> Connection:
+    """A connection over this transport, whose client has sent one request."""
+    transport.get_extra_info.return_value = None
+    config = uvicorn.Config(application, ws="none", log_config=None)
+    config.load()
+    connection = Connection(House(settings, Metrics()), config, state, {})
+    connection.connection_made(transport)
+    connection.data_received(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+    return connection
+
+
 def test_the_rest_of_an_answer_that_was_left_off_is_not_kept() -> None:
     async def scenario() -> None:
         async def leaves_off(
@@ -370,17 +382,11 @@ def test_the_rest_of_an_answer_that_was_left_off_is_not_kept() -> None:
 
         closed, aborted = asyncio.Event(), asyncio.Event()
         transport = Mock(asyncio.Transport)
-        transport.get_extra_info.return_value = None
         transport.is_closing.side_effect = closed.is_set
         transport.get_write_buffer_size.return_value = 1000
         transport.close.side_effect = closed.set
         transport.abort.side_effect = aborted.set
-        config = uvicorn.Config(cast(ASGI3Application, leaves_off), ws="none", log_config=None)
-        config.load()
-        house = House(Settings(stall_timeout_s=0.1), Metrics())
-        connection = Connection(house, config, ServerState(), {})
-        connection.connection_made(transport)
-        connection.data_received(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        connection = _asked(leaves_off, transport, ServerState(), Settings(stall_timeout_s=0.1))
         await asyncio.wait_for(closed.wait(), 10)
         connection.pause_writing()
         connection.resume_writing()
@@ -403,14 +409,9 @@ def test_nothing_is_written_to_a_client_that_has_left() -> None:
             await receive()
 
         transport = Mock(asyncio.Transport)
-        transport.get_extra_info.return_value = None
         transport.is_closing.return_value = False
-        config = uvicorn.Config(cast(ASGI3Application, begins), ws="none", log_config=None)
-        config.load()
         state = ServerState()
-        connection = Connection(House(Settings(), Metrics()), config, state, {})
-        connection.connection_made(transport)
-        connection.data_received(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        connection = _asked(begins, transport, state, Settings())
         await asyncio.wait(list(state.tasks), timeout=30)
         await asyncio.sleep(0)
         transport.write.assert_not_called()
