@@ -2,6 +2,8 @@
 
 import asyncio
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,11 +11,13 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import onnx
 import pytest
 from numpy.typing import NDArray
 
+from common.half import halved
 from server.backends import BackendInfo, Images
-from server.backends.memory import check_memory, memory_left
+from server.backends.memory import check_memory, memory_left, memory_needed
 from server.inference.errors import UnknownNetwork
 from server.inference.service import Service
 from server.inference.submission import Body, submitted
@@ -25,7 +29,7 @@ from tests.support import MODEL
 from tests.support.answers import assert_problem, figures, read_png
 from tests.support.launch import ServerProcess, serve
 from tests.support.lesions import drawn_photo, encode_photo, lesion_photo
-from tests.support.site import inverted
+from tests.support.site import inverted, small
 from tests.support.streams import close_of, opened, said, stream
 from tests.support.waiting import until
 
@@ -501,3 +505,45 @@ def test_memory_that_is_left(
 def test_where_the_system_tells_nothing_no_network_is_refused(tmp_path: Path) -> None:
     assert memory_left(tmp_path / "none", tmp_path, tmp_path / "none") is None
     check_memory(tmp_path / "none.onnx")
+
+
+# Runs in a process of its own: the most that it held beyond what it held before.
+_LOAD = """
+import sys
+from pathlib import Path
+from server.backends.onnxruntime import OnnxRuntimeBackend
+
+def kib(name):
+    return int(Path("/proc/self/status").read_text().partition(name + ":")[2].split()[0])
+
+before = kib("VmRSS")
+OnnxRuntimeBackend(Path(sys.argv[1]), threads=2).warm_up()
+print((kib("VmHWM") - before) * 1024)
+"""
+
+
+def heavy() -> bytes:
+    """A network of 50 MB that has little to do: its convolutions see one pixel."""
+    model = onnx.load_model_from_string(small())
+    random = np.random.default_rng(0)
+    nodes = [onnx.helper.make_node("GlobalAveragePool", ["values"], ["pixel0"])]
+    for i in range(6):
+        weight = random.normal(0, 0.01, (512, 512 if i else 128, 3, 3)).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(weight, f"weight{i}"))
+        names = [f"pixel{i}", f"weight{i}"], [f"pixel{i + 1}"]
+        nodes.append(onnx.helper.make_node("Conv", *names, pads=[1, 1, 1, 1]))
+    nodes.append(onnx.helper.make_node("ReduceMean", ["pixel6"], ["mean"], axes=[1], keepdims=0))
+    model.graph.node[-1].output[0] = "dark"
+    nodes.append(onnx.helper.make_node("Add", ["dark", "mean"], ["probability"]))
+    model.graph.node.extend(nodes)
+    return bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize("stored", ["float32", "float16"])
+def test_loading_takes_no_more_memory_than_is_reckoned_with(tmp_path: Path, stored: str) -> None:
+    content = heavy() if stored == "float32" else halved(heavy())
+    file = tmp_path / "heavy.onnx"
+    file.write_bytes(content)
+    command = [sys.executable, "-c", _LOAD, str(file)]
+    taken = int(subprocess.run(command, check=True, capture_output=True, timeout=600).stdout)
+    assert memory_needed(file) / 3 < taken <= memory_needed(file)
