@@ -132,7 +132,7 @@ def load_generator(path: Path) -> Generator:
     try:
         generator = Generator(GeneratorConfig(**json.loads(config)))
         generator.load_state_dict(load_file(path))
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} holds weights of another architecture: {error}") from error
     return generator.eval()
 

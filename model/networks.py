@@ -80,4 +80,6 @@ def read_network(path: Path, name: str | None = None) -> Generator | ZooNetwork:
         network.load_state_dict(load_file(path))
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"{path} holds weights of another {said}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} holds a network that cannot be built: {error}") from error
     return network.eval()

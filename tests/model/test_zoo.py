@@ -403,6 +403,15 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     save_file(nn.Linear(2, 2).state_dict(), path, told)
     with pytest.raises(ValueError, match="holds weights of another enet"):
         read_network(path)
+    for metadata, reason in (
+        ({"network": "enet", "options": '{"depth": 3}'}, "enet has no option 'depth'"),
+        ({"network": "enet", "options": "{"}, "Expecting property name"),
+        ({"network": "later"}, "no network 'later'"),
+        ({"config": "{"}, "Expecting property name"),
+    ):
+        save_file(nn.Linear(2, 2).state_dict(), path, metadata)
+        with pytest.raises(ValueError, match=rf"w\.safetensors holds .*{reason}"):
+            read_network(path)
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
