@@ -47,6 +47,7 @@ from benchmarks.zoo_report import (
     Results,
     paper_table,
     plot,
+    read,
     rows,
     sides_table,
     table,
@@ -63,6 +64,7 @@ from model.loop import train
 from model.names import SERVED
 from model.networks import new_network, read_network, save_network
 from model.splits import split_samples
+from model.trainer import TrainingError
 from photos.image import MODEL_SIZE
 from server.cores import available_cores
 from tests.support.launch import serve
@@ -88,6 +90,7 @@ def train_all(results: Results, args: argparse.Namespace) -> None:
         for name in args.networks:
             folder = results.run(name, seed)
             if (folder / "score.json").exists():
+                _check_budget(folder / "score.json", args)
                 continue
             print(f"{name}, seed {seed}", file=sys.stderr, flush=True)
             changes = parse_overrides(args.set)
@@ -104,6 +107,20 @@ def train_all(results: Results, args: argparse.Namespace) -> None:
             _write(folder / "score.json", score)
 
 
+def _check_budget(path: Path, args: argparse.Namespace) -> None:
+    """Refuse to take a training of another budget for one of this.
+
+    Raises:
+        ValueError: it had other epochs, or only one of the two holds out a fold.
+    """
+    score = read(path, "epochs")
+    if score["epochs"] != args.epochs:
+        raise ValueError(f"{path} is of {score['epochs']} epochs: name another --out, or --epochs")
+    if ("fold" in score) != bool(args.folds):
+        was = "held out a fold" if "fold" in score else "held out no fold"
+        raise ValueError(f"{path} is of a training that {was}: name another --out, or --folds")
+
+
 def _score(result: Evaluation) -> dict[str, Any]:
     kept = ("jaccard", "jaccard_standard_error", "threshold_jaccard", "dice", "count")
     report = result.report()
@@ -113,12 +130,14 @@ def _score(result: Evaluation) -> dict[str, Any]:
 def measure_all(results: Results, args: argparse.Namespace) -> None:
     """Export every network, and measure what it costs."""
     measured: dict[str, Any] = {"machine": _machine(), "threads": available_cores()}
-    facts = _measured(results.costs, measured)
-    facts |= {name: _exported(results, name) for name in args.networks}
+    _measured(results.costs, measured)
+    facts = {name: _exported(results, name) for name in args.networks}
     timed = _timed(results, args)
     rates = _served(results, args)
     for name in args.networks:
         facts[name] |= timed[name] | {"photos_per_s": rates[name]}
+    # Another call may have measured other networks meanwhile.
+    facts = _measured(results.costs, measured) | facts
     _write(results.costs, measured | {"networks": facts})
 
 
@@ -130,11 +149,11 @@ def _measured(path: Path, where: dict[str, Any]) -> dict[str, Any]:
     """What an earlier call measured on this machine, by network.
 
     Raises:
-        ValueError: it was another machine.
+        ValueError: it was another machine, or the file is broken.
     """
     if not path.exists():
         return {}
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read(path, "networks")
     facts: dict[str, Any] = before.pop("networks")
     if before != where:
         raise ValueError(f"{path} was measured on another machine: name another --out")
@@ -290,13 +309,17 @@ def measure_sides(results: Results, args: argparse.Namespace) -> None:
 def report(results: Results, _: argparse.Namespace) -> None:
     """Write the table and the plots."""
     costs, found, epochs = rows(results)
-    text = f"{table(costs, found, epochs)}\n{paper_table(found)}\n"
+    text = table(costs, found, epochs)
+    if missing := sorted(results.scored() - set(costs["networks"])):
+        text += f"\nTrained, and left out until `costs` measures them: {', '.join(missing)}.\n"
+    text += f"\n{paper_table(found)}\n"
     if results.sides.exists():
         text += f"\n{sides_table(results)}\n"
     with replacing(results.out / "table.md") as path:
         path.write_text(text, encoding="utf-8")
     if any(row.jaccard is not None for row in found):
-        plot(found).savefig(results.out / "pareto.svg")
+        with replacing(results.out / "pareto.svg") as path:
+            plot(found).savefig(path)
     print(text)
 
 
@@ -369,7 +392,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
     try:
         args.work(Results(args.out), args)
-    except ValueError as error:
+    except (ValueError, TrainingError) as error:
         raise SystemExit(f"error: {error}") from error
 
 

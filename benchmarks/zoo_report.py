@@ -22,6 +22,7 @@ __all__ = [
     "front",
     "paper_table",
     "plot",
+    "read",
     "rows",
     "sides_table",
     "table",
@@ -50,6 +51,30 @@ PAPER_MS = {"slsnet": (5, 8, 14), "gan-fcn": (9, 14, 21)}
 """Milliseconds an image at `SIDES` on a GTX 1080 Ti, by table 3 of SLSNet's paper."""
 
 
+_SCORES = ("jaccard", "jaccard_standard_error", "threshold_jaccard", "epochs")
+
+
+def read(path: Path, *keys: str) -> dict[str, Any]:
+    """A file of figures that this benchmark wrote.
+
+    Args:
+        keys: that it has at least.
+
+    Raises:
+        ValueError: it is not there, is no JSON, or lacks one of `keys`; the message names it.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} does not exist: measure it first") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read, remove it and measure anew: {error}") from error
+    if not isinstance(values, dict) or (missing := [key for key in keys if key not in values]):
+        lacks = repr(missing[0]) if isinstance(values, dict) else "its figures"
+        raise ValueError(f"{path} lacks {lacks}: remove it and measure anew")
+    return values
+
+
 @dataclass(frozen=True)
 class Results:
     """What one budget gave, in its folder."""
@@ -67,7 +92,11 @@ class Results:
     def scores(self, name: str) -> Iterator[dict[str, Any]]:
         """What each finished training of a network reached."""
         for path in sorted((self.out / "runs" / name).glob("seed-*/score.json")):
-            yield json.loads(path.read_text(encoding="utf-8"))
+            yield read(path, *_SCORES)
+
+    def scored(self) -> set[str]:
+        """The networks that have a finished training."""
+        return {path.parts[-3] for path in self.out.glob("runs/*/seed-*/score.json")}
 
     @property
     def costs(self) -> Path:
@@ -101,13 +130,15 @@ def rows(results: Results) -> tuple[dict[str, Any], list[Row], int | None]:
     """All figures: what they were measured on, a row a network, and the epochs of the training.
 
     Raises:
-        ValueError: trainings of different lengths lie in this folder.
+        ValueError: trainings of different lengths lie in this folder, or with and without folds;
+            or a file of figures is missing or broken.
     """
-    costs = json.loads(results.costs.read_text(encoding="utf-8"))
-    found, budgets = [], set()
+    costs = read(results.costs, "networks")
+    found, budgets, are_folds = [], set(), set()
     for name, facts in costs["networks"].items():
         scores = list(results.scores(name))
         budgets |= {score["epochs"] for score in scores}
+        are_folds |= {"fold" in score for score in scores}
         found.append(
             Row(
                 name,
@@ -122,6 +153,10 @@ def rows(results: Results) -> tuple[dict[str, Any], list[Row], int | None]:
     if len(budgets) > 1:
         raise ValueError(
             f"{results.out} has trainings of {sorted(budgets)} epochs: one table has one"
+        )
+    if len(are_folds) > 1:
+        raise ValueError(
+            f"{results.out} has trainings with and without a held-out fold: one table has one kind"
         )
     return costs, found, next(iter(budgets), None)
 
@@ -200,7 +235,7 @@ def paper_table(of_networks: list[Row]) -> str:
 
 def sides_table(results: Results) -> str:
     """The paper's table 3 beside the times of here, as Markdown."""
-    measured = json.loads(results.sides.read_text(encoding="utf-8"))
+    measured = read(results.sides, "sides", "networks")
     heads = [f"{side}×{side}" for side in measured["sides"]]
     lines = []
     for name, by_threads in measured["networks"].items():

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import nn
@@ -98,3 +99,75 @@ def test_costs_of_another_machine_are_not_mixed_with_those_of_this(tmp_path: Pat
     (tmp_path / "costs.json").write_text(json.dumps(costs))
     with pytest.raises(SystemExit, match=r"costs\.json was measured on another machine"):
         main(["costs", "--out", str(tmp_path), "--networks", "enet"])
+
+
+def scored(folder: Path, name: str = "enet", **changes: Any) -> Path:
+    """A finished training's figures."""
+    figures = {"jaccard": 0.7, "jaccard_standard_error": 0.04, "threshold_jaccard": 0.5}
+    path = folder / f"runs/{name}/seed-0/score.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(figures | {"epochs": 2, "seed": 0} | changes))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--epochs", "3"], r"seed-0/score\.json is of 2 epochs"),
+        (["--folds", "5"], r"seed-0/score\.json is of a training that held out no fold"),
+    ],
+)
+def test_a_training_of_another_budget_is_not_taken_for_one_of_this(
+    tmp_path: Path, flags: list[str], reason: str
+) -> None:
+    data = write_isic2017(tmp_path / "data", training=2, validation=1)
+    scored(tmp_path / "out")
+    asked = ["train", "--out", str(tmp_path / "out"), "--networks", "enet", "--data", str(data)]
+    main(asked)
+    with pytest.raises(SystemExit, match=reason):
+        main([*asked, *flags])
+
+
+def test_the_report_names_what_it_cannot_use(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(reason: str) -> None:
+        with pytest.raises(SystemExit, match=reason):
+            main(["report", "--out", str(tmp_path)])
+
+    refused(r"costs\.json does not exist: measure it first")
+    costs = tmp_path / "costs.json"
+    costs.write_text('{"networks": {')
+    refused(r"costs\.json cannot be read, remove it and measure anew: Expecting")
+    costs.write_text('{"machine": "one"}')
+    refused(r"costs\.json lacks 'networks'")
+    costs.write_text("[]")
+    refused(r"costs\.json lacks its figures")
+
+    facts: dict[str, Any] = {
+        "parameters": 1e6,
+        "macs": 1e9,
+        "bytes": 1e6,
+        "memory_mb": 9,
+        "photos_per_s": 9,
+    }
+    facts["ms"] = dict.fromkeys(("1x1", "1x8", "2x1", "2x8"), 5)
+    costs.write_text(json.dumps({"machine": "one", "threads": 2, "networks": {"enet": facts}}))
+    score = scored(tmp_path)
+    scored(tmp_path, "unet")
+    main(["report", "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "| `enet` | 0.7000" in said
+    assert "Trained, and left out until `costs` measures them: unet." in said
+    score.write_text('{"jaccard": 0.7}')
+    refused(r"enet/seed-0/score\.json lacks 'jaccard_standard_error'")
+
+
+def test_networks_with_and_without_folds_are_not_in_one_table(tmp_path: Path) -> None:
+    (tmp_path / "costs.json").write_text('{"networks": {"enet": {}, "unet": {}}}')
+    scored(tmp_path)
+    scored(
+        tmp_path, "unet", fold={"fold": 0, "count": 1, "jaccard": 1, "jaccard_standard_error": 0}
+    )
+    with pytest.raises(ValueError, match="with and without a held-out fold"):
+        rows(Results(tmp_path))
