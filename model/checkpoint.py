@@ -1,7 +1,10 @@
 """The folder of a run: its files are written and read here; one that does not fit is refused."""
 
 import csv
-from collections.abc import Mapping
+import fcntl
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,28 @@ from model.trainer import RunProgress, Trainer, TrainingError
 from photos.image import THRESHOLD
 
 _STATES = ("network", "average", "discriminator", "optimizer", "discriminator_optimizer")
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Keep other processes from training in the folder `out`; a killed one keeps nobody out.
+
+    Raises:
+        ConfigError: another process trains there.
+    """
+    descriptor = os.open(out, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another process trains in {out}: wait for it, or pass another --out"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def save(trainer: Trainer) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,8 @@ def train(
         resume: whether to go on with the run in `out`.
 
     Raises:
-        ConfigError: the configuration does not fit, or `out` holds a run that is not resumed.
+        ConfigError: the configuration does not fit, or `out` holds a run that is not resumed, or
+            another process trains there.
         DataError: a file or id cannot be used; the message names it.
         TrainingError: there is nothing to resume, or a loss is no number any more.
     """
@@ -42,16 +44,17 @@ def train(
     pixels, selections, origin = prepare(config, data, cache)
     out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(config, out, pixels, selections, origin)
-    if resume:
-        checkpoint.load(trainer)
-    else:
-        if trainer.world > 1:
-            dist.barrier()  # every process has seen that no run was there
-        if trainer.rank == 0:
-            with replacing(out / "config.yaml") as path:
-                path.write_text(yaml.safe_dump(config_dict(config), sort_keys=False))
-            checkpoint.save(trainer)  # so that a kill in the first epoch can be resumed too
-    return run(trainer)
+    with checkpoint.alone(out) if trainer.rank == 0 else nullcontext():
+        if resume:
+            checkpoint.load(trainer)
+        else:
+            if trainer.world > 1:
+                dist.barrier()  # every process has seen that no run was there
+            if trainer.rank == 0:
+                with replacing(out / "config.yaml") as path:
+                    path.write_text(yaml.safe_dump(config_dict(config), sort_keys=False))
+                checkpoint.save(trainer)  # so that a kill in the first epoch can be resumed too
+        return run(trainer)
 
 
 def run(trainer: Trainer) -> RunProgress:

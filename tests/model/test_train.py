@@ -332,6 +332,17 @@ def test_a_run_that_did_not_know_a_key_yet_is_resumed_with_its_default(
 # Resuming and sharing out
 
 
+def test_two_processes_do_not_train_in_one_folder(data: Path, cache: Path, tmp_path: Path) -> None:
+    tmp_path.joinpath("run").mkdir()
+    with (
+        checkpoint.alone(tmp_path / "run"),
+        pytest.raises(ConfigError, match=r"another process trains in .*run: wait"),
+    ):
+        loop.train(tiny_config(epochs=1), data, tmp_path / "run", cache)
+    assert not any((tmp_path / "run").glob("*.pt"))
+    assert loop.train(tiny_config(epochs=1), data, tmp_path / "run", cache).epoch == 1
+
+
 def command(data: Path, cache: Path, out: Path, *flags: str) -> list[str]:
     where = ["--data", str(data), "--cache", str(cache), "--out", str(out)]
     return ["-m", "model.train", *where, *flags]
