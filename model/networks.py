@@ -43,7 +43,7 @@ def new_network(config: TrainConfig) -> nn.Module:
         return Teacher()
     try:
         return zoo.build(config.network, **config.options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{config.network} with {config.options}: {error}") from error
 
 

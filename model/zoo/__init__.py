@@ -34,7 +34,8 @@ def build(name: str, **options: Option) -> "ZooNetwork":
         options: what its constructor takes, such as a width.
 
     Raises:
-        ValueError: there is no such network or option, or a library that it needs is missing.
+        ValueError: there is no such network or option, an option has a value of another kind or
+            below 1, or a library that the network needs is missing.
     """
     network = check(name, **options)(**options)
     network.name, network.options = name, options
@@ -58,4 +59,9 @@ def check(name: str, **options: Option) -> "type[ZooNetwork]":
     if unknown := [option for option in options if option not in known]:
         said = f"it takes {', '.join(known)}" if known else "it takes none"
         raise ValueError(f"{name} has no option {unknown[0]!r}; {said}")
+    for option, value in options.items():
+        kind = type(known[option].default)
+        if type(value) is not kind or (kind is int and value < 1):  # type: ignore[operator]
+            wanted = "a whole number from 1" if kind is int else "true or false"
+            raise ValueError(f"{name}: {option} must be {wanted}, not {value!r}")
     return found

@@ -2,7 +2,7 @@
 
 Source: Ruan et al. 2023, "EGE-UNet: an efficient group enhanced UNet for skin lesion segmentation"
 (arXiv:2307.08473), figures 2 to 4; details after the authors' description of their code
-(Apache-2.0). Written here anew.
+(Apache-2.0). Written here anew (Apache-2.0).
 Faithful: widths 8 to 64, group multi-axis Hadamard products, bridges that aggregate four groups and
 read the coarse mask of the stage below.
 Substituted: the five coarse masks feed the bridges but have no loss of their own.

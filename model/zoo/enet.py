@@ -1,7 +1,7 @@
 """ENet: bottlenecks at 1/4 and 1/8 resolution, with dilated and asymmetric convolutions.
 
 Source: Paszke et al. 2016, "ENet: a deep neural network architecture for real-time semantic
-segmentation" (arXiv:1606.02147), table 1 and figure 2. Written here after the paper.
+segmentation" (arXiv:1606.02147), table 1 and figure 2. Written here after the paper (Apache-2.0).
 Faithful: all 25 bottlenecks, index unpooling, PReLU for each channel, dropout.
 Substituted: one class; one run, where the authors trained the encoder before the whole.
 The authors used no pre-trained weights.

@@ -1,7 +1,7 @@
 """FCN-8s: VGG-16 with its classifier as convolutions, and two skips.
 
 Source: Long et al. 2014, "Fully convolutional networks for semantic segmentation"
-(arXiv:1411.4038), section 4 and figure 3. Written here after the paper.
+(arXiv:1411.4038), section 4 and figure 3. Written here after the paper (Apache-2.0).
 Faithful: 13 convolutions of VGG-16, fc6 of 7×7×4096 and fc7 of 4096, scores of pool3, pool4 and
 fc7 that are added up, up-sampling by deconvolution that starts as bilinear interpolation.
 Substituted: one class; fc6 keeps the size, in place of a border of 100 pixels around the image.

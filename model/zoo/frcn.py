@@ -1,7 +1,8 @@
 """FrCN: VGG-16's convolutions at full resolution throughout, without any pooling.
 
 Source: Al-Masni et al. 2018, "Skin lesion segmentation in dermoscopy images via deep full
-resolution convolutional networks" (doi:10.1016/j.cmpb.2018.05.027). Written here after the paper.
+resolution convolutional networks" (doi:10.1016/j.cmpb.2018.05.027). Written here after the paper
+(Apache-2.0).
 Faithful: 13 convolutions of VGG-16's widths, no pooling, dropout in the head.
 Substituted: the text does not give the head's widths. Two 1×1 convolutions of 1,024 channels are a
 guess, which gives the 16.3 million parameters that SLSNet's paper names; batch normalisation,

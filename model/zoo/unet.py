@@ -1,7 +1,7 @@
 """The U-Net: five resolutions, two convolutions at each, skips from encoder to decoder.
 
 Source: Ronneberger et al. 2015, "U-Net: convolutional networks for biomedical image segmentation"
-(arXiv:1505.04597), figure 1. Written here after the paper.
+(arXiv:1505.04597), figure 1. Written here after the paper (Apache-2.0).
 Faithful: depth, the doubling of channels from 64 to 1,024, learned up-sampling, skips.
 Substituted: convolutions keep the size (the paper's lose a border), and each is followed by batch
 normalisation, without which it does not train well from scratch; one class and no weighted border.

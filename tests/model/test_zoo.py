@@ -31,7 +31,7 @@ from model import zoo
 from model.config import ConfigError, LossConfig, load_config
 from model.export import export
 from model.generator import load_metadata
-from model.networks import read_network, save_network
+from model.networks import new_network, read_network, save_network
 from model.trainer import Trainer
 from model.zoo.segan import Critic
 from server.http.app import create_app
@@ -155,8 +155,9 @@ def test_the_documentation_lists_every_network_with_its_parameters() -> None:
 def test_its_file_names_source_licence_and_what_is_substituted(name: str) -> None:
     head = import_module(zoo.check(name).__module__).__doc__ or ""
     assert "Source" in head and ("arXiv:" in head or "doi:" in head)
+    assert re.search(r"\((Apache-2\.0|MIT|BSD-3-Clause)\)", head)
     assert "Faithful" in head or "Substituted: all of it" in head
-    assert "Substituted" in head or "Not to be had" in head or "carries" in head
+    assert "Substituted" in head or "Not to be had" in head
 
 
 # They learn
@@ -395,6 +396,20 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         zoo.build("enet", depth=3)
     with pytest.raises(ValueError, match="lraspp has no option 'width'; it takes none"):
         zoo.build("lraspp", width=3)
+    for options, reason in (
+        ({"width": 0}, "enet: width must be a whole number from 1, not 0"),
+        ({"width": True}, "enet: width must be a whole number from 1, not True"),
+        ({"width": "wide"}, "enet: width must be a whole number from 1, not 'wide'"),
+        ({"width": 1}, "enet with .*'width': 1.*negative dimension"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            new_network(load_config(overrides={"network": "enet", "options": options}))
+    for lite0, reason in (
+        ({"pretrained": "no"}, "pretrained must be true or false, not 'no'"),
+        ({"width": 8}, "width must be 16 at least, not 8"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            zoo.build("lite0-unet", **lite0)
     with pytest.raises(ConfigError, match=r"options are of a network of model\.zoo; slsnet"):
         load_config(overrides={"options": {"width": 4}})
     path = tmp_path / "w.safetensors"
