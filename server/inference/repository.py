@@ -169,6 +169,7 @@ def _files(settings: Settings) -> dict[str, Path]:
     beside = {
         file.stem: file
         for file in settings.model.parent.glob("*.onnx")
-        if NETWORK_NAME.fullmatch(file.stem)
+        # A pipe would keep whoever reads it waiting, and a device has no end.
+        if NETWORK_NAME.fullmatch(file.stem) and file.is_file()
     }
     return {**beside, **settings.networks}

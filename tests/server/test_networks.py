@@ -1,6 +1,7 @@
 """Several networks in one server: named by requests, loaded and retired while it serves."""
 
 import asyncio
+import os
 import shutil
 import subprocess
 import sys
@@ -212,6 +213,22 @@ def test_a_network_that_cannot_serve_is_named_and_the_others_go_on(several: Seve
     for name in ("broken", "huge"):
         (several.folder / f"{name}.onnx").unlink()
     assert_turned_round(several, "turned")
+
+
+def test_what_is_no_file_is_no_network(several: Several) -> None:
+    pipe, device = several.folder / "pipe.onnx", several.folder / "device.onnx"
+    os.mkfifo(pipe)
+    device.symlink_to("/dev/zero")
+    try:
+        assert not {"pipe", "device"} & several.index().keys()
+        for name in ("pipe", "device"):
+            answer = several.load(name)
+            assert answer.status_code == 404
+            assert f"no such file {name}.onnx" in answer.json()["error"]
+        assert several.load("turned").status_code == 200
+    finally:
+        pipe.unlink()
+        device.unlink()
 
 
 def test_a_table_of_quality_of_other_weights_is_refused(several: Several) -> None:
