@@ -38,6 +38,7 @@ from common.files import replacing
 from common.program import Help
 from common.progress import TELL_EVERY_S, say, tell
 from model.augment import Augmenter
+from model.checkpoint import alone
 from model.commands import run_command
 from model.config import load_config
 from model.data import PixelSet, add_data_arguments, add_pair_arguments, find_pairs
@@ -251,17 +252,18 @@ def _train(args: argparse.Namespace) -> str:
     config = load_config("quick", overrides=asked)
     pixels, _, origin = prepare(config, args.data, args.cache)
     args.out.mkdir(parents=True, exist_ok=True)
-    for name in args.detectors:
-        settings = {
-            "detector": name,
-            "size": args.size,
-            "epochs": args.epochs,
-            "batch": args.batch,
-            "seed": args.seed,
-            "augment": config.augment,
-            "pretrained": True,
-        }
-        Training(args.out / f"{name}.pt", settings, pixels).run()
+    with alone(args.out):
+        for name in args.detectors:
+            settings = {
+                "detector": name,
+                "size": args.size,
+                "epochs": args.epochs,
+                "batch": args.batch,
+                "seed": args.seed,
+                "augment": config.augment,
+                "pretrained": True,
+            }
+            Training(args.out / f"{name}.pt", settings, pixels).run()
     return f"trained: {', '.join(args.detectors)}; epochs: {args.epochs}; {origin}"
 
 

@@ -31,9 +31,9 @@ def check_memory(model: Path) -> None:
         BackendError: there is too little.
     """
     try:
-        needed = memory_needed(model)
+        # Whoever reads the file says what is wrong. A pipe would keep this here waiting.
+        needed = memory_needed(model) if model.is_file() else 0
     except OSError:
-        # Whoever reads the file says what is wrong.
         return
     left = memory_left()
     if left is not None and needed > left:

@@ -35,6 +35,9 @@ def read_model(model: Path) -> ModelFile:
     Raises:
         BackendError: the file cannot be read, or its digest was made of other content.
     """
+    if model.exists() and not model.is_file():
+        # A pipe would keep the server waiting, and a device has no end.
+        raise BackendError(f"The server cannot load {model}: it is no file")
     try:
         content = model.read_bytes()
         check_digest(content)

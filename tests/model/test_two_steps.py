@@ -14,6 +14,7 @@ pytest.importorskip("cv2", reason="needs requirements-zoo.txt")
 pytest.importorskip("skimage", reason="needs requirements-zoo.txt")
 pytest.importorskip("model.zoo.detectors", reason="needs requirements-zoo.txt")
 
+from model.checkpoint import alone
 from model.two_steps import Finder, Training, main, methods, target
 from model.zoo.vision import torchvision
 
@@ -171,6 +172,9 @@ def test_the_commands_train_and_score(
     with pytest.raises(SystemExit):
         main(["train", *flags, "--epochs", "0"])
     assert "epochs must be at least 1, not 0" in capsys.readouterr().err
+    with alone(tmp_path), pytest.raises(SystemExit):
+        main(["train", *flags, "--detectors", "ssdlite"])
+    assert f"another process trains in {tmp_path}" in capsys.readouterr().err
     main(["train", *flags, "--epochs", "1", "--size", str(SIDE), "--detectors", "ssdlite"])
     assert "trained: ssdlite; epochs: 1; 2 images of isic2017" in capsys.readouterr().out
     pairs = ["--images", str(data / "ISIC-2017_Validation_Data")]

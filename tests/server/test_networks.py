@@ -17,8 +17,9 @@ import pytest
 from numpy.typing import NDArray
 
 from common.half import halved
-from server.backends import BackendInfo, Images
+from server.backends import BackendError, BackendInfo, Images
 from server.backends.memory import check_memory, memory_left, memory_needed
+from server.backends.model_file import read_model
 from server.inference.errors import UnknownNetwork
 from server.inference.service import Service
 from server.inference.submission import Body, submitted
@@ -522,6 +523,14 @@ def test_memory_that_is_left(
 def test_where_the_system_tells_nothing_no_network_is_refused(tmp_path: Path) -> None:
     assert memory_left(tmp_path / "none", tmp_path, tmp_path / "none") is None
     check_memory(tmp_path / "none.onnx")
+
+
+def test_a_pipe_keeps_nobody_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.onnx")
+    check_memory(tmp_path / "a.onnx")
+    for path in (tmp_path / "a.onnx", tmp_path):
+        with pytest.raises(BackendError, match="it is no file"):
+            read_model(path)
 
 
 # Runs in a process of its own: the most that it held beyond what it held before.
