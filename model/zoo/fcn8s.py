@@ -5,8 +5,7 @@ Source: Long et al. 2014, "Fully convolutional networks for semantic segmentatio
 Faithful: 13 convolutions of VGG-16, fc6 of 7×7×4096 and fc7 of 4096, scores of pool3, pool4 and
 fc7 that are added up, up-sampling by deconvolution that starts as bilinear interpolation.
 Substituted: one class; fc6 keeps the size, in place of a border of 100 pixels around the image.
-Not to be had: VGG-16's ImageNet weights. Without them, and without batch normalisation, so large a
-network learns little from some thousand photos.
+Not to be had: VGG-16's ImageNet weights, from which the authors' network started.
 """
 
 import torch
