@@ -130,7 +130,7 @@ def _score(result: Evaluation) -> dict[str, Any]:
 def measure_all(results: Results, args: argparse.Namespace) -> None:
     """Export every network, and measure what it costs."""
     measured: dict[str, Any] = {"machine": _machine(), "threads": available_cores()}
-    _measured(results.costs, measured)
+    _measured(results.costs, measured)  # another machine is refused before the long part
     facts = {name: _exported(results, name) for name in args.networks}
     timed = _timed(results, args)
     rates = _served(results, args)
