@@ -77,6 +77,16 @@ __all__ = ["main"]
 _OPTIONS: dict[str, dict[str, Any]] = {"slsnet": {"generator.pam_pool": [8, 1], "pam_wake": 0}}
 
 
+# Settings that have arguments of their own.
+_ARGUMENTS = {
+    "network": "--networks",
+    "epochs": "--epochs",
+    "seed": "--seeds",
+    "data.folds": "--folds",
+    "data.fold": "--folds and --seeds",
+}
+
+
 def configuration(name: str, **changes: Any) -> TrainConfig:
     """The training of a network; `changes` to the preset are the same for all."""
     overrides = {"network": name, **_OPTIONS.get(name, {}), **changes}
@@ -84,7 +94,15 @@ def configuration(name: str, **changes: Any) -> TrainConfig:
 
 
 def train_all(results: Results, args: argparse.Namespace) -> None:
-    """Train and score what is not scored yet, one seed after another."""
+    """Train and score what is not scored yet, one seed after another.
+
+    Raises:
+        ValueError: `--set` changes what another argument sets, or what is in the folder had
+            another budget.
+    """
+    changes = parse_overrides(args.set)
+    for key in changes.keys() & _ARGUMENTS.keys():
+        raise ValueError(f"--set {key}: use {_ARGUMENTS[key]}")
     samples = find_samples(args.data)
     for seed in args.seeds:
         for name in args.networks:
@@ -93,7 +111,6 @@ def train_all(results: Results, args: argparse.Namespace) -> None:
                 _check_budget(folder / "score.json", args)
                 continue
             print(f"{name}, seed {seed}", file=sys.stderr, flush=True)
-            changes = parse_overrides(args.set)
             if args.folds:
                 changes |= {"data.folds": args.folds, "data.fold": seed % args.folds}
             config = configuration(name, epochs=args.epochs, seed=seed, **changes)
@@ -101,24 +118,28 @@ def train_all(results: Results, args: argparse.Namespace) -> None:
             network = load_network(folder / "best.safetensors", config.size)
             held_out = split_samples(config, samples, args.cache)[1]
             first, *fold = [_score(evaluate(chosen, network)) for chosen in held_out.values()]
-            score = first | {"epochs": args.epochs, "seed": seed}
+            score = first | {"budget": _budget(args), "seed": seed}
             if fold:
                 score["fold"] = fold[0] | {"fold": config.data.fold}
             _write(folder / "score.json", score)
+
+
+def _budget(args: argparse.Namespace) -> str:
+    """What every training of a table is given, in words."""
+    folds = [f"one of {args.folds} folds held out"] if args.folds else []
+    changes = [f"{key}={value}" for key, value in sorted(parse_overrides(args.set).items())]
+    return ", ".join([f"epochs={args.epochs}", *changes, *folds])
 
 
 def _check_budget(path: Path, args: argparse.Namespace) -> None:
     """Refuse to take a training of another budget for one of this.
 
     Raises:
-        ValueError: it had other epochs, or only one of the two holds out a fold.
+        ValueError: it had other epochs, settings or folds.
     """
-    score = read(path, "epochs")
-    if score["epochs"] != args.epochs:
-        raise ValueError(f"{path} is of {score['epochs']} epochs: name another --out, or --epochs")
-    if ("fold" in score) != bool(args.folds):
-        was = "held out a fold" if "fold" in score else "held out no fold"
-        raise ValueError(f"{path} is of a training that {was}: name another --out, or --folds")
+    budget = read(path, "budget")["budget"]
+    if budget != _budget(args):
+        raise ValueError(f"{path} is of {budget}: name another --out, or ask for the same")
 
 
 def _score(result: Evaluation) -> dict[str, Any]:
@@ -132,13 +153,16 @@ def measure_all(results: Results, args: argparse.Namespace) -> None:
     measured: dict[str, Any] = {"machine": _machine(), "threads": available_cores()}
     _measured(results.costs, measured)  # another machine is refused before the long part
     facts = {name: _exported(results, name) for name in args.networks}
-    timed = _timed(results, args)
-    rates = _served(results, args)
-    for name in args.networks:
-        facts[name] |= timed[name] | {"photos_per_s": rates[name]}
-    # Another call may have measured other networks meanwhile.
-    facts = _measured(results.costs, measured) | facts
-    _write(results.costs, measured | {"networks": facts})
+
+    def keep(found: dict[str, dict[str, Any]]) -> None:
+        for name in args.networks:
+            facts[name] |= found[name]
+        # Another call may have measured other networks meanwhile.
+        networks = _measured(results.costs, measured) | facts
+        _write(results.costs, measured | {"networks": networks})
+
+    keep(_timed(results, args))
+    keep(_served(results, args))
 
 
 def _machine() -> str:
@@ -274,17 +298,26 @@ def _peak_mb(pid: int) -> float:
     return int(text.partition("VmHWM:")[2].split()[0]) / 1000
 
 
-def _served(results: Results, args: argparse.Namespace) -> dict[str, float]:
-    """Photos a second through a server of each network; medians of the turns."""
+def _served(results: Results, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Photos a second through a server of each network; medians of the turns.
+
+    None of a network that is too slow for so many clients, whose requests the server refuses.
+    """
     photos = load_photos(args.photos)[0]
     load = Load("600×450", photos, CLIENTS)
     rates: dict[str, list[float]] = {name: [] for name in args.networks}
     for _ in range(args.turns):
         for name in args.networks:
             with serve("--model", str(results.graph(name))) as server:
-                send(server, load)
-                rates[name].append(send(server, load)[2])
-    return {name: statistics.median(values) for name, values in rates.items()}
+                try:
+                    send(server, load)
+                    rates[name].append(send(server, load)[2])
+                except RuntimeError as error:
+                    print(f"{name}: {error}", file=sys.stderr, flush=True)
+    return {
+        name: {"photos_per_s": statistics.median(values) if values else None}
+        for name, values in rates.items()
+    }
 
 
 def measure_sides(results: Results, args: argparse.Namespace) -> None:
@@ -308,8 +341,8 @@ def measure_sides(results: Results, args: argparse.Namespace) -> None:
 
 def report(results: Results, _: argparse.Namespace) -> None:
     """Write the table and the plots."""
-    costs, found, epochs = rows(results)
-    text = table(costs, found, epochs)
+    costs, found, budget = rows(results)
+    text = table(costs, found, budget)
     if missing := sorted(results.scored() - set(costs["networks"])):
         text += f"\nTrained, and left out until `costs` measures them: {', '.join(missing)}.\n"
     text += f"\n{paper_table(found)}\n"
@@ -392,7 +425,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
     try:
         args.work(Results(args.out), args)
-    except (ValueError, TrainingError) as error:
+    except (OSError, ValueError, TrainingError) as error:
         raise SystemExit(f"error: {error}") from error
 
 

@@ -51,7 +51,8 @@ PAPER_MS = {"slsnet": (5, 8, 14), "gan-fcn": (9, 14, 21)}
 """Milliseconds an image at `SIDES` on a GTX 1080 Ti, by table 3 of SLSNet's paper."""
 
 
-_SCORES = ("jaccard", "jaccard_standard_error", "threshold_jaccard", "epochs")
+_SCORES = ("jaccard", "jaccard_standard_error", "threshold_jaccard", "budget")
+_FACTS = ("parameters", "macs", "bytes", "memory_mb", "ms")
 
 
 def read(path: Path, *keys: str) -> dict[str, Any]:
@@ -126,19 +127,20 @@ class Row:
     """Mean Jaccard over the photos that its trainings held out, standard error, and how many."""
 
 
-def rows(results: Results) -> tuple[dict[str, Any], list[Row], int | None]:
-    """All figures: what they were measured on, a row a network, and the epochs of the training.
+def rows(results: Results) -> tuple[dict[str, Any], list[Row], str | None]:
+    """All figures: what they were measured on, a row a network, and the budget of the trainings.
 
     Raises:
-        ValueError: trainings of different lengths lie in this folder, or with and without folds;
-            or a file of figures is missing or broken.
+        ValueError: trainings of different budgets lie in this folder, or a file of figures is
+            missing or broken.
     """
     costs = read(results.costs, "networks")
-    found, budgets, are_folds = [], set(), set()
+    found, budgets = [], set()
     for name, facts in costs["networks"].items():
+        if missing := [key for key in _FACTS if key not in facts]:
+            raise ValueError(f"{results.costs} lacks {missing[0]!r} of {name}: measure it anew")
         scores = list(results.scores(name))
-        budgets |= {score["epochs"] for score in scores}
-        are_folds |= {"fold" in score for score in scores}
+        budgets |= {score["budget"] for score in scores}
         found.append(
             Row(
                 name,
@@ -151,13 +153,8 @@ def rows(results: Results) -> tuple[dict[str, Any], list[Row], int | None]:
             )
         )
     if len(budgets) > 1:
-        raise ValueError(
-            f"{results.out} has trainings of {sorted(budgets)} epochs: one table has one"
-        )
-    if len(are_folds) > 1:
-        raise ValueError(
-            f"{results.out} has trainings with and without a held-out fold: one table has one kind"
-        )
+        different = "; ".join(sorted(budgets))
+        raise ValueError(f"{results.out} has trainings of several budgets: {different}")
     return costs, found, next(iter(budgets), None)
 
 
@@ -179,11 +176,11 @@ def _accuracy(row: Row) -> float:
     return -1 if row.jaccard is None else row.jaccard
 
 
-def table(costs: dict[str, Any], found: list[Row], epochs: int | None) -> str:
+def table(costs: dict[str, Any], found: list[Row], budget: str | None) -> str:
     """The table as Markdown, the most accurate network first; arguments are what `rows` returns."""
     threads = costs["threads"]
     lines = [
-        f"Machine: {costs['machine']}. Budget: {epochs or 'no'} epochs over the training photos."
+        f"Machine: {costs['machine']}. Budget of a training: {budget or 'none'}."
         f" Milliseconds an image in ONNX Runtime, photos a second of {CLIENTS} clients through the"
         " server; medians.",
         "",
@@ -203,17 +200,18 @@ def table(costs: dict[str, Any], found: list[Row], epochs: int | None) -> str:
             f"| `{row.name}` | {score} | {fold} | {row.seeds or '–'}"
             f" | {facts['parameters'] / 1e6:.2f} | {facts['macs'] / 1e9:.2f}"
             f" | {facts['bytes'] / 1e6:.1f} | {facts['memory_mb']:.0f}"
-            f" | {times} | {facts['photos_per_s']:.1f} |"
+            f" | {times} | {_cell(facts.get('photos_per_s'), '.1f')} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
 
 
 def paper_table(of_networks: list[Row]) -> str:
     """The paper's tables 1 and 2 beside the figures of here, as Markdown."""
     found = {row.name: row for row in of_networks}
-
-    def cell(value: float | None, form: str) -> str:
-        return "–" if value is None else format(value, form)
 
     return markdown(
         (
@@ -224,8 +222,8 @@ def paper_table(of_networks: list[Row]) -> str:
         [
             (
                 *(f"`{name}`", f"{parameters:.2f}", f"{row.costs['parameters'] / 1e6:.2f}"),
-                *(cell(jaccard, ".3f"), cell(row.jaccard, ".3f")),
-                *(cell(threshold, ".3f"), cell(row.threshold_jaccard, ".3f")),
+                *(_cell(jaccard, ".3f"), _cell(row.jaccard, ".3f")),
+                *(_cell(threshold, ".3f"), _cell(row.threshold_jaccard, ".3f")),
             )
             for name, (parameters, jaccard, threshold) in PAPER.items()
             if (row := found.get(name))

@@ -7,7 +7,8 @@ Faithful: 13 convolutions of VGG-16's widths, no pooling, dropout in the head.
 Substituted: the text does not give the head's widths. Two 1×1 convolutions of 1,024 channels are a
 guess, which gives the 16.3 million parameters that SLSNet's paper names; batch normalisation,
 without which so deep a network does not train from scratch. Its input was 192×256.
-Not to be had: weights to start from. 241 billion products an image at 128×128, so it is slow.
+Not to be had: weights to start from. An image of 128×128 takes 267 billion products, 241 of them in
+VGG's convolutions, so the network is slow.
 """
 
 from itertools import pairwise

@@ -2,16 +2,21 @@
 
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import nn
 
+from benchmarks import zoo
 from benchmarks.latency import machine
 from benchmarks.zoo import macs, main
 from benchmarks.zoo_report import Results, front, rows
 from server.cores import available_cores
+from tests.support import MODEL
+from tests.support.lesions import encode_photo, lesion_photo
 from tests.support.tiny import SETTINGS, write_isic2017
 
 pytest.importorskip("model.zoo.vision", reason="needs requirements-zoo.txt")
@@ -72,7 +77,7 @@ def test_a_network_is_trained_timed_served_and_reported(
     assert 0 < held_out["count"] < 8 and 0 <= held_out["jaccard"] <= 1
     _, networks, paper, sides = table.split("\n\n")
     first, second = networks.splitlines()[-2:]
-    assert first.startswith(f"| `enet` | {score['jaccard']:.4f} ± ") and "1 epochs" in table
+    assert first.startswith(f"| `enet` | {score['jaccard']:.4f} ± ") and "epochs=1, " in table
     assert f" | {held_out['jaccard']:.4f} ± " in first and f" of {held_out['count']} | 1 |" in first
     assert second.startswith("| `lraspp` | – | – | – | 3.22 ")
     (of_paper,) = paper.splitlines()[2:]
@@ -81,11 +86,29 @@ def test_a_network_is_trained_timed_served_and_reported(
     assert "<svg" in (tmp_path / "out/pareto.svg").read_text()
 
 
+FACTS: dict[str, Any] = {
+    "parameters": 1e6,
+    "macs": 1e9,
+    "bytes": 1e6,
+    "memory_mb": 9,
+    "ms": dict.fromkeys(("1x1", "1x8", "2x1", "2x8"), 5),
+}
+"""What `costs` says of a network that was not served."""
+
+
+def measured(folder: Path, *names: str) -> Path:
+    """The file of `costs`."""
+    path = folder / "costs.json"
+    networks = dict.fromkeys(names, FACTS)
+    path.write_text(json.dumps({"machine": "one", "threads": 2, "networks": networks}))
+    return path
+
+
 def test_folds_are_one_set_of_photos_in_which_each_counts_once(tmp_path: Path) -> None:
-    (tmp_path / "costs.json").write_text('{"networks": {"enet": {}}}')
+    measured(tmp_path, "enet")
     for seed, (fold, count, value) in enumerate([(0, 30, 0.6), (1, 10, 0.8), (0, 30, 0.6)]):
         figures = {"jaccard": value, "jaccard_standard_error": 0.04, "threshold_jaccard": 0.5}
-        score = figures | {"epochs": 2, "fold": figures | {"fold": fold, "count": count}}
+        score = figures | {"budget": "epochs=2", "fold": figures | {"fold": fold, "count": count}}
         folder = tmp_path / f"runs/enet/seed-{seed}"
         folder.mkdir(parents=True)
         (folder / "score.json").write_text(json.dumps(score))
@@ -106,26 +129,39 @@ def scored(folder: Path, name: str = "enet", **changes: Any) -> Path:
     figures = {"jaccard": 0.7, "jaccard_standard_error": 0.04, "threshold_jaccard": 0.5}
     path = folder / f"runs/{name}/seed-0/score.json"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(figures | {"epochs": 2, "seed": 0} | changes))
+    path.write_text(json.dumps(figures | {"budget": "epochs=2", "seed": 0} | changes))
     return path
 
 
 @pytest.mark.parametrize(
-    ("flags", "reason"),
-    [
-        (["--epochs", "3"], r"seed-0/score\.json is of 2 epochs"),
-        (["--folds", "5"], r"seed-0/score\.json is of a training that held out no fold"),
-    ],
+    "flags", [["--epochs", "3"], ["--folds", "5"], ["--set", "size=32"]], ids=" ".join
 )
 def test_a_training_of_another_budget_is_not_taken_for_one_of_this(
-    tmp_path: Path, flags: list[str], reason: str
+    tmp_path: Path, flags: list[str]
 ) -> None:
     data = write_isic2017(tmp_path / "data", training=2, validation=1)
     scored(tmp_path / "out")
     asked = ["train", "--out", str(tmp_path / "out"), "--networks", "enet", "--data", str(data)]
     main(asked)
-    with pytest.raises(SystemExit, match=reason):
+    with pytest.raises(SystemExit, match=r"seed-0/score\.json is of epochs=2: name another --out"):
         main([*asked, *flags])
+
+
+def test_a_setting_with_an_argument_of_its_own_is_not_set_beside_it(tmp_path: Path) -> None:
+    data = write_isic2017(tmp_path / "data", training=2, validation=1)
+    asked = ["train", "--out", str(tmp_path / "out"), "--data", str(data)]
+    with pytest.raises(SystemExit, match="--set epochs: use --epochs"):
+        main([*asked, "--set", "epochs=3"])
+    with pytest.raises(SystemExit, match="--set network: use --networks"):
+        main([*asked, "--set", "network=unet"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_photos_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zoo, "_exported", lambda *_: {})
+    asked = ["costs", "--out", str(tmp_path), "--networks", "enet", "--photos", str(tmp_path)]
+    with pytest.raises(SystemExit, match=f"error: {tmp_path} holds no photo"):
+        main(asked)
 
 
 def test_the_report_names_what_it_cannot_use(
@@ -144,30 +180,43 @@ def test_the_report_names_what_it_cannot_use(
     costs.write_text("[]")
     refused(r"costs\.json lacks its figures")
 
-    facts: dict[str, Any] = {
-        "parameters": 1e6,
-        "macs": 1e9,
-        "bytes": 1e6,
-        "memory_mb": 9,
-        "photos_per_s": 9,
-    }
-    facts["ms"] = dict.fromkeys(("1x1", "1x8", "2x1", "2x8"), 5)
-    costs.write_text(json.dumps({"machine": "one", "threads": 2, "networks": {"enet": facts}}))
+    costs.write_text('{"networks": {"enet": {"parameters": 1}}}')
+    refused(r"costs\.json lacks 'macs' of enet: measure it anew")
+    measured(tmp_path, "enet")
     score = scored(tmp_path)
     scored(tmp_path, "unet")
     main(["report", "--out", str(tmp_path)])
     said = capsys.readouterr().out
-    assert "| `enet` | 0.7000" in said
+    assert re.search(r"^\| `enet` \| 0\.7000 .* \| – \|$", said, re.MULTILINE), "not served"
     assert "Trained, and left out until `costs` measures them: unet." in said
     score.write_text('{"jaccard": 0.7}')
     refused(r"enet/seed-0/score\.json lacks 'jaccard_standard_error'")
 
 
-def test_networks_with_and_without_folds_are_not_in_one_table(tmp_path: Path) -> None:
-    (tmp_path / "costs.json").write_text('{"networks": {"enet": {}, "unet": {}}}')
+def test_trainings_of_several_budgets_are_not_in_one_table(tmp_path: Path) -> None:
+    measured(tmp_path, "enet", "unet")
     scored(tmp_path)
-    scored(
-        tmp_path, "unet", fold={"fold": 0, "count": 1, "jaccard": 1, "jaccard_standard_error": 0}
-    )
-    with pytest.raises(ValueError, match="with and without a held-out fold"):
+    scored(tmp_path, "unet", budget="epochs=2, size=32")
+    with pytest.raises(ValueError, match="several budgets: epochs=2; epochs=2, size=32"):
         rows(Results(tmp_path))
+
+
+def test_a_network_that_is_too_slow_to_be_served_keeps_its_other_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*_: Any) -> Any:
+        raise RuntimeError("the request waited longer than its deadline")
+
+    def exported(results: Results, name: str) -> dict[str, Any]:
+        results.graph(name).parent.mkdir()
+        shutil.copy(MODEL, results.graph(name))
+        return {key: FACTS[key] for key in ("parameters", "macs", "bytes")}
+
+    monkeypatch.setattr(zoo, "send", refused)
+    monkeypatch.setattr(zoo, "_exported", exported)
+    (tmp_path / "photo.jpg").write_bytes(encode_photo(lesion_photo(3, 300, 200).pixels))
+    flags = ["--photos", str(tmp_path), "--rounds", "1", "--turns", "1"]
+    main(["costs", "--out", str(tmp_path), "--networks", "enet", *flags])
+    assert "enet: the request waited longer" in capsys.readouterr().err
+    facts = json.loads((tmp_path / "costs.json").read_text())["networks"]["enet"]
+    assert facts["photos_per_s"] is None and min(facts["ms"].values()) > 0
