@@ -260,12 +260,19 @@ def plot(found: list[Row]) -> Figure:
     for axis, (label, values) in zip(axes, costs, strict=True):
         points = [(x, row.jaccard or 0.0) for x, row in zip(values, scored, strict=True)]
         axis.plot(*zip(*front(points), strict=True), color="#a0aec0", zorder=1)
-        for row, (x, y) in zip(scored, points, strict=True):
+        before, is_below = (0.0, 0.0), False
+        for (x, y), row in sorted(zip(points, scored, strict=True), key=lambda one: one[0]):
             axis.errorbar(x, y, row.error, fmt="o", color="#2b6cb0", capsize=3)
-            axis.annotate(row.name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
+            # Names of neighbours would cover each other.
+            is_near = x < 2 * before[0] and abs(y - before[1]) < 0.01
+            before, is_below = (x, y), is_near and not is_below
+            place = (5, -11 if is_below else 5)
+            axis.annotate(row.name, (x, y), xytext=place, textcoords="offset points", fontsize=8)
         axis.set_xscale("log")
         axis.margins(x=0.25)
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_locator(
+            LogLocator(subs=(1, 2, 5) if max(values) < 100 * min(values) else (1,))
+        )
         axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel(label)
