@@ -58,7 +58,7 @@ from model.config import TrainConfig, add_set_argument, load_config, parse_overr
 from model.data import add_data_arguments, find_samples
 from model.evaluate import Evaluation, evaluate, load_network
 from model.export import export, set_attention
-from model.generator import Generator
+from model.generator import Generator, input_size
 from model.layers import PositionAttention
 from model.loop import train
 from model.names import SERVED
@@ -186,7 +186,9 @@ def _measured(path: Path, where: dict[str, Any]) -> dict[str, Any]:
 
 def _exported(results: Results, name: str) -> dict[str, Any]:
     """Write a network's graph; return parameters, multiplications and bytes."""
-    weights = next(iter((results.out / "runs" / name).glob("seed-*/best.safetensors")), None)
+    trained = sorted((results.out / "runs" / name).glob("seed-*/best.safetensors"))
+    # Costs are of one size of images, whatever the training's was.
+    weights = next((path for path in trained if input_size(path) == MODEL_SIZE), None)
     if weights is None:
         weights = _fresh(results, name)
     graph = results.graph(name)

@@ -55,6 +55,10 @@ _AT_ONCE = 4
 # Seconds without accepting connections when files or memory are short.
 _PAUSE_S = 0.2
 
+# Seconds in which a worker beside others loads its networks before it accepts connections.
+_FIRST_LOAD_S = 10.0
+_LOOK_S = 0.01
+
 # Seconds in which what a client's connection still lacks arrives, while no other one can begin.
 _LAST_ACKS_S = 0.2
 
@@ -164,6 +168,8 @@ class _Server(uvicorn.Server):
             self._drain_with_all()
         elif set(self._held) - {signal.SIGHUP}:
             self._drain()
+        if not self._closes_port:
+            await self._load()
         if self._grpc is not None:
             try:
                 await self._grpc.start()
@@ -177,6 +183,17 @@ class _Server(uvicorn.Server):
         # All objects made by now stay: no garbage collection need go through them again.
         gc.freeze()
         self.started = True
+
+    async def _load(self) -> None:
+        """Wait for the networks: until then connections are for those who have theirs.
+
+        Not for long, since there may be no others, and somebody has to say that it lives.
+        """
+        networks, give_up = self._service.networks, self._loop.time() + _FIRST_LOAD_S
+        while not all(one.works or one.name in networks.refusals for one in networks):
+            if self._service.drain.begun or self.should_exit or self._loop.time() > give_up:
+                break
+            await asyncio.sleep(_LOOK_S)
 
     def _listen(self, listener: socket.socket) -> None:
         if listener.fileno() >= 0:

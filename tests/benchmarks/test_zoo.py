@@ -14,6 +14,7 @@ from benchmarks import zoo
 from benchmarks.latency import machine
 from benchmarks.zoo import macs, main
 from benchmarks.zoo_report import Results, front, rows
+from model.networks import new_network, save_network
 from server.cores import available_cores
 from tests.support import MODEL
 from tests.support.lesions import encode_photo, lesion_photo
@@ -155,6 +156,26 @@ def test_a_setting_with_an_argument_of_its_own_is_not_set_beside_it(tmp_path: Pa
     with pytest.raises(SystemExit, match="--set network: use --networks"):
         main([*asked, "--set", "network=unet"])
     assert not (tmp_path / "out").exists()
+
+
+def test_costs_are_of_one_size_of_images_whatever_the_training_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Exported(Exception):
+        pass
+
+    def export(weights: Path, *_: Any, **__: Any) -> None:
+        raise Exported(weights.relative_to(tmp_path))
+
+    monkeypatch.setattr(zoo, "export", export)
+    for seed, (side, used) in enumerate(
+        [("32", "fresh/enet.safetensors"), ("128", "runs/enet/seed-1/best.safetensors")]
+    ):
+        weights = tmp_path / f"runs/enet/seed-{seed}/best.safetensors"
+        weights.parent.mkdir(parents=True)
+        save_network(new_network(zoo.configuration("enet")), weights, {"size": side})
+        with pytest.raises(Exported, match=used):
+            main(["costs", "--out", str(tmp_path), "--networks", "enet"])
 
 
 def test_a_folder_without_photos_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

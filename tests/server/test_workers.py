@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ import psutil
 import pytest
 
 from server.observe.shared_metrics import Folder
-from tests.support import ROOT
+from tests.support import MODEL, ROOT
 from tests.support.answers import figures
 from tests.support.clients import terminate_under_load
 from tests.support.launch import ServerProcess, free_port, serve
@@ -81,6 +82,49 @@ def test_metrics_are_of_all_workers_and_survive_one(
 
     # Of the worker that was killed nothing is left; of the others it is what they saw last.
     until(lambda: in_flight() == 0)
+
+
+def test_a_worker_that_replaces_another_accepts_nobody_before_it_can_answer(
+    photos: list[Sample],
+) -> None:
+    # The whole network: a small one is loaded before anybody can notice.
+    with serve(*PAIR, "--model", str(MODEL)) as server:
+        until(lambda: server.log().count(" ready: ") == 2)
+        assert _statuses_while_workers_are_replaced(server, photos) == {200}
+
+
+def _statuses_while_workers_are_replaced(server: ServerProcess, photos: list[Sample]) -> set[int]:
+    stop, statuses = threading.Event(), set[int]()
+
+    def send(photo: Sample) -> None:
+        while not stop.is_set():
+            # The one that is killed loses what it holds.
+            with contextlib.suppress(httpx.TransportError):
+                answer = httpx.post(f"{server.url}/segment", content=photo.data, timeout=60)
+                statuses.add(answer.status_code)
+
+    def a_new_one_has_clients() -> bool:
+        started = [worker for worker in workers(server) if worker not in known]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return any(
+                one.status == psutil.CONN_ESTABLISHED
+                for worker in started
+                for one in worker.net_connections("tcp")
+            )
+        return False
+
+    with ThreadPoolExecutor(4) as clients:
+        sent = [clients.submit(send, photo) for photo in photos[:4]]
+        try:
+            for _ in range(2):
+                known = workers(server)
+                known[0].kill()
+                until(a_new_one_has_clients)
+        finally:
+            stop.set()
+        for one in sent:
+            one.result()
+    return statuses
 
 
 def test_workers_take_turns_at_the_gpus_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
