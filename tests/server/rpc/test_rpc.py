@@ -7,6 +7,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -322,6 +323,7 @@ def test_limits_cancellation_and_drain(tmp_path: Path, pixels: NDArray[np.uint8]
             # Those that give up are not answered, and their work is dropped.
             for call in calls[1:]:
                 call.cancel()
+            time.sleep(1)  # the server hears of it meanwhile; nothing shows when
         assert len(calls[0].result(PATIENCE_S).raw_output_contents) == 1
         until(lambda: figures(server)["slsnet_requests_in_flight"] == 0)
         assert 'reason="client_gone"' in httpx.get(f"{server.url}/metrics").text
