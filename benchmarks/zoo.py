@@ -76,7 +76,6 @@ __all__ = ["main"]
 # SLSNet learns in the form that it is served in.
 _OPTIONS: dict[str, dict[str, Any]] = {"slsnet": {"generator.pam_pool": [8, 1], "pam_wake": 0}}
 
-
 # Settings that have arguments of their own.
 _ARGUMENTS = {
     "network": "--networks",

@@ -55,7 +55,8 @@ _AT_ONCE = 4
 # Seconds without accepting connections when files or memory are short.
 _PAUSE_S = 0.2
 
-# Seconds in which a worker beside others loads its networks before it accepts connections.
+# Seconds in which a worker beside others loads its networks before it accepts connections,
+# and between two looks at how far they are.
 _FIRST_LOAD_S = 10.0
 _LOOK_S = 0.01
 
@@ -169,7 +170,7 @@ class _Server(uvicorn.Server):
         elif set(self._held) - {signal.SIGHUP}:
             self._drain()
         if not self._closes_port:
-            await self._load()
+            await self._wait_for_networks()
         if self._grpc is not None:
             try:
                 await self._grpc.start()
@@ -184,10 +185,10 @@ class _Server(uvicorn.Server):
         gc.freeze()
         self.started = True
 
-    async def _load(self) -> None:
-        """Wait for the networks: until then connections are for those who have theirs.
+    async def _wait_for_networks(self) -> None:
+        """Leave connections to the workers that have their networks, until this one has its own.
 
-        Not for long, since there may be no others, and somebody has to say that it lives.
+        Not for long, since there may be no others, and somebody has to say that the server lives.
         """
         networks, give_up = self._service.networks, self._loop.time() + _FIRST_LOAD_S
         while not all(one.works or one.name in networks.refusals for one in networks):
