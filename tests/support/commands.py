@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 from unittest.mock import patch
 
-from tests.support import ROOT
+from tests.support import ROOT, python_files
 
 _FOLDERS = [
     "benchmarks",
@@ -30,7 +30,7 @@ def modules() -> list[str]:
     """The modules that read a command line, as `python -m` names them."""
     found = []
     for folder in _FOLDERS:
-        for path in sorted((ROOT / folder).rglob("*.py")):
+        for path in python_files(folder):
             text = path.read_text(encoding="utf-8")
             if "ArgumentParser(" in text:
                 parts = path.relative_to(ROOT).with_suffix("").parts
