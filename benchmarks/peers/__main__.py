@@ -144,7 +144,11 @@ class Run:
         seconds, model = self._plan.bare_s, self._deck.model
         match job.kind:
             case "bare":
-                comparison.put_bare(measure_bare(job.entrant, job.turn, seconds, model))
+                try:
+                    comparison.put_bare(measure_bare(job.entrant, job.turn, seconds, model))
+                except Unavailable as error:
+                    print(f"  {error}", file=sys.stderr)
+                    self._unavailable[job.entrant.name] = str(error)
             case "stock":
                 comparison.put_bare(measure_stock(job.turn, seconds, model))
             case "path":

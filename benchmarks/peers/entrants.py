@@ -140,10 +140,10 @@ ENTRANTS = (
         flags=_QUIET,
     ),
     Entrant(
-        "slsnet-ort",
-        "this server, ONNX Runtime",
-        "the same, `--backend onnxruntime`",
-        flags=(*_QUIET, "--backend", "onnxruntime"),
+        "slsnet-openvino",
+        "this server, OpenVINO",
+        "the same, `--backend openvino`, where the processor multiplies bfloat16",
+        flags=(*_QUIET, "--backend", "openvino"),
         stubs=False,
     ),
     Entrant(

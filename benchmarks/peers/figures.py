@@ -370,7 +370,7 @@ class Comparison:
             ),
             *(
                 Aim(f"real network, throughput ÷ its bare loop's{label}", 0.95, self.of_bare(name))
-                for name, label in ((OURS, ""), ("slsnet-ort", ", both with ONNX Runtime"))
+                for name, label in ((OURS, ""), ("slsnet-openvino", ", both with OpenVINO"))
             ),
         ]
         aims += [

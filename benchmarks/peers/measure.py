@@ -39,7 +39,7 @@ from benchmarks.peers.figures import (
     step_of,
     stop_of,
 )
-from benchmarks.peers.processes import ROOT, Running, running
+from benchmarks.peers.processes import ROOT, Running, Unavailable, running
 from benchmarks.peers.servers import handler
 from common.onnx import onnx_runner
 from photos.image import lesion_mask, read_photo, unpack_mask
@@ -226,7 +226,11 @@ def _ramp(
 
 
 def measure_bare(entrant: Entrant, turn: int, seconds: float, model: Path) -> Bare:
-    """Run this server's network in a loop, in as many processes and threads as the server."""
+    """Run this server's network in a loop, in as many processes and threads as the server.
+
+    Raises:
+        Unavailable: its backend does not run here.
+    """
     return _bare(entrant.name, turn, seconds, ["--model", str(model.resolve()), *entrant.flags])
 
 
@@ -238,7 +242,11 @@ def measure_stock(turn: int, seconds: float, model: Path) -> Bare:
 def _bare(name: str, turn: int, seconds: float, flags: Sequence[str]) -> Bare:
     others = _Others(_children_s)
     command = [sys.executable, "-m", "benchmarks.peers.bare", str(seconds), *flags]
-    run = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    try:
+        run = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    except subprocess.CalledProcessError as error:
+        last = error.stderr.decode(errors="replace").splitlines()[-1:]
+        raise Unavailable(f"does not run here: {''.join(last)}") from error
     return Bare(turn, name, json.loads(run.stdout), others.cores())
 
 

@@ -28,7 +28,7 @@ _NONE = "–"
 _LABELS = {entrant.name: entrant.label for entrant in ENTRANTS}
 _COLOURS = {
     OURS: "#c2263d",
-    "slsnet-ort": "#f0883e",
+    "slsnet-openvino": "#f0883e",
     "fastapi": "#6e7781",
     "fastapi-wide": "#afb8c1",
     "litserve": "#8250df",
@@ -40,11 +40,10 @@ _COLOURS = {
     "torchserve": "#a5824d",
 }
 _ABOUT: dict[Network, str] = {
-    "real": "The shipped network. Peers run it with ONNX Runtime, this server with what it chooses"
-    " by itself; its second line is this server with ONNX Runtime, too. This server runs a lone"
-    " photo with all cores' threads, peers with one of their processes and so one thread, but for"
-    " FastAPI's second line, which has all threads in one process: p50 of one client is to be"
-    " compared with that one.",
+    "real": "The shipped network. All run it with ONNX Runtime, but for this server's second line,"
+    " which is OpenVINO. This server runs a lone photo with all cores' threads, peers with one"
+    " of their processes and so one thread, but for FastAPI's second line, which has all threads"
+    " in one process: p50 of one client is to be compared with that one.",
     "stub 0 ms": "A stub finds a disc and takes no time for it: what is left is the serving path"
     " alone, that is HTTP, decoding, resizing, hand-offs, the mask's PNG.",
     "stub 5 ms": "The stub takes 5 ms for a batch of any size up to"

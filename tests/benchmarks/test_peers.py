@@ -41,7 +41,7 @@ from benchmarks.peers.figures import (
     step_of,
     stop_of,
 )
-from benchmarks.peers.measure import Deck, Masks
+from benchmarks.peers.measure import Deck, Masks, measure_bare
 from benchmarks.peers.overload import Round, table
 from benchmarks.peers.processes import Running, Unavailable
 from benchmarks.peers.report import write_report
@@ -322,7 +322,7 @@ def comparison() -> Comparison:
     bare = [
         Bare(turn, name, {"1": per_s / turn, "8": 1.25 * per_s / turn}, 0.01)
         for turn in (1, 2)
-        for name, per_s in ((OURS, 250), ("slsnet-ort", 125), (STOCK, 100))
+        for name, per_s in ((OURS, 250), ("slsnet-openvino", 125), (STOCK, 100))
     ]
     paths = [PhotoPath(turn, 100 * turn, 600 * turn, 0.01) for turn in (1, 2)]
     return Comparison(SETTING, visits, bare, paths=paths)
@@ -341,7 +341,7 @@ def test_ratios_are_of_the_same_turn_and_aims_follow_from_them(comparison: Compa
     assert lone.found == pytest.approx((6 - 5) / (8 - 5)) and lone.is_met
     assert "LitServe" in lone_waiting.measure
     assert lone_waiting.found == pytest.approx((6 - 5) / (17 - 5)) and lone_waiting.is_met
-    assert found["real network, throughput ÷ its bare loop's, both with ONNX Runtime"].found is None
+    assert found["real network, throughput ÷ its bare loop's, both with OpenVINO"].found is None
     bare = found["real network, throughput ÷ its bare loop's"]
     assert bare.found == pytest.approx(300 / (1.25 * 250))
     assert found["real, throughput of 128 clients ÷ of 8"].found == pytest.approx(0.9)
@@ -506,7 +506,7 @@ def test_each_measured_figure_can_put_a_peer_ahead(
 def test_every_turn_begins_with_another_server_and_goes_on_where_it_stopped(
     comparison: Comparison,
 ) -> None:
-    entrants = [e for e in ENTRANTS if e.name in (OURS, "slsnet-ort", "fastapi", "triton")]
+    entrants = [e for e in ENTRANTS if e.name in (OURS, "slsnet-openvino", "fastapi", "triton")]
     order = list(jobs(entrants, ("stub 0 ms", "real"), 2))
     order = [job for job in order if job.kind in ("visit", "bare")]
     assert [job.entrant.name for job in order if job.network == "stub 0 ms"] == [
@@ -516,12 +516,18 @@ def test_every_turn_begins_with_another_server_and_goes_on_where_it_stopped(
         "turn 2, real, triton",
         "turn 2, real, slsnet bare",
         "turn 2, real, slsnet",
-        "turn 2, real, slsnet-ort bare",
-        "turn 2, real, slsnet-ort",
+        "turn 2, real, slsnet-openvino bare",
+        "turn 2, real, slsnet-openvino",
         "turn 2, real, fastapi",
     ]
     left = [str(job) for job in order if job.key not in done(comparison)]
-    assert left == ["turn 1, real, slsnet-ort", "turn 2, real, slsnet-ort"]
+    assert left == ["turn 1, real, slsnet-openvino", "turn 2, real, slsnet-openvino"]
+
+
+def test_a_network_that_does_not_run_here_is_left_out(tmp_path: Path) -> None:
+    (ours,) = (entrant for entrant in ENTRANTS if entrant.name == OURS)
+    with pytest.raises(Unavailable, match=r"does not run here: .*nothing\.onnx"):
+        measure_bare(ours, 1, 0.1, tmp_path / "nothing.onnx")
 
 
 def run(results: Path, *flags: str) -> subprocess.CompletedProcess[str]:
