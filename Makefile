@@ -114,7 +114,7 @@ $(VENV)/.benchmarks: requirements.txt $(NATIVE) requirements-bench.txt | $(BIN)/
 	@echo "== installed"
 	@touch $@ $(VENV)/.serving
 
-$(VENV)/.development: requirements.txt $(NATIVE) requirements-train.txt requirements-zoo.txt requirements-otel.txt requirements-heif.txt requirements-dicom.txt requirements-ray.txt \
+$(VENV)/.development: requirements.txt $(NATIVE) requirements-train.txt requirements-zoo.txt requirements-otel.txt requirements-heif.txt requirements-dicom.txt requirements-openvino.txt requirements-ray.txt \
 		requirements-bench.txt requirements-browser.txt docker/requirements-tools.txt requirements-dev.txt requirements-scorer.txt | $(BIN)/python
 	@echo "== installing requirements-dev.txt into $(VENV): PyTorch, Ray and the development tools, some gigabytes, several minutes"
 	@# The pip that comes with Python 3.11 takes two minutes to find out which versions go together.

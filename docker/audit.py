@@ -22,6 +22,7 @@ SHIPPED = (
     _ROOT / "requirements-otel.txt",
     _ROOT / "requirements-heif.txt",
     _ROOT / "requirements-dicom.txt",
+    _ROOT / "requirements-openvino.txt",
     _ROOT / "requirements-ray.txt",
 )
 

@@ -9,7 +9,10 @@ lock() { # SOURCE LOCK OPTION…
         --custom-compile-command docker/lock.sh "${@:3}" "$1" --output-file "$2"
 }
 lock requirements.txt docker/requirements.lock --universal --python-version 3.11
-lock docker/requirements-full.in docker/requirements-full.lock --universal --python-version 3.11
+for image in full openvino; do
+    lock docker/requirements-$image.in docker/requirements-$image.lock \
+        --universal --python-version 3.11
+done
 lock docker/requirements-build.in docker/requirements-build.lock --universal --python-version 3.11
 lock requirements-bench.txt docker/requirements-load.lock --universal --python-version 3.11
 # CUDA's wheels differ from platform to platform, TensorRT's from Python to Python.

@@ -68,10 +68,11 @@ class Settings(BaseSettings):
         "",
         description="further networks, NAME=FILE with commas between, for requests with model=NAME",
     )
-    backend: Literal["auto", "onnxruntime", "tensorrt", "torch"] = Field(
+    backend: Literal["auto", "onnxruntime", "openvino", "tensorrt", "torch"] = Field(
         "auto",
-        description="what runs the network: onnxruntime, tensorrt or torch; auto is the best that"
-        " works here",
+        description="what runs the network: onnxruntime, openvino (needs requirements-openvino.txt,"
+        " and a CPU that multiplies bfloat16), tensorrt or torch; auto is TensorRT where it works,"
+        " or else ONNX Runtime",
     )
     precision: Precision = Field(
         "fp16", description="precision of the TensorRT engine: fp32, tf32, fp16, bf16 or int8"

@@ -6,6 +6,7 @@ A backend is loaded by its constructor. All its methods block, so the server cal
 
 import logging
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,8 @@ log = logging.getLogger("slsnet.backends")
 
 # The library reads it when it is loaded; its switch at run time comes after the first events.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+# OpenVINO tells an analytics service of every import, unless this package of its own is not there.
+sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
 
 Images = NDArray[np.uint8] | Sequence[NDArray[np.uint8]]
@@ -92,8 +95,9 @@ def open_backend(name: str, model: Path, *, threads: int) -> Backend:
     """Load `model` (an ONNX file) into the backend called `name`.
 
     Args:
-        name: `torch` or `onnxruntime`. For `auto` and `tensorrt` this loads ONNX Runtime, on CUDA
-            or else on the CPU. It serves until an engine does (`server.backends.engine_cache`).
+        name: `torch`, `openvino` or `onnxruntime`. For `auto` and `tensorrt` this loads ONNX
+            Runtime, on CUDA or else on the CPU. It serves until an engine does
+            (`server.backends.engine_cache`).
         model: the ONNX file.
         threads: number of CPU threads of a lone photo, and of photos that run at the same time.
 
@@ -109,6 +113,14 @@ def open_backend(name: str, model: Path, *, threads: int) -> Backend:
                 f"PyTorch cannot be loaded, install requirements-train.txt: {error}"
             ) from error
         return TorchBackend(model)
+    if name == "openvino":
+        try:
+            from server.backends.openvino import OpenVinoBackend
+        except ImportError as error:
+            raise BackendError(
+                f"OpenVINO cannot be loaded, install requirements-openvino.txt: {error}"
+            ) from error
+        return OpenVinoBackend(model, threads=threads)
     if name not in ("auto", "onnxruntime", "tensorrt"):
         raise BackendError(f"There is no backend called {name!r}.")
     import onnxruntime

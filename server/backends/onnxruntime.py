@@ -1,28 +1,22 @@
 """ONNX Runtime: the default on CPU. Loads the shipped ONNX file in a fraction of a second."""
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from photos.image import MODEL_SIZE
-from server.backends import BackendError, BackendInfo, Images
+from server.backends import BackendError, BackendInfo
+from server.backends.cpu import CpuBackend, Run, check_contract, slots_for
 from server.backends.model_file import ModelFile, read_model
 
-__all__ = ["OnnxRuntimeBackend", "check_contract"]
+__all__ = ["OnnxRuntimeBackend", "check_session"]
 
-# Each run takes memory of its own: about 80 MiB with exact attention.
-_MOST_TOGETHER = 8
+_TYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32"}
 
 
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(CpuBackend):
     """Runs the exported graph in ONNX Runtime's CPU provider.
-
-    A lone photo runs on all threads. Photos that come together run on one thread each, which does
-    more in all: threads that share a photo wait for each other after every layer.
 
     Args:
         model: the ONNX file.
@@ -34,18 +28,13 @@ class OnnxRuntimeBackend:
 
     def __init__(self, model: Path, *, threads: int) -> None:
         file = read_model(model)
-        self._sha256 = file.sha256
-        self._slots = min(threads, _MOST_TOGETHER)
+        slots = slots_for(threads)
         onnxruntime.disable_telemetry_events()
-        self._alone = _open(file, threads)
+        alone = _open(file, threads)
         # The calling threads count too. With a slot for each thread, it needs no thread of its own.
-        helpers = threads - self._slots
-        self._beside = _open(file, 1 + helpers) if threads > 1 else self._alone
-        self._running = 0
-        self._lock = threading.Lock()
-
-    def describe(self) -> BackendInfo:
-        return BackendInfo(
+        helpers = threads - slots
+        beside = _open(file, 1 + helpers) if threads > 1 else alone
+        info = BackendInfo(
             name="onnxruntime",
             version=onnxruntime.__version__,
             device="cpu",
@@ -53,36 +42,11 @@ class OnnxRuntimeBackend:
             # Photos one by one take as long as a batch of them; in a batch they would only wait for
             # each other.
             max_batch=1,
-            slots=self._slots,
-            model=dict(self._alone.get_modelmeta().custom_metadata_map),
-            file_sha256=self._sha256,
+            slots=slots,
+            model=dict(alone.get_modelmeta().custom_metadata_map),
+            file_sha256=file.sha256,
         )
-
-    def warm_up(self) -> None:
-        # Run as many as ever run together, so that all memory is taken now.
-        image = np.zeros((1, MODEL_SIZE, MODEL_SIZE, 3), np.uint8)
-        self.infer(image)
-        with ThreadPoolExecutor(self._slots) as threads:
-            list(threads.map(self.infer, [image] * self._slots))
-
-    def infer(self, batch: Images) -> NDArray[np.float32]:
-        with self._lock:
-            session = self._beside if self._running else self._alone
-            self._running += 1
-        try:
-            return np.concatenate(
-                [session.run(["probability"], {"image": image[None]})[0] for image in batch]
-            )
-        except Exception as error:
-            raise BackendError(
-                f"ONNX Runtime failed on a batch of {len(batch)}: {error}"
-            ) from error
-        finally:
-            with self._lock:
-                self._running -= 1
-
-    def close(self) -> None:
-        del self._alone, self._beside
+        super().__init__("ONNX Runtime", info, _run(alone), _run(beside))
 
 
 def _open(file: ModelFile, threads: int) -> onnxruntime.InferenceSession:
@@ -101,20 +65,22 @@ def _open(file: ModelFile, threads: int) -> onnxruntime.InferenceSession:
         )
     except Exception as error:
         raise BackendError(f"ONNX Runtime cannot load {file.path}: {error}") from error
-    check_contract(session, file.path)
+    check_session(session, file.path)
     return session
 
 
-def check_contract(session: onnxruntime.InferenceSession, model: Path) -> None:
+def _run(session: onnxruntime.InferenceSession) -> Run:
+    def run(image: NDArray[np.uint8]) -> NDArray[np.float32]:
+        probability: NDArray[np.float32] = session.run(["probability"], {"image": image})[0]
+        return probability
+
+    return run
+
+
+def check_session(session: onnxruntime.InferenceSession, model: Path) -> None:
     """Raise BackendError unless `session` has the inputs and outputs that the server needs."""
-    inputs = [(node.name, node.type, node.shape[1:]) for node in session.get_inputs()]
-    outputs = [(node.name, node.type, node.shape[1:]) for node in session.get_outputs()]
-    side = MODEL_SIZE
-    if inputs != [("image", "tensor(uint8)", [side, side, 3])] or outputs != [
-        ("probability", "tensor(float)", [side, side])
-    ]:
-        raise BackendError(
-            f"{model} does not keep the served contract (image: uint8 [n, {side}, {side}, 3]"
-            f" → probability: float32 [n, {side}, {side}]); it has {inputs} → {outputs}."
-            " Export it with `python -m model.export`."
-        )
+    inputs, outputs = (
+        [(node.name, _TYPES.get(node.type, node.type), node.shape) for node in nodes]
+        for nodes in (session.get_inputs(), session.get_outputs())
+    )
+    check_contract(inputs, outputs, model)

@@ -30,6 +30,7 @@ def _locked(name: str) -> dict[str, list[str]]:
             (f"requirements{of}.txt", "requirements-full.lock")
             for of in ("", "-dicom", "-grpc", "-heif")
         ),
+        *((f"requirements{of}.txt", "requirements-openvino.lock") for of in ("", "-openvino")),
         ("docker/requirements-build.in", "requirements-build.lock"),
         ("requirements-bench.txt", "requirements-load.lock"),
     ],
@@ -58,6 +59,6 @@ def test_a_lean_image_is_the_cpus_with_tensorrt_beside_it() -> None:
 
 
 def test_no_torch_in_an_image() -> None:
-    for image in ("", "-gpu", "-lean", "-full"):
+    for image in ("", "-gpu", "-lean", "-full", "-openvino"):
         packages = _locked(f"requirements{image}.lock")
         assert not any(package.startswith("torch") for package in packages)
