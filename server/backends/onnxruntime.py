@@ -19,15 +19,15 @@ class OnnxRuntimeBackend(CpuBackend):
     """Runs the exported graph in ONNX Runtime's CPU provider.
 
     Args:
-        model: the ONNX file.
+        model: the ONNX file, or what was read of it.
         threads: number of threads of a lone photo, and of all photos that run at the same time.
 
     Raises:
         BackendError: the file is no network, or its inputs or outputs are not those of the server.
     """
 
-    def __init__(self, model: Path, *, threads: int) -> None:
-        file = read_model(model)
+    def __init__(self, model: Path | ModelFile, *, threads: int) -> None:
+        file = read_model(model) if isinstance(model, Path) else model
         slots = slots_for(threads)
         onnxruntime.disable_telemetry_events()
         alone = _open(file, threads)

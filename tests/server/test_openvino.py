@@ -159,3 +159,74 @@ def test_a_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "network.onnx").write_bytes(content)
     with pytest.raises(BackendError, match=r"cannot load .*network\.onnx"):
         open_backend("openvino", tmp_path / "network.onnx", threads=1)
+
+
+def test_a_file_in_openvinos_own_format_is_refused_before_openvino_reads_it(
+    tmp_path: Path,
+) -> None:
+    openvino.save_model(openvino.Core().read_model(MODEL), tmp_path / "network.xml")
+    with pytest.raises(BackendError, match=r"ONNX Runtime cannot load .*network\.xml"):
+        open_backend("openvino", tmp_path / "network.xml", threads=1)
+
+
+def test_openvino_reads_no_file_that_names_an_address_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes weights from there, and crashes where nothing is."""
+    monkeypatch.setattr(Processor, "read_model", None)
+    secret = np.full((1, 128, 128, 3), 7, np.uint8)
+    weight = onnx.TensorProto(
+        name="weight", data_type=onnx.TensorProto.UINT8, dims=secret.shape, data_location="EXTERNAL"
+    )
+    for key, value in (
+        ("location", "*/_ORT_MEM_ADDR_/*"),
+        ("offset", secret.ctypes.data),
+        ("length", secret.nbytes),
+    ):
+        weight.external_data.add(key=key, value=str(value))
+    (tmp_path / "network.onnx").write_bytes(_network("Max", ["image", "weight"], [weight]))
+    with pytest.raises(BackendError, match="in-memory address"):
+        open_backend("openvino", tmp_path / "network.onnx", threads=1)
+
+
+def test_what_openvino_alone_cannot_load_is_told_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "network.onnx").write_bytes(_network("Twice", ["image"], []))
+    with pytest.raises(
+        BackendError, match=r"^OpenVINO cannot load .*network\.onnx: .*Twice"
+    ) as said:
+        open_backend("openvino", tmp_path / "network.onnx", threads=1)
+    assert "\n" not in str(said.value)
+
+
+def _network(operator: str, inputs: list[str], weights: list[onnx.TensorProto]) -> bytes:
+    """Keeps the contract. `Twice` is a function, which OpenVINO does not know."""
+    helper, kind = onnx.helper, onnx.TensorProto
+    twice = helper.make_function(
+        "own",
+        "Twice",
+        ["x"],
+        ["y"],
+        [helper.make_node("Max", ["x", "x"], ["y"])],
+        [helper.make_opsetid("", 17)],
+    )
+    is_own = operator == twice.name
+    graph = helper.make_graph(
+        [
+            helper.make_node(operator, inputs, ["values"], domain="own" if is_own else ""),
+            helper.make_node("Cast", ["values"], ["real"], to=kind.FLOAT),
+            helper.make_node("ReduceMean", ["real"], ["mean"], axes=[3], keepdims=0),
+            helper.make_node("Sigmoid", ["mean"], ["probability"]),
+        ],
+        "network",
+        [helper.make_tensor_value_info("image", kind.UINT8, ["n", 128, 128, 3])],
+        [helper.make_tensor_value_info("probability", kind.FLOAT, ["n", 128, 128])],
+        initializer=weights,
+    )
+    model = helper.make_model(
+        graph,
+        ir_version=10,
+        opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("own", 1)],
+        functions=[twice] if is_own else [],
+    )
+    content: bytes = model.SerializeToString()
+    return content
