@@ -1,5 +1,6 @@
 """ONNX Runtime: the default on CPU. Loads the shipped ONNX file in a fraction of a second."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from server.backends import BackendError, BackendInfo
 from server.backends.cpu import CpuBackend, Run, check_contract, slots_for
 from server.backends.model_file import ModelFile, read_model
 
-__all__ = ["OnnxRuntimeBackend", "check_session"]
+__all__ = ["OnnxRuntimeBackend", "check_session", "session_options"]
 
 _TYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32"}
 
@@ -50,11 +51,10 @@ class OnnxRuntimeBackend(CpuBackend):
 
 
 def _open(file: ModelFile, threads: int) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
+    options = session_options()
     options.intra_op_num_threads = threads
     # A memory plan for each size of batch would make nothing faster here.
     options.enable_mem_pattern = False
-    options.log_severity_level = 3
     # Between two layers threads wait awake for as long as most layers keep them waiting, and then
     # sleep: longer would take the cores from others, shorter costs a wake-up after each layer.
     options.add_session_config_entry("session.intra_op.spin_duration_us", "50")
@@ -75,6 +75,18 @@ def _run(session: onnxruntime.InferenceSession) -> Run:
         return probability
 
     return run
+
+
+def session_options() -> onnxruntime.SessionOptions:
+    """Options of every session: only errors are printed, and a network is one file."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # Weights in a file of their own would not be covered by the network's digest. Such a file is
+    # never found in this place.
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", os.devnull
+    )
+    return options
 
 
 def check_session(session: onnxruntime.InferenceSession, model: Path) -> None:

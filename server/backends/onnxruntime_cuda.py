@@ -21,7 +21,7 @@ from engines.device import NoGpuError, current_gpu
 from photos.image import MODEL_SIZE
 from server.backends import BackendError, BackendInfo, Images
 from server.backends.model_file import read_model
-from server.backends.onnxruntime import check_session
+from server.backends.onnxruntime import check_session, session_options
 from server.backends.threads import DaemonThreads
 
 __all__ = ["OnnxRuntimeCudaBackend"]
@@ -123,8 +123,7 @@ class OnnxRuntimeCudaBackend:
             self._open(graphs=False)
 
     def _open(self, *, graphs: bool) -> None:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options = session_options()
         # TF32 would cost the channel attention's energies their last digits.
         cuda = {"enable_cuda_graph": str(int(graphs)), "use_tf32": "0"}
         with _as_backend_error(f"ONNX Runtime cannot load {self._file.path} on {self._gpu.name}"):

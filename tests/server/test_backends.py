@@ -6,10 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
+from common.stamp import unstamped
 from server import backends
 from server.backends import BackendError, open_backend
 from tests.support import MODEL, ROOT
@@ -45,6 +47,18 @@ def test_images_that_come_together_on_a_cpu_get_a_thread_each(pixels: NDArray[np
         np.testing.assert_array_equal(probability, alone[n % 3])
     np.testing.assert_array_equal(backend.infer(pixels), np.concatenate(alone))
     backend.close()
+
+
+def test_weights_in_another_file_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The digest would not cover them. ONNX Runtime looks for them where the server was started."""
+    network = onnx.load_model_from_string(unstamped(MODEL.read_bytes()))
+    onnx.save(network, tmp_path / "n.onnx", save_as_external_data=True, location="weights.bin")
+    assert (tmp_path / "weights.bin").exists()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BackendError, match=r"cannot load .*n\.onnx: .*weights\.bin"):
+        open_backend("onnxruntime", tmp_path / "n.onnx", threads=1)
 
 
 def test_weights_that_are_not_there_are_said(tmp_path: Path) -> None:
