@@ -45,7 +45,8 @@ def test_the_distance_is_that_from_the_nearest_group() -> None:
 def test_features_say_what_they_are_said_to() -> None:
     flat = features(np.full((128, 128, 3), (200, 100, 50), np.uint8))
     assert flat.shape == (FEATURES,) and np.isfinite(flat).all()
-    assert np.allclose(flat[:13], np.log(1e-6), atol=0.1), "no detail at any scale"
+    # 1e-6 is the least; how processors add up in float32 leaves about as much.
+    assert (flat[:13] < np.log(3e-6)).all(), "no detail at any scale"
     red, yellow, bright, dark = flat[-4:]
     assert (red, yellow, bright, dark) == (1, 1, 0, 0)
     black = features(np.zeros((128, 128, 3), np.uint8))
