@@ -1,6 +1,6 @@
 """OpenVINO in bfloat16: the fastest on CPUs that multiply bfloat16 (AVX-512 BF16, AMX).
 
-Elsewhere ONNX Runtime is as fast, so it does not run there (docs/cpu-engine.md).
+In float32 ONNX Runtime is as fast, so it does not run elsewhere (docs/cpu-engine.md).
 """
 
 import queue
