@@ -199,7 +199,12 @@ def _curves(
     }
     order = [_LABELS[e.name].strip("*") for e in ENTRANTS if _LABELS[e.name].strip("*") in handles]
     figure.legend(
-        [handles[text] for text in order], order, loc="outside lower center", ncols=5, frameon=False
+        [handles[text] for text in order],
+        order,
+        loc="outside lower center",
+        # As many as fit below the panels.
+        ncols=min(2 * len(panels), 5),
+        frameon=False,
     )
 
 
