@@ -14,7 +14,7 @@ __all__ = ["check_memory", "memory_left", "memory_needed"]
 # read, and for each of two sessions a copy of the weights and what they are packed into. Networks
 # of 178 and 353 MiB took 5.6 and 5.9 sizes, shipped ones up to 60 MiB more. OpenVINO took 4.2 sizes
 # for networks of 184 and 208 MiB, and up to 149 MiB for SLSNet's 9.
-_TIMES, _BESIDE = 6, 96 * 2**20
+_TIMES, _BESIDE = 6, 112 * 2**20
 
 # `common.half` puts casts of the weights with these names before all other nodes. In float32 the
 # weights take twice the bytes.

@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import onnx
+import openvino
 import pytest
 from numpy.typing import NDArray
 
@@ -534,14 +535,10 @@ def test_a_pipe_keeps_nobody_waiting(tmp_path: Path) -> None:
 
 
 # Runs in a process of its own: the most that the last network took beyond what was held before.
-# OpenVINO runs float32 where the processor does not multiply bfloat16.
 _LOAD = """
 import sys
 from pathlib import Path
-import openvino
 from server.backends import open_backend
-
-openvino.Core.get_property = lambda *_: ["BF16"]
 
 def kib(name):
     return int(Path("/proc/self/status").read_text().partition(name + ":")[2].split()[0])
@@ -556,6 +553,10 @@ print((kib("VmHWM") - before) * 1024)
 
 
 def _memory_taken(backend: str, *files: Path) -> int:
+    if backend == "openvino":
+        can = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if "BF16" not in can:
+            pytest.skip("this processor does not multiply bfloat16")
     command = [sys.executable, "-c", _LOAD, backend, *map(str, files)]
     result = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=600)
     return int(result.stdout)
