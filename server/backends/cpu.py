@@ -1,9 +1,8 @@
-"""What the backends of the CPU share: how photos share the threads, and the graph's contract."""
+"""What the backends of the CPU share: how photos share the threads."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,16 +10,13 @@ from numpy.typing import NDArray
 from photos.image import MODEL_SIZE
 from server.backends import BackendError, BackendInfo, Images
 
-__all__ = ["CpuBackend", "Run", "Tensor", "check_contract", "slots_for"]
+__all__ = ["CpuBackend", "Run", "slots_for"]
 
 # Each run takes memory of its own: about 80 MiB with exact attention.
 _MOST_TOGETHER = 8
 
 Run = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 """Runs one image, uint8 `[1, 128, 128, 3]` → probability, float32 `[1, 128, 128]`."""
-
-Tensor = tuple[str, str, Sequence[int | str | None]]
-"""An input or output of a graph: its name, its type as NumPy calls it, its shape."""
 
 
 class CpuBackend:
@@ -75,18 +71,3 @@ class CpuBackend:
 def slots_for(threads: int) -> int:
     """How many photos run together where there are as many threads."""
     return min(threads, _MOST_TOGETHER)
-
-
-def check_contract(inputs: Sequence[Tensor], outputs: Sequence[Tensor], model: Path) -> None:
-    """Raise BackendError unless a graph has the inputs and outputs that the server needs."""
-    side = MODEL_SIZE
-    found = [[(name, kind, list(shape[1:])) for name, kind, shape in g] for g in (inputs, outputs)]
-    if found != [
-        [("image", "uint8", [side, side, 3])],
-        [("probability", "float32", [side, side])],
-    ]:
-        raise BackendError(
-            f"{model} does not keep the served contract (image: uint8 [n, {side}, {side}, 3]"
-            f" → probability: float32 [n, {side}, {side}]); it has {found[0]} → {found[1]}."
-            " Export it with `python -m model.export`."
-        )

@@ -7,11 +7,12 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from photos.image import MODEL_SIZE
 from server.backends import BackendError, BackendInfo
-from server.backends.cpu import CpuBackend, Run, check_contract, slots_for
+from server.backends.cpu import CpuBackend, Run, slots_for
 from server.backends.model_file import ModelFile, read_model
 
-__all__ = ["OnnxRuntimeBackend", "check_session", "session_options"]
+__all__ = ["OnnxRuntimeBackend", "check_contract", "session_options"]
 
 _TYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32"}
 
@@ -65,7 +66,7 @@ def _open(file: ModelFile, threads: int) -> onnxruntime.InferenceSession:
         )
     except Exception as error:
         raise BackendError(f"ONNX Runtime cannot load {file.path}: {error}") from error
-    check_session(session, file.path)
+    check_contract(session, file.path)
     return session
 
 
@@ -89,10 +90,18 @@ def session_options() -> onnxruntime.SessionOptions:
     return options
 
 
-def check_session(session: onnxruntime.InferenceSession, model: Path) -> None:
+def check_contract(session: onnxruntime.InferenceSession, model: Path) -> None:
     """Raise BackendError unless `session` has the inputs and outputs that the server needs."""
     inputs, outputs = (
-        [(node.name, _TYPES.get(node.type, node.type), node.shape) for node in nodes]
+        [(node.name, _TYPES.get(node.type, node.type), node.shape[1:]) for node in nodes]
         for nodes in (session.get_inputs(), session.get_outputs())
     )
-    check_contract(inputs, outputs, model)
+    side = MODEL_SIZE
+    if inputs != [("image", "uint8", [side, side, 3])] or outputs != [
+        ("probability", "float32", [side, side])
+    ]:
+        raise BackendError(
+            f"{model} does not keep the served contract (image: uint8 [n, {side}, {side}, 3]"
+            f" → probability: float32 [n, {side}, {side}]); it has {inputs} → {outputs}."
+            " Export it with `python -m model.export`."
+        )

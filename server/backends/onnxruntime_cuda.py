@@ -21,7 +21,7 @@ from engines.device import NoGpuError, current_gpu
 from photos.image import MODEL_SIZE
 from server.backends import BackendError, BackendInfo, Images
 from server.backends.model_file import read_model
-from server.backends.onnxruntime import check_session, session_options
+from server.backends.onnxruntime import check_contract, session_options
 from server.backends.threads import DaemonThreads
 
 __all__ = ["OnnxRuntimeCudaBackend"]
@@ -133,7 +133,7 @@ class OnnxRuntimeCudaBackend:
         # If CUDA's libraries are missing, the provider goes on with the CPU and a line on stderr.
         if self._session.get_providers()[0] != _PROVIDER:
             raise BackendError("ONNX Runtime's CUDA provider does not load: see its message above")
-        check_session(self._session, self._file.path)
+        check_contract(self._session, self._file.path)
         self._lanes: dict[int, _Lane] = {}
         self._graphs = graphs
         with _as_backend_error("the first runs failed"):

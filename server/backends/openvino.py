@@ -4,6 +4,7 @@ In float32 ONNX Runtime is as fast, so it does not run elsewhere (docs/cpu-engin
 """
 
 import queue
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ from numpy.typing import NDArray
 
 from common.stamp import trial_images
 from photos.image import MODEL_SIZE, THRESHOLD
-from server.backends import BackendError, BackendInfo
-from server.backends.cpu import CpuBackend, Run, Tensor, check_contract, slots_for
+from server.backends import BackendError
+from server.backends.cpu import CpuBackend, Run, slots_for
 from server.backends.model_file import read_model
 from server.backends.onnxruntime import OnnxRuntimeBackend
 
@@ -44,42 +45,33 @@ class OpenVinoBackend(CpuBackend):
                 f" (it has {', '.join(sorted(can))}): take --backend onnxruntime, which is as fast"
             )
         file = read_model(model)
-        # ONNX Runtime reads it first, and refuses all that is no ONNX. OpenVINO reads other formats
-        # too, and where a file names an address in memory it reads that, or crashes.
+        # ONNX Runtime reads it first, and refuses what is no ONNX or keeps another contract.
+        # OpenVINO reads other formats too, and where a file names an address in memory it reads
+        # that, or crashes.
         float32 = OnnxRuntimeBackend(file, threads=1)
-        masks = float32.infer(trial_images()) > THRESHOLD
+        images = trial_images()
+        masks = float32.infer(images) > THRESHOLD
         float32.close()
         slots = slots_for(threads)
         try:
             graph = core.read_model(file.content)
-            check_contract(_tensors(graph.inputs), _tensors(graph.outputs), file.path)
             # Code for one shape alone is a seventh faster than for any size of batch.
             graph.reshape([1, MODEL_SIZE, MODEL_SIZE, 3])
-            alone = _compile(core, graph, threads, 1)
-            beside = _compile(core, graph, threads, slots) if threads > 1 else alone
-        except BackendError:
-            raise
+            alone = _open(core, graph, threads, 1)
+            beside = _open(core, graph, threads, slots) if threads > 1 else alone
         except Exception as error:
             # Its messages have several lines.
             said = " ".join(str(error).split())
             raise BackendError(f"OpenVINO cannot load {file.path}: {said}") from error
-        info = BackendInfo(
+        info = replace(
+            float32.describe(),
             name="openvino",
             version=openvino.__version__,
-            device="cpu",
             precision="bf16",
-            max_batch=1,
             slots=slots,
-            model=float32.describe().model,
-            file_sha256=file.sha256,
         )
-        super().__init__("OpenVINO", info, _run(alone, 1), _run(beside, slots))
-        self._check_masks(masks, model)
-
-    def _check_masks(self, float32: NDArray[np.bool_], model: Path) -> None:
-        ours = self.infer(trial_images()) > THRESHOLD
-        common, either = (np.count_nonzero(m, (1, 2)) for m in (ours & float32, ours | float32))
-        overlap = float(np.divide(common, either, out=np.ones(len(ours)), where=either > 0).mean())
+        super().__init__("OpenVINO", info, alone, beside)
+        overlap = _overlap(self.infer(images) > THRESHOLD, masks)
         if overlap < _LEAST_OVERLAP:
             raise BackendError(
                 f"OpenVINO does not run {model}: bfloat16 changes its masks (mean IoU with float32"
@@ -88,34 +80,24 @@ class OpenVinoBackend(CpuBackend):
             )
 
 
-def _tensors(ports: list[openvino.Output]) -> list[Tensor]:
-    return [
-        (
-            port.any_name,
-            port.element_type.to_dtype().name,
-            [None if side.is_dynamic else side.get_length() for side in port.partial_shape],
-        )
-        for port in ports
-    ]
+def _overlap(masks: NDArray[np.bool_], others: NDArray[np.bool_]) -> float:
+    """Mean IoU of two masks of each image; 1 where both are empty."""
+    common, either = (np.count_nonzero(m, (1, 2)) for m in (masks & others, masks | others))
+    return float(np.divide(common, either, out=np.ones(len(masks)), where=either > 0).mean())
 
 
-def _compile(
-    core: openvino.Core, graph: openvino.Model, threads: int, streams: int
-) -> openvino.CompiledModel:
-    return core.compile_model(
+def _open(core: openvino.Core, graph: openvino.Model, threads: int, together: int) -> Run:
+    compiled = core.compile_model(
         graph,
         "CPU",
         {
             "INFERENCE_PRECISION_HINT": "bf16",
             "INFERENCE_NUM_THREADS": threads,
-            "NUM_STREAMS": streams,
+            "NUM_STREAMS": together,
             # A server's other threads run on the same cores.
             "ENABLE_CPU_PINNING": False,
         },
     )
-
-
-def _run(compiled: openvino.CompiledModel, together: int) -> Run:
     # A request holds one run's memory, and takes one run at a time.
     free: queue.SimpleQueue[openvino.InferRequest] = queue.SimpleQueue()
     for _ in range(together):

@@ -4,7 +4,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import onnx
 import openvino
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
 
 from server.backends import BackendError, Images, open_backend
 from server.backends.onnxruntime import OnnxRuntimeBackend
@@ -21,6 +19,7 @@ from server.backends.openvino import OpenVinoBackend
 from server.http.app import create_app
 from server.settings import Settings
 from tests.support import MODEL, ROOT
+from tests.support.answers import read_png
 from tests.support.app import serve_app
 from tests.support.lesions import encode_photo, lesion_photo
 from tests.support.offline import Offline
@@ -88,8 +87,7 @@ def test_it_serves(offline: Offline) -> None:
         until(lambda: client.get("/health/ready").status_code == 200)
         assert client.get("/model").json()["backend"]["precision"] == "bf16"
         answer = client.post("/segment", content=data).raise_for_status()
-    mask = np.asarray(Image.open(BytesIO(answer.content))) > 0
-    assert mask_iou(mask, offline.mask(data)) > 0.99
+    assert mask_iou(read_png(answer.content), offline.mask(data)) > 0.99
 
 
 @pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
