@@ -117,13 +117,16 @@ def load_run(run: Path, device: torch.device) -> tuple[TrainConfig, nn.Module]:
     The network is in evaluation mode.
 
     Raises:
-        ConfigError: the folder holds no finished run.
+        ConfigError: the folder holds no finished run, or its files are damaged.
     """
     try:
-        config = parse_config(yaml.safe_load((run / "config.yaml").read_text()))
+        values = yaml.safe_load((run / "config.yaml").read_text())
         state = torch.load(run / "last.pt", map_location=device, weights_only=True)
     except OSError as error:
         raise ConfigError(f"{run} holds no run of model.train: {error}") from error
+    except Exception as error:  # torch.load raises whatever its unpickler and zip reader do
+        raise ConfigError(f"{run} holds no readable run of model.train: {error}") from error
+    config = parse_config(values)
     progress = state["progress"]
     if progress["epoch"] < config.epochs and not progress.get("stopped"):
         raise ConfigError(f"{run} is not finished: resume it first")

@@ -131,4 +131,6 @@ def test_runs_that_cannot_judge_are_named(folder: Path) -> None:
     saved["progress"]["epoch"] = 0
     torch.save(saved, last)
     refused("t0", "t1").match("t1 is not finished: resume it first")
+    last.write_bytes(complete[: len(complete) // 2])
+    refused("t0", "t1").match("t1 holds no readable run of model.train: .*")
     last.write_bytes(complete)
