@@ -18,6 +18,7 @@ import model.zoo.vision  # noqa: F401, before what needs torchvision
 # isort: split
 import segmentation_models_pytorch as smp
 import torch
+import torch.nn.functional as F
 
 from model.zoo.network import ZooNetwork
 
@@ -32,18 +33,22 @@ class Lite0UNet(ZooNetwork):
         width: channels of the decoder's first stage, 16 at least; each of the other four stages has
             half as many as the one before.
         pretrained: training starts from the ImageNet weights of the encoder.
+        enlarge: the network looks at the image enlarged so many times, at the nearest sides that
+            are multiples of 32. The encoder's features are of larger pictures than 128×128.
 
     Raises:
-        ValueError: the width is too small.
+        ValueError: the width is too small, or `enlarge` is below 1.
     """
 
     mean, std = MEAN, STD
 
-    def __init__(self, width: int = 256, pretrained: bool = True) -> None:
+    def __init__(self, width: int = 256, pretrained: bool = True, enlarge: float = 1.0) -> None:
         super().__init__()
         if width < 16:
             raise ValueError(f"width must be 16 at least, not {width}")
-        self.pretrained = pretrained
+        if enlarge < 1:
+            raise ValueError(f"enlarge must be 1 at least, not {enlarge}")
+        self.pretrained, self.enlarge = pretrained, enlarge
         self.body = smp.Unet(
             ENCODER,
             encoder_weights=None,
@@ -52,6 +57,11 @@ class Lite0UNet(ZooNetwork):
         )
 
     def logits(self, image: Tensor) -> Tensor:
+        if self.enlarge > 1:
+            sides = [
+                round(n * self.enlarge / self.multiple) * self.multiple for n in image.shape[2:]
+            ]
+            image = F.interpolate(image, sides, mode="bilinear", align_corners=False)
         return cast(Tensor, self.body(image))
 
     def start(self) -> None:

@@ -209,6 +209,16 @@ def test_imagenet_weights_are_where_training_starts() -> None:
     assert all(torch.equal(v, before[k]) for k, v in alone.state_dict().items())
 
 
+def test_lite0_can_look_at_an_enlarged_image() -> None:
+    network = zoo.build("lite0-unet", width=32, pretrained=False, enlarge=1.5)
+    seen: list[torch.Size] = []
+    network.get_submodule("body").register_forward_pre_hook(
+        lambda _, given: seen.append(given[0].shape)
+    )
+    assert network.eval()(torch.rand(1, 3, 128, 64)).shape == (1, 1, 128, 64)
+    assert seen == [(1, 3, 192, 96)]
+
+
 def test_segans_critic_and_its_network_pull_in_opposite_directions(tmp_path: Path) -> None:
     loss = LossConfig(critic=1.0, bce=1.0, jaccard=1.0)
     config = tiny_config(network="segan", options=SMALL["segan"], size=64, batch_size=2, loss=loss)
@@ -407,6 +417,7 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     for lite0, reason in (
         ({"pretrained": "no"}, "pretrained must be true or false, not 'no'"),
         ({"width": 8}, "width must be 16 at least, not 8"),
+        ({"enlarge": 0.5}, "enlarge must be 1 at least, not 0.5"),
     ):
         with pytest.raises(ValueError, match=reason):
             zoo.build("lite0-unet", **lite0)
