@@ -88,7 +88,7 @@ class LossConfig:
     bce: float = 1.0  # pixel-wise; not in the paper's equation
     endpoint: float = 0.0  # of the mask's gradients; SLSDeep's (model.zoo.slsdeep)
     critic: float = 0.0  # multi-scale L1, in place of the adversary; SegAN's (model.zoo.segan)
-    teacher: float = 0.0  # share of the target that is a teacher's probability (model.distill)
+    teacher: float = 0.0  # share of the target that is a teacher's probability
 
     def __post_init__(self) -> None:
         if self.adversarial and self.critic:
@@ -107,10 +107,14 @@ class DataConfig:
     groups: str | None = None  # CSV of ids and of the lesion or patient that each belongs to
     group_column: str = "lesion_id"  # the column of `groups` that holds them
     teacher: str | None = None  # file written by model.distill
+    teachers: tuple[str, ...] = ()  # folders of finished runs, asked at every step
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "teachers", tuple(self.teachers))
         if self.folds and not 0 <= self.fold < self.folds:
             raise ValueError(f"fold {self.fold} is none of 0 to {self.folds - 1}")
+        if self.teacher and self.teachers:
+            raise ValueError("data.teacher and data.teachers both give the target: choose one")
 
 
 @dataclass(frozen=True)
@@ -159,8 +163,11 @@ class TrainConfig:
             raise ValueError(f"no network {self.network!r}; there are: {', '.join(known)}")
         if self.options and self.network not in ZOO:
             raise ValueError(f"options are of a network of model.zoo; {self.network} has none")
-        if self.loss.teacher and not self.data.teacher:
-            raise ValueError("loss.teacher needs data.teacher, a file written by model.distill")
+        if self.loss.teacher and not (self.data.teacher or self.data.teachers):
+            raise ValueError(
+                "loss.teacher needs data.teachers, folders of runs, or data.teacher, "
+                "a file written by model.distill"
+            )
 
 
 _ADAPTER = TypeAdapter(TrainConfig)

@@ -18,6 +18,7 @@ from model.networks import check_network
 from model.progress import RunLog
 from model.scoring import score_selections
 from model.splits import prepare
+from model.teachers import read_teachers
 from model.trainer import RunProgress, Trainer, TrainingError
 
 SAVE_EVERY_S = 15.0  # a checkpoint at every epoch's end, but not more often than this
@@ -44,6 +45,11 @@ def train(
     pixels, selections, origin = prepare(config, data, cache)
     out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(config, out, pixels, selections, origin)
+    if config.data.teachers:
+        held_out = {name for photos in selections.values() for name in photos.ids}
+        trainer.teach = read_teachers(
+            config.data.teachers, trainer.ids, held_out, data, cache, trainer.device
+        )
     with checkpoint.alone(out) if trainer.rank == 0 else nullcontext():
         if resume:
             checkpoint.load(trainer)

@@ -104,10 +104,11 @@ class Trainer:
         stored = training.images.shape[-1]
         self.augmenter = Augmenter(config.augment, config.size, stored, self.device)
         targets = [training.masks]
-        if config.loss.teacher:
-            path = Path(cast(str, config.data.teacher))
-            targets.append(_read_teacher(path, training.ids, stored))
+        if config.loss.teacher and config.data.teacher:
+            targets.append(_read_teacher(Path(config.data.teacher), training.ids, stored))
         self.targets = torch.from_numpy(np.concatenate(targets, 1)).to(self.device)
+        # Views [n, 3, size, size] of the images with these indices → a teacher's probabilities.
+        self.teach: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def step(self, batch: Tensor) -> dict[str, Tensor]:
         """Update the discriminator, if there is one, and the generator, once each.
@@ -126,7 +127,8 @@ class Trainer:
         x, y = self.augmenter(self.images[mine], self.targets[mine], seed, part, config.batch_size)
         truth, target = y[:, :1], y[:, :1]
         if weights.teacher:
-            target = torch.lerp(truth, y[:, 1:], weights.teacher)
+            told = self.teach(x, mine) if self.teach else y[:, 1:]
+            target = torch.lerp(truth, told, weights.teacher)
         torch.manual_seed(seed * self.world + self.rank)  # dropout: the paper's z
 
         for optimizer in (self.optimizer, self.discriminator_optimizer):

@@ -1,4 +1,8 @@
-"""Soft targets come from runs that did not see the image, and are learnt from."""
+"""Soft targets come from runs that did not see the image, and are learnt from.
+
+They are computed once (`model.distill`), or at every step for the view that the student gets
+(`model.teachers`).
+"""
 
 from pathlib import Path
 
@@ -6,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from model import distill, train
+from model import distill, loop, train
 from model.checkpoint import load_run
 from model.config import ConfigError, DataConfig, LossConfig
 from model.data import find_samples, load_pixels, select
 from model.distill import distil, predict
 from model.generator import Generator
+from model.progress import RunLog
 from model.splits import STORED_SIZE, prepare, split_samples
+from model.teachers import Teachers, read_teachers
 from model.trainer import Trainer
 from tests.support.tiny import tiny_config, tiny_flags, write_isic2017
 
@@ -134,3 +140,105 @@ def test_runs_that_cannot_judge_are_named(folder: Path) -> None:
     last.write_bytes(complete[: len(complete) // 2])
     refused("t0", "t1").match("t1 holds no readable run of model.train: .*")
     last.write_bytes(complete)
+
+
+# Teachers that are asked at every step
+
+
+def teachers(folder: Path, ids: list[str], *runs: str, held_out: tuple[str, ...] = ()) -> Teachers:
+    paths = [str(folder / name) for name in runs]
+    return read_teachers(
+        paths, ids, held_out, folder / "data", folder / "cache", torch.device("cpu")
+    )
+
+
+def test_a_view_is_judged_by_the_teacher_that_held_its_image_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The target is (1 − share) · mask + share · teacher, of the very view that is learnt from."""
+    config = tiny_config(
+        loss=LossConfig(teacher=0.25),
+        data=DataConfig(teachers=(str(folder / "t0"), str(folder / "t1"))),
+        batch_size=9,
+    )
+    pixels, selections, _ = prepare(config, folder / "data", folder / "cache")
+    trainer = Trainer(config, folder, pixels, selections)
+    trainer.teach = teachers(folder, list(pixels.ids), "t0", "t1")
+    seen: list[torch.Tensor] = []
+
+    def update(*given: torch.Tensor) -> dict[str, torch.Tensor]:
+        seen.extend(given)
+        return {}
+
+    monkeypatch.setattr(trainer, "update", update)
+    shuffled = torch.tensor([4, 2, 8, 0, 1, 7, 3, 6, 5])
+    trainer.step(shuffled)
+    views, truth, target = seen
+    samples = find_samples(folder / "data")
+    judged = 0
+    for name in ("t0", "t1"):
+        run_config, network = load_run(folder / name, torch.device("cpu"))
+        held = {s.id for s in split_samples(run_config, samples, folder / "cache")[1]["holdout"]}
+        rows = [i for i, image in enumerate(shuffled) if pixels.ids[image] in held]
+        with torch.no_grad():
+            told = network(views[rows]).sigmoid()
+        torch.testing.assert_close(target[rows], 0.75 * truth[rows] + 0.25 * told)
+        judged += len(rows)
+    assert judged == 9
+
+
+def test_an_image_that_no_teacher_held_out_is_judged_by_all(folder: Path) -> None:
+    pixels = prepare(tiny_config(), folder / "data", folder / "cache")[0]
+    alone = teachers(folder, list(pixels.ids), "t0")
+    assert alone.judges.all()
+    both = teachers(folder, list(pixels.ids), "t0", "t0")
+    views = torch.rand(9, 3, 64, 64)  # twice the side that the teacher knows
+    found = both(views, torch.arange(9))
+    assert found.shape == (9, 1, 64, 64)
+    torch.testing.assert_close(found, alone(views, torch.arange(9)))
+
+
+def test_a_run_with_teachers_goes_on_to_the_same_bits(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fold = {"data__folds": 2, "data__fold": 0}
+    flags = tiny_flags(loss__teacher=0.5, data__teachers=[str(folder / "t0")], **fold)
+    run(folder, "at-once", *flags)
+    whole_epoch = loop._epoch
+
+    def killed(trainer: Trainer, log: RunLog | None) -> dict[str, float]:
+        if trainer.progress.epoch:
+            raise KeyboardInterrupt
+        return whole_epoch(trainer, log)
+
+    monkeypatch.setattr(loop, "_epoch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, "in-two", *flags)
+    monkeypatch.undo()
+    run(folder, "in-two", "--resume")
+    run(folder, "alone", *tiny_flags(**fold))
+
+    def weights(name: str) -> dict[str, torch.Tensor]:
+        _, network = load_run(folder / name, torch.device("cpu"))
+        return network.state_dict()
+
+    taught, alone = weights("at-once"), weights("alone")
+    torch.testing.assert_close(weights("in-two"), taught, rtol=0, atol=0)
+    assert any(not torch.equal(value, alone[name]) for name, value in taught.items())
+
+
+def test_teachers_that_cannot_teach_are_named(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*flags: str) -> str:
+        with pytest.raises(SystemExit):
+            run(folder, "none", *tiny_flags(epochs=1), "--set", "loss.teacher=0.5", *flags)
+        return capsys.readouterr().err
+
+    t0, nowhere = (f"data.teachers=[{folder / name}]" for name in ("t0", "nowhere"))
+    assert "nowhere holds no run of model.train" in refused("--set", nowhere)
+    # t0 held out fold 0, and was trained on fold 1
+    leaking = refused("--set", t0, "--set", "data.folds=2", "--set", "data.fold=1")
+    assert "t0 was trained on ISIC_" in leaking and "which this run holds out" in leaking
+    both = refused("--set", t0, "--set", "data.teacher=x.npz")
+    assert "data.teacher and data.teachers both give the target" in both
