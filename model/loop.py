@@ -45,7 +45,7 @@ def train(
     pixels, selections, origin = prepare(config, data, cache)
     out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(config, out, pixels, selections, origin)
-    if config.data.teachers:
+    if config.loss.teacher and config.data.teachers:
         held_out = {name for photos in selections.values() for name in photos.ids}
         trainer.teach = read_teachers(
             config.data.teachers, trainer.ids, held_out, data, cache, trainer.device

@@ -102,6 +102,6 @@ def read_teachers(
                 "take teachers that held out the same fold"
             )
         row[:] = ~np.isin(ids, seen)
-        networks.append((config, network.requires_grad_(False)))
+        networks.append((config, network))
     judges |= ~judges.any(0)
     return Teachers(networks, judges)

@@ -10,6 +10,8 @@ Importing this package imports no torch; a network's libraries are imported when
 """
 
 import inspect
+import math
+from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -42,6 +44,14 @@ def build(name: str, **options: Option) -> "ZooNetwork":
     return network
 
 
+# What an option may be, by the kind of its default. True is an int to Python, and no number here.
+_KINDS: dict[type, tuple[Callable[[Option], bool], str]] = {
+    bool: (lambda value: type(value) is bool, "true or false"),
+    int: (lambda value: type(value) is int and value >= 1, "a whole number from 1"),
+    float: (lambda value: type(value) in (int, float) and math.isfinite(float(value)), "a number"),
+}
+
+
 def check(name: str, **options: Option) -> "type[ZooNetwork]":
     """The class of a network; what `build` refuses is refused, at no cost.
 
@@ -61,7 +71,7 @@ def check(name: str, **options: Option) -> "type[ZooNetwork]":
         raise ValueError(f"{name} has no option {unknown[0]!r}; {said}")
     for option, value in options.items():
         kind = type(known[option].default)
-        if type(value) is not kind or (kind is int and value < 1):  # type: ignore[operator]
-            wanted = "a whole number from 1" if kind is int else "true or false"
+        fits, wanted = _KINDS[kind]
+        if not fits(value):
             raise ValueError(f"{name}: {option} must be {wanted}, not {value!r}")
     return found

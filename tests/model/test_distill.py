@@ -145,11 +145,9 @@ def test_runs_that_cannot_judge_are_named(folder: Path) -> None:
 # Teachers that are asked at every step
 
 
-def teachers(folder: Path, ids: list[str], *runs: str, held_out: tuple[str, ...] = ()) -> Teachers:
+def teachers(folder: Path, ids: tuple[str, ...], *runs: str) -> Teachers:
     paths = [str(folder / name) for name in runs]
-    return read_teachers(
-        paths, ids, held_out, folder / "data", folder / "cache", torch.device("cpu")
-    )
+    return read_teachers(paths, ids, (), folder / "data", folder / "cache", torch.device("cpu"))
 
 
 def test_a_view_is_judged_by_the_teacher_that_held_its_image_out(
@@ -163,7 +161,7 @@ def test_a_view_is_judged_by_the_teacher_that_held_its_image_out(
     )
     pixels, selections, _ = prepare(config, folder / "data", folder / "cache")
     trainer = Trainer(config, folder, pixels, selections)
-    trainer.teach = teachers(folder, list(pixels.ids), "t0", "t1")
+    trainer.teach = teachers(folder, pixels.ids, "t0", "t1")
     seen: list[torch.Tensor] = []
 
     def update(*given: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -189,9 +187,9 @@ def test_a_view_is_judged_by_the_teacher_that_held_its_image_out(
 
 def test_an_image_that_no_teacher_held_out_is_judged_by_all(folder: Path) -> None:
     pixels = prepare(tiny_config(), folder / "data", folder / "cache")[0]
-    alone = teachers(folder, list(pixels.ids), "t0")
+    alone = teachers(folder, pixels.ids, "t0")
     assert alone.judges.all()
-    both = teachers(folder, list(pixels.ids), "t0", "t0")
+    both = teachers(folder, pixels.ids, "t0", "t0")
     views = torch.rand(9, 3, 64, 64)  # twice the side that the teacher knows
     found = both(views, torch.arange(9))
     assert found.shape == (9, 1, 64, 64)

@@ -4,6 +4,7 @@ Widths are small where the published network takes long. Parameters are counted 
 """
 
 import json
+import math
 import re
 import warnings
 from collections.abc import Callable
@@ -209,14 +210,15 @@ def test_imagenet_weights_are_where_training_starts() -> None:
     assert all(torch.equal(v, before[k]) for k, v in alone.state_dict().items())
 
 
-def test_lite0_can_look_at_an_enlarged_image() -> None:
-    network = zoo.build("lite0-unet", width=32, pretrained=False, enlarge=1.5)
+@pytest.mark.parametrize("enlarge", [1.5, 2])
+def test_lite0_can_look_at_an_enlarged_image(enlarge: float) -> None:
+    network = zoo.build("lite0-unet", width=32, pretrained=False, enlarge=enlarge)
     seen: list[torch.Size] = []
     network.get_submodule("body").register_forward_pre_hook(
         lambda _, given: seen.append(given[0].shape)
     )
     assert network.eval()(torch.rand(1, 3, 128, 64)).shape == (1, 1, 128, 64)
-    assert seen == [(1, 3, 192, 96)]
+    assert seen == [(1, 3, 128 * enlarge, 64 * enlarge)]
 
 
 def test_segans_critic_and_its_network_pull_in_opposite_directions(tmp_path: Path) -> None:
@@ -418,6 +420,10 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         ({"pretrained": "no"}, "pretrained must be true or false, not 'no'"),
         ({"width": 8}, "width must be 16 at least, not 8"),
         ({"enlarge": 0.5}, "enlarge must be 1 at least, not 0.5"),
+        ({"enlarge": "2"}, "enlarge must be a number, not '2'"),
+        ({"enlarge": True}, "enlarge must be a number, not True"),
+        ({"enlarge": math.nan}, "enlarge must be a number, not nan"),
+        ({"enlarge": math.inf}, "enlarge must be a number, not inf"),
     ):
         with pytest.raises(ValueError, match=reason):
             zoo.build("lite0-unet", **lite0)
