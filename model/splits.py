@@ -1,13 +1,15 @@
 """The training and selection images of a run: samples by split and fold, and their pixels."""
 
 import dataclasses
+import functools
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from common.progress import say
 from model import duplicates
-from model.config import TrainConfig
+from model.config import DataConfig, TrainConfig
 from model.data import (
     PixelSet,
     Sample,
@@ -34,11 +36,11 @@ def prepare(
     """
     samples = find_samples(data)
     training, selections = split_samples(config, samples, cache)
-    decoded = _decode(config, samples, "training", cache)
+    decoded = _decode(config.data, _side(config), samples, "training", cache)
     counts = Counter(sample.origin for sample in training)
     origin = ", ".join(f"{count} images of {name}" for name, count in sorted(counts.items()))
     pixels = {
-        name: _decode(config, samples, "validation", cache)
+        name: _decode(config.data, _side(config), samples, "validation", cache)
         if name == "validation"
         else decoded.of(chosen)
         for name, chosen in selections.items()
@@ -53,7 +55,7 @@ def split_samples(
 
     Copies of a photo are in one fold, and so are the photos of one group of `config.data.groups`.
     Training photos that belong together with a validation or test photo are left out. Both are
-    printed.
+    printed, once for all folds.
 
     Raises:
         DataError: there is nothing to select by, an id is in two splits, or a file cannot be used.
@@ -71,7 +73,9 @@ def split_samples(
             "there is no validation set beside the training images: "
             "hold out a tenth with --set data.folds=10"
         )
-    training = _grouped(config, samples, cache)
+    # The search for copies takes seconds, and is the same for every fold and teacher.
+    every_fold = dataclasses.replace(config.data, folds=0, fold=0, teacher=None, teachers=())
+    training = list(_grouped(every_fold, _side(config), tuple(samples), cache))
     selections = {"validation": validation} if validation else {}
     if config.data.folds:
         training, held = hold_out(training, config.data.fold, config.data.folds)
@@ -80,26 +84,36 @@ def split_samples(
     return training, selections
 
 
-def _decode(config: TrainConfig, samples: list[Sample], split: Split, cache: Path) -> PixelSet:
+def _side(config: TrainConfig) -> int:
+    """The side at which the images of a run are kept: a multiple of its input's."""
+    return math.ceil(STORED_SIZE / config.size) * config.size
+
+
+def _decode(
+    data: DataConfig, side: int, samples: Sequence[Sample], split: Split, cache: Path
+) -> PixelSet:
     """Decode a whole split, even if only a part is used, so that every fold finds it cached."""
-    side = math.ceil(STORED_SIZE / config.size) * config.size
     # Nothing is learnt from a mask of the test set.
-    uniform = config.data.allow_uniform_masks or split == "test"
+    uniform = data.allow_uniform_masks or split == "test"
     return load_pixels(select(samples, split), side, cache, uniform)
 
 
-def _grouped(config: TrainConfig, samples: list[Sample], cache: Path) -> list[Sample]:
+@functools.lru_cache(maxsize=1)
+def _grouped(
+    data: DataConfig, side: int, samples: tuple[Sample, ...], cache: Path
+) -> tuple[Sample, ...]:
     """Give the training samples their groups; leave out those that belong with held-out photos."""
     order: tuple[Split, ...] = ("training", "validation", "test")
     every = [sample for split in order for sample in select(samples, split)]
-    images = (image for split in order for image in _decode(config, samples, split, cache).images)
+    decoded = (_decode(data, side, samples, split, cache) for split in order)
+    images = (image for pixels in decoded for image in pixels.images)
     labels: dict[str, str] = {}
-    if config.data.groups is not None:
-        labels = read_groups(Path(config.data.groups), config.data.group_column)
+    if data.groups is not None:
+        labels = read_groups(Path(data.groups), data.group_column)
         alone = sum(sample.id not in labels for sample in every)
         if alone == len(every):
-            raise DataError(f"data.groups: {config.data.groups} holds none of the ids of the data")
-        say(f"{alone} of {len(every)} photos have no {config.data.group_column}")
+            raise DataError(f"data.groups: {data.groups} holds none of the ids of the data")
+        say(f"{alone} of {len(every)} photos have no {data.group_column}")
     first = duplicates.groups(images, [labels.get(sample.id) for sample in every])
     training = [
         dataclasses.replace(sample, group=every[index].id)
@@ -111,8 +125,8 @@ def _grouped(config: TrainConfig, samples: list[Sample], cache: Path) -> list[Sa
         for sample, index in zip(every, first, strict=True)
         if sample.split != "training"
     }
-    kept = [sample for sample in training if sample.group not in outside]
-    why = f"or of one {config.data.group_column} " if labels else ""
+    kept = tuple(sample for sample in training if sample.group not in outside)
+    why = f"or of one {data.group_column} " if labels else ""
     _tell_pairs(
         f"left out of training, copies {why}of validation or test photos",
         [(sample.id, outside[sample.group]) for sample in training if sample.group in outside],
