@@ -27,6 +27,7 @@ from model.data import add_data_arguments, find_samples, hold_out
 from model.evaluate import WEIGHTS, Network, add_model_argument, load_network
 from model.others import KINDS, drawn, of_packages
 from model.truth import DataError, find_photos
+from model.variations import FRAMES
 from photos.fitness import FEATURES, Detector, features, is_unfit
 from photos.image import MODEL_SIZE, ImageError, read_photo
 
@@ -113,7 +114,7 @@ def report(
     photos: Mapping[str, Iterable[Pixels]],
     others: Iterable[tuple[str, Iterable[Pixels]]],
 ) -> str:
-    """How many pictures a detector finds unfit, as Markdown.
+    """How many pictures a detector finds unfit, as Markdown; photos are tried in frames too.
 
     Args:
         detector: to be tested.
@@ -122,8 +123,11 @@ def report(
     """
     lines = ["| dermoscopic photos | warned of | of |", "|---|--:|--:|"]
     for name, images in photos.items():
-        distances = [detector.distance(image) for image in images]
-        lines.append(f"| {name} | {_unfit(distances)} | {len(distances)} |")
+        plain = list(images)
+        framed = {f"{name}, {how}": map(frame, plain) for how, frame in FRAMES.items()}
+        for called, pictures in {name: plain, **framed}.items():
+            distances = [detector.distance(picture) for picture in pictures]
+            lines.append(f"| {called} | {_unfit(distances)} | {len(distances)} |")
     lines += ["", "| other pictures | found | of | share |", "|---|--:|--:|--:|"]
     found = total = 0
     for kind, images in others:

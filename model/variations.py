@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Callable
+from functools import partial
 from io import BytesIO
 from typing import Any
 
@@ -57,6 +58,36 @@ def rotated(pixels: NDArray[Any], degrees: float) -> NDArray[Any]:
     return turned[margin : margin + side, margin : margin + side]
 
 
+def barred(pixels: Pixels, share: float, level: int = 0) -> Pixels:
+    """Between bars of one level that take this share of the height, above and below."""
+    side = len(pixels)
+    bar = round(side * share)
+    inner = Image.fromarray(pixels).resize((side, side - 2 * bar), Image.Resampling.BOX)
+    framed = np.full_like(pixels, level)
+    framed[bar : side - bar] = np.asarray(inner)
+    return framed
+
+
+def bordered(pixels: Pixels, share: float, level: int = 0) -> Pixels:
+    """In a border of one level on all four sides, which takes this share of each side."""
+    across = barred(pixels, share, level).transpose(1, 0, 2)
+    return barred(np.ascontiguousarray(across), share, level).transpose(1, 0, 2).copy()
+
+
+def seen_through_tube(pixels: Pixels, radius: float, softness: float = 1, level: int = 0) -> Pixels:
+    """In a round field of view, whose radius is this share of the side, on nearly black.
+
+    Args:
+        softness: of the edge, in pixels of a side of 128.
+        level: of what surrounds the field.
+    """
+    side = len(pixels)
+    y, x = np.mgrid[:side, :side] + 0.5 - side / 2
+    beyond = (np.hypot(x, y) - radius * side) / (softness * side / 128)
+    field = 1 / (1 + np.exp(np.clip(beyond, -50, 50)))[..., None]
+    return _levels(pixels * field + level * (1 - field))
+
+
 def _levels(values: NDArray[np.floating]) -> Pixels:
     levels: Pixels = np.rint(np.clip(values, 0, 255)).astype(np.uint8)
     return levels
@@ -71,6 +102,20 @@ VARIATIONS: dict[str, tuple[Callable[[Pixels, float], Pixels], tuple[float, floa
     "colour cast": (cast, (0.1, 0.2, 0.3), "share that red gains and blue loses"),
 }
 """Name → what it does to pixels, its three strengths, and their unit."""
+
+FRAMES: dict[str, Callable[[Pixels], Pixels]] = {
+    "between black bars": partial(barred, share=0.125),
+    "between white bars": partial(barred, share=0.125, level=255),
+    "in a black border": partial(bordered, share=0.05),
+    "in a wide black border": partial(bordered, share=0.2),
+    "in a white border": partial(bordered, share=0.05, level=255),
+    "in a round field of view": partial(seen_through_tube, radius=0.5),
+    "in a small, soft and dark grey one": partial(
+        seen_through_tube, radius=0.42, softness=4, level=30
+    ),
+}
+"""Name → what programs and dermatoscopes put around a photo. The lesion moves, and masks with it,
+so these are for what says whether a picture is a photo at all (`model.fitness`)."""
 
 ROTATIONS = (15.0, 45.0, 90.0)
 """Degrees. The mask turns too, so these are apart."""

@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["FEATURES", "Detector", "features", "is_unfit"]
+__all__ = ["FEATURES", "Detector", "features", "inside_frame", "is_unfit"]
 
 Values = NDArray[np.float64]
 
@@ -31,6 +31,13 @@ _ONE, _OTHER = np.triu_indices(3, 1)
 # Below half a level of 255 there is no detail, but rounding.
 _LEAST = 1e-6
 _BRIGHT, _DARK = 250, 20
+
+# A pixel of a frame has its brightest channel below the one, or its darkest above the other: tubes
+# of dermatoscopes are not quite black. A side of the picture is cut off while more than this share
+# of it is frame, until this many pixels are left; then it is no frame, but the picture itself.
+_FRAME_DARK, _FRAME_BRIGHT = 50, 235
+_FRAME_SHARE = 0.08
+_LEAST_INSIDE = 64
 
 
 @dataclass(frozen=True)
@@ -116,9 +123,19 @@ class Detector:
     def distance(self, pixels: NDArray[np.uint8]) -> float:
         """How far a picture is from the photos of training, to three digits; 1 is the limit.
 
+        Bars that fill up a format, and the round field of view of a dermatoscope, are no more part
+        of the photo than a sheet of paper that it is printed on. So a picture is as near as what is
+        inside its frame.
+
         Args:
             pixels: uint8 [128, 128, 3], what the network gets.
         """
+        distance = self._distance(pixels)
+        if is_unfit(distance) and (inside := inside_frame(pixels)) is not None:
+            distance = min(distance, self._distance(inside))
+        return distance
+
+    def _distance(self, pixels: NDArray[np.uint8]) -> float:
         whitening, centres, offsets = self._arrays
         white = (features(pixels) @ whitening - centres).reshape(len(offsets), FEATURES)
         squares = (white * white).sum(axis=1) + offsets
@@ -140,6 +157,53 @@ _TABLES = ("means", "whitening")
 def is_unfit(distance: float) -> bool:
     """Whether a picture that far away is likely no dermoscopic photo."""
     return distance > 1
+
+
+def inside_frame(pixels: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
+    """What a nearly black or white frame surrounds, as large as the whole; None without a frame.
+
+    The side that is frame for the largest part is cut off again and again. Of a round field of view
+    this leaves about the square that fits into it.
+
+    Args:
+        pixels: uint8 [128, 128, 3] RGB.
+
+    Returns:
+        uint8 [128, 128, 3], enlarged bilinearly.
+    """
+    plain = (pixels.max(axis=2) < _FRAME_DARK) | (pixels.min(axis=2) > _FRAME_BRIGHT)
+    # A lesion may be as dark. A frame is what the picture's edge reaches straight through.
+    reached = np.logical_and.accumulate
+    frame = reached(plain) | reached(plain[::-1])[::-1]
+    frame |= reached(plain, axis=1) | reached(plain[:, ::-1], axis=1)[:, ::-1]
+    top, bottom, left, right = 0, _SIDE, 0, _SIDE
+    while min(bottom - top, right - left) > _LEAST_INSIDE:
+        rows, columns = slice(top, bottom), slice(left, right)
+        edges = (
+            frame[top, columns],
+            frame[bottom - 1, columns],
+            frame[rows, left],
+            frame[rows, right - 1],
+        )
+        shares = [np.count_nonzero(edge) / edge.size for edge in edges]
+        worst = shares.index(max(shares))
+        if shares[worst] <= _FRAME_SHARE:
+            if (bottom - top, right - left) == (_SIDE, _SIDE):
+                return None
+            return _enlarged(_enlarged(pixels[rows, columns]).transpose(1, 0, 2)).transpose(1, 0, 2)
+        top, bottom = top + (worst == 0), bottom - (worst == 1)
+        left, right = left + (worst == 2), right - (worst == 3)
+    return None
+
+
+def _enlarged(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """More rows, between which it is interpolated: uint8 [n, m, 3] → [128, m, 3]."""
+    at = ((np.arange(_SIDE) + 0.5) * len(pixels) / _SIDE - 0.5).clip(0, len(pixels) - 1)
+    above = at.astype(np.intp)
+    below = np.minimum(above + 1, len(pixels) - 1)
+    share = (at - above)[:, None, None]
+    between = pixels[above] * (1 - share) + pixels[below] * share
+    return (between + 0.5).astype(np.uint8)
 
 
 def features(pixels: NDArray[np.uint8]) -> Values:

@@ -12,6 +12,7 @@ from model.evaluate import WEIGHTS, load_network
 from model.fitness import FOLDS, fit, main, report, small
 from model.others import KINDS, drawn, of_packages
 from model.truth import DataError
+from model.variations import FRAMES
 from photos.fitness import FEATURES, Detector, features, is_unfit
 from photos.image import read_photo
 from tests.support.lesions import lesion_photo, write_pairs
@@ -67,6 +68,7 @@ def test_a_report_counts_both_kinds(
     write_pairs(tmp_path / "more", 2, 64, 64)
     main(["report", "--images", str(tmp_path / "photos"), "--others", str(tmp_path / "more")])
     said = capsys.readouterr().out
+    assert "| photos, in a black border | " in said
     assert "| 3 |" in said and "| document, drawn | 2 | 2 | 100% |" in said
     assert "| more |" in said and "| **all** |" in said and "% of the network's" in said
     with pytest.raises(SystemExit) as ended:
@@ -87,6 +89,15 @@ def test_the_shipped_detector_finds_other_pictures(detector: Detector) -> None:
     assert not shipped or np.mean([is_unfit(detector.distance(p)) for p in shipped]) >= 0.85
 
 
+def test_the_shipped_detector_looks_inside_frames(
+    detector: Detector, photos: list[NDArray[np.uint8]]
+) -> None:
+    usual = [photo for photo in photos[:40] if not is_unfit(detector.distance(photo))][:10]
+    assert len(usual) == 10
+    framed = [detector.distance(frame(photo)) for frame in FRAMES.values() for photo in usual]
+    assert np.mean([is_unfit(distance) for distance in framed]) <= 0.2
+
+
 def test_the_shipped_detector_knows_photos_that_it_was_not_fitted_to(
     detector: Detector, data_dir: Path | None
 ) -> None:
@@ -95,6 +106,11 @@ def test_the_shipped_detector_knows_photos_that_it_was_not_fitted_to(
         pytest.skip("needs the ISIC 2017 validation set (SLSNET_DATA)")
     paths = sorted(folder.glob("*.jpg"))
     photos = {"validation": (read_photo(path.read_bytes()).pixels for path in paths)}
-    line = report(detector, photos, []).splitlines()[2]
-    warned, count = (int(part) for part in line.split("|")[2:4])
-    assert count == len(paths) and warned <= 0.01 * count
+    plain, *framed = (
+        tuple(int(part) for part in line.split("|")[2:4])
+        for line in report(detector, photos, []).splitlines()[2 : 3 + len(FRAMES)]
+    )
+    assert plain[1] == len(paths) and plain[0] <= 0.01 * plain[1]
+    # Without a look inside, half of them or more are warned of.
+    assert len(framed) == len(FRAMES)
+    assert all(warned <= 0.05 * count for warned, count in framed)

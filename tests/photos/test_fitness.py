@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from photos.fitness import FEATURES, Detector, features, is_unfit
+from photos.fitness import FEATURES, Detector, features, inside_frame, is_unfit
 
 GROUPS = 2
 TRIANGLE = FEATURES * (FEATURES + 1) // 2
@@ -63,6 +63,60 @@ def test_turning_a_picture_by_half_changes_nothing() -> None:
     whole = picture(1)
     for turned in (whole[::-1, ::-1], whole[:, ::-1]):
         np.testing.assert_allclose(features(turned.copy()), features(whole), atol=5e-3)
+
+
+def smooth(seed: int) -> NDArray[np.uint8]:
+    """A picture that interpolation changes little, and that is neither dark nor white."""
+    coarse = np.random.default_rng(seed).uniform(80, 200, (4, 4, 3))
+    at = np.arange(128) // 32
+    return coarse[at][:, at].astype(np.uint8)
+
+
+@pytest.mark.parametrize("level", [0, 30, 255])
+def test_bars_are_no_part_of_a_picture(level: int) -> None:
+    picture = smooth(2)
+    framed = np.full_like(picture, level)
+    framed[16:112, 8:104] = picture[16:112, 8:104]
+    inside = inside_frame(framed)
+    assert inside is not None and inside.shape == picture.shape and inside.dtype == np.uint8
+    # Pixel by pixel this is the nearest one, of which a linear mean is half a pixel off at most.
+    rows = 16 + (np.arange(128) * 96 + 48) // 128
+    nearest = picture[rows][:, rows - 8]
+    assert (inside == nearest).mean() > 0.9
+
+
+def test_a_round_field_leaves_about_the_square_within() -> None:
+    picture = smooth(3)
+    y, x = np.mgrid[:128, :128] - 63.5
+    picture[np.hypot(x, y) > 56] = 10
+    inside = inside_frame(picture)
+    assert inside is not None
+    assert 0 < (inside.max(axis=2) < 50).mean() < 0.03, "the corners of a somewhat larger square"
+
+
+def test_what_has_no_frame_stays_as_it_is() -> None:
+    whole = smooth(4)
+    assert inside_frame(whole) is None
+    whole[40:90, 40:90] = 5
+    assert inside_frame(whole) is None, "a dark lesion"
+    whole[:3] = 255
+    inside = inside_frame(whole)
+    assert inside is not None and (inside < 50).any(), "and it stays where there is one"
+    for level in (0, 255):
+        assert inside_frame(np.full((128, 128, 3), level, np.uint8)) is None
+    small = np.zeros((128, 128, 3), np.uint8)
+    small[40:90, 40:90] = smooth(4)[40:90, 40:90]
+    assert inside_frame(small) is None, "what is left is less than half as wide"
+
+
+def test_a_picture_is_as_near_as_what_is_inside_its_frame() -> None:
+    framed = np.zeros((128, 128, 3), np.uint8)
+    framed[10:-10] = smooth(5)[10:-10]
+    inside = inside_frame(framed)
+    assert inside is not None
+    assert made([features(inside), features(inside) + 50]).distance(framed) == 0
+    assert made([features(framed), features(inside) + 50]).distance(framed) == 0
+    assert made([features(framed) + 50, features(inside) + 50]).distance(framed) > 1
 
 
 def test_a_detector_is_what_was_written() -> None:

@@ -6,6 +6,7 @@ const GRADES = [[0.8, "good"], [0.65, "fair"], [0, "poor"]];
 const PAIRS = [[0, 1], [0, 2], [1, 2]];
 const LEAST = 1e-6;
 const [BRIGHT, DARK] = [250, 20];
+const [FRAME_BRIGHT, FRAME_DARK, FRAME_SHARE, LEAST_INSIDE] = [235, 50, 0.08, 64];
 
 const rounded = (value) => Number(value.toFixed(3));
 const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
@@ -30,7 +31,14 @@ function between(at, x, y) {
 }
 
 /** How far the network's square (RGB, row by row) is from dermoscopic photos; 1 is the limit. */
-export function fitnessOf(square, { limit, means, whitening, offsets }) {
+export function fitnessOf(square, detector) {
+  let distance = distanceOf(square, detector);
+  const inside = distance > 1 && insideFrame(square);
+  if (inside) distance = Math.min(distance, distanceOf(inside, detector));
+  return { distance, unfit: distance > 1 };
+}
+
+function distanceOf(square, { limit, means, whitening, offsets }) {
   const found = features(square);
   const squares = offsets.map((offset, group) => {
     const white = new Float64Array(found.length);
@@ -41,8 +49,61 @@ export function fitnessOf(square, { limit, means, whitening, offsets }) {
     }
     return white.reduce((sum, value) => sum + value * value, offset);
   });
-  const distance = rounded(Math.sqrt(Math.min(...squares)) / limit);
-  return { distance, unfit: distance > 1 };
+  return rounded(Math.sqrt(Math.min(...squares)) / limit);
+}
+
+/** `inside_frame` of photos/fitness.py. */
+function insideFrame(square) {
+  const side = Math.sqrt(square.length / 3);
+  const all = [...Array(side).keys()];
+  const plain = new Uint8Array(side * side).map((_, i) => {
+    const pixel = square.subarray(3 * i, 3 * i + 3);
+    return Number(Math.max(...pixel) < FRAME_DARK || Math.min(...pixel) > FRAME_BRIGHT);
+  });
+  const frame = new Uint8Array(side * side);
+  for (const order of [all, [...all].reverse()]) {
+    for (const one of all) {
+      for (let i = 0; i < side && plain[one * side + order[i]]; i++) frame[one * side + order[i]] = 1;
+      for (let i = 0; i < side && plain[order[i] * side + one]; i++) frame[order[i] * side + one] = 1;
+    }
+  }
+  let [top, bottom, left, right] = [0, side, 0, side];
+  const inRow = (row) => mean(frame.subarray(row * side + left, row * side + right));
+  const inColumn = (column) => mean(all.slice(top, bottom).map((row) => frame[row * side + column]));
+  while (Math.min(bottom - top, right - left) > LEAST_INSIDE) {
+    const shares = [inRow(top), inRow(bottom - 1), inColumn(left), inColumn(right - 1)];
+    const worst = shares.indexOf(Math.max(...shares));
+    if (shares[worst] <= FRAME_SHARE) {
+      const whole = bottom - top === side && right - left === side;
+      return whole ? null : enlarged(square, [top, bottom - top], [left, right - left], side);
+    }
+    if (worst === 0) top++;
+    else if (worst === 1) bottom--;
+    else if (worst === 2) left++;
+    else right--;
+  }
+  return null;
+}
+
+/** A part of the square as large as the whole, first its rows and then its columns interpolated. */
+function enlarged(square, [top, rows], [left, columns], side) {
+  const places = (count) => [...Array(side).keys()].map((i) => {
+    const at = Math.min(Math.max(((i + 0.5) * count) / side - 0.5, 0), count - 1);
+    const low = Math.floor(at);
+    return [low, Math.min(low + 1, count - 1), at - low];
+  });
+  const [down, across] = [places(rows), places(columns)];
+  const between = (low, high, share) => Math.floor(low * (1 - share) + high * share + 0.5);
+  const result = new Uint8Array(square.length);
+  const value = (row, column, channel) => square[3 * ((top + row) * side + left + column) + channel];
+  for (let i = 0; i < result.length; i++) {
+    const [channel, x, y] = [i % 3, Math.floor(i / 3) % side, Math.floor(i / 3 / side)];
+    const [above, below, share] = down[y];
+    const [before, after, part] = across[x];
+    const at = (column) => between(value(above, column, channel), value(below, column, channel), share);
+    result[i] = between(at(before), at(after), part);
+  }
+  return result;
 }
 
 /** `features` of photos/fitness.py. */

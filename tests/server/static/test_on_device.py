@@ -145,7 +145,8 @@ def test_it_tells_of_mask_and_picture_as_the_server_does(
 ) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8)
     pictures = [lesion_photo(11, 500, 380).pixels, lesion_photo(4, 300, 400).pixels]
-    for pixels in (*pictures, np.zeros((96, 128, 3), np.uint8), noise):
+    framed = np.pad(pictures[0], ((70, 70), (30, 30), (0, 0)))
+    for pixels in (*pictures, framed, np.zeros((96, 128, 3), np.uint8), noise):
         photo = encode_photo(pixels, "PNG")
         answer = httpx.post(f"{server_with_files.url}/segment/json", content=photo).json()
         found = page.find(photo)
