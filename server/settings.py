@@ -6,6 +6,7 @@ Variables, flags, `--help` and the documentation's table are made from the field
 import argparse
 import re
 from collections.abc import Container, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -13,6 +14,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from common.metadata import read_metadata
 from common.program import Help, program
 from engines.plan import Precision
 from photos.image import DEFAULT_MAX_PIXELS
@@ -24,6 +26,7 @@ __all__ = [
     "NETWORK_NAMES",
     "Settings",
     "add_flags",
+    "name_in",
     "read_settings",
     "settings_of",
     "settings_table",
@@ -35,13 +38,27 @@ _LARGEST_INTEGER = 2**53
 SHIPPED_MODEL = Path("model/weights/slsnet.onnx")
 
 DEFAULT_NETWORK = "slsnet"
-"""Name of the network that runs the photos of requests which name none."""
+"""Name of the default network, unless its file says that it holds another one than SLSNet."""
 
 NETWORK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """The form of a network's name: a segment of a path, a value in a query, a label of metrics."""
 
 NETWORK_NAMES = "a name has 1 to 64 letters, digits, dots, hyphens and underscores, and begins with"
 NETWORK_NAMES += " a letter or a digit"
+
+
+def name_in(file: Path) -> str:
+    """What the network in this file is called as the default one.
+
+    Files of SLSNet name no network, whatever their title is.
+    """
+    try:
+        # A pipe would keep the server waiting, and a device has no end.
+        said = read_metadata(file).get("network", "") if file.is_file() else ""
+    except (OSError, ValueError):
+        # Why it is no network is said by whoever loads it.
+        said = ""
+    return said if NETWORK_NAME.fullmatch(said) else DEFAULT_NETWORK
 
 
 class Settings(BaseSettings):
@@ -253,18 +270,26 @@ class Settings(BaseSettings):
     @property
     def networks(self) -> dict[str, Path]:
         """The file of each network by its name, the default one first."""
-        networks = {DEFAULT_NETWORK: self.model}
+        networks = {self._default_name: self.model}
         for entry in filter(None, self.models.split(",")):
             name, is_named, file = entry.partition("=")
             if not is_named or not file:
                 raise ValueError(f"{entry!r} is not NAME=FILE (--model, --models, SLSNET_MODELS)")
             if not NETWORK_NAME.fullmatch(name):
-                raise ValueError(f"{name!r} is no name of a network: {NETWORK_NAMES}")
+                raise ValueError(
+                    f"{name!r} is no name of a network: {NETWORK_NAMES} (a file with = in its path"
+                    " begins with ./ or /)"
+                )
             if name in networks:
-                what = ", which is the default network" if name == DEFAULT_NETWORK else ""
+                what = ", which is the default network" if name == self._default_name else ""
                 raise ValueError(f"two networks are called {name!r}{what}: give one another name")
             networks[name] = Path(file)
         return networks
+
+    @cached_property
+    def _default_name(self) -> str:
+        # Found once: requests go on to mean the same network, whatever its file becomes.
+        return name_in(self.model)
 
     @property
     def bulk_queue(self) -> int:
@@ -395,12 +420,13 @@ def _by_name(parser: argparse.ArgumentParser, given: dict[str, Any]) -> dict[str
     """Parsed flags, with the `--model NAME=FILE` among them as `models`."""
     if not isinstance(entries := given.get("model"), list):
         return given
-    default, further = [], [given["models"]] if "models" in given else []
+    default = [entry for entry in entries if _is_unnamed(entry)]
+    further = [given["models"]] if "models" in given else []
     for entry in entries:
-        name, is_named, file = entry.partition("=")
-        if not is_named or "/" in name:
-            default.append(entry)
-        elif name == DEFAULT_NETWORK:
+        name, _, file = entry.partition("=")
+        if _is_unnamed(entry):
+            continue
+        if name == DEFAULT_NETWORK and not default:
             default.append(file)
         else:
             further.append(entry)
@@ -412,6 +438,11 @@ def _by_name(parser: argparse.ArgumentParser, given: dict[str, Any]) -> dict[str
     named = {"models": ",".join(further)} if further else {}
     others = {name: value for name, value in given.items() if name not in ("model", "models")}
     return {**others, **named, **({"model": default[0]} if default else {})}
+
+
+def _is_unnamed(entry: str) -> bool:
+    """Whether a `--model` is the default one's file, and no NAME=FILE."""
+    return "=" not in entry or entry.startswith(("./", "/"))
 
 
 def _told(problem: ErrorDetails) -> str:

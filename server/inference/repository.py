@@ -11,7 +11,7 @@ from server.inference.errors import UnknownNetwork, Unprocessable
 from server.inference.loading import Loader
 from server.inference.served import Served
 from server.inference.service import Service
-from server.settings import DEFAULT_NETWORK, NETWORK_NAME, NETWORK_NAMES, Settings
+from server.settings import NETWORK_NAME, NETWORK_NAMES, Settings
 
 __all__ = ["NOT_ALONE", "NOT_LOADED", "Entry", "Repository", "entries"]
 
@@ -58,9 +58,10 @@ class Repository:
             BackendError: the default one cannot serve.
         """
         async with self._one_at_a_time:
-            await self._loaders[DEFAULT_NETWORK].load()
+            default = self._service.networks.default.name
+            await self._loaders[default].load()
             for name, loader in list(self._loaders.items()):
-                if name == DEFAULT_NETWORK:
+                if name == default:
                     continue
                 try:
                     await loader.load()
@@ -133,8 +134,8 @@ class Repository:
         """
         self._check_alone()
         async with self._one_at_a_time:
-            self._service.networks.named(name)
-            if name == DEFAULT_NETWORK:
+            served = self._service.networks.named(name)
+            if served is self._service.networks.default:
                 raise Unprocessable(
                     f"{name!r} is the default network, which requests without a name need: put"
                     " another one into its file and load that."

@@ -101,6 +101,13 @@ def test_a_network_that_cannot_serve_leaves_the_one_before(
     shutil.copy(MODEL, site.model)
 
 
+def test_requests_go_on_to_mean_the_same_network(site: Site) -> None:
+    shutil.copy(MODEL.with_name("enet.onnx"), site.model)
+    assert_problem(site.reload(), 422, "holds the network enet")
+    assert httpx.get(f"{site.server.url}/model", headers=site.headers).json()["name"] == "slsnet"
+    shutil.copy(MODEL, site.model)
+
+
 def test_a_network_whose_answers_are_not_probabilities_is_refused(site: Site) -> None:
     graph = onnx.load_model_from_string(inverted("broken"))
     for initializer in graph.graph.initializer:
