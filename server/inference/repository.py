@@ -27,6 +27,9 @@ NOT_LOADED = "it is not loaded"
 """Why a network is not ready that nobody has loaded, or that was retired."""
 
 
+_NOT_SERVED = "the network %s is not served: %s"
+
+
 @dataclass(frozen=True)
 class Entry:
     """A network that serves, or may be loaded."""
@@ -66,7 +69,7 @@ class Repository:
                 try:
                     await loader.load()
                 except BackendError as error:
-                    log.error("the network %s is not served: %s", name, error)
+                    log.error(_NOT_SERVED, name, error)
                     self._let_go(name, str(error))
 
     async def reload(self) -> BackendInfo:
@@ -80,9 +83,9 @@ class Repository:
         """
         async with self._one_at_a_time:
             errors = []
-            for loader in list(self._loaders.values()):
+            for name in list(self._loaders):
                 try:
-                    await loader.load()
+                    await self._load_again(name)
                 except BackendError as error:
                     errors.append(str(error))
         if errors:
@@ -101,9 +104,8 @@ class Repository:
         if not NETWORK_NAME.fullmatch(name):
             raise Unprocessable(f"{name[:80]!r} is no name of a network: {NETWORK_NAMES}.")
         async with self._one_at_a_time:
-            loader = self._loaders.get(name)
-            if loader is not None:
-                await loader.load()
+            if name in self._loaders:
+                await self._load_again(name)
                 return
             service = self._service
             files = _files(service.settings)
@@ -119,6 +121,7 @@ class Repository:
                 await loader.load()
             except BaseException as error:
                 service.networks.refusals[name] = str(error)
+                log.error(_NOT_SERVED, name, error)
                 await loader.close()
                 raise
             self._loaders[name] = loader
@@ -142,6 +145,14 @@ class Repository:
                 )
             self._let_go(name)
             log.info("retired: %s", name)
+
+    async def _load_again(self, name: str) -> None:
+        """Load one that serves; whoever asked for it, the log says why it fails."""
+        try:
+            await self._loaders[name].load()
+        except (BackendError, OSError) as error:
+            log.error("the network %s is not changed: %s", name, error)
+            raise
 
     def _check_alone(self) -> None:
         if not self._is_alone:
