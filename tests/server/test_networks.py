@@ -21,7 +21,8 @@ from common.half import halved
 from server.backends import BackendError, BackendInfo, Images
 from server.backends.memory import check_memory, memory_left, memory_needed
 from server.backends.model_file import read_model
-from server.inference.errors import UnknownNetwork
+from server.http.problems import told
+from server.inference.errors import Unavailable, UnknownNetwork
 from server.inference.service import Service
 from server.inference.submission import Body, submitted
 from server.keys import new_key
@@ -205,6 +206,7 @@ def test_a_network_that_cannot_serve_is_named_and_the_others_go_on(several: Seve
     assert answer.status_code == 422
     assert "'broken' cannot serve, the others go on" in answer.json()["error"]
     assert "broken.onnx" in several.index()["broken"][1]
+    until(lambda: "the network broken is not served: " in several.server.log())
     assert several.infer("broken").status_code == 404
     # Too large for any machine, and hardly a byte on the disk.
     with (several.folder / "huge.onnx").open("wb") as file:
@@ -376,6 +378,18 @@ async def answer_of(service: Service, network: str | None, *, in_body: bool = Fa
         return float((await work.segment(network=lambda: named)).probability[0, 0])
 
 
+def test_one_that_is_loaded_is_named_by_its_refusals() -> None:
+    async def scenario() -> None:
+        service = two_networks()
+        await service.use(Held(0.25))
+        with pytest.raises(Unavailable, match="network other is still being loaded") as refused:
+            await answer_of(service, "other")
+        assert "GET /v2/models/NAME/ready" in told(refused.value).detail
+        await service.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
 @pytest.mark.parametrize("in_body", [False, True])
 def test_a_retired_network_answers_what_it_accepted(in_body: bool) -> None:
     async def scenario() -> None:
@@ -445,9 +459,9 @@ def test_the_default_network_has_the_name_that_its_file_says(tmp_path: Path) -> 
     networks = read_settings(["--model", "slsnet=x", "--network", "enet"]).networks
     assert list(networks.items()) == [("enet", MODEL.with_name("enet.onnx")), ("slsnet", Path("x"))]
     file = tmp_path / "a.onnx"
-    for told, name in (("enet", "enet"), ("a b", "slsnet"), ("", "slsnet")):
+    for held, name in (("enet", "enet"), ("a b", "slsnet"), ("", "slsnet")):
         graph = onnx.load_model_from_string(small())
-        onnx.helper.set_model_props(graph, {"name": "title", "network": told})
+        onnx.helper.set_model_props(graph, {"name": "title", "network": held})
         file.write_bytes(graph.SerializeToString())
         assert list(Settings(model=file).networks) == [name]
     for content in (b"no network", b"\x72\xff\xff\xff\xff\x7f", b"\xff" * 99):

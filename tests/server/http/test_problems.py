@@ -333,7 +333,8 @@ TOLD: list[tuple[errors.Problem, int, str, str | None]] = [
     (
         errors.Unavailable("It is being loaded."),
         503,
-        "It is being loaded. Try again when GET /health/ready answers 200.",
+        "It is being loaded. Try again when GET /health/ready answers 200, or"
+        " GET /v2/models/NAME/ready if the request names a network.",
         "1",
     ),
     (errors.GoingDown("It goes down."), 503, "It goes down.", "1"),
