@@ -35,6 +35,7 @@ __all__ = [
 _PREFIX = "SLSNET_"
 _LARGEST_NUMBER = 1e9
 _LARGEST_INTEGER = 2**53
+_MOST_THREADS = 1024
 SHIPPED_MODEL = Path("model/weights/slsnet.onnx")
 
 DEFAULT_NETWORK = "slsnet"
@@ -42,6 +43,9 @@ DEFAULT_NETWORK = "slsnet"
 
 NETWORK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """The form of a network's name: a segment of a path, a value in a query, a label of metrics."""
+
+# As browsers write it; `*` is all, and pages without an address of their own have `null`.
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+")
 
 NETWORK_NAMES = "a name has 1 to 64 letters, digits, dots, hyphens and underscores, and begins with"
 NETWORK_NAMES += " a letter or a digit"
@@ -101,6 +105,7 @@ class Settings(BaseSettings):
     workers: int = Field(
         1,
         ge=1,
+        le=_MOST_THREADS,
         description="processes that serve; each has its own limits",
     )
     share_network: Literal["auto", "yes", "no"] = Field(
@@ -111,11 +116,15 @@ class Settings(BaseSettings):
     threads: int = Field(
         0,
         ge=0,
+        le=_MOST_THREADS,
         description="CPU threads of a lone photo, and photos that run at the same time;"
         " 0 is one for each core",
     )
     decode_threads: int = Field(
-        0, ge=0, description="threads that decode photos and encode masks; 0 is one for each core"
+        0,
+        ge=0,
+        le=_MOST_THREADS,
+        description="threads that decode photos and encode masks; 0 is one for each core",
     )
     decode: Literal["cpu", "gpu"] = Field(
         "cpu",
@@ -292,6 +301,11 @@ class Settings(BaseSettings):
         return name_in(self.model)
 
     @property
+    def origins(self) -> list[str]:
+        """The origins whose pages may use the API; `*` is all."""
+        return [origin.strip() for origin in self.cors_origins.split(",") if origin.strip()]
+
+    @property
     def bulk_queue(self) -> int:
         """The part of `max_queue` that bulk may fill; also the most images of one request."""
         return max(1, self.max_queue // 2)
@@ -323,6 +337,17 @@ class Settings(BaseSettings):
             raise ValueError("it is empty: leave it out for the default, 127.0.0.1")
         return host
 
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, origins: str) -> str:
+        for origin in filter(None, map(str.strip, origins.split(","))):
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"{origin!r} is no origin as browsers send it, such as https://clinic.example"
+                    " or http://localhost:3000"
+                )
+        return origins
+
     @field_validator("*")
     @classmethod
     def _check_size(cls, value: Any) -> Any:
@@ -344,10 +369,34 @@ class Settings(BaseSettings):
             raise ValueError("--tls-key and --tls-client-ca need --tls-cert")
         return self
 
+    @model_validator(mode="after")
+    def _check_limits(self) -> Self:
+        # What is larger than the other limit would be refused as if it were worth trying again.
+        for most, one in _BOUNDS:
+            if getattr(self, most) < getattr(self, one):
+                raise ValueError(
+                    f"{_flag(most)} ({getattr(self, most)}) is below {_flag(one)}"
+                    f" ({getattr(self, one)}): raise the one or lower the other"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_keys(self) -> Self:
+        for name in ("metrics_keyed", "key_requests_per_s", "key_streams"):
+            if getattr(self, name) and self.api_keys_file is None:
+                raise ValueError(f"{_flag(name)} needs --api-keys-file: without keys all may come")
+        return self
+
     def bulk_timeout_s(self, asked_ms: float | None) -> float:
         """Seconds for a request with several photos that asks for `asked_ms`."""
         return min(asked_ms or self.bulk_timeout_ms, self.bulk_timeout_ms) / 1000
 
+
+_BOUNDS = (
+    ("max_bytes_in_flight", "max_body_bytes"),
+    ("max_pixels_decoding", "max_pixels"),
+)
+"""Settings of all requests together, and of one of them."""
 
 _DESCRIPTION = """
 Serve SLSNet: a photo of a skin lesion in, its mask out.
@@ -445,21 +494,22 @@ def _is_unnamed(entry: str) -> bool:
     return "=" not in entry or entry.startswith(("./", "/"))
 
 
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _told(problem: ErrorDetails) -> str:
     if not problem["loc"]:
         return problem["msg"]
     name = str(problem["loc"][0])
-    return (
-        f"--{name.replace('_', '-')} ({_PREFIX}{name.upper()}): {problem['msg']},"
-        f" got {problem['input']!r}"
-    )
+    return f"{_flag(name)} ({_PREFIX}{name.upper()}): {problem['msg']}, got {problem['input']!r}"
 
 
 def settings_table() -> list[tuple[str, str, str, str]]:
     """Flag, environment variable, default and meaning of every setting."""
     return [
         (
-            f"--{name.replace('_', '-')}",
+            _flag(name),
             f"{_PREFIX}{name.upper()}",
             str(SHIPPED_MODEL) if name == "model" else str(field.default).lower(),
             field.description or "",

@@ -261,13 +261,14 @@ def test_429_more_requests_or_bytes_than_there_is_room_for(
 ) -> None:
     data = photos[0].data
     room = 2 * len(data)
-    flags = ("--max-queue", "1", "--max-bytes-in-flight", str(room))
+    flags = ("--max-queue", "1", "--max-bytes-in-flight", str(room), "--max-body-bytes", str(room))
     with (
         serve_held(tmp_path, *flags) as (server, hold),
         httpx.Client(base_url=server.url, timeout=60) as client,
         ThreadPoolExecutor(1) as other,
     ):
-        too_many_bytes = client.post("/segment", content=bytes(room + 1))
+        bulk = {"Priority": "bulk"}
+        too_many_bytes = client.post("/segment", content=bytes(room // 2 + 1), headers=bulk)
         problem = assert_problem(too_many_bytes, 429, "memory")
         assert int(too_many_bytes.headers["retry-after"]) >= 1
         assert f"{too_many_bytes.headers['retry-after']} s" in problem["detail"]
