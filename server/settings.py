@@ -381,6 +381,12 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _check_ports(self) -> Self:
+        if self.port and self.port == self.grpc_port:
+            raise ValueError(f"--port and --grpc-port are both {self.port}: each needs its own")
+        return self
+
+    @model_validator(mode="after")
     def _check_keys(self) -> Self:
         for name in ("metrics_keyed", "key_requests_per_s", "key_streams"):
             if getattr(self, name) and self.api_keys_file is None:

@@ -176,6 +176,8 @@ class _Server(uvicorn.Server):
                 await self._grpc.start()
             except OSError as error:
                 log.error("%s", error)
+                # Else the loop's end would cancel it, with a traceback.
+                await self.lifespan.shutdown()
                 sys.exit(1)
         for listener in sockets or []:
             listener.setblocking(False)

@@ -98,6 +98,7 @@ def test_no_timer_is_too_long_for_the_clock() -> None:
         ({"metrics_keyed": True}, "--metrics-keyed needs --api-keys-file"),
         ({"key_requests_per_s": 1}, "--key-requests-per-s needs --api-keys-file"),
         ({"key_streams": 1}, "--key-streams needs --api-keys-file"),
+        ({"port": 8001, "grpc_port": 8001}, "--port and --grpc-port are both 8001"),
         ({"threads": 1025}, "threads"),
         ({"decode_threads": 10**6}, "decode_threads"),
         ({"workers": 10**6}, "workers"),
