@@ -166,6 +166,8 @@ def test_422_a_truncated_jpeg(server: ServerProcess, good: Sample, tenths: int) 
         ("threshold=-0.1", ["threshold", "greater than or equal to 0"]),
         ("threshold=nan", ["threshold"]),
         ("threshold=half", ["threshold", "number"]),
+        ("threshold=0.1_5", ["threshold: a number has no underscores, got '0.1_5'."]),
+        ("frame=1_0", ["frame: a number has no underscores"]),
         ("size=huge", ["query.size: Input should be 'original' or 'model', got 'huge'."]),
         ("frame=x", ["query.frame: Input should be a valid integer", "got 'x'."]),
         ("format=gif", ["format", "png", "json"]),
@@ -181,7 +183,7 @@ def test_422_a_parameter_out_of_range(server: ServerProcess, query: str, words: 
 
 
 @pytest.mark.usefixtures("good")
-@pytest.mark.parametrize("timeout", ["0", "-5", "soon", "nan"])
+@pytest.mark.parametrize("timeout", ["0", "-5", "soon", "nan", "2_000"])
 def test_422_a_deadline_that_is_none(server: ServerProcess, timeout: str) -> None:
     response = httpx.post(
         f"{server.url}/segment",

@@ -219,6 +219,9 @@ def test_too_large_too_many_and_text(strict: ServerProcess) -> None:
     [
         ("?treshold=0.4", "treshold"),
         ("?threshold=2", "threshold"),
+        ("?threshold=0.1_5", "no underscores"),
+        ("?deadline_ms=2_000", "no underscores"),
+        ("?frames=rgb&width=1_0&height=10", "no underscores"),
         ("?mask=png&mask=rle", "more than once"),
         ("?mask=probabilities", "polygons"),
         ("?deadline_ms=0", "deadline_ms"),
