@@ -502,13 +502,19 @@ def _sniff(data: bytes) -> str:
     known = formats.foreign(data)
     if known in heif.FORMATS:
         return known
-    raise UnsupportedImageError(
-        f"This is a file of the format {known}, which is not read: send"
-        f" {', '.join(FORMATS[:-1])} or {FORMATS[-1]}."
+    what = (
+        f"This is a file of the format {known}, which is not read"
         if known
-        else f"The bytes are not an image of a known format: send {', '.join(FORMATS[:-1])} or"
-        f" {FORMATS[-1]}."
+        else "The bytes are not an image of a known format"
     )
+    *most, last = _readable()
+    raise UnsupportedImageError(f"{what}: send {', '.join(most)} or {last}.")
+
+
+def _readable() -> list[str]:
+    """The formats that are read here, with those whose decoders are installed."""
+    dicoms = [] if dicom.missing() else [dicom.NAME]
+    return [*FORMATS, *(name for name in heif.FORMATS if not heif.missing(name)), *dicoms]
 
 
 def _check_pixels(width: int, height: int, max_pixels: int) -> None:

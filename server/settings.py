@@ -6,6 +6,7 @@ Variables, flags, `--help` and the documentation's table are made from the field
 import argparse
 import re
 from collections.abc import Container, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -13,6 +14,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from common.metadata import read_metadata
 from common.program import Help, program
 from engines.plan import Precision
 from photos.image import DEFAULT_MAX_PIXELS
@@ -24,6 +26,7 @@ __all__ = [
     "NETWORK_NAMES",
     "Settings",
     "add_flags",
+    "name_in",
     "read_settings",
     "settings_of",
     "settings_table",
@@ -32,16 +35,34 @@ __all__ = [
 _PREFIX = "SLSNET_"
 _LARGEST_NUMBER = 1e9
 _LARGEST_INTEGER = 2**53
+_MOST_THREADS = 1024
 SHIPPED_MODEL = Path("model/weights/slsnet.onnx")
 
 DEFAULT_NETWORK = "slsnet"
-"""Name of the network that runs the photos of requests which name none."""
+"""Name of the default network, unless its file says that it holds another one than SLSNet."""
 
 NETWORK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """The form of a network's name: a segment of a path, a value in a query, a label of metrics."""
 
+# As browsers write it; `*` is all, and pages without an address of their own have `null`.
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+")
+
 NETWORK_NAMES = "a name has 1 to 64 letters, digits, dots, hyphens and underscores, and begins with"
 NETWORK_NAMES += " a letter or a digit"
+
+
+def name_in(file: Path) -> str:
+    """What the network in this file is called as the default one.
+
+    Files of SLSNet name no network, whatever their title is.
+    """
+    try:
+        # A pipe would keep the server waiting, and a device has no end.
+        said = read_metadata(file).get("network", "") if file.is_file() else ""
+    except (OSError, ValueError):
+        # Why it is no network is said by whoever loads it.
+        said = ""
+    return said if NETWORK_NAME.fullmatch(said) else DEFAULT_NETWORK
 
 
 class Settings(BaseSettings):
@@ -84,6 +105,7 @@ class Settings(BaseSettings):
     workers: int = Field(
         1,
         ge=1,
+        le=_MOST_THREADS,
         description="processes that serve; each has its own limits",
     )
     share_network: Literal["auto", "yes", "no"] = Field(
@@ -94,11 +116,15 @@ class Settings(BaseSettings):
     threads: int = Field(
         0,
         ge=0,
+        le=_MOST_THREADS,
         description="CPU threads of a lone photo, and photos that run at the same time;"
         " 0 is one for each core",
     )
     decode_threads: int = Field(
-        0, ge=0, description="threads that decode photos and encode masks; 0 is one for each core"
+        0,
+        ge=0,
+        le=_MOST_THREADS,
+        description="threads that decode photos and encode masks; 0 is one for each core",
     )
     decode: Literal["cpu", "gpu"] = Field(
         "cpu",
@@ -253,18 +279,31 @@ class Settings(BaseSettings):
     @property
     def networks(self) -> dict[str, Path]:
         """The file of each network by its name, the default one first."""
-        networks = {DEFAULT_NETWORK: self.model}
+        networks = {self._default_name: self.model}
         for entry in filter(None, self.models.split(",")):
             name, is_named, file = entry.partition("=")
             if not is_named or not file:
                 raise ValueError(f"{entry!r} is not NAME=FILE (--model, --models, SLSNET_MODELS)")
             if not NETWORK_NAME.fullmatch(name):
-                raise ValueError(f"{name!r} is no name of a network: {NETWORK_NAMES}")
+                raise ValueError(
+                    f"{name!r} is no name of a network: {NETWORK_NAMES} (a file with = in its path"
+                    " begins with ./ or /)"
+                )
             if name in networks:
-                what = ", which is the default network" if name == DEFAULT_NETWORK else ""
+                what = ", which is the default network" if name == self._default_name else ""
                 raise ValueError(f"two networks are called {name!r}{what}: give one another name")
             networks[name] = Path(file)
         return networks
+
+    @cached_property
+    def _default_name(self) -> str:
+        # Found once: requests go on to mean the same network, whatever its file becomes.
+        return name_in(self.model)
+
+    @property
+    def origins(self) -> list[str]:
+        """The origins whose pages may use the API; `*` is all."""
+        return [origin.strip() for origin in self.cors_origins.split(",") if origin.strip()]
 
     @property
     def bulk_queue(self) -> int:
@@ -298,6 +337,17 @@ class Settings(BaseSettings):
             raise ValueError("it is empty: leave it out for the default, 127.0.0.1")
         return host
 
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, origins: str) -> str:
+        for origin in filter(None, map(str.strip, origins.split(","))):
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"{origin!r} is no origin as browsers send it, such as https://clinic.example"
+                    " or http://localhost:3000"
+                )
+        return origins
+
     @field_validator("*")
     @classmethod
     def _check_size(cls, value: Any) -> Any:
@@ -319,10 +369,40 @@ class Settings(BaseSettings):
             raise ValueError("--tls-key and --tls-client-ca need --tls-cert")
         return self
 
+    @model_validator(mode="after")
+    def _check_limits(self) -> Self:
+        # What is larger than the other limit would be refused as if it were worth trying again.
+        for most, one in _BOUNDS:
+            if getattr(self, most) < getattr(self, one):
+                raise ValueError(
+                    f"{_flag(most)} ({getattr(self, most)}) is below {_flag(one)}"
+                    f" ({getattr(self, one)}): raise the one or lower the other"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_ports(self) -> Self:
+        if self.port and self.port == self.grpc_port:
+            raise ValueError(f"--port and --grpc-port are both {self.port}: each needs its own")
+        return self
+
+    @model_validator(mode="after")
+    def _check_keys(self) -> Self:
+        for name in ("metrics_keyed", "key_requests_per_s", "key_streams"):
+            if getattr(self, name) and self.api_keys_file is None:
+                raise ValueError(f"{_flag(name)} needs --api-keys-file: without keys all may come")
+        return self
+
     def bulk_timeout_s(self, asked_ms: float | None) -> float:
         """Seconds for a request with several photos that asks for `asked_ms`."""
         return min(asked_ms or self.bulk_timeout_ms, self.bulk_timeout_ms) / 1000
 
+
+_BOUNDS = (
+    ("max_bytes_in_flight", "max_body_bytes"),
+    ("max_pixels_decoding", "max_pixels"),
+)
+"""Settings of all requests together, and of one of them."""
 
 _DESCRIPTION = """
 Serve SLSNet: a photo of a skin lesion in, its mask out.
@@ -395,12 +475,13 @@ def _by_name(parser: argparse.ArgumentParser, given: dict[str, Any]) -> dict[str
     """Parsed flags, with the `--model NAME=FILE` among them as `models`."""
     if not isinstance(entries := given.get("model"), list):
         return given
-    default, further = [], [given["models"]] if "models" in given else []
+    default = [entry for entry in entries if _is_unnamed(entry)]
+    further = [given["models"]] if "models" in given else []
     for entry in entries:
-        name, is_named, file = entry.partition("=")
-        if not is_named or "/" in name:
-            default.append(entry)
-        elif name == DEFAULT_NETWORK:
+        name, _, file = entry.partition("=")
+        if _is_unnamed(entry):
+            continue
+        if name == DEFAULT_NETWORK and not default:
             default.append(file)
         else:
             further.append(entry)
@@ -414,21 +495,27 @@ def _by_name(parser: argparse.ArgumentParser, given: dict[str, Any]) -> dict[str
     return {**others, **named, **({"model": default[0]} if default else {})}
 
 
+def _is_unnamed(entry: str) -> bool:
+    """Whether a `--model` is the default one's file, and no NAME=FILE."""
+    return "=" not in entry or entry.startswith(("./", "/"))
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _told(problem: ErrorDetails) -> str:
     if not problem["loc"]:
         return problem["msg"]
     name = str(problem["loc"][0])
-    return (
-        f"--{name.replace('_', '-')} ({_PREFIX}{name.upper()}): {problem['msg']},"
-        f" got {problem['input']!r}"
-    )
+    return f"{_flag(name)} ({_PREFIX}{name.upper()}): {problem['msg']}, got {problem['input']!r}"
 
 
 def settings_table() -> list[tuple[str, str, str, str]]:
     """Flag, environment variable, default and meaning of every setting."""
     return [
         (
-            f"--{name.replace('_', '-')}",
+            _flag(name),
             f"{_PREFIX}{name.upper()}",
             str(SHIPPED_MODEL) if name == "model" else str(field.default).lower(),
             field.description or "",

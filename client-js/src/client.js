@@ -11,6 +11,10 @@ const [PAUSE_MS, LONGEST_PAUSE_MS] = [200, 2000];
 // Timers take no longer time, and the server no infinite one; it is 24 days.
 const LONGEST_DEADLINE_MS = 2 ** 31 - 1;
 
+const ASK = ["threshold", "clean", "model", "rejectUnfit", "bulk", "deadlineMs", "signal"];
+const SEGMENT = [...ASK, "probability", "features"];
+const STREAM = ["inFlight", "threshold", "clean", "model", "rejectUnfit", "deadlineMs", "signal"];
+
 export class Client {
   #address;
   #apiKey;
@@ -19,7 +23,9 @@ export class Client {
   #retries;
   #Socket;
 
-  constructor(url, { apiKey, deadlineMs = 30_000, retries = 4, WebSocket = globalThis.WebSocket } = {}) {
+  constructor(url, options = {}) {
+    check(options, ["apiKey", "deadlineMs", "retries", "WebSocket"]);
+    const { apiKey, deadlineMs = 30_000, retries = 4, WebSocket = globalThis.WebSocket } = options;
     this.#address = new URL(String(url).replace(/\/?$/, "/"));
     this.#apiKey = apiKey;
     this.#Socket = WebSocket;
@@ -31,12 +37,14 @@ export class Client {
   }
 
   async segment(photo, options = {}) {
+    check(options, SEGMENT);
     const { probability = false, features = false } = options;
     const query = { mask: probability ? "probabilities" : "rle", ...(features && { features }) };
     return this.#post("segment/json", query, photo, options, (body) => resultOf(jsonOf(body)));
   }
 
   async segmentAs(photo, form, options = {}) {
+    check(options, ASK);
     return this.#post("segment", { format: form }, photo, options, (body, type) => {
       if (type.startsWith("text/")) throw new TypeError(`it is ${type}`);
       return new Blob([body], { type });
@@ -77,6 +85,7 @@ export class Client {
   }
 
   async *segmentMany(photos, { concurrency = 4, ordered = true, signal, ...options } = {}) {
+    check(options, SEGMENT, ["concurrency", "ordered"]);
     if (!(concurrency >= 1)) throw new RangeError(`The concurrency is 1 or more, not ${concurrency}.`);
     const stop = new AbortController();
     const end = () => stop.abort(signal.reason);
@@ -107,6 +116,7 @@ export class Client {
   }
 
   async *stream(frames, options = {}) {
+    check(options, STREAM);
     const { inFlight = 2, deadlineMs = 2000, signal } = options;
     if (!(inFlight >= 1)) throw new RangeError(`At least 1 frame is in flight, not ${inFlight}.`);
     if (!this.#Socket) throw new TypeError("There is no WebSocket here: give the client one, such as that of the package ws.");
@@ -127,6 +137,12 @@ export class Client {
     );
     return task;
   }
+}
+
+/** Refuse options that there are not: a misspelt `threshold` would otherwise pass unnoticed. */
+function check(options, known, more = []) {
+  const unknown = Object.keys(options).find((name) => !known.includes(name));
+  if (unknown !== undefined) throw new TypeError(`There is no option ${unknown}: there are ${[...known, ...more].join(", ")}.`);
 }
 
 /** What photos and frames ask for alike. Servers of an earlier version do not know the last two. */

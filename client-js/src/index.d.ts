@@ -37,7 +37,10 @@ export interface AskOptions {
 }
 
 export interface SegmentOptions extends AskOptions {
-  /** Whether to fetch probabilities too, 2.7 bytes for each pixel of the photo, rounded to 16 bits. */
+  /**
+   * Whether to fetch probabilities too, 2.7 bytes for each pixel of the photo, rounded to 16 bits. The mask is then
+   * made of them, so pixels whose probability is within 1/131070 of the threshold may differ from `lesion`'s figures.
+   */
   probability?: boolean;
   /** Whether to fetch measurements of shape and colours, which are no diagnosis. */
   features?: boolean;
@@ -119,7 +122,7 @@ export function overlay(
   options?: { colour?: [number, number, number] },
 ): { data: Uint8ClampedArray<ArrayBuffer>; width: number; height: number };
 
-/** Asks an SLSNet Server. */
+/** Asks an SLSNet Server. An option that there is not is a `TypeError`. */
 export class Client {
   /** `url` is the server's, such as `http://127.0.0.1:8000`. */
   constructor(url: string | URL, options?: ClientOptions);

@@ -102,6 +102,23 @@ const rejected = async (work) => {
   assert.fail("it was not rejected");
 };
 
+test("an option that there is not is refused", async () => {
+  const client = new Client(server.url);
+  const misspelt = { thresold: 0.4 };
+  assert.throws(() => new Client(server.url, { apikey: "x" }), /no option apikey: there are apiKey/);
+  const works = [
+    () => client.segment(photo, misspelt),
+    () => client.segmentAs(photo, "png", { probability: true }),
+    () => client.segmentMany([photo], { ordered: true, ...misspelt }).next(),
+    () => client.stream([photo], { bulk: true }).next(),
+  ];
+  for (const work of works) {
+    const error = await rejected(work());
+    assert.ok(error instanceof TypeError);
+    assert.match(error.message, /no option (thresold|probability|bulk): there are/);
+  }
+});
+
 test("every kind of photo gets the server's mask", async () => {
   const client = new Client(server.url);
   const { lesion } = JSON.parse(whole);

@@ -32,6 +32,9 @@ _OURS = ("path", "mask", "status", "error")
 
 _TABLES = {".csv": ",", ".tsv": "\t"}
 
+# Bytes of a file in which a photo has a zero byte, and no path has one.
+_BEGINNING = 4096
+
 
 class BulkError(Exception):
     """The run cannot begin, or cannot go on; the message says what to change."""
@@ -156,7 +159,8 @@ def open_source(path: Path, results: Path) -> Source:
     """`PHOTOS` and `RESULTS` of the command line.
 
     Raises:
-        BulkError: the source is neither a folder nor a file, or one lies in the other.
+        BulkError: the source is neither a folder nor a list, or one lies in the other.
+        OSError: the list cannot be read.
     """
     into = results.resolve()
     if path.is_dir():
@@ -168,6 +172,12 @@ def open_source(path: Path, results: Path) -> Source:
             )
         return Source(root, None, into)
     if path.is_file():
+        with path.open("rb") as file:
+            if b"\0" in file.read(_BEGINNING):
+                raise BulkError(
+                    f"{path} is no list of paths. If it is a photo, name its folder instead, or use"
+                    " `slsnet segment` for this one."
+                )
         root = path.parent.resolve()
         return Source(root, root / path.name, into)
     raise BulkError(f"{path} is neither a folder nor a list of photos: there is no such file.")

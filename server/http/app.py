@@ -190,7 +190,7 @@ async def _load(loader: Repository | Link, on_failure: Callable[[], None]) -> No
 
 def _guarded(app: ASGIApp, settings: Settings, keys: KeyFile | None) -> tuple[ASGIApp, bool]:
     """The layers around the framework: keys, refusals and CORS."""
-    origins = [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]
+    origins = settings.origins
     guarded: ASGIApp = Access(
         Shedding(app),
         keys,

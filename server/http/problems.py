@@ -79,7 +79,8 @@ _TOLD: dict[type[Problem], tuple[HTTPStatus, str]] = {
     ),
     Unavailable: (
         HTTPStatus.SERVICE_UNAVAILABLE,
-        " Try again when GET /health/ready answers 200.",
+        " Try again when GET /health/ready answers 200, or GET /v2/models/NAME/ready if the request"
+        " names a network.",
     ),
     GoingDown: (HTTPStatus.SERVICE_UNAVAILABLE, ""),
     DeadlineExceeded: (

@@ -73,7 +73,7 @@ _EXAMPLES = {
     408: "The body came slower than 1024 bytes a second for 10 s.",
     413: "The image has 12000×9000 = 108000000 pixels, 64000000 are allowed: send a smaller"
     " version of it.",
-    415: "The bytes are not an image of a known format: send JPEG, PNG, WEBP, TIFF or BMP.",
+    415: "The bytes are not an image of a known format: send JPEG, PNG, WEBP, TIFF, BMP or AVIF.",
     422: "The JPEG image ends too early (truncated): send the whole file again.",
     431: "Path and headers have more than the 32768 bytes that are allowed.",
     **EXAMPLES,

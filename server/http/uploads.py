@@ -178,7 +178,7 @@ async def read_parts(
         parameters: the names of the path's parameters.
 
     Raises:
-        BadRequest: the form is malformed, or empty.
+        BadRequest: there is no body, or the form is malformed or empty.
         UnsupportedType: the body is not a form.
         BodyEncoded: it is compressed.
         TooLarge: it has too many photos, or bytes.
@@ -187,9 +187,10 @@ async def read_parts(
     _check_encoding(headers)
     content_type = headers.get("content-type", "")
     if _media_type(content_type) != MULTIPART:
-        raise UnsupportedType(
-            f"Several photos are sent as a {MULTIPART} form, each in a field of its own."
-        )
+        how = f"Several photos are sent as a {MULTIPART} form, each in a field of its own."
+        if headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers:
+            raise BadRequest(f"The request has no body. {how}")
+        raise UnsupportedType(how)
     too_many = TooLarge(f"The form has more than the {max_parts} photos that one request may have.")
     entries: list[_Entry] = []
     with _form_parser(content_type, max_parts=max_parts + _MAX_PARTS + 1) as parse:

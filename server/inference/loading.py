@@ -12,7 +12,7 @@ from server.backends.engine_cache import EngineCache, EngineEvent, open_engine_c
 from server.backends.memory import check_memory
 from server.inference.served import Served
 from server.inference.service import Service
-from server.settings import Settings
+from server.settings import Settings, name_in
 
 __all__ = ["Loader"]
 
@@ -45,8 +45,8 @@ class Loader:
         takes time to build takes over later.
 
         Raises:
-            BackendError: nothing can serve, there is no memory for it, or TensorRT was asked for
-                and cannot be used here.
+            BackendError: nothing can serve, there is no memory for it, TensorRT was asked for and
+                cannot be used here, or the default one's file has another network than before.
         """
         async with self._one_at_a_time:
             try:
@@ -73,6 +73,8 @@ class Loader:
         service, file = self._service, self._served.file
         settings = service.settings
         await service.threads.run(check_memory, file)
+        if self._served is service.networks.default:
+            await service.threads.run(_check_name, self._served)
         engines = await service.threads.run(lambda: _engines(settings, file, self._count))
         engine = await service.threads.run(engines.load) if engines is not None else None
         has_engine = engine is not None and await self._take_over(engine)
@@ -151,6 +153,16 @@ class Loader:
 
     def _count(self, event: EngineEvent) -> None:
         self._service.metrics.engine_events.labels(event=event).inc()
+
+
+def _check_name(served: Served) -> None:
+    """Refuse another network than the one whose name requests know."""
+    name = name_in(served.file)
+    if name != served.name:
+        raise BackendError(
+            f"{served.file} holds the network {name}, and requests call this one {served.name}:"
+            f" start the server anew to serve {name}."
+        )
 
 
 def _on_cpu(settings: Settings, file: Path) -> Backend:

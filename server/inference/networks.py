@@ -7,7 +7,6 @@ from typing import Any
 
 from server.inference.errors import UnknownNetwork
 from server.inference.served import Served
-from server.settings import DEFAULT_NETWORK
 
 __all__ = ["Networks"]
 
@@ -16,12 +15,12 @@ class Networks:
     """All networks that serve, by their names; each has its own queue and batches.
 
     Args:
-        files: of each network by its name, the default one among them.
+        files: of each network by its name, the default one first.
     """
 
     def __init__(self, files: Mapping[str, Path]) -> None:
         self._served = {name: Served(name, file) for name, file in files.items()}
-        self.default = self._served[DEFAULT_NETWORK]
+        self.default = next(iter(self._served.values()))
         """Runs the photos of requests that name no network."""
         self.refusals: dict[str, str] = {}
         """Why a network does not serve, of those that could not be loaded."""

@@ -11,7 +11,7 @@ from server.inference.errors import UnknownNetwork, Unprocessable
 from server.inference.loading import Loader
 from server.inference.served import Served
 from server.inference.service import Service
-from server.settings import DEFAULT_NETWORK, NETWORK_NAME, NETWORK_NAMES, Settings
+from server.settings import NETWORK_NAME, NETWORK_NAMES, Settings
 
 __all__ = ["NOT_ALONE", "NOT_LOADED", "Entry", "Repository", "entries"]
 
@@ -25,6 +25,9 @@ NOT_ALONE += " and retired in a server of one process. Name them with --model at
 
 NOT_LOADED = "it is not loaded"
 """Why a network is not ready that nobody has loaded, or that was retired."""
+
+
+_NOT_SERVED = "the network %s is not served: %s"
 
 
 @dataclass(frozen=True)
@@ -58,14 +61,15 @@ class Repository:
             BackendError: the default one cannot serve.
         """
         async with self._one_at_a_time:
-            await self._loaders[DEFAULT_NETWORK].load()
+            default = self._service.networks.default.name
+            await self._loaders[default].load()
             for name, loader in list(self._loaders.items()):
-                if name == DEFAULT_NETWORK:
+                if name == default:
                     continue
                 try:
                     await loader.load()
                 except BackendError as error:
-                    log.error("the network %s is not served: %s", name, error)
+                    log.error(_NOT_SERVED, name, error)
                     self._let_go(name, str(error))
 
     async def reload(self) -> BackendInfo:
@@ -79,9 +83,9 @@ class Repository:
         """
         async with self._one_at_a_time:
             errors = []
-            for loader in list(self._loaders.values()):
+            for name in list(self._loaders):
                 try:
-                    await loader.load()
+                    await self._load_again(name)
                 except BackendError as error:
                     errors.append(str(error))
         if errors:
@@ -100,9 +104,8 @@ class Repository:
         if not NETWORK_NAME.fullmatch(name):
             raise Unprocessable(f"{name[:80]!r} is no name of a network: {NETWORK_NAMES}.")
         async with self._one_at_a_time:
-            loader = self._loaders.get(name)
-            if loader is not None:
-                await loader.load()
+            if name in self._loaders:
+                await self._load_again(name)
                 return
             service = self._service
             files = _files(service.settings)
@@ -118,6 +121,7 @@ class Repository:
                 await loader.load()
             except BaseException as error:
                 service.networks.refusals[name] = str(error)
+                log.error(_NOT_SERVED, name, error)
                 await loader.close()
                 raise
             self._loaders[name] = loader
@@ -133,14 +137,22 @@ class Repository:
         """
         self._check_alone()
         async with self._one_at_a_time:
-            self._service.networks.named(name)
-            if name == DEFAULT_NETWORK:
+            served = self._service.networks.named(name)
+            if served is self._service.networks.default:
                 raise Unprocessable(
                     f"{name!r} is the default network, which requests without a name need: put"
                     " another one into its file and load that."
                 )
             self._let_go(name)
             log.info("retired: %s", name)
+
+    async def _load_again(self, name: str) -> None:
+        """Load one that serves; whoever asked for it, the log says why it fails."""
+        try:
+            await self._loaders[name].load()
+        except (BackendError, OSError) as error:
+            log.error("the network %s is not changed: %s", name, error)
+            raise
 
     def _check_alone(self) -> None:
         if not self._is_alone:

@@ -105,7 +105,7 @@ class Served:
             Unavailable: nothing has been loaded yet.
         """
         if self._current is None:
-            raise Unavailable(_STARTING)
+            raise Unavailable(f"The network {self.name} is still being loaded.")
         return self._current
 
     @property
@@ -222,6 +222,3 @@ def _name(network: Network) -> str:
     Metadata would not do: a file may claim anything.
     """
     return network.info.file_sha256 or f"load {id(network)}"
-
-
-_STARTING = "The network is still being loaded."

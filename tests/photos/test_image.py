@@ -12,6 +12,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from photos import heif
+from photos.dicom import process
 from photos.image import (
     FORMATS,
     MODEL_SIZE,
@@ -64,8 +66,24 @@ def test_every_format_gives_the_same_pixels(photo: Image.Image, name: str) -> No
 
 @pytest.mark.parametrize("name", ["GIF", "PPM", "ICO", "TGA", "JPEG2000", "PDF"])
 def test_other_formats_are_refused_though_pillow_reads_them(photo: Image.Image, name: str) -> None:
-    with pytest.raises(UnsupportedImageError, match="send JPEG, PNG, WEBP, TIFF or BMP"):
+    with pytest.raises(UnsupportedImageError, match="send JPEG, PNG, WEBP, TIFF"):
         read_photo(encode(photo, name))
+
+
+@pytest.mark.parametrize(
+    ("installed", "told"),
+    [([], "TIFF or BMP"), (["AVIF"], "BMP or AVIF"), (["AVIF", "HEIC", "DICOM"], "HEIC or DICOM")],
+)
+def test_a_refusal_names_what_is_read_here(
+    monkeypatch: pytest.MonkeyPatch, installed: list[str], told: str
+) -> None:
+    def missing(name: str = "DICOM") -> str | None:
+        return None if name in installed else "not here"
+
+    monkeypatch.setattr(heif, "missing", missing)
+    monkeypatch.setattr(process, "missing", missing)
+    with pytest.raises(UnsupportedImageError, match=rf" {told}\.$"):
+        read_photo(b"GIF89a" + bytes(64))
 
 
 @pytest.mark.parametrize("data", [b"hello", b"<svg/>", b"\xff\xd8", b"RIFF\0\0\0\0WAVEfmt "])

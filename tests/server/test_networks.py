@@ -21,7 +21,8 @@ from common.half import halved
 from server.backends import BackendError, BackendInfo, Images
 from server.backends.memory import check_memory, memory_left, memory_needed
 from server.backends.model_file import read_model
-from server.inference.errors import UnknownNetwork
+from server.http.problems import told
+from server.inference.errors import Unavailable, UnknownNetwork
 from server.inference.service import Service
 from server.inference.submission import Body, submitted
 from server.keys import new_key
@@ -205,6 +206,7 @@ def test_a_network_that_cannot_serve_is_named_and_the_others_go_on(several: Seve
     assert answer.status_code == 422
     assert "'broken' cannot serve, the others go on" in answer.json()["error"]
     assert "broken.onnx" in several.index()["broken"][1]
+    until(lambda: "the network broken is not served: " in several.server.log())
     assert several.infer("broken").status_code == 404
     # Too large for any machine, and hardly a byte on the disk.
     with (several.folder / "huge.onnx").open("wb") as file:
@@ -376,6 +378,18 @@ async def answer_of(service: Service, network: str | None, *, in_body: bool = Fa
         return float((await work.segment(network=lambda: named)).probability[0, 0])
 
 
+def test_one_that_is_loaded_is_named_by_its_refusals() -> None:
+    async def scenario() -> None:
+        service = two_networks()
+        await service.use(Held(0.25))
+        with pytest.raises(Unavailable, match="network other is still being loaded") as refused:
+            await answer_of(service, "other")
+        assert "GET /v2/models/NAME/ready" in told(refused.value).detail
+        await service.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
 @pytest.mark.parametrize("in_body", [False, True])
 def test_a_retired_network_answers_what_it_accepted(in_body: bool) -> None:
     async def scenario() -> None:
@@ -432,12 +446,27 @@ def test_limits_are_shared_over_all_networks() -> None:
         (["--model", "b=x", "--models", "c=y,d=z"], None, {"b": "x", "c": "y", "d": "z"}),
         (["--network", "slsnet"], None, {}),
         (["--network", "slsnet", "--model", "b=x"], None, {"b": "x"}),
+        (["--model", "/b=a.onnx"], "/b=a.onnx", {}),
     ],
 )
 def test_flags_name_networks(flags: list[str], default: str | None, models: dict[str, str]) -> None:
     networks = read_settings(flags).networks
     assert networks.pop("slsnet") == (Path(default) if default else MODEL)
     assert networks == {name: Path(file) for name, file in models.items()}
+
+
+def test_the_default_network_has_the_name_that_its_file_says(tmp_path: Path) -> None:
+    networks = read_settings(["--model", "slsnet=x", "--network", "enet"]).networks
+    assert list(networks.items()) == [("enet", MODEL.with_name("enet.onnx")), ("slsnet", Path("x"))]
+    file = tmp_path / "a.onnx"
+    for held, name in (("enet", "enet"), ("a b", "slsnet"), ("", "slsnet")):
+        graph = onnx.load_model_from_string(small())
+        onnx.helper.set_model_props(graph, {"name": "title", "network": held})
+        file.write_bytes(graph.SerializeToString())
+        assert list(Settings(model=file).networks) == [name]
+    for content in (b"no network", b"\x72\xff\xff\xff\xff\x7f", b"\xff" * 99):
+        file.write_bytes(content)
+        assert list(Settings(model=file).networks) == ["slsnet"]
 
 
 @pytest.mark.parametrize("name", [file.stem for file in sorted(MODEL.parent.glob("*.onnx"))])
@@ -448,6 +477,11 @@ def test_a_shipped_network_is_served_by_its_name(name: str) -> None:
         httpx.Client(base_url=server.url, timeout=60) as client,
     ):
         card = client.get("/model").json()
+        assert [one["name"] for one in card["networks"]] == [name]
+        assert client.get(f"/v2/models/{name}/ready").json() == {"name": name, "ready": True}
+        for asked in ("slsnet", "enet", "lite0-unet"):
+            answer = client.get("/model", params={"model": asked})
+            assert answer.status_code == (200 if asked == name else 404)
         answers = [
             client.post("/segment", content=encode_photo(photo.pixels)).raise_for_status()
             for photo in photos
@@ -469,10 +503,12 @@ def test_a_shipped_network_is_served_by_its_name(name: str) -> None:
         (["--model", "a.onnx", "--model", "b.onnx"], ["one default network", "b.onnx"]),
         (["--model", "b=x", "--model", "b=y"], ["'b'", "another name"]),
         (["--models", "slsnet=x"], ["'slsnet'", "default"]),
+        (["--network", "enet", "--model", "enet=x"], ["'enet'", "default"]),
         (["--network", "slsnet", "--model", "a.onnx"], ["one default network", "a.onnx"]),
         (["--network", "unet"], ["--network", "'unet'", "'slsnet'"]),
         (["--model", "a b=x"], ["'a b'", "letters"]),
         (["--model", "..=x"], ["'..'", "letters"]),
+        (["--model", "../x=y"], ["'../x'", "letters", "./"]),
         (["--model", "b="], ["'b='", "NAME=FILE"]),
         (["--models", "b"], ["'b'", "NAME=FILE"]),
     ],

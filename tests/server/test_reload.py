@@ -84,20 +84,31 @@ def test_a_network_that_cannot_serve_leaves_the_one_before(
 ) -> None:
     before = site.version()
     failed = figures(site.server).get("slsnet_reloads_total", 0)
+    told = site.server.log().count("the network slsnet is not changed: ")
     if content is None:
         site.model.unlink()
     else:
         site.model.write_bytes(content)
     assert_problem(site.reload(), 422, "from before goes on")
+    load = f"{site.server.url}/v2/repository/models/slsnet/load"
+    assert httpx.post(load, headers=site.headers, timeout=60).status_code == 422
+    until(lambda: site.server.log().count("the network slsnet is not changed: ") == told + 2)
     site.server.process.send_signal(signal.SIGHUP)
     answer = httpx.post(
         f"{site.server.url}/segment", content=photos[0].data, headers=site.headers, timeout=600
     )
     assert answer.status_code == 200
     assert read_png(answer.content).any()
-    until(lambda: figures(site.server)["slsnet_reloads_total"] >= failed + 2)
+    until(lambda: figures(site.server)["slsnet_reloads_total"] >= failed + 3)
     assert site.version() == before
-    assert "cannot load" in site.server.log()
+    until(lambda: site.server.log().count("the network slsnet is not changed: ") == told + 3)
+    shutil.copy(MODEL, site.model)
+
+
+def test_requests_go_on_to_mean_the_same_network(site: Site) -> None:
+    shutil.copy(MODEL.with_name("enet.onnx"), site.model)
+    assert_problem(site.reload(), 422, "holds the network enet")
+    assert httpx.get(f"{site.server.url}/model", headers=site.headers).json()["name"] == "slsnet"
     shutil.copy(MODEL, site.model)
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -87,6 +88,43 @@ def test_no_number_is_infinite(name: str, value: str) -> None:
 def test_no_timer_is_too_long_for_the_clock() -> None:
     with pytest.raises(ValueError, match="keep_alive_s"):
         Settings(keep_alive_s=10**30)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"max_bytes_in_flight": 2**20}, "--max-bytes-in-flight .* --max-body-bytes"),
+        ({"max_pixels": 2**30}, "--max-pixels-decoding .* --max-pixels "),
+        ({"metrics_keyed": True}, "--metrics-keyed needs --api-keys-file"),
+        ({"key_requests_per_s": 1}, "--key-requests-per-s needs --api-keys-file"),
+        ({"key_streams": 1}, "--key-streams needs --api-keys-file"),
+        ({"port": 8001, "grpc_port": 8001}, "--port and --grpc-port are both 8001"),
+        ({"threads": 1025}, "threads"),
+        ({"decode_threads": 10**6}, "decode_threads"),
+        ({"workers": 10**6}, "workers"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Settings(**given)
+
+
+@pytest.mark.parametrize(
+    "origin", ["foo", "clinic.example", "https://", "https://a.example/", "https://A.example"]
+)
+def test_what_no_browser_sends_is_no_origin(origin: str) -> None:
+    with pytest.raises(ValueError, match="is no origin"):
+        Settings(cors_origins=f"https://a.example:8443, http://localhost,{origin}")
+
+
+def test_origins_are_read_from_a_list() -> None:
+    settings = Settings(cors_origins=" https://a.example:8443,, http://[::1]:3000, *,null")
+    assert settings.origins == ["https://a.example:8443", "http://[::1]:3000", "*", "null"]
+
+
+def test_what_contradicts_is_told_in_one_line() -> None:
+    said = refused("--max-bytes-in-flight", "9", SLSNET_MAX_BODY_BYTES="10")
+    assert "--max-bytes-in-flight (9) is below --max-body-bytes (10)" in said.splitlines()[-1]
 
 
 def test_an_infinite_drain_is_an_error_that_names_the_variable() -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -72,7 +73,7 @@ def test_metrics_are_of_all_workers_and_survive_one(
     first.kill()
     until(lambda: len(workers(pair)) == 2 and first not in workers(pair))
     until(lambda: pair.log().count(" ready: ") == 3)
-    assert "another one starts" in pair.log()
+    assert re.search(r"ERROR.* worker \d+ ended with -9; another one starts", pair.log())
     send(photos[0])
     assert figures(pair)["slsnet_batch_size_sum"] == 2 * len(photos) + 1
 
@@ -152,6 +153,8 @@ def test_a_worker_that_is_stopped_alone_leaves_the_port_to_the_others(pair: Serv
         assert httpx.get(f"{pair.url}/health/live").status_code == 200
     until(lambda: pair.log().count(" ready: ") == 3)
     assert httpx.get(f"{pair.url}/health/live").status_code == 200
+    assert f"{first.pid} ended with 0; another one starts" in pair.log()
+    assert "ERROR" not in pair.log()
 
 
 def test_no_worker_outlives_a_supervisor_that_is_killed(pair: ServerProcess) -> None:

@@ -18,6 +18,7 @@ from photos.forms import Form, sample_bytes
 from photos.image import THRESHOLD
 from server.http.answers import MaskFormat
 from server.http.parameters import (
+    PLAIN,
     Clean,
     NetworkName,
     RejectUnfit,
@@ -74,6 +75,7 @@ class MaskParameters(BaseModel):
     model: NetworkName = None
     frame: Annotated[
         int | SkipJsonSchema[None],
+        PLAIN,
         Query(
             ge=1,
             le=1_000_000,

@@ -1,13 +1,14 @@
 """What a stream asks for at its start, and frames of bare pixels."""
 
 import struct
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.websockets import WebSocket
 
 from server.http.answers import MaskFormat
 from server.http.parameters import (
+    PLAIN,
     Clean,
     NetworkName,
     RejectUnfit,
@@ -40,7 +41,7 @@ class Wishes(BaseModel):
     mask: Literal["png", "rle", "polygons"] = Field(
         "png", description="the form of the masks; all are as `/segment/json` gives them"
     )
-    deadline_ms: float = Field(
+    deadline_ms: Annotated[float, PLAIN] = Field(
         2000,
         gt=0,
         allow_inf_nan=False,
@@ -54,8 +55,12 @@ class Wishes(BaseModel):
         description="what a frame is: a file as `/segment` takes it, or bare pixels, three bytes"
         " each, in lines from the top",
     )
-    width: int | None = Field(None, ge=1, le=_MAX_SIDE, description="pixels of a bare frame")
-    height: int | None = Field(None, ge=1, le=_MAX_SIDE, description="pixels of a bare frame")
+    width: Annotated[int | None, PLAIN] = Field(
+        None, ge=1, le=_MAX_SIDE, description="pixels of a bare frame"
+    )
+    height: Annotated[int | None, PLAIN] = Field(
+        None, ge=1, le=_MAX_SIDE, description="pixels of a bare frame"
+    )
 
     def asked(self, request_id: str) -> Asked:
         """The form of the answers."""

@@ -666,6 +666,8 @@ def test_what_cannot_be_done_says_what_to_change(
     assert "there is no such file" in refused(tmp_path / "nowhere", results)
     (tmp_path / "empty").mkdir()
     assert "has no photos" in refused(tmp_path / "empty", tmp_path / "1")
+    for photo in small_photos[:5]:
+        assert "name its folder instead" in refused(write(tmp_path / "1.jpg", photo), results)
     assert "one in the other" in refused(folder, folder / "masks")
     assert "one in the other" in refused(folder, tmp_path)
     write(tmp_path / "thesis/chapter.txt", b"text")

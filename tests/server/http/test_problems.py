@@ -166,6 +166,8 @@ def test_422_a_truncated_jpeg(server: ServerProcess, good: Sample, tenths: int) 
         ("threshold=-0.1", ["threshold", "greater than or equal to 0"]),
         ("threshold=nan", ["threshold"]),
         ("threshold=half", ["threshold", "number"]),
+        ("threshold=0.1_5", ["threshold: a number has no underscores, got '0.1_5'."]),
+        ("frame=1_0", ["frame: a number has no underscores"]),
         ("size=huge", ["query.size: Input should be 'original' or 'model', got 'huge'."]),
         ("frame=x", ["query.frame: Input should be a valid integer", "got 'x'."]),
         ("format=gif", ["format", "png", "json"]),
@@ -181,7 +183,7 @@ def test_422_a_parameter_out_of_range(server: ServerProcess, query: str, words: 
 
 
 @pytest.mark.usefixtures("good")
-@pytest.mark.parametrize("timeout", ["0", "-5", "soon", "nan"])
+@pytest.mark.parametrize("timeout", ["0", "-5", "soon", "nan", "2_000"])
 def test_422_a_deadline_that_is_none(server: ServerProcess, timeout: str) -> None:
     response = httpx.post(
         f"{server.url}/segment",
@@ -261,13 +263,14 @@ def test_429_more_requests_or_bytes_than_there_is_room_for(
 ) -> None:
     data = photos[0].data
     room = 2 * len(data)
-    flags = ("--max-queue", "1", "--max-bytes-in-flight", str(room))
+    flags = ("--max-queue", "1", "--max-bytes-in-flight", str(room), "--max-body-bytes", str(room))
     with (
         serve_held(tmp_path, *flags) as (server, hold),
         httpx.Client(base_url=server.url, timeout=60) as client,
         ThreadPoolExecutor(1) as other,
     ):
-        too_many_bytes = client.post("/segment", content=bytes(room + 1))
+        bulk = {"Priority": "bulk"}
+        too_many_bytes = client.post("/segment", content=bytes(room // 2 + 1), headers=bulk)
         problem = assert_problem(too_many_bytes, 429, "memory")
         assert int(too_many_bytes.headers["retry-after"]) >= 1
         assert f"{too_many_bytes.headers['retry-after']} s" in problem["detail"]
@@ -333,7 +336,8 @@ TOLD: list[tuple[errors.Problem, int, str, str | None]] = [
     (
         errors.Unavailable("It is being loaded."),
         503,
-        "It is being loaded. Try again when GET /health/ready answers 200.",
+        "It is being loaded. Try again when GET /health/ready answers 200, or"
+        " GET /v2/models/NAME/ready if the request names a network.",
         "1",
     ),
     (errors.GoingDown("It goes down."), 503, "It goes down.", "1"),

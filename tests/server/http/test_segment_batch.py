@@ -158,6 +158,8 @@ def test_bad_photos_are_their_own_answers(photos: list[Sample]) -> None:
         (b"", "multipart/form-data", 400, "boundary"),
         (b"", "multipart/form-data; boundary=b", 400, "malformed"),
         (b"--b--\r\n", "multipart/form-data; boundary=b", 400, "empty"),
+        (b"", "", 400, "The request has no body"),
+        (b"", "image/jpeg", 400, "The request has no body"),
         (b"--b\r\nContent-Dis", "multipart/form-data; boundary=b", 400, "malformed"),
     ],
 )

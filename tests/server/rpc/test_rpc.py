@@ -398,6 +398,7 @@ def test_a_port_that_is_taken_is_named() -> None:
         ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
     assert f"gRPC cannot listen on 127.0.0.1:{port}" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_missing_packages_are_named() -> None:
