@@ -47,9 +47,7 @@ def train(
     trainer = Trainer(config, out, pixels, selections, origin)
     if config.loss.teacher and config.data.teachers:
         held_out = {name for photos in selections.values() for name in photos.ids}
-        trainer.teach = read_teachers(
-            config.data.teachers, trainer.ids, held_out, data, cache, trainer.device
-        )
+        trainer.teach = read_teachers(config.data.teachers, trainer.ids, held_out, trainer.device)
     with checkpoint.alone(out) if trainer.rank == 0 else nullcontext():
         if resume:
             checkpoint.load(trainer)

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model.checkpoint import load_run
+from model.checkpoint import load_run, refuse_seen
 from model.config import ConfigError, TrainConfig
-from model.data import find_samples
 from model.precision import autocast
-from model.splits import split_samples
+
+HELD_OUT = "this run holds out: take teachers that held out the same fold"
 
 
 class Teachers:
@@ -69,14 +69,9 @@ def _resize(images: Tensor, side: int) -> Tensor:
 
 
 def read_teachers(
-    runs: Sequence[str],
-    ids: Sequence[str],
-    held_out: Collection[str],
-    data: Path,
-    cache: Path,
-    device: torch.device,
+    runs: Sequence[str], ids: Sequence[str], held_out: Collection[str], device: torch.device
 ) -> Teachers:
-    """Read finished runs. Those that held an image out judge it; if none did, all judge it.
+    """Read finished runs. Those not trained on an image judge it; if there is none, all judge it.
 
     Args:
         runs: their folders.
@@ -87,21 +82,15 @@ def read_teachers(
         ConfigError: a run is unfinished, or was trained on an image that the student holds out,
             which the student would then learn of.
     """
-    samples = find_samples(data)
     networks = []
     judges = np.zeros((len(runs), len(ids)), np.bool_)
-    for row, run in zip(judges, runs, strict=True):
+    for row, folder in zip(judges, runs, strict=True):
         try:
-            config, network = load_run(Path(run), device)
+            run = load_run(Path(folder), device)
+            refuse_seen(folder, run.ids, held_out, HELD_OUT)
         except ConfigError as error:
             raise ConfigError(f"data.teachers: {error}") from error
-        seen = [sample.id for sample in split_samples(config, samples, cache)[0]]
-        if both := sorted(set(seen) & set(held_out)):
-            raise ConfigError(
-                f"data.teachers: {run} was trained on {both[0]}, which this run holds out: "
-                "take teachers that held out the same fold"
-            )
-        row[:] = ~np.isin(ids, seen)
-        networks.append((config, network))
+        row[:] = [name not in run.ids for name in ids]
+        networks.append((run.config, run.network))
     judges |= ~judges.any(0)
     return Teachers(networks, judges)
