@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from common.files import replacing
-from model.config import ConfigError, TrainConfig, config_dict, parse_config
+from model.config import ConfigError, TrainConfig, config_dict, parse_config, with_absolute_paths
 from model.data import Sample
 from model.networks import new_network, save_network
 from model.splits import split_samples
@@ -63,6 +63,7 @@ def save(trainer: Trainer) -> None:
     state = {
         "config": config_dict(trainer.config),
         "ids": trainer.ids,
+        "taught_by": trainer.taught_by,
         "progress": vars(progress),
         **{name: getattr(trainer, name).state_dict() for name in _STATES},
     }
@@ -93,22 +94,22 @@ def load(trainer: Trainer) -> None:
         ) from error
     except (OSError, ValueError) as error:
         raise TrainingError(f"{path} is not a readable checkpoint: {error}") from error
-    ours = _flat(config_dict(trainer.config))
-    theirs = _flat(config_dict(state["config"]))
-    if changed := [k for k in ours if theirs.get(k) != ours[k]]:
+    ours = _flat(config_dict(with_absolute_paths(trainer.config)))
+    theirs = _flat(config_dict(with_absolute_paths(state["config"])))
+    if changed := [k for k in theirs | ours if theirs.get(k) != ours.get(k)]:
         raise ConfigError(
             f"{path} was made with {changed[0]}={theirs.get(changed[0])}, "
-            f"not {ours[changed[0]]}: "
+            f"not {ours.get(changed[0])}: "
             "resume with the run's own configuration, or start another run"
         )
-    if tuple(state["ids"]) != trainer.ids:
+    if state["ids"] != trainer.ids:
         raise ConfigError(f"{path} was made from another training set: pass the same --data")
     try:
         for name in _STATES:
             getattr(trainer, name).load_state_dict(state[name])
     except Exception as error:  # optimisers raise whatever comes of a state that is not theirs
         raise ConfigError(f"{path} holds another architecture: {error}") from error
-    trainer.progress = state["progress"]
+    trainer.progress, trainer.taught_by = state["progress"], state["taught_by"]
 
 
 def save_best(trainer: Trainer, row: Mapping[str, float]) -> None:
@@ -205,6 +206,7 @@ def _read(path: Path, device: torch.device) -> dict[str, Any]:
             "config": parse_config(state["config"]),
             "progress": RunProgress(**progress),
             "ids": tuple(state["ids"]),
+            "taught_by": state.get("taught_by"),  # the first runs did not keep it
             **{name: dict(state[name]) for name in _STATES},
         }
         finite = all(t.isfinite().all() for n in _STATES[:2] for t in read[n].values())

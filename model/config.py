@@ -243,6 +243,21 @@ def config_dict(config: TrainConfig) -> dict[str, Any]:
     return _ADAPTER.dump_python(config, mode="json")  # type: ignore[no-any-return]
 
 
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """The configuration with absolute paths, so that it means the same in every working folder."""
+
+    def absolute(path: str | None) -> str | None:
+        return path and str(Path(path).absolute())
+
+    data = dataclasses.replace(
+        config.data,
+        groups=absolute(config.data.groups),
+        teacher=absolute(config.data.teacher),
+        teachers=tuple(str(Path(run).absolute()) for run in config.data.teachers),
+    )
+    return dataclasses.replace(config, init=absolute(config.init), data=data)
+
+
 def parse_config(values: Mapping[str, Any]) -> TrainConfig:
     """Build a configuration from plain values. A field that is not given keeps its default.
 

@@ -81,7 +81,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def distil(data: Path, runs: list[Path], out: Path, cache: Path) -> None:
-    """Write held-out probabilities of all training ids: `ids`, `probability` uint8 [n, 128, 128].
+    """Write held-out probabilities of all training ids.
+
+    The file holds `ids`, `probability` (uint8 [n, 128, 128], of 0 to 255) and `seen`, the ids that
+    any of the runs was trained on.
 
     Raises:
         ConfigError: a run is unfinished or held nothing out, or was trained on what it holds out
@@ -119,11 +122,13 @@ def distil(data: Path, runs: list[Path], out: Path, cache: Path) -> None:
     print(f"ensemble, held out: Jaccard {score:.4f}", file=sys.stderr)
     factor = STORED_SIZE // MODEL_SIZE
     small = means.reshape(len(means), MODEL_SIZE, factor, MODEL_SIZE, factor).mean((2, 4))
-    with replacing(out) as path:
+    # To an open file: to a path without .npz, numpy would add that.
+    with replacing(out) as path, path.open("wb") as file:
         np.savez_compressed(
-            path,
+            file,
             ids=np.array([pixels.ids[i] for i in chosen]),
             probability=np.rint(small * 255).astype(np.uint8),
+            seen=np.array(sorted(frozenset[str]().union(*(run.ids for run in loaded)))),
         )
 
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from common.files import replacing
 from model import checkpoint
-from model.config import ConfigError, TrainConfig, config_dict
+from model.config import ConfigError, TrainConfig, config_dict, with_absolute_paths
 from model.networks import check_network
 from model.progress import RunLog
 from model.scoring import score_selections
 from model.splits import prepare
-from model.teachers import read_teachers
+from model.teachers import attach
 from model.trainer import RunProgress, Trainer, TrainingError
 
 SAVE_EVERY_S = 15.0  # a checkpoint at every epoch's end, but not more often than this
@@ -39,19 +39,21 @@ def train(
         DataError: a file or id cannot be used; the message names it.
         TrainingError: there is nothing to resume, or a loss is no number any more.
     """
-    if not resume and (out / "last.pt").exists():
-        raise ConfigError(f"{out} holds a run: pass --resume, or another --out")
+    config = with_absolute_paths(config)  # so that it can be resumed from another folder
+    if not resume:
+        _refuse_run(out)
     check_network(config)
     pixels, selections, origin = prepare(config, data, cache)
     out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(config, out, pixels, selections, origin)
-    if config.loss.teacher and config.data.teachers:
-        held_out = {name for photos in selections.values() for name in photos.ids}
-        trainer.teach = read_teachers(config.data.teachers, trainer.ids, held_out, trainer.device)
+    trainer = Trainer(config, out, pixels, selections, origin, fresh=not resume)
     with checkpoint.alone(out) if trainer.rank == 0 else nullcontext():
         if resume:
             checkpoint.load(trainer)
-        else:
+        elif trainer.rank == 0:
+            _refuse_run(out)  # another process may have begun, and even ended, meanwhile
+        if not trainer.progress.is_over(config.epochs):
+            attach(trainer)
+        if not resume:
             if trainer.world > 1:
                 dist.barrier()  # every process has seen that no run was there
             if trainer.rank == 0:
@@ -59,6 +61,11 @@ def train(
                     path.write_text(yaml.safe_dump(config_dict(config), sort_keys=False))
                 checkpoint.save(trainer)  # so that a kill in the first epoch can be resumed too
         return run(trainer)
+
+
+def _refuse_run(out: Path) -> None:
+    if (out / "last.pt").exists():
+        raise ConfigError(f"{out} holds a run: pass --resume, or another --out")
 
 
 def run(trainer: Trainer) -> RunProgress:

@@ -20,7 +20,7 @@ from model.distill import distil, predict
 from model.generator import Generator
 from model.progress import RunLog
 from model.splits import STORED_SIZE, prepare
-from model.teachers import Teachers, read_teachers
+from model.teachers import Teachers, attach, read_targets, read_teachers
 from model.trainer import Trainer
 from tests.support.tiny import changed_checkpoint, tiny_config, tiny_flags, write_isic2017
 
@@ -44,7 +44,7 @@ def run(folder: Path, name: str, *flags: str) -> None:
 def test_targets_are_held_out_predictions_and_are_learnt_from(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = folder / "teacher.npz"
+    out = folder / "targets"  # numpy would add a suffix
     runs = [folder / "t0", folder / "t1"]
     where = ["--data", str(folder / "data"), "--cache", str(folder / "cache")]
     distill.main([*where, "--runs", *map(str, runs), "--out", str(out)])
@@ -55,6 +55,7 @@ def test_targets_are_held_out_predictions_and_are_learnt_from(
     training = select(samples, "training")
     with np.load(out) as stored:
         assert stored["ids"].tolist() == [s.id for s in training]
+        assert stored["seen"].tolist() == stored["ids"].tolist()
         found = stored["probability"]
     assert found.shape == (9, 128, 128) and found.dtype == np.uint8
     pixels = load_pixels(training, STORED_SIZE)
@@ -75,12 +76,32 @@ def test_targets_are_held_out_predictions_and_are_learnt_from(
     flags = tiny_flags(epochs=1, data__teacher=out, loss__teacher=0.5)
     run(folder, "student", *flags)
     assert (folder / "student" / "best.safetensors").is_file()
+    # the teachers have seen what such a student holds out
+    with pytest.raises(SystemExit):
+        run(folder, "other", *flags, "--set", "data.folds=2")
+    assert "targets was trained on ISIC_" in (error := capsys.readouterr().err)
+    assert "which this run holds out: leave data.folds out" in error
     # an image that the teacher has not judged
     with np.load(out) as stored:
-        np.savez(out, ids=stored["ids"][1:], probability=stored["probability"][1:])
+        parts = {"ids": stored["ids"][1:], "probability": stored["probability"][1:]}
+    with out.open("wb") as file:
+        np.savez(file, **parts)
     with pytest.raises(SystemExit):
         run(folder, "other", *flags)
     assert "lacks ISIC_0000000; run model.distill on this data" in capsys.readouterr().err
+    run(folder, "student", "--resume")  # finished: its teacher is not needed any more
+
+
+@pytest.mark.parametrize("content", [b"", b"torn", b"PK\x03\x04torn", None])
+def test_other_files_hold_no_targets(tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "other.npz"
+    if content is None:
+        with file.open("wb") as opened:
+            np.save(opened, np.zeros(3))
+    else:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"other\.npz was not written by model\.distill"):
+        read_targets(file, (), (), 8)
 
 
 def test_the_target_is_a_mixture_of_mask_and_teacher(
@@ -98,6 +119,7 @@ def test_the_target_is_a_mixture_of_mask_and_teacher(
     )
     pixels, selections, _ = prepare(config, folder / "data", folder / "cache")
     trainer = Trainer(config, folder, pixels, selections)
+    attach(trainer)
     seen: dict[str, torch.Tensor] = {}
 
     def update(
@@ -109,6 +131,12 @@ def test_the_target_is_a_mixture_of_mask_and_teacher(
     monkeypatch.setattr(trainer, "update", update)
     trainer.step(torch.arange(9))
     torch.testing.assert_close(seen["target"], 0.75 * seen["truth"] + 0.25 * 0.2)
+    # another file of that name
+    np.savez(file, ids=np.array(ids), probability=np.full((len(ids), 128, 128), 52, np.uint8))
+    with pytest.raises(ConfigError, match=r"data\.teacher: .*flat\.npz has changed since this run"):
+        attach(trainer)
+    trainer.taught_by = None  # a run that did not keep it
+    attach(trainer)
 
 
 def test_predictions_average_the_squares_symmetries() -> None:
@@ -144,7 +172,8 @@ def test_runs_that_cannot_judge_are_named(folder: Path) -> None:
     complete = last.read_bytes()
     last.write_bytes(complete[: len(complete) // 2])
     refused("t0", "t1").match("t1 holds no readable run of model.train: .*")
-    for other in ([1], torch.zeros(2), 7, {"progress": {}}):
+    others: list[object] = [[1], torch.zeros(2), 7, {"progress": {}}]
+    for other in others:
         torch.save(other, last)
         refused("t1").match("t1 holds no readable run of model.train: .*")
     last.write_bytes(complete)
@@ -263,10 +292,14 @@ def test_teachers_are_asked_by_what_they_were_trained_on(folder: Path) -> None:
 
 
 def test_a_run_with_teachers_goes_on_to_the_same_bits(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     fold = {"data__folds": 2, "data__fold": 0}
-    flags = tiny_flags(loss__teacher=0.5, data__teachers=[str(folder / "t0")], **fold)
+    monkeypatch.chdir(folder)
+    flags = tiny_flags(loss__teacher=0.5, data__teachers="[t0]", **fold)
     run(folder, "at-once", *flags)
     whole_epoch = loop._epoch
 
@@ -278,8 +311,16 @@ def test_a_run_with_teachers_goes_on_to_the_same_bits(
     monkeypatch.setattr(loop, "_epoch", killed)
     with pytest.raises(KeyboardInterrupt):
         run(folder, "in-two", *flags)
-    monkeypatch.undo()
+    monkeypatch.setattr(loop, "_epoch", whole_epoch)
+    other = changed_checkpoint(folder / "t0", lambda state: state["average"]["head.bias"].add_(1))
+    capsys.readouterr()
+    with other, pytest.raises(SystemExit):
+        run(folder, "in-two", "--resume")
+    assert "t0/last.pt has changed since this run began: put the" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)  # its teachers were named from elsewhere
     run(folder, "in-two", "--resume")
+    with changed_checkpoint(folder / "t0", lambda state: state.clear()):
+        run(folder, "in-two", "--resume")  # finished: its teachers are not needed any more
     run(folder, "alone", *tiny_flags(**fold))
 
     def weights(name: str) -> dict[str, torch.Tensor]:

@@ -27,7 +27,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 from torch import Tensor
 
 from model import checkpoint, loop
-from model.config import PRESETS, ConfigError, LossConfig, TrainConfig, parse_config
+from model.config import PRESETS, ConfigError, LossConfig, TrainConfig, load_config, parse_config
 from model.generator import Generator, load_generator, load_metadata, save_generator
 from model.splits import prepare
 from model.teacher import Teacher
@@ -35,7 +35,14 @@ from model.train import main
 from model.trainer import Trainer, TrainingError
 from tests.support import ROOT
 from tests.support.launch import free_port
-from tests.support.tiny import GENERATOR, pixel_set, tiny_config, tiny_flags, write_isic2017
+from tests.support.tiny import (
+    GENERATOR,
+    changed_checkpoint,
+    pixel_set,
+    tiny_config,
+    tiny_flags,
+    write_isic2017,
+)
 
 
 @pytest.fixture(scope="session")
@@ -264,11 +271,11 @@ def test_uniform_masks_can_be_allowed(tmp_path: Path) -> None:
         ([*tiny_flags(), "--set", "batch_size=64"], "batch_size 64 is larger than the training se"),
         (
             [*tiny_flags(), "--set", "init=no.safetensors"],
-            "init: no.safetensors holds no readable weights",
+            "no.safetensors holds no readable weights",
         ),
         (
             [*tiny_flags(), "--set", "data.teacher=no.npz", "--set", "loss.teacher=0.5"],
-            "data.teacher: no.npz was not written by model.distill",
+            "no.npz was not written by model.distill",
         ),
     ],
 )
@@ -292,6 +299,13 @@ def test_checkpoints_of_something_else_are_refused(tmp_path: Path) -> None:
     other = dataclasses.replace(config.generator, multiscale=False)
     with pytest.raises(ConfigError, match=r"made with generator\.multiscale=True, not False: res"):
         checkpoint.load(trainer(tmp_path, dataclasses.replace(config, generator=other)))
+    # an option that has been deleted since
+    run = trainer(tmp_path, config)
+    run.config = dataclasses.replace(config, network="unet")
+    options = {"network": "unet", "options": {"width": 8}}
+    wider = changed_checkpoint(tmp_path, lambda state: state["config"].update(options))
+    with wider, pytest.raises(ConfigError, match=r"made with options\.width=8, not None: resume"):
+        checkpoint.load(run)
     with pytest.raises(ConfigError, match="made from another training set: pass the same --data"):
         checkpoint.load(trainer(tmp_path, config, images=9))
     # a file whose weights are not those of the architecture that it names
@@ -341,6 +355,39 @@ def test_two_processes_do_not_train_in_one_folder(data: Path, cache: Path, tmp_p
         loop.train(tiny_config(epochs=1), data, tmp_path / "run", cache)
     assert not any((tmp_path / "run").glob("*.pt"))
     assert loop.train(tiny_config(epochs=1), data, tmp_path / "run", cache).epoch == 1
+
+
+def test_a_run_that_another_process_began_meanwhile_is_left_alone(
+    data: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, last = tiny_config(epochs=1), tmp_path / "run" / "last.pt"
+
+    def prepare_slowly(*args: Any) -> Any:
+        last.parent.mkdir()
+        last.write_bytes(b"of another process")
+        return prepare(*args)
+
+    monkeypatch.setattr(loop, "prepare", prepare_slowly)
+    with pytest.raises(ConfigError, match=r"run holds a run: pass --resume, or another --out"):
+        loop.train(config, data, last.parent, cache)
+    assert [path.name for path in last.parent.iterdir()] == ["last.pt"]
+    assert last.read_bytes() == b"of another process"
+
+
+def test_a_checkpoint_needs_no_weights_to_start_from(
+    data: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(epochs=2)
+    save_generator(Generator(config.generator), tmp_path / "given.safetensors")
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(config, init="given.safetensors")
+    monkeypatch.setattr(loop, "run", lambda run: run.progress)
+    loop.train(config, data, tmp_path / "out", cache)
+    monkeypatch.undo()
+    (tmp_path / "given.safetensors").unlink()
+    saved = load_config(file=tmp_path / "out" / "config.yaml")
+    assert saved.init == str(tmp_path / "given.safetensors")
+    assert loop.train(saved, data, tmp_path / "out", cache, resume=True).epoch == 2
 
 
 def command(data: Path, cache: Path, out: Path, *flags: str) -> list[str]:
