@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from common.files import replacing
@@ -57,8 +58,27 @@ def alone(out: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextmanager
+def writing(file: Path) -> Iterator[Path]:
+    """`replacing`, for what PyTorch or safetensors write; they have errors of their own.
+
+    Raises:
+        TrainingError: they cannot write, as on a full disk.
+    """
+    try:
+        with replacing(file) as path:
+            yield path
+    except (RuntimeError, SafetensorError) as error:
+        why = str(error).partition("\n")[0]
+        raise TrainingError(f"{file} cannot be written and stays as it was: {why}") from error
+
+
 def save(trainer: Trainer) -> None:
-    """Write `last.pt` and `history.csv`, each atomically."""
+    """Write `last.pt` and `history.csv`, each atomically.
+
+    Raises:
+        TrainingError: `last.pt` cannot be written.
+    """
     progress = trainer.progress
     state = {
         "config": config_dict(trainer.config),
@@ -67,7 +87,7 @@ def save(trainer: Trainer) -> None:
         "progress": vars(progress),
         **{name: getattr(trainer, name).state_dict() for name in _STATES},
     }
-    with replacing(trainer.out / "last.pt") as path:
+    with writing(trainer.out / "last.pt") as path:
         torch.save(state, path)
     if not progress.history:
         return
@@ -113,9 +133,13 @@ def load(trainer: Trainer) -> None:
 
 
 def save_best(trainer: Trainer, row: Mapping[str, float]) -> None:
-    """Write the averaged weights as `best.safetensors`, with the scores of `row`."""
+    """Write the averaged weights as `best.safetensors`, with the scores of `row`.
+
+    Raises:
+        TrainingError: the file cannot be written.
+    """
     figures = weights_metadata(row, trainer.origin, trainer.config.size)
-    with replacing(trainer.out / "best.safetensors") as path:
+    with writing(trainer.out / "best.safetensors") as path:
         save_network(trainer.average, path, figures)
 
 

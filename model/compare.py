@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
             if not runs:
                 raise ConfigError(f"--recipe {name} names no run: give its folders after the name")
             recipes.append(score(name, [Path(run) for run in runs], samples, args.cache))
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     print(markdown(recipes))
 

@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         distil(args.data, args.runs, args.out, args.cache)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
 
 

@@ -89,6 +89,9 @@ def test_runs_without_a_mean_are_named(folder: Path, capsys: pytest.CaptureFixtu
         assert "b was trained on other photos than" in refusal(folder, capsys, "c", "b")
     with changed_checkpoint(folder / "b", lambda state: state.update(ids=("ISIC_0000500",))):
         assert "b was trained on ISIC_0000500, which this da" in refusal(folder, capsys, "b", "b")
+    with pytest.raises(SystemExit):
+        mean(folder / "b" / "last.pt", "nothing")
+    assert "error: " in capsys.readouterr().err
     wider = {"generator__widths": "[4,6,8,12]"}
     run(folder, "wide", *tiny_flags(epochs=1, **wider))
     assert "different architectures: they have no mean" in refusal(folder, capsys, "b", "wide")

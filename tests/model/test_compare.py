@@ -103,3 +103,6 @@ def test_incomparable_runs_are_refused_by_name(
         main([*where, "--recipe", "x"])
     assert exit_.value.code == 2
     assert "names no run" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*where, "--cache", str(folder / "whole" / "last.pt"), "--recipe", "x", str(whole)])
+    assert "error: " in capsys.readouterr().err

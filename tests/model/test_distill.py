@@ -49,6 +49,9 @@ def test_targets_are_held_out_predictions_and_are_learnt_from(
     where = ["--data", str(folder / "data"), "--cache", str(folder / "cache")]
     distill.main([*where, "--runs", *map(str, runs), "--out", str(out)])
     printed = capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        distill.main([*where, "--runs", *map(str, runs), "--out", str(out / "below-a-file")])
+    assert "error: [Errno" in capsys.readouterr().err
     assert "held-out images, Jaccard 0." in printed and "ensemble, held out: Jaccard 0." in printed
 
     samples = find_samples(folder / "data")
@@ -309,8 +312,10 @@ def test_a_run_with_teachers_goes_on_to_the_same_bits(
         return whole_epoch(trainer, log)
 
     monkeypatch.setattr(loop, "_epoch", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as ended:
         run(folder, "in-two", *flags)
+    assert ended.value.code == 130
+    assert "interrupted; --resume goes on with the run\n" in capsys.readouterr().err
     monkeypatch.setattr(loop, "_epoch", whole_epoch)
     other = changed_checkpoint(folder / "t0", lambda state: state["average"]["head.bias"].add_(1))
     capsys.readouterr()

@@ -150,14 +150,17 @@ def test_a_run_from_the_command_line(
     main([*flags, "--resume"])
     assert (out / "last.pt").read_bytes() == before
     refused(capsys, [*flags, *tiny_flags()], "holds a run: pass --resume, or another --out")
-    refused(
-        capsys, [*flags, "--resume", "--set", "epochs=9"], "leave --config, --set and --network out"
-    )
+    for changed in (["--set", "epochs=9"], ["--preset", "best"]):
+        says = "leave --preset, --config, --set and --network out"
+        refused(capsys, [*flags, "--resume", *changed], says)
     # another architecture than the checkpoint's
     text = (out / "config.yaml").read_text()
     (out / "config.yaml").write_text(text.replace("- 10\n", "- 12\n"))
     says = "was made with generator.widths=[4, 6, 8, 10], not [4, 6, 8, 12]: resume with the run's"
     refused(capsys, [*flags, "--resume"], says)
+    for damage in (b"\xff", b"init: 2024-13-45", b"- 1", b"epoch: 1"):
+        (out / "config.yaml").write_bytes(damage)
+        refused(capsys, [*flags, "--resume"], "config.yaml")
 
 
 def test_tensorboard_has_scalars_and_pictures(tmp_path: Path) -> None:
@@ -264,6 +267,13 @@ def test_uniform_masks_can_be_allowed(tmp_path: Path) -> None:
         (["--set", "generator.camform=eq1"], "did you mean generator.cam_form"),
         (["--set", "epochs"], "--set takes KEY=VALUE, not 'epochs'"),
         (["--set", "epochs=[1"], "--set epochs=[1: the value is not readable"),
+        (["--set", "seed=2024-13-45"], "--set seed=2024-13-45: the value is not readable"),
+        (
+            [*tiny_flags(), "--set", "data.folds=99", "--set", "data.fold=98"],
+            "fold 98 of 99 holds none of the 10 training photos",
+        ),
+        ([*tiny_flags(), "--cache", str(ROOT / "LICENSE")], "LICENSE"),
+        ([*tiny_flags(), "--out", str(ROOT / "LICENSE")], "LICENSE"),
         (["--preset", "bets"], "no preset 'bets'; presets: best"),
         (["--config", "nowhere.yaml"], "nowhere.yaml is not a readable YAML file"),
         (["--resume"], "config.yaml does not exist; start the run without --resume"),
@@ -480,7 +490,7 @@ def test_batches_must_divide_by_the_processes(
     ("rate", "batch_size", "step"),
     [
         ("1e30", 4, 1),  # the loss after the first update
-        (".inf", 8, 0),  # one step an epoch: its loss is a number still, its weights are none
+        ("1e39", 8, 0),  # one step an epoch: its loss is a number still, its weights are none
     ],
 )
 def test_nan_stops_with_step_and_config_named(
@@ -503,6 +513,24 @@ def test_nan_stops_with_step_and_config_named(
     kept = state(tmp_path)
     assert kept["progress"]["epoch"] == 0
     assert all(t.isfinite().all() for t in _tensors(kept["network"]))
+
+
+def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(tmp_path, tiny_config())
+    checkpoint.save(run)
+    before = (tmp_path / "last.pt").read_bytes()
+
+    def full(_: object, path: Path) -> None:
+        path.write_bytes(before[:100])
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos\nframe #0")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(TrainingError, match=r"last\.pt cannot be written and stays as it was: \["):
+        checkpoint.save(run)
+    assert (tmp_path / "last.pt").read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_run_ends_at_early_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
