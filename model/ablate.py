@@ -96,7 +96,7 @@ def chosen(names: Sequence[str]) -> list[str]:
 def held_out(
     config: TrainConfig, samples: list[Sample], split: str, cache: Path
 ) -> tuple[str, list[Sample]]:
-    """The images that the runs are scored on, and what they are: the fold if no set is official.
+    """The set that the runs are scored on: its name, and its images.
 
     Raises:
         DataError: there is no such set.

@@ -37,7 +37,8 @@ def train(
         ConfigError: the configuration does not fit, or `out` holds a run that is not resumed, or
             another process trains there.
         DataError: a file or id cannot be used; the message names it.
-        TrainingError: there is nothing to resume, or a loss is no number any more.
+        TrainingError: there is nothing to resume, a loss is no number any more, or a file cannot be
+            written.
     """
     config = with_absolute_paths(config)  # so that it can be resumed from another folder
     if not resume:
@@ -72,7 +73,7 @@ def run(trainer: Trainer) -> RunProgress:
     """Train to the end of the schedule, or to an early stop.
 
     Raises:
-        TrainingError: a loss is no number any more.
+        TrainingError: a loss is no number any more, or a file cannot be written.
     """
     config, progress = trainer.config, trainer.progress
     if progress.is_over(config.epochs):

@@ -9,11 +9,13 @@ import yaml
 from model.config import (
     PRESETS,
     ConfigError,
+    DataConfig,
     GeneratorConfig,
     TrainConfig,
     config_dict,
     load_config,
     parse_config,
+    with_absolute_paths,
 )
 
 
@@ -138,6 +140,17 @@ def test_wrong_presets_and_files_are_named(tmp_path: Path) -> None:
     file.write_text("- 1")
     with pytest.raises(ConfigError, match="must hold keys and values"):
         load_config(file=file)
+
+
+def test_paths_can_be_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert with_absolute_paths(TrainConfig()) == TrainConfig()
+    given = TrainConfig(init="w", data=DataConfig(groups="g.csv", teachers=("runs/a", "/b")))
+    found = with_absolute_paths(given)
+    assert (found.init, found.data.groups) == (f"{tmp_path}/w", f"{tmp_path}/g.csv")
+    assert found.data.teachers == (f"{tmp_path}/runs/a", "/b")
+    one = with_absolute_paths(TrainConfig(data=DataConfig(teacher="t.npz")))
+    assert one.data.teacher == f"{tmp_path}/t.npz"
 
 
 def test_configurations_are_values() -> None:

@@ -27,12 +27,21 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 from torch import Tensor
 
 from model import checkpoint, loop
-from model.config import PRESETS, ConfigError, LossConfig, TrainConfig, load_config, parse_config
+from model.config import (
+    PRESETS,
+    ConfigError,
+    DataConfig,
+    LossConfig,
+    TrainConfig,
+    load_config,
+    parse_config,
+)
 from model.generator import Generator, load_generator, load_metadata, save_generator
 from model.splits import prepare
 from model.teacher import Teacher
 from model.train import main
 from model.trainer import Trainer, TrainingError
+from model.zoo.network import ZooNetwork
 from tests.support import ROOT
 from tests.support.launch import free_port
 from tests.support.tiny import (
@@ -309,6 +318,11 @@ def test_checkpoints_of_something_else_are_refused(tmp_path: Path) -> None:
     other = dataclasses.replace(config.generator, multiscale=False)
     with pytest.raises(ConfigError, match=r"made with generator\.multiscale=True, not False: res"):
         checkpoint.load(trainer(tmp_path, dataclasses.replace(config, generator=other)))
+    # the same table, by another path
+    table = {"groups": "g.csv"}
+    with changed_checkpoint(tmp_path, lambda state: state["config"]["data"].update(table)):
+        found = dataclasses.replace(config, data=DataConfig(groups=str(Path("g.csv").absolute())))
+        checkpoint.load(trainer(tmp_path, found))
     # an option that has been deleted since
     run = trainer(tmp_path, config)
     run.config = dataclasses.replace(config, network="unet")
@@ -398,6 +412,13 @@ def test_a_checkpoint_needs_no_weights_to_start_from(
     saved = load_config(file=tmp_path / "out" / "config.yaml")
     assert saved.init == str(tmp_path / "given.safetensors")
     assert loop.train(saved, data, tmp_path / "out", cache, resume=True).epoch == 2
+
+    def start(_: ZooNetwork) -> None:
+        raise AssertionError("weights of a package are read")
+
+    monkeypatch.setattr(ZooNetwork, "start", start)
+    photos, config = pixel_set(4), tiny_config(network="enet")
+    Trainer(config, tmp_path, photos, {"validation": photos}, fresh=False)
 
 
 def command(data: Path, cache: Path, out: Path, *flags: str) -> list[str]:
