@@ -93,8 +93,10 @@ def chosen(names: Sequence[str]) -> list[str]:
     return list(found)
 
 
-def held_out(config: TrainConfig, samples: list[Sample], split: str, cache: Path) -> list[Sample]:
-    """The images that the runs are scored on.
+def held_out(
+    config: TrainConfig, samples: list[Sample], split: str, cache: Path
+) -> tuple[str, list[Sample]]:
+    """The set that the runs are scored on: its name, and its images.
 
     Raises:
         DataError: there is no such set.
@@ -103,8 +105,8 @@ def held_out(config: TrainConfig, samples: list[Sample], split: str, cache: Path
         scored = select(samples, "test")
         if not scored:
             raise DataError("there is no official test set in the data: leave --split out")
-        return scored
-    return next(iter(split_samples(config, samples, cache)[1].values()))
+        return split, scored
+    return next(iter(split_samples(config, samples, cache)[1].items()))
 
 
 def run_one(
@@ -216,22 +218,27 @@ def ablate(
         DataError: a file or id cannot be used; the message names it.
     """
     presets = chosen(names)
+    if "seed" in overrides:
+        raise ConfigError("--set seed is the same for every run: use --seeds")
     configs = {
         (preset, seed): load_config(preset, overrides={**overrides, "seed": seed})
         for preset in presets
         for seed in seeds
     }
+    if any(config.network == "teacher" for config in configs.values()):
+        raise ConfigError("network=teacher is not served, and so not scored: choose another")
     samples = find_samples(data)
     first = next(iter(configs.values()))
-    scored = held_out(first, samples, split, cache)
-    training = split_samples(first, samples, cache)[0]
+    which, scored = held_out(first, samples, split, cache)
+    training, selections = split_samples(first, samples, cache)
     origins = ", ".join(sorted({s.origin for s in scored}))
     changes = ", ".join(f"{key}={value}" for key, value in overrides.items()) or "none"
     budget = (
         f"Budget: {_range([c.epochs for c in configs.values()])} epochs over {len(training)} "
         f"images, {len(seeds)} seed{'s' if len(seeds) > 1 else ''} a preset; changes to the "
-        f"presets: {changes}. Scored: the best epoch's weights by validation Jaccard, on "
-        f"{len(scored)} {split} images ({origins}), at the masks' own sizes, threshold {THRESHOLD}."
+        f"presets: {changes}. Scored: the best epoch's weights by {' and '.join(selections)} "
+        f"Jaccard, on {len(scored)} {which} images ({origins}), at the masks' own sizes, "
+        f"threshold {THRESHOLD}."
     )
     out.mkdir(parents=True, exist_ok=True)
     rows = {preset: Row(preset) for preset in presets}
@@ -281,14 +288,16 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         overrides = parse_overrides(args.set)
-        if args.network:
-            overrides = {"network": args.network, **overrides}
-        if args.epochs is not None:
-            overrides["epochs"] = args.epochs
+        for key, value in (("network", args.network), ("epochs", args.epochs)):
+            if value is None:
+                continue
+            if key in overrides:
+                raise ConfigError(f"--{key} and --set {key} are one setting: leave one out")
+            overrides = {key: value, **overrides}
         rows = ablate(
             args.presets, args.seeds, overrides, args.data, args.out, args.cache, args.split
         )
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     print((args.out / "table.md").read_text())
     if any(row.failed for row in rows):

@@ -18,14 +18,14 @@ import model.training_tools  # noqa: F401, before what it looks for
 import torch
 from torch import Tensor
 
-from common.files import replacing
 from common.program import Help
-from model.checkpoint import load_run, weights_metadata
+from model.checkpoint import load_run, refuse_seen, weights_metadata, writing
 from model.config import ConfigError
 from model.data import add_data_arguments
 from model.generator import Generator, save_generator
 from model.scoring import score_selections
 from model.splits import prepare
+from model.trainer import TrainingError
 from model.truth import DataError
 
 
@@ -61,24 +61,30 @@ def average(runs: list[Path], data: Path, out: Path, cache: Path) -> dict[str, f
 
     Raises:
         ConfigError: a run is unfinished or trains no generator, or it differs from the first in
-            architecture, input size or split.
+            architecture, input size, split or photos, or was trained on what is held out today.
         DataError: a file or id cannot be used; the message names it.
+        TrainingError: `out` cannot be written.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = [load_run(run, device) for run in runs]
-    config = loaded[0][0]
+    first, config = loaded[0], loaded[0].config
     generators = []
-    for run, (other, network) in zip(runs, loaded, strict=True):
-        if not isinstance(network, Generator):
-            raise ConfigError(f"{run} trained a {other.network}, which is not what is served")
-        held = (other.data.folds, other.data.fold)
-        if (other.size, *held) != (config.size, config.data.folds, config.data.fold):
-            raise ConfigError(f"{run} has another input size or other folds than {runs[0]}")
-        generators.append(network)
+    for run in loaded:
+        if not isinstance(run.network, Generator):
+            told = f"{run.folder} trained a {run.config.network}"
+            raise ConfigError(f"{told}: only slsnet's weights are averaged")
+        held = (run.config.data.folds, run.config.data.fold)
+        if (run.config.size, *held) != (config.size, config.data.folds, config.data.fold):
+            raise ConfigError(f"{run.folder} has another input size or other folds than {runs[0]}")
+        if run.ids != first.ids:
+            raise ConfigError(f"{run.folder} was trained on other photos than {runs[0]}")
+        generators.append(run.network)
     network = mean_network(generators).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     _, selections, origin = prepare(config, data, cache)
+    for photos in selections.values():
+        refuse_seen(first.folder, first.ids, photos.ids)
     scores = score_selections(network, selections, config, device)
-    with replacing(out) as path:
+    with writing(out) as path:
         save_generator(network, path, weights_metadata(scores, origin, config.size))
     return scores
 
@@ -100,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         scores = average(args.runs, args.data, args.out, args.cache)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, TrainingError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     for name, value in scores.items():
         if name != "selection":

@@ -30,13 +30,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from common.program import Help
-from model.checkpoint import load_run
+from model.checkpoint import load_run, split_again
 from model.config import ConfigError
 from model.data import Sample, add_data_arguments, find_samples
 from model.evaluate import evaluate, torch_network
 from model.generator import Generator
 from model.metrics import jaccard
-from model.splits import split_samples
 from model.truth import DataError
 
 Scores = dict[str, list[float]]
@@ -60,24 +59,26 @@ def score(name: str, runs: Sequence[Path], samples: list[Sample], cache: Path) -
     """Score the runs of one recipe.
 
     Raises:
-        ConfigError: a folder holds no finished run of the generator, or a run held out no fold.
+        ConfigError: a folder holds no finished run of the generator, or a run held out no fold, or
+            was trained on what is held out today.
         DataError: a photo or mask cannot be used.
     """
     recipe = Recipe(name)
-    for run in runs:
-        print(f"{name}: {run}", file=sys.stderr, flush=True)
-        config, network = load_run(run, torch.device("cpu"))
+    for folder in runs:
+        print(f"{name}: {folder}", file=sys.stderr, flush=True)
+        run = load_run(folder, torch.device("cpu"))
+        config, network = run.config, run.network
         if not isinstance(network, Generator) or not config.data.folds:
-            raise ConfigError(f"{run} is no run of slsnet that held out a fold: set data.folds")
+            raise ConfigError(f"{folder} is no run of slsnet that held out a fold: set data.folds")
         attentions = [pam for pam in network.half_resolution_attention() if pam.eta.item()]
         recipe.eta += [pam.eta.item() for pam in attentions]
-        for which, photos in split_samples(config, samples, cache)[1].items():
-            scored = _jaccard(run, network, config.size, photos)
+        for which, photos in split_again(run, samples, cache)[1].items():
+            scored = _jaccard(folder, network, config.size, photos)
             _add(recipe.scores.setdefault(which, defaultdict(list)), photos, scored)
             if attentions:
                 for pam in attentions:
                     pam.mode = "asleep"
-                scored = _jaccard(run, network, config.size, photos)
+                scored = _jaccard(folder, network, config.size, photos)
                 for pam in attentions:
                     pam.mode = "fused"
             _add(recipe.without.setdefault(which, defaultdict(list)), photos, scored)
@@ -161,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
             if not runs:
                 raise ConfigError(f"--recipe {name} names no run: give its folders after the name")
             recipes.append(score(name, [Path(run) for run in runs], samples, args.cache))
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     print(markdown(recipes))
 

@@ -11,10 +11,10 @@ import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from model.augment import Recipe
 from model.names import ZOO, Option
@@ -22,6 +22,13 @@ from model.names import ZOO, Option
 CamForm = Literal["danet", "eq1"]
 
 _STRICT = ConfigDict(extra="forbid")
+
+Count = Annotated[int, Field(ge=0)]
+Width = Annotated[int, Field(ge=1)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Dropout = Decay
 
 
 class ConfigError(ValueError):
@@ -44,12 +51,17 @@ class GeneratorConfig:
     pam_pool: tuple[int, int] = (1, 1)
     cam: bool = True  # channel attention after every factorised layer (Table 4)
     cam_form: CamForm = "danet"  # eq. 1 saturates to an arg-max; see docs/training.md
-    widths: tuple[int, int, int, int] = (16, 32, 64, 128)  # stem, 1/2, 1/4 and 1/8 resolution
-    encoder_blocks: int = 4  # FCMs at 1/4 resolution
-    dilations: tuple[int, ...] = (2, 4, 8, 16, 2, 4, 8, 16)  # one FCM each at 1/8 (ERFNet's)
-    decoder_blocks: int = 2  # FCMs after each up-sampling
-    encoder_dropout: tuple[float, float] = (0.03, 0.3)  # at 1/4 and 1/8 resolution (ERFNet's)
-    decoder_dropout: float = 0.0  # the paper's noise z
+    widths: tuple[Width, Width, Width, Width] = (
+        16,
+        32,
+        64,
+        128,
+    )  # stem, 1/2, 1/4 and 1/8 resolution
+    encoder_blocks: Count = 4  # FCMs at 1/4 resolution
+    dilations: tuple[Width, ...] = (2, 4, 8, 16, 2, 4, 8, 16)  # one FCM each at 1/8 (ERFNet's)
+    decoder_blocks: Count = 2  # FCMs after each up-sampling
+    encoder_dropout: tuple[Dropout, Dropout] = (0.03, 0.3)  # at 1/4 and 1/8 resolution (ERFNet's)
+    decoder_dropout: Dropout = 0.0  # the paper's noise z
 
     def __post_init__(self) -> None:
         # YAML and JSON know no tuples; equality and hashing need them.
@@ -70,7 +82,7 @@ class DiscriminatorConfig:
 
     __pydantic_config__ = _STRICT
 
-    width: int = 64  # pix2pix's ndf
+    width: Width = 64  # pix2pix's ndf
     pam: bool = True  # after the second layer
     cam: bool = True  # after the third layer
     cam_form: CamForm = "danet"
@@ -82,17 +94,20 @@ class LossConfig:
 
     __pydantic_config__ = _STRICT
 
-    adversarial: float = 0.0  # eq. 7, first term; 1 in the paper
-    l1: float = 0.0  # eq. 7, second term, λ
-    jaccard: float = 1.0  # eq. 7, third term, α
-    bce: float = 1.0  # pixel-wise; not in the paper's equation
-    endpoint: float = 0.0  # of the mask's gradients; SLSDeep's (model.zoo.slsdeep)
-    critic: float = 0.0  # multi-scale L1, in place of the adversary; SegAN's (model.zoo.segan)
-    teacher: float = 0.0  # share of the target that is a teacher's probability
+    adversarial: Weight = 0.0  # eq. 7, first term; 1 in the paper
+    l1: Weight = 0.0  # eq. 7, second term, λ
+    jaccard: Weight = 1.0  # eq. 7, third term, α
+    bce: Weight = 1.0  # pixel-wise; not in the paper's equation
+    endpoint: Weight = 0.0  # of the mask's gradients; SLSDeep's (model.zoo.slsdeep)
+    critic: Weight = 0.0  # multi-scale L1, in place of the adversary; SegAN's (model.zoo.segan)
+    teacher: Share = 0.0  # share of the target that is a teacher's probability
 
     def __post_init__(self) -> None:
         if self.adversarial and self.critic:
             raise ValueError("loss.adversarial and loss.critic are two adversaries: choose one")
+        terms = (self.adversarial, self.l1, self.jaccard, self.bce, self.endpoint, self.critic)
+        if not any(terms):
+            raise ValueError("every term has weight 0: there is nothing to learn from")
 
 
 @dataclass(frozen=True)
@@ -102,8 +117,8 @@ class DataConfig:
     __pydantic_config__ = _STRICT
 
     allow_uniform_masks: bool = False  # accept masks that are empty or all lesion
-    folds: int = 0  # >0: hold out fold `fold` of so many of the training ids for selection
-    fold: int = 0
+    folds: Count = 0  # >0: hold out fold `fold` of so many of the training ids for selection
+    fold: Count = 0
     groups: str | None = None  # CSV of ids and of the lesion or patient that each belongs to
     group_column: str = "lesion_id"  # the column of `groups` that holds them
     teacher: str | None = None  # file written by model.distill
@@ -111,6 +126,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "teachers", tuple(self.teachers))
+        if self.folds == 1:
+            raise ValueError("folds 1 would leave nothing to train on: set 2 or more, or 0")
         if self.folds and not 0 <= self.fold < self.folds:
             raise ValueError(f"fold {self.fold} is none of 0 to {self.folds - 1}")
         if self.teacher and self.teachers:
@@ -136,18 +153,18 @@ class TrainConfig:
     epochs: int = 60
     batch_size: int = 16  # over all processes
     optimizer: Literal["adam", "adamw"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)
-    learning_rate: float = 1e-3
-    weight_decay: float = 1e-2
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
+    weight_decay: Weight = 1e-2
     schedule: Literal["constant", "cosine"] = "cosine"
-    warmup: float = 0.05  # share of the schedule with a rising rate; cosine only
-    clip_norm: float = 1.0  # 0: no clipping
-    ema_decay: float = 0.998  # of the weights' exponential average, which is kept; 0: none
-    pam_wake: float = 0.6  # share of the schedule with the 1/2-resolution PAMs asleep at η = 0
+    warmup: Share = 0.05  # share of the schedule with a rising rate; cosine only
+    clip_norm: Weight = 1.0  # 0: no clipping
+    ema_decay: Decay = 0.998  # of the weights' exponential average, which is kept; 0: none
+    pam_wake: Share = 0.6  # share of the schedule with the 1/2-resolution PAMs asleep at η = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the processor has it
-    early_stop: int = 0  # epochs without a better validation Jaccard; 0: never
+    early_stop: Count = 0  # epochs without a better validation Jaccard; 0: never
     validate_every: int = 1  # epochs
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     deterministic: bool = False
     compile: bool = False  # torch.compile; pays on a GPU
 
@@ -243,6 +260,21 @@ def config_dict(config: TrainConfig) -> dict[str, Any]:
     return _ADAPTER.dump_python(config, mode="json")  # type: ignore[no-any-return]
 
 
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """The configuration with absolute paths, so that it means the same in every working folder."""
+
+    def absolute(path: str | None) -> str | None:
+        return path and str(Path(path).absolute())
+
+    data = dataclasses.replace(
+        config.data,
+        groups=absolute(config.data.groups),
+        teacher=absolute(config.data.teacher),
+        teachers=tuple(str(Path(run).absolute()) for run in config.data.teachers),
+    )
+    return dataclasses.replace(config, init=absolute(config.init), data=data)
+
+
 def parse_config(values: Mapping[str, Any]) -> TrainConfig:
     """Build a configuration from plain values. A field that is not given keeps its default.
 
@@ -261,7 +293,24 @@ def parse_config(values: Mapping[str, Any]) -> TrainConfig:
             hint = f"did you mean {' or '.join(close)}?" if close else f"keys: {', '.join(known)}"
             raise ConfigError(f"config key {key!r} does not exist; {hint}") from error
         message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "tuple_type":
+            message += f"; a list is written in brackets: {key}=[a, b]"
         raise ConfigError(f"config key {key!r}: {message}" if key else message) from error
+
+
+def read_values(file: Path) -> dict[str, Any]:
+    """Read keys and values from a YAML file; an empty one has none.
+
+    Raises:
+        ConfigError: the file is unreadable, or holds something else.
+    """
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:  # no UTF-8 and no day are ValueErrors
+        raise ConfigError(f"{file} is not a readable YAML file: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} must hold keys and values")
+    return values
 
 
 def load_config(
@@ -277,13 +326,7 @@ def load_config(
         raise ConfigError(f"no preset {preset!r}; presets: {', '.join(PRESETS)}")
     values = config_dict(PRESETS[preset])
     if file is not None:
-        try:
-            changes = yaml.safe_load(file.read_text()) or {}
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"{file} is not a readable YAML file: {error}") from error
-        if not isinstance(changes, dict):
-            raise ConfigError(f"{file} must hold keys and values")
-        _merge(values, changes)
+        _merge(values, read_values(file))
     for key, value in (overrides or {}).items():
         change: Any = value
         for part in reversed(key.split(".")):
@@ -317,7 +360,7 @@ def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
             raise ConfigError(f"--set takes KEY=VALUE, not {item!r}")
         try:
             overrides[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except (ValueError, yaml.YAMLError) as error:  # 2024-13-45 is a ValueError
             raise ConfigError(f"--set {item}: the value is not readable: {error}") from error
     return overrides
 

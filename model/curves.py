@@ -48,6 +48,7 @@ def draw(files: Sequence[Path], out: Path) -> None:
 
     Raises:
         DataError: `model.train` did not write one of the files.
+        ValueError: there is no format of that suffix.
     """
     with rc_context({"svg.hashsalt": "slsnet"}):  # the same curves give the same file
         figure = Figure(figsize=(7.5, 6.5), layout="constrained")
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         draw(args.files, args.out)
-    except DataError as error:
+    except (ValueError, OSError) as error:  # a DataError, or a suffix of no format
         parser.exit(2, f"error: {error}\n")
 
 

@@ -332,8 +332,9 @@ def load_pixels(
                 key.update(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
         entry = cache / f"{key.hexdigest()[:16]}-{side}px.npz"
         if entry.is_file():
-            damaged = contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile)
-            with damaged, entry.open("rb") as file, np.load(file) as stored:
+            # What numpy raises depends on where the file is damaged.
+            damaged = OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile
+            with contextlib.suppress(*damaged), entry.open("rb") as file, np.load(file) as stored:
                 return PixelSet(ids, stored["images"], stored["masks"])
 
     def decode(sample: Sample) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:

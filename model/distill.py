@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from common.files import replacing
 from common.program import Help
-from model.checkpoint import load_run
+from model.checkpoint import load_run, split_again
 from model.config import ConfigError
 from model.data import add_data_arguments, add_held_out_argument, find_samples, load_pixels, select
 from model.metrics import jaccard
 from model.scoring import confusion
-from model.splits import STORED_SIZE, split_samples
+from model.splits import STORED_SIZE
 from model.truth import DataError
 from photos.image import MODEL_SIZE
 
@@ -76,51 +76,59 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         distil(args.data, args.runs, args.out, args.cache)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
 
 
 def distil(data: Path, runs: list[Path], out: Path, cache: Path) -> None:
-    """Write held-out probabilities of all training ids: `ids`, `probability` uint8 [n, 128, 128].
+    """Write held-out probabilities of all training ids.
+
+    The file holds `ids`, `probability` (uint8 [n, 128, 128], of 0 to 255) and `seen`, the ids that
+    any of the runs was trained on.
 
     Raises:
-        ConfigError: a run is unfinished or held nothing out, or no run held out some id.
+        ConfigError: a run is unfinished or held nothing out, or was trained on what it holds out
+            today, or no run held out some id.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     samples = find_samples(data)
-    pixels = load_pixels(select(samples, "training"), STORED_SIZE, cache)
+    loaded = [load_run(run, device) for run in runs]
+    uniform = any(run.config.data.allow_uniform_masks for run in loaded)
+    pixels = load_pixels(select(samples, "training"), STORED_SIZE, cache, uniform)
     row = {name: i for i, name in enumerate(pixels.ids)}
     total = np.zeros((len(row), STORED_SIZE, STORED_SIZE), np.float32)
     votes = np.zeros(len(row), np.int64)
     used: set[str] = set()  # copies of validation and test photos are left out
-    for run in runs:
-        config, network = load_run(run, device)
-        kept, held = split_samples(config, samples, cache)
+    for run in loaded:
+        kept, held = split_again(run, samples, cache)
         if "holdout" not in held:
-            raise ConfigError(f"{run} held nothing out: train it with data.folds")
+            raise ConfigError(f"{run.folder} held nothing out: train it with data.folds")
         used |= {s.id for s in (*kept, *held["holdout"])}
         rows = np.array([row[s.id] for s in held["holdout"]])
         scores = []
         for chunk in np.array_split(rows, max(1, len(rows) // 64)):
             images = torch.from_numpy(pixels.images[chunk]).to(device)
-            found = predict(network, images, config.size, STORED_SIZE).cpu().numpy()
+            found = predict(run.network, images, run.config.size, STORED_SIZE).cpu().numpy()
             total[chunk] += found
             scores += jaccard(confusion(found, pixels.masks[chunk, 0])).tolist()
         votes[rows] += 1
-        print(f"{run}: {len(rows)} held-out images, Jaccard {np.mean(scores):.4f}", file=sys.stderr)
+        mean = f"Jaccard {np.mean(scores):.4f}"
+        print(f"{run.folder}: {len(rows)} held-out images, {mean}", file=sys.stderr)
     chosen = [i for name, i in row.items() if name in used]
     if missing := [pixels.ids[i] for i in chosen if not votes[i]]:
         raise ConfigError(f"{missing[0]} was held out by no run: train every fold")
-    mean = total[chosen] / votes[chosen, None, None]
-    score = jaccard(confusion(mean, pixels.masks[chosen, 0])).mean()
+    means = total[chosen] / votes[chosen, None, None]
+    score = jaccard(confusion(means, pixels.masks[chosen, 0])).mean()
     print(f"ensemble, held out: Jaccard {score:.4f}", file=sys.stderr)
     factor = STORED_SIZE // MODEL_SIZE
-    small = mean.reshape(len(mean), MODEL_SIZE, factor, MODEL_SIZE, factor).mean((2, 4))
-    with replacing(out) as path:
+    small = means.reshape(len(means), MODEL_SIZE, factor, MODEL_SIZE, factor).mean((2, 4))
+    # To an open file: to a path without .npz, numpy would add that.
+    with replacing(out) as path, path.open("wb") as file:
         np.savez_compressed(
-            path,
+            file,
             ids=np.array([pixels.ids[i] for i in chosen]),
             probability=np.rint(small * 255).astype(np.uint8),
+            seen=np.array(sorted(frozenset[str]().union(*(run.ids for run in loaded)))),
         )
 
 

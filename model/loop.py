@@ -13,12 +13,12 @@ from torch import Tensor
 
 from common.files import replacing
 from model import checkpoint
-from model.config import ConfigError, TrainConfig, config_dict
+from model.config import ConfigError, TrainConfig, config_dict, with_absolute_paths
 from model.networks import check_network
 from model.progress import RunLog
 from model.scoring import score_selections
 from model.splits import prepare
-from model.teachers import read_teachers
+from model.teachers import attach
 from model.trainer import RunProgress, Trainer, TrainingError
 
 SAVE_EVERY_S = 15.0  # a checkpoint at every epoch's end, but not more often than this
@@ -37,23 +37,24 @@ def train(
         ConfigError: the configuration does not fit, or `out` holds a run that is not resumed, or
             another process trains there.
         DataError: a file or id cannot be used; the message names it.
-        TrainingError: there is nothing to resume, or a loss is no number any more.
+        TrainingError: there is nothing to resume, a loss is no number any more, or a file cannot be
+            written.
     """
-    if not resume and (out / "last.pt").exists():
-        raise ConfigError(f"{out} holds a run: pass --resume, or another --out")
+    config = with_absolute_paths(config)  # so that it can be resumed from another folder
+    if not resume:
+        _refuse_run(out)
     check_network(config)
     pixels, selections, origin = prepare(config, data, cache)
     out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(config, out, pixels, selections, origin)
-    if config.loss.teacher and config.data.teachers:
-        held_out = {name for photos in selections.values() for name in photos.ids}
-        trainer.teach = read_teachers(
-            config.data.teachers, trainer.ids, held_out, data, cache, trainer.device
-        )
+    trainer = Trainer(config, out, pixels, selections, origin, fresh=not resume)
     with checkpoint.alone(out) if trainer.rank == 0 else nullcontext():
         if resume:
             checkpoint.load(trainer)
-        else:
+        elif trainer.rank == 0:
+            _refuse_run(out)  # another process may have begun, and even ended, meanwhile
+        if not trainer.progress.is_over(config.epochs):
+            attach(trainer)
+        if not resume:
             if trainer.world > 1:
                 dist.barrier()  # every process has seen that no run was there
             if trainer.rank == 0:
@@ -63,11 +64,16 @@ def train(
         return run(trainer)
 
 
+def _refuse_run(out: Path) -> None:
+    if (out / "last.pt").exists():
+        raise ConfigError(f"{out} holds a run: pass --resume, or another --out")
+
+
 def run(trainer: Trainer) -> RunProgress:
     """Train to the end of the schedule, or to an early stop.
 
     Raises:
-        TrainingError: a loss is no number any more.
+        TrainingError: a loss is no number any more, or a file cannot be written.
     """
     config, progress = trainer.config, trainer.progress
     if progress.is_over(config.epochs):

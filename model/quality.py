@@ -278,22 +278,22 @@ def draw(evaluation: Evaluation, path: Path) -> None:
 def _calibrate(options: argparse.Namespace) -> str:
     import torch
 
-    from model.checkpoint import load_run
+    from model.checkpoint import load_run, split_again
     from model.config import ConfigError
     from model.evaluate import torch_network
-    from model.splits import split_samples
 
     digest = hashlib.sha256(options.weights.read_bytes()).hexdigest()
     samples = find_samples(options.data)
     evaluations = []
-    for run in options.runs:
-        config, network = load_run(run, torch.device("cpu"))
-        if "holdout" not in (sets := split_samples(config, samples, options.cache)[1]):
-            raise ConfigError(f"{run} held nothing out: train it with data.folds")
-        found = evaluate(sets["holdout"], torch_network(run, network, config.size, {}))
+    for folder in options.runs:
+        run = load_run(folder, torch.device("cpu"))
+        if "holdout" not in (sets := split_again(run, samples, options.cache)[1]):
+            raise ConfigError(f"{folder} held nothing out: train it with data.folds")
+        network = torch_network(folder, run.network, run.config.size, {})
+        found = evaluate(sets["holdout"], network)
         evaluations.append(found)
         scores = jaccard(found.confusion)
-        print(f"{run}: {len(scores)} photos, Jaccard {scores.mean():.4f}", file=sys.stderr)
+        print(f"{folder}: {len(scores)} photos, Jaccard {scores.mean():.4f}", file=sys.stderr)
     table = make_table(held_out(evaluations), digest)
     output = options.output or options.weights.with_suffix(".quality.json")
     write_atomically(output, table.document())

@@ -58,7 +58,8 @@ def split_samples(
     printed, once for all folds.
 
     Raises:
-        DataError: there is nothing to select by, an id is in two splits, or a file cannot be used.
+        DataError: there is nothing to train on or to select by, an id is in two splits, or a file
+            cannot be used.
     """
     # Between data sets ids repeat, and `select` sorts that out. Within one they are a mistake.
     for origin in {sample.origin for sample in samples}:
@@ -77,9 +78,17 @@ def split_samples(
     every_fold = dataclasses.replace(config.data, folds=0, fold=0, teacher=None, teachers=())
     training = list(_grouped(every_fold, _side(config), tuple(samples), cache))
     selections = {"validation": validation} if validation else {}
-    if config.data.folds:
-        training, held = hold_out(training, config.data.fold, config.data.folds)
+    if folds := config.data.folds:
+        count = len(training)
+        training, held = hold_out(training, config.data.fold, folds)
+        if not training or not held:
+            raise DataError(
+                f"fold {config.data.fold} of {folds} holds {'all' if held else 'none'} of the "
+                f"{count} training photos: set fewer data.folds, or another data.fold"
+            )
         selections["holdout"] = held
+    elif not training:
+        raise DataError("there are no training photos beside those of validation and test sets")
     refuse_leakage({"the training set": training, **selections})
     return training, selections
 

@@ -20,7 +20,6 @@ import model.training_tools  # noqa: F401, before what it looks for
 # isort: split
 import torch
 import torch.distributed as dist
-import yaml
 
 from common.program import Help, program
 from model.config import (
@@ -30,6 +29,7 @@ from model.config import (
     load_config,
     parse_config,
     parse_overrides,
+    read_values,
 )
 from model.data import add_data_arguments
 from model.loop import train
@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     add_data_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the run's folder")
-    parser.add_argument("--preset", default="best", help=f"the recipe: one of {', '.join(PRESETS)}")
+    presets = ", ".join(PRESETS)
+    parser.add_argument("--preset", help=f"the recipe (default: best): one of {presets}")
     parser.add_argument("--config", type=Path, help="YAML file of changes to the preset")
     add_network_argument(parser, "to train (default: the preset's)")
     add_set_argument(parser)
@@ -57,8 +58,11 @@ def main(argv: list[str] | None = None) -> None:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         progress = _run(args)
-    except (ConfigError, DataError, TrainingError) as error:
+    except (ConfigError, DataError, TrainingError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
+    except KeyboardInterrupt:
+        hint = "; --resume goes on with the run" if (args.out / "last.pt").exists() else ""
+        parser.exit(130, f"interrupted{hint}\n")
     finally:
         if world > 1:
             dist.destroy_process_group()
@@ -67,24 +71,26 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run(args: argparse.Namespace) -> RunProgress:
-    saved = args.out / "config.yaml"
     if args.resume:
-        try:
-            config = parse_config(yaml.safe_load(saved.read_text()))
-        except OSError as error:
+        saved = args.out / "config.yaml"
+        if not saved.exists():
             raise TrainingError(
                 f"nothing to resume: {saved} does not exist; start the run without --resume"
-            ) from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{saved} is not a readable YAML file: {error}") from error
-        if args.config or args.set or args.network:
-            raise ConfigError(
-                f"--resume takes the run's own {saved}: leave --config, --set and --network out, "
-                "or start another run"
             )
+        if args.preset or args.config or args.set or args.network:
+            raise ConfigError(
+                f"--resume takes the run's own {saved}: leave --preset, --config, --set and "
+                "--network out, or start another run"
+            )
+        values = read_values(saved)
+        try:
+            config = parse_config(values)
+        except ConfigError as error:
+            raise ConfigError(f"{saved}: {error}") from error
     else:
         named = {"network": args.network} if args.network else {}
-        config = load_config(args.preset, args.config, {**named, **parse_overrides(args.set)})
+        changes = {**named, **parse_overrides(args.set)}
+        config = load_config(args.preset or "best", args.config, changes)
     return train(config, args.data, args.out, args.cache, resume=args.resume)
 
 

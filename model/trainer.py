@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -59,6 +58,7 @@ class Trainer:
     Args:
         selections: sets to select by, by name; the official validation set first if there is one.
         origin: the training images in words, for the weights' metadata.
+        fresh: whether to start from `init` or weights of a package. A checkpoint needs neither.
 
     Raises:
         ConfigError: the configuration does not fit the data or the number of processes.
@@ -71,6 +71,8 @@ class Trainer:
         training: PixelSet,
         selections: dict[str, PixelSet],
         origin: str = "",
+        *,
+        fresh: bool = True,
     ) -> None:
         self.config, self.out = config, out
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -81,9 +83,9 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         self.network = new_network(config)
-        if config.init is not None:
+        if fresh and config.init is not None:
             _initialise(self.network, Path(config.init))
-        elif isinstance(self.network, ZooNetwork):
+        elif fresh and isinstance(self.network, ZooNetwork):
             self.network.start()
         self.network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.discriminator = _adversary(config).to(self.device)
@@ -103,12 +105,11 @@ class Trainer:
         self.images = torch.from_numpy(training.images).to(self.device)
         stored = training.images.shape[-1]
         self.augmenter = Augmenter(config.augment, config.size, stored, self.device)
-        targets = [training.masks]
-        if config.loss.teacher and config.data.teacher:
-            targets.append(_read_teacher(Path(config.data.teacher), training.ids, stored))
-        self.targets = torch.from_numpy(np.concatenate(targets, 1)).to(self.device)
+        # The masks, uint8 [n, 1, stored, stored], and what `data.teacher` says beside them.
+        self.targets = torch.from_numpy(training.masks).to(self.device)
         # Views [n, 3, size, size] of the images with these indices → a teacher's probabilities.
         self.teach: Callable[[Tensor, Tensor], Tensor] | None = None
+        self.taught_by: list[str] | None = None  # digests of what teaches; None: not known yet
 
     def step(self, batch: Tensor) -> dict[str, Tensor]:
         """Update the discriminator, if there is one, and the generator, once each.
@@ -359,24 +360,3 @@ def _optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer
         else config.learning_rate
     )
     return kind(groups, lr=rate, betas=config.betas, fused=True, capturable=cuda)
-
-
-def _read_teacher(path: Path, ids: tuple[str, ...], side: int) -> np.ndarray:
-    try:
-        with np.load(path) as stored:
-            rows = {name: i for i, name in enumerate(stored["ids"].tolist())}
-            probabilities = stored["probability"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"data.teacher: {path} was not written by model.distill: {error}"
-        ) from error
-    if missing := [name for name in ids if name not in rows]:
-        raise ConfigError(
-            f"data.teacher: {path} lacks {missing[0]}; run model.distill on this data"
-        )
-    chosen = torch.from_numpy(probabilities[[rows[name] for name in ids]])[:, None]
-    parts = [
-        F.interpolate(part.float(), size=(side, side), mode="bilinear", align_corners=False)
-        for part in torch.split(chosen, 64)
-    ]
-    return torch.cat([part.round().byte() for part in parts]).numpy()

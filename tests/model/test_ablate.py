@@ -11,11 +11,13 @@ from model.ablate import GROUPS, MEASURES, PAPER, Row, chosen, main, markdown
 from model.config import PRESETS, ConfigError, TrainConfig
 from model.loop import train
 from model.trainer import RunProgress, TrainingError
-from tests.support.tiny import GENERATOR, tiny_flags, write_isic2017
+from tests.support.tiny import GENERATOR, tiny_flags, write_isic2017, write_pair
 
 
 def flags(folder: Path, *presets: str, epochs: int = 1) -> list[str]:
     tiny = tiny_flags(augment="none")
+    at = tiny.index("epochs=2")
+    del tiny[at - 1 : at + 1]
     # the ablated switches are the presets' own
     assert not {"multiscale", "pam", "cam", "cam_form"} & GENERATOR.keys()
     where = ["--data", str(folder / "data"), "--cache", str(folder / "cache")]
@@ -104,3 +106,34 @@ def test_without_a_test_set_there_is_nothing_to_score(
     with pytest.raises(SystemExit):
         main([*flags(tmp_path, "base"), "--split", "test"])
     assert "there is no official test set in the data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (["--set", "seed=3"], "--set seed is the same for every run: use --seeds"),
+        (["--set", "network=teacher"], "network=teacher is not served, and so not scored"),
+        (["--set", "epochs=3"], "--epochs and --set epochs are one setting: leave one out"),
+        (["--network", "enet", "--set", "network=unet"], "--network and --set network are one"),
+        (["--out", __file__], "error: [Errno 17]"),
+    ],
+)
+def test_flags_that_would_mislead_are_refused_at_the_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: list[str], says: str
+) -> None:
+    write_isic2017(tmp_path / "data", training=4, validation=2)
+    with pytest.raises(SystemExit) as exit_:
+        main([*flags(tmp_path, "base"), *changes])
+    assert exit_.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_the_budget_names_the_set_that_is_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index in range(8):
+        write_pair(tmp_path / "data/images", tmp_path / "data/masks", f"lesion_{index}", index)
+    monkeypatch.setattr(ablate, "run_one", lambda *_: None)
+    main([*flags(tmp_path, "base"), "--set", "data.folds=2"])
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "by holdout Jaccard, on 4 holdout images (folder)" in table

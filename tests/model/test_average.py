@@ -10,7 +10,13 @@ from model.average import mean_network
 from model.checkpoint import load_run
 from model.config import GeneratorConfig
 from model.generator import Generator, load_generator, load_metadata
-from tests.support.tiny import GENERATOR, tiny_config, tiny_flags, write_isic2017
+from tests.support.tiny import (
+    GENERATOR,
+    changed_checkpoint,
+    tiny_config,
+    tiny_flags,
+    write_isic2017,
+)
 
 CPU = torch.device("cpu")
 
@@ -51,7 +57,7 @@ def test_the_mean_of_two_runs_is_written_with_its_scores(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = load_generator(mean(folder, "b", "c")).state_dict()
-    parts = [load_run(folder / name, CPU)[1].state_dict() for name in ("b", "c")]
+    parts = [load_run(folder / name, CPU).network.state_dict() for name in ("b", "c")]
     different = 0
     for name, value in found.items():
         expected = (parts[0][name].double() + parts[1][name].double()) / 2
@@ -65,25 +71,34 @@ def test_the_mean_of_two_runs_is_written_with_its_scores(
 
 
 def test_average_of_one_run_is_its_last_weights_with_its_score(folder: Path) -> None:
-    config, network = load_run(folder / "b", CPU)
+    run = load_run(folder / "b", CPU)
     for name, value in load_generator(mean(folder, "b")).state_dict().items():
-        assert torch.equal(value, network.state_dict()[name])
+        assert torch.equal(value, run.network.state_dict()[name])
     state = torch.load(folder / "b" / "last.pt", weights_only=True)
     last = state["progress"]["history"][-1]
     said = float(load_metadata(folder / "b.safetensors")["validation_jaccard"])
     assert said == pytest.approx(last["validation_jaccard"], abs=1e-4)
-    assert config.epochs == last["epoch"] == 2
+    assert run.config.epochs == last["epoch"] == 2
 
 
 def test_runs_without_a_mean_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "nowhere holds no run of model.train" in refusal(folder, capsys, "b", "nowhere")
     run(folder, "folds", *tiny_flags(epochs=1, batch_size=2, data__folds=3))
     assert "folds has another input size or other folds" in refusal(folder, capsys, "b", "folds")
+    with changed_checkpoint(folder / "c", lambda state: state.update(ids=state["ids"][1:])):
+        assert "b was trained on other photos than" in refusal(folder, capsys, "c", "b")
+    with changed_checkpoint(folder / "b", lambda state: state.update(ids=("ISIC_0000500",))):
+        assert "b was trained on ISIC_0000500, which this da" in refusal(folder, capsys, "b", "b")
+    with pytest.raises(SystemExit):
+        mean(folder / "b" / "last.pt", "nothing")
+    assert "error: " in capsys.readouterr().err
     wider = {"generator__widths": "[4,6,8,12]"}
     run(folder, "wide", *tiny_flags(epochs=1, **wider))
     assert "different architectures: they have no mean" in refusal(folder, capsys, "b", "wide")
     run(folder, "teacher", *tiny_flags(epochs=1, network="teacher"))
-    assert "teacher trained a teacher" in refusal(folder, capsys, "teacher")
+    assert "trained a teacher: only slsnet's weights are averaged" in refusal(
+        folder, capsys, "teacher"
+    )
 
 
 def test_the_mean_of_two_networks_is_not_the_mean_of_their_answers() -> None:

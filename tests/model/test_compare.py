@@ -9,7 +9,7 @@ from model.compare import Recipe, difference, main, markdown, score
 from model.config import ConfigError
 from model.data import find_samples
 from model.train import main as train
-from tests.support.tiny import tiny_flags, write_isic2017
+from tests.support.tiny import changed_checkpoint, tiny_flags, write_isic2017
 
 
 def _run(folder: Path, name: str, fold: int, **changes: object) -> Path:
@@ -88,6 +88,12 @@ def test_incomparable_runs_are_refused_by_name(
     samples = find_samples(folder / "data")
     with pytest.raises(ConfigError, match="holds no run"):
         score("x", [folder / "nothing"], samples, folder / "cache")
+    # The data has changed since: what the run was trained on is held out by its settings now.
+    turned = changed_checkpoint(
+        folder / "none-1", lambda state: state["config"]["data"].update(fold=0)
+    )
+    with turned, pytest.raises(ConfigError, match=r"none-1 was trained on ISIC_.*data holds out"):
+        score("x", [folder / "none-1"], samples, folder / "cache")
     whole = folder / "whole"
     where = ["--data", str(folder / "data"), "--cache", str(folder / "cache")]
     train([*where, "--out", str(whole), *tiny_flags(epochs=1, augment="none")])
@@ -97,3 +103,6 @@ def test_incomparable_runs_are_refused_by_name(
         main([*where, "--recipe", "x"])
     assert exit_.value.code == 2
     assert "names no run" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*where, "--cache", str(folder / "whole" / "last.pt"), "--recipe", "x", str(whole)])
+    assert "error: " in capsys.readouterr().err

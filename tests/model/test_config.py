@@ -9,11 +9,13 @@ import yaml
 from model.config import (
     PRESETS,
     ConfigError,
+    DataConfig,
     GeneratorConfig,
     TrainConfig,
     config_dict,
     load_config,
     parse_config,
+    with_absolute_paths,
 )
 
 
@@ -84,11 +86,42 @@ def test_file_then_flags(tmp_path: Path) -> None:
         ("data", {"teacher": "x.npz", "teachers": ["runs/a"]}, "both give the target: choose one"),
         ("data", {"folds": 5, "fold": 5}, "config key 'data': fold 5 is none of 0 to 4"),
         ("loss", 3, "config key 'loss'"),
+        ("loss", {"jaccard": 0, "bce": 0}, "config key 'loss': every term has weight 0"),
+        ("data.folds", 1, "config key 'data': folds 1 would leave nothing to train on: set 2"),
+        ("data.teachers", "runs/a", r"'data.teachers': .* brackets: data.teachers=\[a, b\]"),
+        ("seed", 10**20, "config key 'seed': Input should be less than 4294967296"),
+        ("learning_rate", "nan", "config key 'learning_rate': Input should be a finite number"),
+        ("learning_rate", 0, "config key 'learning_rate': Input should be greater than 0"),
+        ("clip_norm", "inf", "config key 'clip_norm': Input should be a finite number"),
+        ("generator.dilations", [2, 0], "config key 'generator.dilations.1'"),
     ],
 )
 def test_wrong_keys_and_values_are_named(key: str, value: object, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         load_config(overrides={key: value})
+
+
+@pytest.mark.parametrize(
+    ("keys", "inside", "outside"),
+    [
+        ("seed early_stop data.folds data.fold", 0, -1),
+        ("generator.encoder_blocks generator.decoder_blocks", 0, -1),
+        ("weight_decay clip_norm loss.l1 loss.bce loss.endpoint", 0, -0.1),
+        ("loss.adversarial loss.critic loss.jaccard", 0, -0.1),
+        ("warmup pam_wake", 1, 1.1),
+        ("ema_decay generator.decoder_dropout", 0, 1),
+        ("betas generator.encoder_dropout", [0, 0.9], [0, 1]),
+        ("discriminator.width", 1, 0),
+        ("generator.widths", [1, 2, 3, 4], [0, 2, 3, 4]),
+    ],
+)
+def test_values_have_bounds(keys: str, inside: object, outside: object) -> None:
+    for key in keys.split():
+        load_config(overrides={key: inside})
+        with pytest.raises(ConfigError, match=f"config key '{key}"):
+            load_config(overrides={key: outside})
+    with pytest.raises(ConfigError, match=r"config key 'loss\.teacher'"):
+        load_config(overrides={"loss.teacher": 1.1, "data.teacher": "x.npz"})
 
 
 def test_wrong_presets_and_files_are_named(tmp_path: Path) -> None:
@@ -100,9 +133,24 @@ def test_wrong_presets_and_files_are_named(tmp_path: Path) -> None:
     file.write_text("a: [1,")
     with pytest.raises(ConfigError, match=r"bad\.yaml is not a readable YAML file"):
         load_config(file=file)
+    for unreadable in (b"init: \xff", b"init: 2024-13-45"):
+        file.write_bytes(unreadable)
+        with pytest.raises(ConfigError, match=r"bad\.yaml is not a readable YAML file"):
+            load_config(file=file)
     file.write_text("- 1")
     with pytest.raises(ConfigError, match="must hold keys and values"):
         load_config(file=file)
+
+
+def test_paths_can_be_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert with_absolute_paths(TrainConfig()) == TrainConfig()
+    given = TrainConfig(init="w", data=DataConfig(groups="g.csv", teachers=("runs/a", "/b")))
+    found = with_absolute_paths(given)
+    assert (found.init, found.data.groups) == (f"{tmp_path}/w", f"{tmp_path}/g.csv")
+    assert found.data.teachers == (f"{tmp_path}/runs/a", "/b")
+    one = with_absolute_paths(TrainConfig(data=DataConfig(teacher="t.npz")))
+    assert one.data.teacher == f"{tmp_path}/t.npz"
 
 
 def test_configurations_are_values() -> None:

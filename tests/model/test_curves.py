@@ -32,3 +32,14 @@ def test_other_files_are_refused(
         main([str(file), "--out", str(tmp_path / "c.png")])
     assert exit_.value.code == 2
     assert "other.csv is not a history.csv of model.train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["curves.txt", "nowhere/curves.svg"])
+def test_a_picture_that_cannot_be_written_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / "history.csv").write_text(TWO_EPOCHS)
+    with pytest.raises(SystemExit) as exit_:
+        main([str(tmp_path / "history.csv"), "--out", str(tmp_path / name)])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.startswith("error: ")

@@ -20,10 +20,11 @@ from model.data import (
     refuse_leakage,
     select,
 )
+from model.splits import split_samples
 from model.truth import DataError
 from photos.image import read_photo
 from tests.support.lesions import drawn_photo, encode_photo, lesion_photo
-from tests.support.tiny import write_isic2017, write_pair
+from tests.support.tiny import tiny_config, write_isic2017, write_pair
 
 
 def ids(samples: list[Sample]) -> list[str]:
@@ -235,16 +236,19 @@ def test_cache_is_used_and_rebuilt_when_a_file_changes(
     assert len(decoded) == 6 and (changed.images[1] != first.images[1]).any()
     load_pixels(samples, 16, cache)
     assert len(decoded) == 9
-    for entry in cache.iterdir():
-        entry.write_bytes(entry.read_bytes()[:100])
-    np.testing.assert_array_equal(load_pixels(samples, 32, cache).images, changed.images)
-    assert len(decoded) == 12
+    array = BytesIO()
+    np.save(array, np.zeros(3))
+    for damage in (lambda whole: whole[:100], lambda _: b"", lambda _: array.getvalue()):
+        for entry in cache.iterdir():
+            entry.write_bytes(damage(entry.read_bytes()))
+        np.testing.assert_array_equal(load_pixels(samples, 32, cache).images, changed.images)
+    assert len(decoded) == 18
     # a mask rewritten with the same size in bytes
     mask = folder / "p2_segmentation.png"
     stat = mask.stat()
     os.utime(mask, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     load_pixels(samples, 32, cache)
-    assert len(decoded) == 15
+    assert len(decoded) == 21
 
 
 def test_unreadable_images_are_named(tmp_path: Path) -> None:
@@ -307,3 +311,9 @@ def test_real_sets(data_dir: Path | None) -> None:
     }
     assert len(validation) == 149 and len(training) > 2000 and len(both) > 1000
     assert all(s.origin == "isic2018" for s in training if s.id in both)
+
+
+def test_nothing_to_train_on_is_told(tmp_path: Path) -> None:
+    samples = find_samples(write_isic2017(tmp_path / "data", training=0, validation=2))
+    with pytest.raises(DataError, match="there are no training photos beside those of validation"):
+        split_samples(tiny_config(), samples, tmp_path / "cache")

@@ -110,16 +110,16 @@ def test_copies_of_held_out_photos_are_not_learnt_from(
 def test_photos_of_one_lesion_are_held_out_together(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for index in range(20):
+    for index in range(26):
         write(tmp_path, f"p{index:02d}", index)
     # as HAM10000's table: the id is not in the first column
     table = tmp_path / "table.csv"
-    rows = [f"lesion{index // 3},p{index:02d}.jpg,nevus" for index in range(18)]
-    table.write_text("\n".join(["lesion_id,image_id,diagnosis", *rows, ",p18,nevus"]))
+    rows = [f"lesion{index // 3},p{index:02d}.jpg,nevus" for index in range(24)]
+    table.write_text("\n".join(["lesion_id,image_id,diagnosis", *rows, ",p24,nevus"]))
     for kept, out in five_folds(tmp_path, groups=str(table)):
-        lesions = [{int(s.id[1:]) // 3 for s in part if int(s.id[1:]) < 18} for part in (kept, out)]
-        assert not lesions[0] & lesions[1] and len(lesions[0] | lesions[1]) == 6
-    assert "2 of 20 photos have no lesion_id" in capsys.readouterr().err
+        lesions = [{int(s.id[1:]) // 3 for s in part if int(s.id[1:]) < 24} for part in (kept, out)]
+        assert not lesions[0] & lesions[1] and len(lesions[0] | lesions[1]) == 8
+    assert "2 of 26 photos have no lesion_id" in capsys.readouterr().err
 
 
 def test_training_photos_of_a_validation_patient_are_left_out(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from model.train import main as train
 from model.truth import DataError
 from photos.quality import QualityTable
 from tests.support.lesions import write_pairs
-from tests.support.tiny import tiny_flags, write_isic2017
+from tests.support.tiny import changed_checkpoint, tiny_flags, write_isic2017
 
 SHIPPED = WEIGHTS.with_suffix(".quality.json")
 
@@ -112,6 +112,13 @@ def test_a_table_is_made_of_what_the_runs_held_out(
     with pytest.raises(SystemExit) as ended:
         main(["calibrate", *where, "--runs", str(folder / "none"), "--weights", str(weights)])
     assert ended.value.code == 1 and "holds no run" in capsys.readouterr().err
+    # The data has changed since: what the run was trained on is held out by its settings now.
+    turned = changed_checkpoint(
+        folder / "run-1", lambda state: state["config"]["data"].update(fold=0)
+    )
+    with turned, pytest.raises(SystemExit):
+        main(["calibrate", *where, *runs, "--weights", str(weights)])
+    assert "run-1 was trained on ISIC_" in capsys.readouterr().err
 
 
 def test_a_report_says_how_well_good_masks_are_told_from_bad_ones(

@@ -27,15 +27,31 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 from torch import Tensor
 
 from model import checkpoint, loop
-from model.config import PRESETS, ConfigError, LossConfig, TrainConfig, parse_config
+from model.config import (
+    PRESETS,
+    ConfigError,
+    DataConfig,
+    LossConfig,
+    TrainConfig,
+    load_config,
+    parse_config,
+)
 from model.generator import Generator, load_generator, load_metadata, save_generator
 from model.splits import prepare
 from model.teacher import Teacher
 from model.train import main
 from model.trainer import Trainer, TrainingError
+from model.zoo.network import ZooNetwork
 from tests.support import ROOT
 from tests.support.launch import free_port
-from tests.support.tiny import GENERATOR, pixel_set, tiny_config, tiny_flags, write_isic2017
+from tests.support.tiny import (
+    GENERATOR,
+    changed_checkpoint,
+    pixel_set,
+    tiny_config,
+    tiny_flags,
+    write_isic2017,
+)
 
 
 @pytest.fixture(scope="session")
@@ -143,14 +159,17 @@ def test_a_run_from_the_command_line(
     main([*flags, "--resume"])
     assert (out / "last.pt").read_bytes() == before
     refused(capsys, [*flags, *tiny_flags()], "holds a run: pass --resume, or another --out")
-    refused(
-        capsys, [*flags, "--resume", "--set", "epochs=9"], "leave --config, --set and --network out"
-    )
+    for changed in (["--set", "epochs=9"], ["--preset", "best"]):
+        says = "leave --preset, --config, --set and --network out"
+        refused(capsys, [*flags, "--resume", *changed], says)
     # another architecture than the checkpoint's
     text = (out / "config.yaml").read_text()
     (out / "config.yaml").write_text(text.replace("- 10\n", "- 12\n"))
     says = "was made with generator.widths=[4, 6, 8, 10], not [4, 6, 8, 12]: resume with the run's"
     refused(capsys, [*flags, "--resume"], says)
+    for damage in (b"\xff", b"init: 2024-13-45", b"- 1", b"epoch: 1"):
+        (out / "config.yaml").write_bytes(damage)
+        refused(capsys, [*flags, "--resume"], "config.yaml")
 
 
 def test_tensorboard_has_scalars_and_pictures(tmp_path: Path) -> None:
@@ -257,6 +276,13 @@ def test_uniform_masks_can_be_allowed(tmp_path: Path) -> None:
         (["--set", "generator.camform=eq1"], "did you mean generator.cam_form"),
         (["--set", "epochs"], "--set takes KEY=VALUE, not 'epochs'"),
         (["--set", "epochs=[1"], "--set epochs=[1: the value is not readable"),
+        (["--set", "seed=2024-13-45"], "--set seed=2024-13-45: the value is not readable"),
+        (
+            [*tiny_flags(), "--set", "data.folds=99", "--set", "data.fold=98"],
+            "fold 98 of 99 holds none of the 10 training photos",
+        ),
+        ([*tiny_flags(), "--cache", str(ROOT / "LICENSE")], "LICENSE"),
+        ([*tiny_flags(), "--out", str(ROOT / "LICENSE")], "LICENSE"),
         (["--preset", "bets"], "no preset 'bets'; presets: best"),
         (["--config", "nowhere.yaml"], "nowhere.yaml is not a readable YAML file"),
         (["--resume"], "config.yaml does not exist; start the run without --resume"),
@@ -264,11 +290,11 @@ def test_uniform_masks_can_be_allowed(tmp_path: Path) -> None:
         ([*tiny_flags(), "--set", "batch_size=64"], "batch_size 64 is larger than the training se"),
         (
             [*tiny_flags(), "--set", "init=no.safetensors"],
-            "init: no.safetensors holds no readable weights",
+            "no.safetensors holds no readable weights",
         ),
         (
             [*tiny_flags(), "--set", "data.teacher=no.npz", "--set", "loss.teacher=0.5"],
-            "data.teacher: no.npz was not written by model.distill",
+            "no.npz was not written by model.distill",
         ),
     ],
 )
@@ -292,6 +318,18 @@ def test_checkpoints_of_something_else_are_refused(tmp_path: Path) -> None:
     other = dataclasses.replace(config.generator, multiscale=False)
     with pytest.raises(ConfigError, match=r"made with generator\.multiscale=True, not False: res"):
         checkpoint.load(trainer(tmp_path, dataclasses.replace(config, generator=other)))
+    # the same table, by another path
+    table = {"groups": "g.csv"}
+    with changed_checkpoint(tmp_path, lambda state: state["config"]["data"].update(table)):
+        found = dataclasses.replace(config, data=DataConfig(groups=str(Path("g.csv").absolute())))
+        checkpoint.load(trainer(tmp_path, found))
+    # an option that has been deleted since
+    run = trainer(tmp_path, config)
+    run.config = dataclasses.replace(config, network="unet")
+    options = {"network": "unet", "options": {"width": 8}}
+    wider = changed_checkpoint(tmp_path, lambda state: state["config"].update(options))
+    with wider, pytest.raises(ConfigError, match=r"made with options\.width=8, not None: resume"):
+        checkpoint.load(run)
     with pytest.raises(ConfigError, match="made from another training set: pass the same --data"):
         checkpoint.load(trainer(tmp_path, config, images=9))
     # a file whose weights are not those of the architecture that it names
@@ -341,6 +379,46 @@ def test_two_processes_do_not_train_in_one_folder(data: Path, cache: Path, tmp_p
         loop.train(tiny_config(epochs=1), data, tmp_path / "run", cache)
     assert not any((tmp_path / "run").glob("*.pt"))
     assert loop.train(tiny_config(epochs=1), data, tmp_path / "run", cache).epoch == 1
+
+
+def test_a_run_that_another_process_began_meanwhile_is_left_alone(
+    data: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, last = tiny_config(epochs=1), tmp_path / "run" / "last.pt"
+
+    def prepare_slowly(*args: Any) -> Any:
+        last.parent.mkdir()
+        last.write_bytes(b"of another process")
+        return prepare(*args)
+
+    monkeypatch.setattr(loop, "prepare", prepare_slowly)
+    with pytest.raises(ConfigError, match=r"run holds a run: pass --resume, or another --out"):
+        loop.train(config, data, last.parent, cache)
+    assert [path.name for path in last.parent.iterdir()] == ["last.pt"]
+    assert last.read_bytes() == b"of another process"
+
+
+def test_a_checkpoint_needs_no_weights_to_start_from(
+    data: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(epochs=2)
+    save_generator(Generator(config.generator), tmp_path / "given.safetensors")
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(config, init="given.safetensors")
+    monkeypatch.setattr(loop, "run", lambda run: run.progress)
+    loop.train(config, data, tmp_path / "out", cache)
+    monkeypatch.undo()
+    (tmp_path / "given.safetensors").unlink()
+    saved = load_config(file=tmp_path / "out" / "config.yaml")
+    assert saved.init == str(tmp_path / "given.safetensors")
+    assert loop.train(saved, data, tmp_path / "out", cache, resume=True).epoch == 2
+
+    def start(_: ZooNetwork) -> None:
+        raise AssertionError("weights of a package are read")
+
+    monkeypatch.setattr(ZooNetwork, "start", start)
+    photos, config = pixel_set(4), tiny_config(network="enet")
+    Trainer(config, tmp_path, photos, {"validation": photos}, fresh=False)
 
 
 def command(data: Path, cache: Path, out: Path, *flags: str) -> list[str]:
@@ -433,7 +511,7 @@ def test_batches_must_divide_by_the_processes(
     ("rate", "batch_size", "step"),
     [
         ("1e30", 4, 1),  # the loss after the first update
-        (".inf", 8, 0),  # one step an epoch: its loss is a number still, its weights are none
+        ("1e39", 8, 0),  # one step an epoch: its loss is a number still, its weights are none
     ],
 )
 def test_nan_stops_with_step_and_config_named(
@@ -456,6 +534,24 @@ def test_nan_stops_with_step_and_config_named(
     kept = state(tmp_path)
     assert kept["progress"]["epoch"] == 0
     assert all(t.isfinite().all() for t in _tensors(kept["network"]))
+
+
+def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(tmp_path, tiny_config())
+    checkpoint.save(run)
+    before = (tmp_path / "last.pt").read_bytes()
+
+    def full(_: object, path: Path) -> None:
+        path.write_bytes(before[:100])
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos\nframe #0")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(TrainingError, match=r"last\.pt cannot be written and stays as it was: \["):
+        checkpoint.save(run)
+    assert (tmp_path / "last.pt").read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_run_ends_at_early_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

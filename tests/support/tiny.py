@@ -1,9 +1,12 @@
 """A network, data sets and runs small enough to train in a test."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from model.config import DiscriminatorConfig, GeneratorConfig, TrainConfig
@@ -74,3 +77,17 @@ def write_isic2017(root: Path, training: int = 10, validation: int = 3) -> Path:
             masks = root / f"ISIC-2017_{part}_Part1_GroundTruth"
             write_pair(images, masks, f"ISIC_{i:07d}", i)
     return root
+
+
+@contextmanager
+def changed_checkpoint(run: Path, change: Callable[[dict[str, Any]], object]) -> Iterator[None]:
+    """`last.pt` of a run with its state changed, and as it was again at the end."""
+    last = run / "last.pt"
+    whole = last.read_bytes()
+    state = torch.load(last, weights_only=True)
+    change(state)
+    torch.save(state, last)
+    try:
+        yield
+    finally:
+        last.write_bytes(whole)
