@@ -58,20 +58,20 @@ def rotated(pixels: NDArray[Any], degrees: float) -> NDArray[Any]:
     return turned[margin : margin + side, margin : margin + side]
 
 
-def barred(pixels: Pixels, share: float, level: int = 0) -> Pixels:
-    """Between bars of one level that take this share of the height, above and below."""
+def barred(pixels: Pixels, share: float) -> Pixels:
+    """Between black bars that take this share of the height, above and below."""
     side = len(pixels)
     bar = round(side * share)
     inner = Image.fromarray(pixels).resize((side, side - 2 * bar), Image.Resampling.BOX)
-    framed = np.full_like(pixels, level)
+    framed = np.zeros_like(pixels)
     framed[bar : side - bar] = np.asarray(inner)
     return framed
 
 
-def bordered(pixels: Pixels, share: float, level: int = 0) -> Pixels:
-    """In a border of one level on all four sides, which takes this share of each side."""
-    across = barred(pixels, share, level).transpose(1, 0, 2)
-    return barred(np.ascontiguousarray(across), share, level).transpose(1, 0, 2).copy()
+def bordered(pixels: Pixels, share: float) -> Pixels:
+    """In a black border, which takes this share of each side."""
+    across = barred(pixels, share).transpose(1, 0, 2)
+    return barred(np.ascontiguousarray(across), share).transpose(1, 0, 2).copy()
 
 
 def seen_through_tube(pixels: Pixels, radius: float, softness: float = 1, level: int = 0) -> Pixels:
@@ -105,10 +105,8 @@ VARIATIONS: dict[str, tuple[Callable[[Pixels, float], Pixels], tuple[float, floa
 
 FRAMES: dict[str, Callable[[Pixels], Pixels]] = {
     "between black bars": partial(barred, share=0.125),
-    "between white bars": partial(barred, share=0.125, level=255),
     "in a black border": partial(bordered, share=0.05),
     "in a wide black border": partial(bordered, share=0.2),
-    "in a white border": partial(bordered, share=0.05, level=255),
     "in a round field of view": partial(seen_through_tube, radius=0.5),
     "in a small, soft and dark grey one": partial(
         seen_through_tube, radius=0.42, softness=4, level=30

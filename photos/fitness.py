@@ -32,10 +32,10 @@ _ONE, _OTHER = np.triu_indices(3, 1)
 _LEAST = 1e-6
 _BRIGHT, _DARK = 250, 20
 
-# A pixel of a frame has its brightest channel below the one, or its darkest above the other: tubes
-# of dermatoscopes are not quite black. A side of the picture is cut off while more than this share
-# of it is frame, until this many pixels are left; then it is no frame, but the picture itself.
-_FRAME_DARK, _FRAME_BRIGHT = 50, 235
+# A pixel of a frame has its brightest channel below this: tubes of dermatoscopes are not quite
+# black. A side of the picture is cut off while more than this share of it is frame, until so many
+# pixels are left; then it is no frame, but the picture itself.
+_FRAME_BELOW = 50
 _FRAME_SHARE = 0.08
 _LEAST_INSIDE = 64
 
@@ -123,9 +123,9 @@ class Detector:
     def distance(self, pixels: NDArray[np.uint8]) -> float:
         """How far a picture is from the photos of training, to three digits; 1 is the limit.
 
-        Bars that fill up a format, and the round field of view of a dermatoscope, are no more part
-        of the photo than a sheet of paper that it is printed on. So a picture is as near as what is
-        inside its frame.
+        Black bars that fill up a format, and what surrounds the round field of view of a
+        dermatoscope, are no part of the photo, and the network is used to them. So a picture is as
+        near as what is inside them. A white border is another thing: masks often reach up to it.
 
         Args:
             pixels: uint8 [128, 128, 3], what the network gets.
@@ -160,7 +160,7 @@ def is_unfit(distance: float) -> bool:
 
 
 def inside_frame(pixels: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
-    """What a nearly black or white frame surrounds, as large as the whole; None without a frame.
+    """What a nearly black frame surrounds, as large as the whole; None without a frame.
 
     The side that is frame for the largest part is cut off again and again. Of a round field of view
     this leaves about the square that fits into it.
@@ -171,11 +171,11 @@ def inside_frame(pixels: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
     Returns:
         uint8 [128, 128, 3], enlarged bilinearly.
     """
-    plain = (pixels.max(axis=2) < _FRAME_DARK) | (pixels.min(axis=2) > _FRAME_BRIGHT)
+    dark = pixels.max(axis=2) < _FRAME_BELOW
     # A lesion may be as dark. A frame is what the picture's edge reaches straight through.
     reached = np.logical_and.accumulate
-    frame = reached(plain) | reached(plain[::-1])[::-1]
-    frame |= reached(plain, axis=1) | reached(plain[:, ::-1], axis=1)[:, ::-1]
+    frame = reached(dark) | reached(dark[::-1])[::-1]
+    frame |= reached(dark, axis=1) | reached(dark[:, ::-1], axis=1)[:, ::-1]
     top, bottom, left, right = 0, _SIDE, 0, _SIDE
     while min(bottom - top, right - left) > _LEAST_INSIDE:
         rows, columns = slice(top, bottom), slice(left, right)

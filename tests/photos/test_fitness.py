@@ -66,13 +66,13 @@ def test_turning_a_picture_by_half_changes_nothing() -> None:
 
 
 def smooth(seed: int) -> NDArray[np.uint8]:
-    """A picture that interpolation changes little, and that is neither dark nor white."""
+    """A picture that interpolation changes little, and that is nowhere dark."""
     coarse = np.random.default_rng(seed).uniform(80, 200, (4, 4, 3))
     at = np.arange(128) // 32
     return coarse[at][:, at].astype(np.uint8)
 
 
-@pytest.mark.parametrize("level", [0, 30, 255])
+@pytest.mark.parametrize("level", [0, 30])
 def test_bars_are_no_part_of_a_picture(level: int) -> None:
     picture = smooth(2)
     framed = np.full_like(picture, level)
@@ -99,11 +99,14 @@ def test_what_has_no_frame_stays_as_it_is() -> None:
     assert inside_frame(whole) is None
     whole[40:90, 40:90] = 5
     assert inside_frame(whole) is None, "a dark lesion"
-    whole[:3] = 255
+    whole[:3] = 0
     inside = inside_frame(whole)
     assert inside is not None and (inside < 50).any(), "and it stays where there is one"
     for level in (0, 255):
         assert inside_frame(np.full((128, 128, 3), level, np.uint8)) is None
+    paper = np.full((128, 128, 3), 255, np.uint8)
+    paper[20:-20, 20:-20] = smooth(4)[20:-20, 20:-20]
+    assert inside_frame(paper) is None, "masks often reach up to a white border"
     small = np.zeros((128, 128, 3), np.uint8)
     small[40:90, 40:90] = smooth(4)[40:90, 40:90]
     assert inside_frame(small) is None, "what is left is less than half as wide"

@@ -6,7 +6,7 @@ const GRADES = [[0.8, "good"], [0.65, "fair"], [0, "poor"]];
 const PAIRS = [[0, 1], [0, 2], [1, 2]];
 const LEAST = 1e-6;
 const [BRIGHT, DARK] = [250, 20];
-const [FRAME_BRIGHT, FRAME_DARK, FRAME_SHARE, LEAST_INSIDE] = [235, 50, 0.08, 64];
+const [FRAME_BELOW, FRAME_SHARE, LEAST_INSIDE] = [50, 0.08, 64];
 
 const rounded = (value) => Number(value.toFixed(3));
 const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
@@ -56,15 +56,12 @@ function distanceOf(square, { limit, means, whitening, offsets }) {
 function insideFrame(square) {
   const side = Math.sqrt(square.length / 3);
   const all = [...Array(side).keys()];
-  const plain = new Uint8Array(side * side).map((_, i) => {
-    const pixel = square.subarray(3 * i, 3 * i + 3);
-    return Number(Math.max(...pixel) < FRAME_DARK || Math.min(...pixel) > FRAME_BRIGHT);
-  });
+  const dark = new Uint8Array(side * side).map((_, i) => Number(Math.max(...square.subarray(3 * i, 3 * i + 3)) < FRAME_BELOW));
   const frame = new Uint8Array(side * side);
   for (const order of [all, [...all].reverse()]) {
     for (const one of all) {
-      for (let i = 0; i < side && plain[one * side + order[i]]; i++) frame[one * side + order[i]] = 1;
-      for (let i = 0; i < side && plain[order[i] * side + one]; i++) frame[order[i] * side + one] = 1;
+      for (let i = 0; i < side && dark[one * side + order[i]]; i++) frame[one * side + order[i]] = 1;
+      for (let i = 0; i < side && dark[order[i] * side + one]; i++) frame[order[i] * side + one] = 1;
     }
   }
   let [top, bottom, left, right] = [0, side, 0, side];
