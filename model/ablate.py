@@ -272,9 +272,12 @@ def main(argv: list[str] | None = None) -> None:
         "--seeds", type=int, nargs="+", default=[0], metavar="N", help="one run for each"
     )
     parser.add_argument(
-        "--epochs", type=int, metavar="N", help="epochs of every run (default: each preset's own)"
+        "--epochs",
+        type=int,
+        metavar="N",
+        help="epochs of every run, whatever --set says (default: each preset's own)",
     )
-    add_network_argument(parser, "of every run (default: each preset's own)")
+    add_network_argument(parser, "of every run, whatever --set says (default: each preset's own)")
     add_set_argument(parser)
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder of runs, table and plot"
@@ -288,12 +291,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         overrides = parse_overrides(args.set)
-        for key, value in (("network", args.network), ("epochs", args.epochs)):
-            if value is None:
-                continue
-            if key in overrides:
-                raise ConfigError(f"--{key} and --set {key} are one setting: leave one out")
-            overrides = {key: value, **overrides}
+        named = {"network": args.network, "epochs": args.epochs}
+        overrides |= {key: value for key, value in named.items() if value is not None}
         rows = ablate(
             args.presets, args.seeds, overrides, args.data, args.out, args.cache, args.split
         )

@@ -113,8 +113,6 @@ def test_without_a_test_set_there_is_nothing_to_score(
     [
         (["--set", "seed=3"], "--set seed is the same for every run: use --seeds"),
         (["--set", "network=teacher"], "network=teacher is not served, and so not scored"),
-        (["--set", "epochs=3"], "--epochs and --set epochs are one setting: leave one out"),
-        (["--network", "enet", "--set", "network=unet"], "--network and --set network are one"),
         (["--out", __file__], "error: [Errno 17]"),
     ],
 )
