@@ -26,6 +26,8 @@ def main() -> int:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     settings = read_settings()
     configure(settings.log_level, settings.log_format)
+    for doubt in settings.doubts:
+        log.warning("%s", doubt)
     try:
         if settings.backend != "torch":
             # It is loaded once the port is open, but a wrong path is told at once.

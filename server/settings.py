@@ -370,28 +370,35 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
-    def _check_limits(self) -> Self:
-        # What is larger than the other limit would be refused as if it were worth trying again.
-        for most, one in _BOUNDS:
-            if getattr(self, most) < getattr(self, one):
-                raise ValueError(
-                    f"{_flag(most)} ({getattr(self, most)}) is below {_flag(one)}"
-                    f" ({getattr(self, one)}): raise the one or lower the other"
-                )
-        return self
-
-    @model_validator(mode="after")
     def _check_ports(self) -> Self:
         if self.port and self.port == self.grpc_port:
             raise ValueError(f"--port and --grpc-port are both {self.port}: each needs its own")
         return self
 
     @model_validator(mode="after")
-    def _check_keys(self) -> Self:
-        for name in ("metrics_keyed", "key_requests_per_s", "key_streams"):
-            if getattr(self, name) and self.api_keys_file is None:
-                raise ValueError(f"{_flag(name)} needs --api-keys-file: without keys all may come")
+    def _check_metrics(self) -> Self:
+        if self.metrics_keyed and self.api_keys_file is None:
+            raise ValueError(
+                "--metrics-keyed needs --api-keys-file: without keys all may read them"
+            )
         return self
+
+    @property
+    def doubts(self) -> list[str]:
+        """What is hardly meant so, in words: settings that others make useless, or worse."""
+        found = [
+            f"{_flag(most)} ({getattr(self, most)}) is below {_flag(one)} ({getattr(self, one)}):"
+            " what is larger is refused as if there were no room just now"
+            for most, one in _BOUNDS
+            if getattr(self, most) < getattr(self, one)
+        ]
+        if self.api_keys_file is None:
+            found += [
+                f"{_flag(name)} limits nobody: there is no --api-keys-file"
+                for name in ("key_requests_per_s", "key_streams")
+                if getattr(self, name)
+            ]
+        return found
 
     def bulk_timeout_s(self, asked_ms: float | None) -> float:
         """Seconds for a request with several photos that asks for `asked_ms`."""

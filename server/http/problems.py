@@ -79,8 +79,7 @@ _TOLD: dict[type[Problem], tuple[HTTPStatus, str]] = {
     ),
     Unavailable: (
         HTTPStatus.SERVICE_UNAVAILABLE,
-        " Try again when GET /health/ready answers 200, or GET /v2/models/NAME/ready if the request"
-        " names a network.",
+        " Try again when GET {ready} answers 200.",
     ),
     GoingDown: (HTTPStatus.SERVICE_UNAVAILABLE, ""),
     DeadlineExceeded: (
@@ -114,6 +113,7 @@ def told(problem: Problem, deadline: str = "X-Request-Timeout-Ms") -> Told:
     elif isinstance(problem, DeadlineExceeded):
         advice = advice.format(deadline=deadline)
     elif isinstance(problem, Unavailable):
+        advice = advice.format(ready=problem.ready)
         headers = {"Retry-After": "1"}
     return Told(status, detail + advice, headers)
 

@@ -86,9 +86,13 @@ class InferenceFailed(Problem):
 
 
 class Unavailable(Problem):
-    """The network is being loaded, or keeps failing."""
+    """The network is being loaded, or keeps failing; the path `ready` tells when it works."""
 
     reason = "unavailable"
+
+    def __init__(self, detail: str, ready: str = "/health/ready") -> None:
+        super().__init__(detail)
+        self.ready = ready
 
 
 class GoingDown(Unavailable):

@@ -105,7 +105,9 @@ class Served:
             Unavailable: nothing has been loaded yet.
         """
         if self._current is None:
-            raise Unavailable(f"The network {self.name} is still being loaded.")
+            raise Unavailable(
+                f"The network {self.name} is still being loaded.", f"/v2/models/{self.name}/ready"
+            )
         return self._current
 
     @property

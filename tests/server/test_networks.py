@@ -384,7 +384,7 @@ def test_one_that_is_loaded_is_named_by_its_refusals() -> None:
         await service.use(Held(0.25))
         with pytest.raises(Unavailable, match="network other is still being loaded") as refused:
             await answer_of(service, "other")
-        assert "GET /v2/models/NAME/ready" in told(refused.value).detail
+        assert "GET /v2/models/other/ready answers" in told(refused.value).detail
         await service.close()
 
     asyncio.run(asyncio.wait_for(scenario(), 60))

@@ -1,6 +1,7 @@
 """What is wrong with the surroundings is said at the start, or does no harm."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -93,11 +94,7 @@ def test_no_timer_is_too_long_for_the_clock() -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"max_bytes_in_flight": 2**20}, "--max-bytes-in-flight .* --max-body-bytes"),
-        ({"max_pixels": 2**30}, "--max-pixels-decoding .* --max-pixels "),
         ({"metrics_keyed": True}, "--metrics-keyed needs --api-keys-file"),
-        ({"key_requests_per_s": 1}, "--key-requests-per-s needs --api-keys-file"),
-        ({"key_streams": 1}, "--key-streams needs --api-keys-file"),
         ({"port": 8001, "grpc_port": 8001}, "--port and --grpc-port are both 8001"),
         ({"threads": 1025}, "threads"),
         ({"decode_threads": 10**6}, "decode_threads"),
@@ -122,9 +119,30 @@ def test_origins_are_read_from_a_list() -> None:
     assert settings.origins == ["https://a.example:8443", "http://[::1]:3000", "*", "null"]
 
 
-def test_what_contradicts_is_told_in_one_line() -> None:
-    said = refused("--max-bytes-in-flight", "9", SLSNET_MAX_BODY_BYTES="10")
-    assert "--max-bytes-in-flight (9) is below --max-body-bytes (10)" in said.splitlines()[-1]
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"max_bytes_in_flight": 2**20}, "--max-bytes-in-flight .* --max-body-bytes"),
+        ({"max_pixels": 2**30}, "--max-pixels-decoding .* --max-pixels "),
+        ({"key_requests_per_s": 1}, "--key-requests-per-s limits nobody"),
+        ({"key_streams": 1}, "--key-streams limits nobody"),
+    ],
+)
+def test_settings_that_are_hardly_meant_are_doubted(given: dict[str, Any], words: str) -> None:
+    (doubt,) = Settings(**given).doubts
+    assert re.match(words, doubt)
+    assert not Settings().doubts
+
+
+def test_doubts_are_told_at_the_start() -> None:
+    with serve("--max-bytes-in-flight", "9", "--max-body-bytes", "10") as server:
+        assert "WARNING" in server.log()
+        assert "--max-bytes-in-flight (9) is below --max-body-bytes (10)" in server.log()
+
+
+def test_ports_that_clash_are_told_in_one_line() -> None:
+    said = refused("--port", "8001", SLSNET_GRPC_PORT="8001")
+    assert "--port and --grpc-port are both 8001" in said.splitlines()[-1]
 
 
 def test_an_infinite_drain_is_an_error_that_names_the_variable() -> None:

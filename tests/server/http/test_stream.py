@@ -275,7 +275,7 @@ def test_a_client_that_does_not_read_is_cut_off(impatient: ServerProcess) -> Non
 
 
 def test_frames_that_come_slowly_count_as_bytes_in_flight() -> None:
-    with serve("--max-bytes-in-flight", "100000", "--max-body-bytes", "100000") as server:
+    with serve("--max-bytes-in-flight", "100000") as server:
         with connect(server) as connection:
             connection.sendall(HANDSHAKE + b"\r\n" + frame_of(b"x" * 80_000, announced=90_000))
             until(lambda: figures(server)["slsnet_bytes_in_flight"] >= 80_000)
@@ -362,6 +362,9 @@ def test_a_key_has_so_many_streams_and_no_other_notices(tmp_path: Path) -> None:
         with stream(server, headers=clinic) as again:
             again.send(JPEG)
             assert said(again)["type"] == "mask"
+    # Without keys there is nobody to count for.
+    with serve("--key-streams", "1") as server, stream(server), stream(server):
+        assert figures(server)["slsnet_streams"] == 2
 
 
 def test_pages_of_other_sites_are_refused(locked: Locked, strict: ServerProcess) -> None:

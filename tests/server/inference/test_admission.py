@@ -330,7 +330,7 @@ def test_bulk_has_half_of_the_places_whoever_has_the_others(clock: Clock) -> Non
 
 
 def test_bulk_leaves_half_of_the_bytes_to_others(clock: Clock) -> None:
-    gate = Gate(Settings(max_bytes_in_flight=100, max_body_bytes=100))
+    gate = Gate(Settings(max_bytes_in_flight=100))
     with contextlib.ExitStack() as stack:
 
         def come(*, bulk: bool) -> Place:
