@@ -1,4 +1,4 @@
-"""Reads what an ONNX file says of itself, without the libraries that could run it."""
+"""What an ONNX file says of itself, read and written without the libraries that could run it."""
 
 import os
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["read_metadata"]
+__all__ = ["entry", "read_metadata"]
 
 # onnx.proto: ModelProto.metadata_props is 14; an entry has its key in 1 and its value in 2.
 _PROPERTIES, _KEY, _VALUE = 14, 1, 2
@@ -26,10 +26,15 @@ def read_metadata(path: Path) -> dict[str, str]:
     """
     metadata = {}
     with path.open("rb") as file:
-        for _, entry in _fields(file, {_PROPERTIES}):
-            parts = dict(_fields(BytesIO(entry), {_KEY, _VALUE}))
+        for _, found in _fields(file, {_PROPERTIES}):
+            parts = dict(_fields(BytesIO(found), {_KEY, _VALUE}))
             metadata[parts.get(_KEY, b"").decode()] = parts.get(_VALUE, b"").decode()
     return metadata
+
+
+def entry(key: str, value: str) -> bytes:
+    """A key and its value, as bytes that may be appended to an ONNX file."""
+    return _field(_PROPERTIES, _field(_KEY, key.encode()) + _field(_VALUE, value.encode()))
 
 
 def _fields(file: BinaryIO, wanted: set[int]) -> Iterator[tuple[int, bytes]]:
@@ -60,3 +65,12 @@ def _number(file: BinaryIO) -> int | None:
         if byte[0] < 0x80:
             return number
     raise ValueError("it is no ONNX file")
+
+
+def _field(number: int, content: bytes) -> bytes:
+    size, length = len(content), bytearray()
+    while size > 0x7F:
+        length.append(size & 0x7F | 0x80)
+        size >>= 7
+    length.append(size)
+    return bytes([number << 3 | _BYTES]) + bytes(length) + content

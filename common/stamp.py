@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from common.metadata import entry
 from photos.image import MODEL_SIZE
 
 __all__ = [
@@ -51,16 +52,16 @@ def stamped(content: bytes, infer: Infer | None) -> bytes:
     content = unstamped(content)
     if infer is not None:
         answers = base64.b64encode(_brief(infer(trial_images()))).decode()
-        content += _entry(ANSWERS, answers)
-    return content + _entry(DIGEST, hashlib.sha256(content).hexdigest())
+        content += entry(ANSWERS, answers)
+    return content + entry(DIGEST, hashlib.sha256(content).hexdigest())
 
 
 def unstamped(content: bytes) -> bytes:
     """The bytes without what `stamped` appended."""
     for key, length in ((DIGEST, 64), (ANSWERS, _ANSWERS_LENGTH)):
-        entry = _entry(key, "0" * length)
-        if content[-len(entry) :].startswith(entry[:-length]):
-            content = content[: -len(entry)]
+        last = entry(key, "0" * length)
+        if content[-len(last) :].startswith(last[:-length]):
+            content = content[: -len(last)]
     return content
 
 
@@ -70,7 +71,7 @@ def check_digest(content: bytes) -> None:
     Raises:
         StampError: it does not match.
     """
-    start = _entry(DIGEST, "0" * 64)[:-64]
+    start = entry(DIGEST, "0" * 64)[:-64]
     at = content.rfind(start)
     if at < 0:
         return
@@ -124,17 +125,3 @@ def _brief(probabilities: NDArray[np.float32]) -> bytes:
     cells = probabilities.reshape(-1, _CELLS, cell, _CELLS, cell).mean((2, 4))
     brief: bytes = np.rint(np.clip(cells, 0, 1) * 255).astype(np.uint8).tobytes()
     return brief
-
-
-def _entry(key: str, value: str) -> bytes:
-    """A key and its value among ONNX's metadata (onnx.proto: ModelProto.metadata_props is 14)."""
-    return _field(14, _field(1, key.encode()) + _field(2, value.encode()))
-
-
-def _field(number: int, content: bytes) -> bytes:
-    size, length = len(content), bytearray()
-    while size > 0x7F:
-        length.append(size & 0x7F | 0x80)
-        size >>= 7
-    length.append(size)
-    return bytes([number << 3 | 2]) + bytes(length) + content

@@ -51,12 +51,8 @@ class GeneratorConfig:
     pam_pool: tuple[int, int] = (1, 1)
     cam: bool = True  # channel attention after every factorised layer (Table 4)
     cam_form: CamForm = "danet"  # eq. 1 saturates to an arg-max; see docs/training.md
-    widths: tuple[Width, Width, Width, Width] = (
-        16,
-        32,
-        64,
-        128,
-    )  # stem, 1/2, 1/4 and 1/8 resolution
+    # at the stem, and at 1/2, 1/4 and 1/8 resolution
+    widths: tuple[Width, Width, Width, Width] = (16, 32, 64, 128)
     encoder_blocks: Count = 4  # FCMs at 1/4 resolution
     dilations: tuple[Width, ...] = (2, 4, 8, 16, 2, 4, 8, 16)  # one FCM each at 1/8 (ERFNet's)
     decoder_blocks: Count = 2  # FCMs after each up-sampling

@@ -303,7 +303,7 @@ class Settings(BaseSettings):
     @property
     def origins(self) -> list[str]:
         """The origins whose pages may use the API; `*` is all."""
-        return [origin.strip() for origin in self.cors_origins.split(",") if origin.strip()]
+        return _listed(self.cors_origins)
 
     @property
     def bulk_queue(self) -> int:
@@ -340,7 +340,7 @@ class Settings(BaseSettings):
     @field_validator("cors_origins")
     @classmethod
     def _check_origins(cls, origins: str) -> str:
-        for origin in filter(None, map(str.strip, origins.split(","))):
+        for origin in _listed(origins):
             if not _ORIGIN.fullmatch(origin):
                 raise ValueError(
                     f"{origin!r} is no origin as browsers send it, such as https://clinic.example"
@@ -505,6 +505,10 @@ def _by_name(parser: argparse.ArgumentParser, given: dict[str, Any]) -> dict[str
 def _is_unnamed(entry: str) -> bool:
     """Whether a `--model` is the default one's file, and no NAME=FILE."""
     return "=" not in entry or entry.startswith(("./", "/"))
+
+
+def _listed(origins: str) -> list[str]:
+    return [origin.strip() for origin in origins.split(",") if origin.strip()]
 
 
 def _flag(name: str) -> str:
