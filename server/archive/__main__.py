@@ -311,6 +311,8 @@ async def _serve(options: argparse.Namespace, journal: Journal) -> int:
     def why_not_ready() -> str:
         if stopped.is_set():
             return "stopping"
+        if not receiver.listens:
+            return "starting"
         return "" if journal.has_room else "the journal or its disk is full"
 
     health = Health(options.health_host, options.health_port, metrics, why_not_ready)

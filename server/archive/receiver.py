@@ -232,6 +232,11 @@ class Receiver:
         return int(listener.server_address[1])
 
     @property
+    def listens(self) -> bool:
+        """Whether new associations are taken."""
+        return self._listener is not None
+
+    @property
     def associations(self) -> int:
         """How many there are now."""
         return len(self._listener.active_associations) if self._listener else 0

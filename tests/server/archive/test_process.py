@@ -1,7 +1,9 @@
 """The process as it is run: killed, stopped, looked at, and told what is wrong with its options."""
 
+import asyncio
 import gc
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -10,12 +12,15 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import httpx
 import pytest
 
 pytest.importorskip("pynetdicom", reason="needs requirements-dicom.txt")
 
-from server.archive.__main__ import main
+from server.archive.__main__ import _serve as serve
+from server.archive.__main__ import main, parsed
 from server.archive.journal import SEGMENT, Journal
+from server.archive.receiver import Receiver
 from tests.support import ROOT
 from tests.support.archives import (
     PATIENT,
@@ -93,6 +98,31 @@ def test_a_stop_leaves_what_is_not_done_for_the_next_start(tmp_path: Path) -> No
             assert process.process.wait(60) == 0
         with StubArchive(gone) as archive, serve_archive(tmp_path, *flags):
             until(lambda: len(archive.held) == 3)
+
+
+def test_it_is_ready_once_it_takes_photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    health_port = free_port()
+    told = []
+
+    def look() -> None:
+        with httpx.Client(base_url=f"http://127.0.0.1:{health_port}") as client:
+            answer = client.get("/health/ready")
+        told.append((answer.status_code, answer.text))
+
+    def start(receiver: Receiver, host: str, port: int) -> int:
+        look()
+        port = usual(receiver, host, port)
+        look()
+        os.kill(os.getpid(), signal.SIGTERM)
+        return port
+
+    usual = Receiver.start
+    monkeypatch.setattr(Receiver, "start", start)
+    flags = ["--journal", f"{tmp_path}", "--server", "http://127.0.0.1:9", "--any-peer"]
+    flags += ["--stow", "http://127.0.0.1:9", "--port", "0", "--health-port", f"{health_port}"]
+    with Journal(tmp_path) as journal:
+        assert asyncio.run(serve(parsed(["serve", *flags]), journal)) == 0
+    assert told == [(503, "starting\n"), (200, "ready\n")]
 
 
 def test_dead_letters_by_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
