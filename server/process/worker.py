@@ -95,6 +95,7 @@ class _Server(uvicorn.Server):
         self._service = service
         self._held = held
         self._feeds = feeds
+        self._shares_port = shares_port
         self._closes_port = not shares_port
         door = Door(service)
         self._house = House(
@@ -169,7 +170,7 @@ class _Server(uvicorn.Server):
             self._drain_with_all()
         elif set(self._held) - {signal.SIGHUP}:
             self._drain()
-        if not self._closes_port:
+        if self._shares_port:
             await self._wait_for_networks()
         if self._grpc is not None:
             try:
@@ -182,19 +183,26 @@ class _Server(uvicorn.Server):
         for listener in sockets or []:
             listener.setblocking(False)
             listener.listen(self.config.backlog)
-            self._listen(listener)
+            if not self.should_exit:
+                self._listen(listener)
         # All objects made by now stay: no garbage collection need go through them again.
         gc.freeze()
         self.started = True
+
+    @property
+    def _is_loading(self) -> bool:
+        networks = self._service.networks
+        return not all(one.works or one.name in networks.refusals for one in networks)
 
     async def _wait_for_networks(self) -> None:
         """Leave connections to the workers that have their networks, until this one has its own.
 
         Not for long, since there may be no others, and somebody has to say that the server lives.
+        It is the same for one that is told to stop as it starts: the others still serve then.
         """
-        networks, give_up = self._service.networks, self._loop.time() + _FIRST_LOAD_S
-        while not all(one.works or one.name in networks.refusals for one in networks):
-            if self._service.drain.begun or self.should_exit or self._loop.time() > give_up:
+        give_up = self._loop.time() + _FIRST_LOAD_S
+        while self._is_loading:
+            if self.should_exit or self._loop.time() > give_up:
                 break
             await asyncio.sleep(_LOOK_S)
 
@@ -250,6 +258,9 @@ class _Server(uvicorn.Server):
         # Else a client could connect between the last accept and the end of the port.
         if self._closes_port and all(map(refuse_newcomers, sockets or [])):
             await asyncio.sleep(_LAST_ACKS_S)
+        if self._shares_port and self._is_loading:
+            # Those who can answer go first. If there are none, somebody has to say so.
+            await asyncio.sleep(_LAST_REQUESTS_S)
         for listener in sockets or []:
             await self._accept_backlog(listener)
         await asyncio.sleep(_LAST_REQUESTS_S)

@@ -20,7 +20,7 @@ import pytest
 from server.observe.shared_metrics import Folder
 from tests.support import MODEL, ROOT
 from tests.support.answers import figures
-from tests.support.clients import terminate_under_load
+from tests.support.clients import masks_of, sending, terminate_under_load
 from tests.support.launch import ServerProcess, free_port, serve
 from tests.support.samples import Sample
 from tests.support.waiting import until
@@ -144,6 +144,37 @@ def test_sigterm_drains_all_workers_and_loses_nothing(
     terminate_under_load(pair, photos[:6])
     assert not any(child.is_running() for child in children)
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(("sharing", "grace_s"), [("no", "5"), ("yes", "5"), ("no", "0")])
+def test_sigterm_while_a_worker_starts_loses_nothing(
+    sharing: str, grace_s: str, photos: list[Sample]
+) -> None:
+    flags = ("--workers", "2", "--share-network", sharing, "--drain-grace-s", grace_s)
+    with serve(*flags, "--model", str(MODEL)) as server:
+        until(lambda: figures(server)["slsnet_ready"] == 1)
+        # Of the two the one that serves now goes on, and the other starts while clients come.
+        until(lambda: server.log().count("Started server process") == 2)
+        masks = masks_of(server, photos[:4])
+        (first, *_) = _of_http(server)
+        first.kill()
+        until(lambda: first not in _of_http(server))
+        with sending(server, photos[:4], masks) as ledgers:
+            until(lambda: len(_of_http(server)) == 2)
+            server.terminate()
+            until(lambda: all(ledger.is_refused for ledger in ledgers))
+            assert server.wait() == 0
+    assert [ledger.wrong for ledger in ledgers] == [[]] * 4
+    assert sum(ledger.right for ledger in ledgers) > 0
+
+
+def _of_http(server: ServerProcess) -> list[psutil.Process]:
+    found = []
+    for worker in workers(server):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "server.process.worker" in worker.cmdline():
+                found.append(worker)
+    return found
 
 
 def test_a_worker_that_is_stopped_alone_leaves_the_port_to_the_others(pair: ServerProcess) -> None:
