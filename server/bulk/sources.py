@@ -27,6 +27,9 @@ SUFFIXES = (
 )
 """Suffixes of a folder's photos, in any case; files of a list may have any suffix."""
 
+# How the ISIC challenges call what lies beside a photo and belongs to it, before the suffix.
+_BELONGS = ("_segmentation", "_superpixels")
+
 # The first columns of a table of results.
 _OURS = ("path", "mask", "status", "error")
 
@@ -69,7 +72,8 @@ class Source:
         self.manifest = manifest
         self._results = results
         self.passed_over: Counter[str] = Counter()
-        """The number of a folder's files that are not photos, by suffix."""
+        """The number of a folder's files that are not photos, by suffix, or by what ISIC's masks
+        and superpixels have in place of one."""
 
     @property
     def identity(self) -> str:
@@ -124,10 +128,12 @@ class Source:
                 # For example a link to itself.
                 yield self._unreadable(path, is_file=is_photo)
                 continue
-            if is_photo:
-                yield self._found(path)
-            else:
+            if not is_photo:
                 self.passed_over[suffix] += 1
+            elif belongs := _belongs_to_a_photo(path):
+                self.passed_over[belongs + suffix] += 1
+            else:
+                yield self._found(path)
 
     def _named(self, entry: str) -> Listed:
         path = Path(os.path.normpath(self.root / entry))
@@ -153,6 +159,18 @@ class Source:
             # Its row will say so.
             return Listed(name, None, None)
         return Listed(name, status.st_size, status.st_mtime_ns)
+
+
+def _belongs_to_a_photo(path: Path) -> str:
+    """How the name of a photo's mask or superpixels goes on after the photo's; empty for others."""
+    for ending in _BELONGS:
+        stem = path.stem.lower().removesuffix(ending)
+        if stem != path.stem.lower():
+            photo = path.stem[: len(stem)]
+            names = (photo + form for suffix in SUFFIXES for form in (suffix, suffix.upper()))
+            if any(path.with_name(name).is_file() for name in names):
+                return ending
+    return ""
 
 
 def open_source(path: Path, results: Path) -> Source:

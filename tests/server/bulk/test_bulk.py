@@ -35,7 +35,7 @@ from server.backends import Backend, BackendInfo, Images
 from server.bulk import segmenter
 from server.bulk.__main__ import main
 from server.bulk.ledger import Ledger, Listing, Row, Task
-from server.bulk.sources import BulkError, Listed
+from server.bulk.sources import BulkError, Listed, open_source
 from server.settings import SHIPPED_MODEL
 from tests.support import MODEL, ROOT
 from tests.support.dicom import dicom_bytes, needs_dicom
@@ -401,6 +401,30 @@ def test_a_shorter_manifest_leaves_what_it_no_longer_names(
 
 
 @pytest.mark.usefixtures("small_networks")
+def test_masks_and_superpixels_beside_photos_are_no_photos(tmp_path: Path) -> None:
+    photos, results = tmp_path / "photos", tmp_path / "results"
+    for name in (
+        *("a.jpg", "a_segmentation.png", "a_superpixels.png", "B.JPG", "B_Segmentation.PNG"),
+        # Without the photo, or with another name, nobody knows what they are.
+        *(
+            "c_segmentation.png",
+            "a_segmentation_2.png",
+            "below/a_segmentation.png",
+            "_segmentation.png",
+        ),
+    ):
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        (photos / name).touch()
+    source = open_source(photos, results)
+    assert sorted(photo.path for photo in source.photos()) == sorted(
+        (
+            *("a.jpg", "B.JPG", "c_segmentation.png", "a_segmentation_2.png"),
+            *("below/a_segmentation.png", "_segmentation.png"),
+        )
+    )
+    assert source.passed_over == {"_segmentation.png": 2, "_superpixels.png": 1}
+
+
 def test_a_source_with_no_photos_takes_no_results(
     folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
