@@ -28,7 +28,7 @@ def health_router(service: Service) -> APIRouter:
         responses=problem_responses(503),
     )
     async def ready() -> StatusAnswer:
-        service.check_ready()
+        service.check_server_ready()
         return StatusAnswer(status="ready", backend=service.backend.name)
 
     @router.get(

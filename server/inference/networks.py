@@ -32,6 +32,11 @@ class Networks:
     def __contains__(self, name: str) -> bool:
         return name in self._served
 
+    @property
+    def are_loading(self) -> bool:
+        """Whether one has not been loaded yet, and may still be."""
+        return any(one.info is None and one.name not in self.refusals for one in self)
+
     def named(self, name: str | None) -> Served:
         """The network that a request names; None for the default one.
 

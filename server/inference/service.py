@@ -13,6 +13,7 @@ from server.inference.admission import Gate
 from server.inference.batching import Batcher
 from server.inference.budgets import PixelBudget
 from server.inference.drain import Drain
+from server.inference.errors import Unavailable
 from server.inference.networks import Networks
 from server.inference.proving import proved
 from server.inference.served import Network, Served
@@ -46,8 +47,10 @@ class Service:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the default network is warm and works, and the server does not drain."""
-        return self.networks.default.works and not self.drain.begun
+        """Whether the server is ready; see `check_server_ready`."""
+        return (
+            self.networks.default.works and not self.networks.are_loading and not self.drain.begun
+        )
 
     @property
     def backend(self) -> BackendInfo:
@@ -67,6 +70,18 @@ class Service:
         """
         self.networks.named(network).check_works()
         self.drain.check()
+
+    def check_server_ready(self) -> None:
+        """Check that the server is ready: one that it replaces may go.
+
+        The default network works, and all others have been loaded, or refused.
+
+        Raises:
+            Unavailable: that is not so, or the server drains.
+        """
+        self.check_ready()
+        if self.networks.are_loading:
+            raise Unavailable("Further networks are still being loaded.")
 
     async def use(
         self,

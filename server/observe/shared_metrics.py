@@ -5,6 +5,8 @@ by process id; here a new worker continues the files of the one it replaces, so 
 fill the folder. The files have their full size from the start: a write to a mapping in full memory
 ends a process with SIGBUS. And the folder is locked while the supervisor or a worker lives, so that
 the next start can remove one that was left behind.
+
+The folder also has a mark of each worker that accepts connections, for those that start beside it.
 """
 
 import contextlib
@@ -16,7 +18,7 @@ from pathlib import Path
 
 from prometheus_client.multiprocess import mark_process_dead
 
-__all__ = ["SHARED_FOLDER", "WORKER", "Folder"]
+__all__ = ["SHARED_FOLDER", "WORKER", "Folder", "mark_accepting", "others_accept"]
 
 SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 """Environment variable that the library reads when it is imported: the shared folder."""
@@ -25,6 +27,7 @@ WORKER = "SLSNET_METRICS_WORKER"
 """Environment variable: the number of the worker, which names its files."""
 
 _PREFIX = "slsnet-metrics-"
+_MARK = "accepts-"
 _LOCK = "lock"
 
 # One file for each kind of metric.
@@ -80,12 +83,34 @@ class Folder:
                 raise
 
     def vacate(self, worker: int) -> None:
-        """Remove the metrics that a worker has only while it lives."""
+        """Remove the metrics that a worker has only while it lives, and its mark."""
+        _mark(self.path, str(worker)).unlink(missing_ok=True)
         mark_process_dead(worker, self.path)  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:
         """Remove the folder with all its files."""
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def mark_accepting(*, accepts: bool) -> None:
+    """Let the other workers know whether this one accepts connections; for a worker alone."""
+    mark = _mark(Path(os.environ[SHARED_FOLDER]), os.environ[WORKER])
+    # Without it the others wait for no longer than if this one were not there.
+    with contextlib.suppress(OSError):
+        if accepts:
+            mark.touch()
+        else:
+            mark.unlink(missing_ok=True)
+
+
+def others_accept() -> bool:
+    """Whether another worker than this one accepts connections."""
+    folder, own = Path(os.environ[SHARED_FOLDER]), os.environ[WORKER]
+    return any(mark != _mark(folder, own) for mark in folder.glob(f"{_MARK}*"))
+
+
+def _mark(folder: Path, worker: str) -> Path:
+    return folder / f"{_MARK}{worker}"
 
 
 def _sweep(parent: Path) -> None:

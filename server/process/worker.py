@@ -37,7 +37,7 @@ from server.inference.service import Service
 from server.inference.sharing.feeder import Address
 from server.keys import KeyFileError
 from server.observe.logs import configure, silence_libtiff
-from server.observe.shared_metrics import SHARED_FOLDER
+from server.observe.shared_metrics import SHARED_FOLDER, mark_accepting, others_accept
 from server.process.child import ALL_STOP, end_after, hold_signals, outlives
 from server.process.connections import WANTED_ON_TOP, Connection, House
 from server.process.port import refuse_newcomers
@@ -56,8 +56,8 @@ _AT_ONCE = 4
 # Seconds without accepting connections when files or memory are short.
 _PAUSE_S = 0.2
 
-# Seconds in which a worker beside others loads its networks before it accepts connections,
-# and between two looks at how far they are.
+# Seconds in which a worker loads its networks before it accepts connections though no other one
+# does, and between two looks at how far they are.
 _FIRST_LOAD_S = 10.0
 _LOOK_S = 0.01
 
@@ -172,7 +172,7 @@ class _Server(uvicorn.Server):
             self._drain()
         if self._shares_port:
             await self._wait_for_networks()
-        if self._grpc is not None:
+        if self._grpc is not None and not self.should_exit:
             try:
                 await self._grpc.start()
             except OSError as error:
@@ -185,24 +185,21 @@ class _Server(uvicorn.Server):
             listener.listen(self.config.backlog)
             if not self.should_exit:
                 self._listen(listener)
+        if self._shares_port and not self.should_exit:
+            mark_accepting(accepts=True)
         # All objects made by now stay: no garbage collection need go through them again.
         gc.freeze()
         self.started = True
 
-    @property
-    def _is_loading(self) -> bool:
-        networks = self._service.networks
-        return not all(one.works or one.name in networks.refusals for one in networks)
-
     async def _wait_for_networks(self) -> None:
         """Leave connections to the workers that have their networks, until this one has its own.
 
-        Not for long, since there may be no others, and somebody has to say that the server lives.
+        If there are no others it does not wait for long: somebody has to say that the server lives.
         It is the same for one that is told to stop as it starts: the others still serve then.
         """
         give_up = self._loop.time() + _FIRST_LOAD_S
-        while self._is_loading:
-            if self.should_exit or self._loop.time() > give_up:
+        while self._service.networks.are_loading and not self.should_exit:
+            if self._loop.time() > give_up and not others_accept():
                 break
             await asyncio.sleep(_LOOK_S)
 
@@ -258,11 +255,19 @@ class _Server(uvicorn.Server):
         # Else a client could connect between the last accept and the end of the port.
         if self._closes_port and all(map(refuse_newcomers, sockets or [])):
             await asyncio.sleep(_LAST_ACKS_S)
-        if self._shares_port and self._is_loading:
-            # Those who can answer go first. If there are none, somebody has to say so.
-            await asyncio.sleep(_LAST_REQUESTS_S)
+        can_answer = not self._service.networks.are_loading
+        if self._shares_port:
+            mark_accepting(accepts=False)
+            if self._closes_port and not can_answer:
+                # Those who can answer go first. If there are none, somebody has to say so.
+                await asyncio.sleep(_LAST_REQUESTS_S)
         for listener in sockets or []:
-            await self._accept_backlog(listener)
+            self._loop.remove_reader(listener)
+            if self._closes_port or can_answer:
+                await self._accept_backlog(listener)
+            else:
+                # Nothing is reset: the others have the socket too.
+                listener.close()
         await asyncio.sleep(_LAST_REQUESTS_S)
         timeout_s = self._service.settings.drain_timeout_s
         give_up_s = max(timeout_s - _LAST_ANSWERS_S, timeout_s / 2)
@@ -276,7 +281,6 @@ class _Server(uvicorn.Server):
 
     async def _accept_backlog(self, listener: socket.socket) -> None:
         """Accept waiting connections, then close the port: closing alone would reset them."""
-        self._loop.remove_reader(listener)
         listener.setblocking(False)
         while True:
             try:

@@ -390,6 +390,29 @@ def test_one_that_is_loaded_is_named_by_its_refusals() -> None:
     asyncio.run(asyncio.wait_for(scenario(), 60))
 
 
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_a_server_is_ready_once_all_networks_of_its_start_are_there(is_refused: bool) -> None:
+    async def scenario() -> None:
+        service = two_networks()
+        with pytest.raises(Unavailable, match="network slsnet is still"):
+            service.check_server_ready()
+        await service.use(Held(0.25))
+        early = service.is_ready
+        with pytest.raises(Unavailable, match="Further networks are still being loaded"):
+            service.check_server_ready()
+        # Who names a network does not wait for the others.
+        service.check_ready()
+        if is_refused:
+            service.retire("other", "It is broken.")
+        else:
+            await service.use(Held(0.75), served=service.networks.named("other"))
+        service.check_server_ready()
+        assert (early, service.is_ready) == (False, True)
+        await service.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
 @pytest.mark.parametrize("in_body", [False, True])
 def test_a_retired_network_answers_what_it_accepted(in_body: bool) -> None:
     async def scenario() -> None:

@@ -92,7 +92,7 @@ def openinference_router(service: Service, server_version: str) -> APIRouter:
 
     @router.get("/health/ready", summary="Whether to send requests here", responses=errors(503))
     async def ready() -> ReadyAnswer:
-        service.check_ready()
+        service.check_server_ready()
         return ReadyAnswer()
 
     every = APIRouter()
