@@ -6,6 +6,7 @@ import socket
 import sys
 
 from server.observe.logs import configure
+from server.process.child import hold_signals
 from server.settings import read_settings
 
 log = logging.getLogger("slsnet.server")
@@ -38,6 +39,8 @@ def main() -> int:
             "the network cannot be read, look at --model (SLSNET_MODEL, SLSNET_MODELS): %s", error
         )
         return 1
+    # A client may be waiting from now on, and a signal may come before anything can handle it.
+    held = hold_signals()
     try:
         listener = _listen(settings.host, settings.port)
     except OSError as error:
@@ -51,10 +54,10 @@ def main() -> int:
     if settings.workers > 1 or settings.share_network == "yes":
         from server.process.supervisor import supervise
 
-        return supervise(settings, sys.argv[1:], listener)
+        return supervise(settings, sys.argv[1:], listener, held)
     from server.process.worker import run
 
-    return run(settings, listener)
+    return run(settings, listener, held)
 
 
 if __name__ == "__main__":

@@ -311,13 +311,16 @@ class _Supervisor:
             )
 
 
-def supervise(settings: Settings, arguments: Sequence[str], listener: socket.socket) -> int:
+def supervise(
+    settings: Settings, arguments: Sequence[str], listener: socket.socket, held: Sequence[int]
+) -> int:
     """Serve with `settings.workers` processes; return the exit code.
 
     Args:
         settings: the server's settings.
         arguments: the flags that they come from, for the workers.
         listener: the socket that the workers accept from.
+        held: signals that have come by now.
     """
     # `_wait` reads signals one by one, so that none is missed. Blocking them would not do: they
     # would reach the threads of libraries, and end the process.
@@ -326,6 +329,8 @@ def supervise(settings: Settings, arguments: Sequence[str], listener: socket.soc
     signal.set_wakeup_fd(tell.fileno())
     for number in _SIGNALS:
         signal.signal(number, lambda *_: None)
+    # Workers start even so: a client may have connected, whom only they can answer.
+    tell.send(bytes(held))
     try:
         folder = Folder()
     except OSError as error:

@@ -360,6 +360,7 @@ def _config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
 def run(
     settings: Settings,
     listener: socket.socket,
+    held: list[int],
     on_reloaded: Callable[[], None] = lambda: None,
     owner: Address | None = None,
     *,
@@ -370,11 +371,11 @@ def run(
     Args:
         settings: the server's settings.
         listener: the socket to accept connections from.
+        held: signals that have come by now, and those that come until the server handles them.
         on_reloaded: called when an administrator has reloaded the network.
         owner: runs the network; None if this process does.
         shares_port: other processes accept from the listener too, and may go on when this one ends.
     """
-    held = hold_signals()
     _allow_files(settings.max_connections + WANTED_ON_TOP)
     silence_libtiff()
     failed = False
@@ -416,6 +417,7 @@ def main() -> int:
     code = run(
         settings,
         socket.socket(fileno=listener),
+        hold_signals(),
         lambda: os.kill(supervisor, signal.SIGHUP),
         owner,
         shares_port=True,

@@ -54,6 +54,31 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
     assert not loaded & {"torch", "onnx", "matplotlib", "tensorrt", "onnxscript"}
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sigterm_as_the_port_opens_is_heard(workers: int) -> None:
+    program = """
+import os, signal, socket, sys
+from server import __main__ as entry
+usual = entry._listen
+def listen(*address):
+    listener = usual(*address)
+    global client
+    client = socket.create_connection(listener.getsockname())
+    os.kill(os.getpid(), signal.SIGTERM)
+    return listener
+entry._listen = listen
+code = entry.main()
+client.settimeout(60)
+print("closed" if client.recv(1) == b"" else "?")
+sys.exit(code)
+"""
+    flags = ("--port", f"{free_port()}", "--workers", f"{workers}", "--share-network", "no")
+    result = python("-c", program, *flags, "--drain-grace-s", "0")
+    assert result.returncode == 0, result.stderr
+    # And the connection that was made by then is closed, not reset.
+    assert result.stdout == "closed\n"
+
+
 def test_help_lists_every_setting_with_its_variable() -> None:
     result = python("-m", "server", "--help")
     assert result.returncode == 0
