@@ -283,10 +283,17 @@ def _patience(options: argparse.Namespace) -> Patience:
 
 
 def _stopped() -> asyncio.Event:
+    """Set by the first signal. The second ends the process at once, which the journal survives."""
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
+
+    def stop(number: int) -> None:
+        if stopped.is_set():
+            os._exit(128 + number)
+        stopped.set()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stopped.set)
+        loop.add_signal_handler(number, stop, number)
     return stopped
 
 

@@ -9,8 +9,9 @@ from typing import Self
 
 import pydicom
 from pydicom.dataset import Dataset
-from pynetdicom import AE
+from pynetdicom import AE, evt
 from pynetdicom.association import Association
+from pynetdicom.transport import AssociationSocket
 
 from server.archive.failures import Failure
 
@@ -66,29 +67,60 @@ class Sender:
         Raises:
             Failure: it does not hold all of them. They may be sent again.
         """
-        await asyncio.to_thread(_send, self._peer, self._title, contents, self._timeout_s)
+        sending = _Sending()
+        work = (sending, self._peer, self._title, contents, self._timeout_s)
+        try:
+            await asyncio.to_thread(_send, *work)
+        finally:
+            # If this is cancelled, the thread would wait for the peer, and the process for it.
+            sending.give_up()
 
     async def aclose(self) -> None:
         """There is nothing to close between two calls."""
 
 
-def _send(peer: Peer, own_title: str, contents: Sequence[bytes], timeout_s: float) -> None:
+class _Sending:
+    """The connection of one call, which another thread may end."""
+
+    def __init__(self) -> None:
+        self._is_given_up = False
+        self._connection: AssociationSocket | None = None
+
+    def opened(self, event: evt.Event) -> None:
+        """Keep the connection; called by pynetdicom once it is made."""
+        self._connection = event.assoc.dul.socket
+        if self._is_given_up:
+            self.give_up()
+
+    def give_up(self) -> None:
+        """End the connection, if there still is one."""
+        self._is_given_up = True
+        if self._connection is not None and (connected := self._connection.socket) is not None:
+            self._connection.close()
+            # pynetdicom leaves it to the garbage collector if the peer went first.
+            connected.close()
+
+
+def _send(
+    sending: _Sending, peer: Peer, own_title: str, contents: Sequence[bytes], timeout_s: float
+) -> None:
     datasets = [pydicom.dcmread(BytesIO(content)) for content in contents]
     entity = AE(ae_title=own_title)
     entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = timeout_s
     entity.connection_timeout = 10
     for kind in sorted({_kind(dataset) for dataset in datasets}):
         entity.add_requested_context(*kind)
-    association = entity.associate(peer.host, peer.port, ae_title=peer.title)
+    association = entity.associate(
+        peer.host,
+        peer.port,
+        ae_title=peer.title,
+        evt_handlers=[(evt.EVT_CONN_OPEN, sending.opened)],
+    )
     try:
         _send_over(association, datasets)
     finally:
         if association.is_established:
             association.release()
-        # pynetdicom leaves it to the garbage collector if the peer went first.
-        connection = association.dul.socket
-        if connection is not None and connection.socket is not None:
-            connection.socket.close()
 
 
 def _send_over(association: Association, datasets: Sequence[Dataset]) -> None:

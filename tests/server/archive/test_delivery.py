@@ -7,7 +7,8 @@ import contextlib
 import gc
 import json
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ import pytest
 
 pytest.importorskip("pynetdicom", reason="needs requirements-dicom.txt")
 
-from pydicom.uid import SecondaryCaptureImageStorage
+from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit, SecondaryCaptureImageStorage
 from pynetdicom import AE, evt
 from pynetdicom.dimse_primitives import C_STORE
 
@@ -251,13 +252,18 @@ def test_hours_of_failures_end(tmp_path: Path, slsnet: StubServer) -> None:
 
 
 class _Peer:
-    """An application entity that stores; statuses are what it answers first."""
+    """An application entity that stores; statuses are what it answers first.
 
-    def __init__(self, *statuses: int) -> None:
+    It calls `before` for each object.
+    """
+
+    def __init__(self, *statuses: int, before: Callable[[], object] = lambda: None) -> None:
         self.held: list[str] = []
+        self._before = before
         self._statuses = list(statuses)
         entity = AE(ae_title="PACS")
-        entity.add_supported_context(SecondaryCaptureImageStorage)
+        syntaxes = [ExplicitVRLittleEndian, JPEGBaseline8Bit]
+        entity.add_supported_context(SecondaryCaptureImageStorage, syntaxes)
         server = entity.start_server(
             ("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_STORE, self._store)]
         )
@@ -266,6 +272,7 @@ class _Peer:
         self.peer = Peer("PACS", "127.0.0.1", self._server.server_address[1])
 
     def _store(self, event: evt.Event) -> int:
+        self._before()
         status = self._statuses.pop(0) if self._statuses else 0
         if not status:
             self.held.append(str(cast(C_STORE, event.request).AffectedSOPInstanceUID))
@@ -300,6 +307,40 @@ def test_a_peer_that_refuses_waits_for_a_person(tmp_path: Path, slsnet: StubServ
         relay.settled()
         (letter,) = relay.journal.dead_letters()
         assert (letter.reason, "C123" in letter.detail) == ("refused", True)
+
+
+@pytest.mark.parametrize("accepts", [False, True])
+def test_a_peer_that_never_answers_holds_up_no_stop(accepts: bool) -> None:
+    reached, ended = threading.Event(), threading.Event()
+    photo = dicom_photo(SOPClassUID=SecondaryCaptureImageStorage)
+
+    def wait() -> None:
+        reached.set()
+        ended.wait(600)
+
+    async def scenario(port: int) -> None:
+        sender = Sender(Peer("PACS", "127.0.0.1", port), "SLSNET", timeout_s=3600)
+        sending = asyncio.create_task(sender.store([photo]))
+        await asyncio.to_thread(reached.wait, 600)
+        sending.cancel()
+        await asyncio.wait([sending])
+        # As `asyncio.run` does: no thread is left that waits for the peer.
+        await asyncio.wait_for(asyncio.get_running_loop().shutdown_default_executor(), 600)
+
+    def accept() -> None:
+        with silent.accept()[0]:
+            wait()
+
+    with socket.create_server(("127.0.0.1", 0)) as silent, _Peer(before=wait) as pacs:
+        silence = threading.Thread(target=accept)
+        if not accepts:
+            silence.start()
+        try:
+            asyncio.run(scenario(pacs.peer.port if accepts else silent.getsockname()[1]))
+        finally:
+            ended.set()
+        if not accepts:
+            silence.join()
 
 
 # pynetdicom leaves the socket of a peer that is not there to the garbage collector.

@@ -100,6 +100,24 @@ def test_a_stop_leaves_what_is_not_done_for_the_next_start(tmp_path: Path) -> No
             until(lambda: len(archive.held) == 3)
 
 
+def test_a_second_signal_ends_at_once_and_loses_nothing(tmp_path: Path) -> None:
+    photo = dicom_photo()
+    with StubServer() as server, socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        flags = ("--server", server.url, "--stow", f"http://127.0.0.1:{port}/dicom-web")
+        with serve_archive(tmp_path, *flags) as process:
+            assert store(process.port, [photo]) == [0]
+            connection, _ = silent.accept()
+            process.process.terminate()
+            until(lambda: "stopping" in process.log())
+            process.process.terminate()
+            assert process.process.wait(600) == 128 + signal.SIGTERM
+        connection.close()
+        silent.close()
+        with StubArchive(port) as archive, serve_archive(tmp_path, *flags):
+            until(lambda: len(archive.held) == 3)
+
+
 def test_it_is_ready_once_it_takes_photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     health_port = free_port()
     told = []
