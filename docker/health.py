@@ -1,11 +1,16 @@
-"""The container's health check: exit 0 if the server in it is ready for requests, else 1.
+"""The container's health check: exit 0 if the program in it is ready for requests, else 1.
 
-Reads `SLSNET_HOST` and `SLSNET_PORT`. With TLS the certificate is not verified: it is issued for
-the name that clients use, and this is the server's own loopback. Where clients have to show a
-certificate (`SLSNET_TLS_CLIENT_CA`) this shows the server's own. If the server refuses that, its
-readiness cannot be asked, and a completed TLS handshake counts as healthy.
+The command line of the first process says which one runs (`docker/entrypoint.py`). `archive serve`
+is asked at its health port, other commands of `archive` have none, and `label-studio` is well if
+its port is open.
+
+Of the server this reads `SLSNET_HOST` and `SLSNET_PORT`. With TLS the certificate is not verified:
+it is issued for the name that clients use, and this is the server's own loopback. Where clients
+have to show a certificate (`SLSNET_TLS_CLIENT_CA`) this shows the server's own. If the server
+refuses that, its readiness cannot be asked, and a completed TLS handshake counts as healthy.
 """
 
+import argparse
 import contextlib
 import http.client
 import os
@@ -14,7 +19,8 @@ import ssl
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 _TIMEOUT_S = 4
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
@@ -50,6 +56,35 @@ def is_ready(environment: Mapping[str, str]) -> bool:
     return bool(is_mutual) and _shakes_hands(host, port, insecure)
 
 
+def is_well(command: Sequence[str], environment: Mapping[str, str]) -> bool:
+    """Whether the program is ready that this command line of the first process runs."""
+    entry = [at for at, word in enumerate(command) if word.endswith("entrypoint.py")]
+    words = list(command[entry[0] + 1 :]) if entry else []
+    match words:
+        case ["archive", "serve", *options]:
+            host, port = _address(options, "--health-host", "--health-port", 11113)
+            return is_ready({"SLSNET_HOST": host, "SLSNET_PORT": str(port)})
+        case ["archive", *_]:
+            return True
+        case ["label-studio", *options]:
+            # Not by HTTP: it may ask for a password.
+            with contextlib.suppress(OSError):
+                address = _address(options, "--host", "--port", 9090)
+                socket.create_connection(address, timeout=_TIMEOUT_S).close()
+                return True
+            return False
+    return is_ready(environment)
+
+
+def _address(words: Sequence[str], host: str, port: str, usual: int) -> tuple[str, int]:
+    """The address that these two options of a command line name."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument(host, dest="host", default="127.0.0.1")
+    parser.add_argument(port, dest="port", type=int, default=usual)
+    options, _ = parser.parse_known_args(words)
+    return _LOOPBACK.get(options.host, options.host), options.port
+
+
 def _shakes_hands(host: str, port: int, context: ssl.SSLContext) -> bool:
     """Whether there is a server that speaks TLS, whatever it says to this client's certificate."""
     # Of TLS 1.3 the client's part is done before the server has looked at its certificate.
@@ -66,4 +101,5 @@ def _shakes_hands(host: str, port: int, context: ssl.SSLContext) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(0 if is_ready(os.environ) else 1)
+    first = Path("/proc/1/cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
+    sys.exit(0 if is_well(first, os.environ) else 1)

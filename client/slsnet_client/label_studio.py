@@ -52,6 +52,9 @@ __all__ = ["Backend", "brush_rle", "create_app", "main"]
 
 log = logging.getLogger("slsnet.label_studio")
 
+# Seconds for the tasks of a request that is under way when the process is told to stop.
+_LAST_ANSWERS_S = 60
+
 # Tasks come by the hundred, each with its data.
 _MAX_BODY = 16 << 20
 
@@ -514,7 +517,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         client, fetcher, given.label_studio, threshold=given.threshold, clean=given.clean
     )
     app = create_app(backend, user=os.environ.get("ML_BACKEND_USER", ""))
-    uvicorn.run(app, host=given.host, port=given.port, log_level="warning", server_header=False)
+    uvicorn.run(
+        app,
+        host=given.host,
+        port=given.port,
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=_LAST_ANSWERS_S,
+    )
     return 0
 
 

@@ -1,6 +1,7 @@
 """What runs in a container beside the server: its first process, and the health check."""
 
 import os
+import runpy
 import signal
 import ssl
 import subprocess
@@ -76,6 +77,29 @@ def test_entrypoint_drains_and_ends_with_0() -> None:
 
 def test_health_check_says_no_where_nothing_listens() -> None:
     assert check(free_port()) == 1
+
+
+def test_health_check_asks_the_program_that_runs() -> None:
+    is_well = runpy.run_path(str(HEALTH))["is_well"]
+
+    def well(*words: str) -> bool:
+        first = ["/sbin/docker-init", "--", "python", "/opt/slsnet/entrypoint.py", *words, ""]
+        result: bool = is_well(first, {"SLSNET_PORT": str(gone), "SLSNET_HOST": "0.0.0.0"})
+        return result
+
+    gone = free_port()
+    assert not well()
+    # Not what another option has for its value.
+    assert not well("--root-path", "archive")
+    assert well("archive", "fetch", "--all")
+    nowhere = ("--health-port", f"{gone}")
+    assert not well("archive", "serve", *nowhere)
+    for status, answer in ((200, True), (503, False)):
+        with answering(status) as port:
+            flags = ("--journal=/var/lib/a", "--health-host=0.0.0.0", f"--health-port={port}")
+            assert well("archive", "serve", *flags) == answer
+            assert well("label-studio", "--server=http://a", "--port", f"{port}")
+    assert not well("label-studio", f"--port={gone}")
 
 
 def test_health_check_says_no_to_any_error() -> None:
