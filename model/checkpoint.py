@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from common.files import replacing
+from common.files import remove_unfinished, replacing
 from model.config import ConfigError, TrainConfig, config_dict, parse_config, with_absolute_paths
 from model.data import Sample
 from model.networks import new_network, save_network
@@ -40,6 +40,8 @@ class Run:
 def alone(out: Path) -> Iterator[None]:
     """Keep other processes from training in the folder `out`; a killed one keeps nobody out.
 
+    What killed ones were writing is removed: a checkpoint has 100 MB.
+
     Raises:
         ConfigError: another process trains there.
     """
@@ -53,6 +55,9 @@ def alone(out: Path) -> Iterator[None]:
             ) from None
         except OSError:
             pass  # a file system without locks
+        else:
+            for name in ("last.pt", "best.safetensors", "history.csv", "config.yaml"):
+                remove_unfinished(out / name)
         yield
     finally:
         os.close(descriptor)
@@ -89,6 +94,12 @@ def save(trainer: Trainer) -> None:
     }
     with writing(trainer.out / "last.pt") as path:
         torch.save(state, path)
+    write_history(trainer)
+
+
+def write_history(trainer: Trainer) -> None:
+    """Write `history.csv` atomically, once there is an epoch to tell of."""
+    progress = trainer.progress
     if not progress.history:
         return
     columns = list(dict.fromkeys(k for row in progress.history for k in row))

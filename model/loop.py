@@ -50,6 +50,8 @@ def train(
     with checkpoint.alone(out) if trainer.rank == 0 else nullcontext():
         if resume:
             checkpoint.load(trainer)
+            if trainer.rank == 0:
+                checkpoint.write_history(trainer)  # a kill may have come between the two files
         elif trainer.rank == 0:
             _refuse_run(out)  # another process may have begun, and even ended, meanwhile
         if not trainer.progress.is_over(config.epochs):

@@ -470,6 +470,20 @@ def test_killed_runs_go_on_bit_for_bit(data: Path, cache: Path, tmp_path: Path) 
     assert [e.step for e in logged] == list(range(1, 13))  # none is lost, none is there twice
 
 
+def test_what_a_kill_left_is_put_right(data: Path, cache: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    main(command(data, cache, run, *tiny_flags(epochs=2))[2:])
+    table = (run / "history.csv").read_text()
+    # As if it had come between the checkpoint and the table, and while files were written.
+    (run / "history.csv").write_text("".join(table.splitlines(keepends=True)[:2]))
+    for name in (".last.pt.0123abcd.pt", ".history.csv.0123abcd.csv"):
+        (run / name).touch()
+    (run / ".last.pt.mine.pt").touch()
+    main(command(data, cache, run, "--resume")[2:])
+    assert (run / "history.csv").read_text() == table
+    assert [path.name for path in run.glob(".*")] == [".last.pt.mine.pt"]
+
+
 def test_two_processes_follow_one_processs_curve(data: Path, cache: Path, tmp_path: Path) -> None:
     flags = tiny_flags(epochs=4, loss__adversarial=0.1, loss__l1=0.5, augment="strong")
     alone, shared = tmp_path / "alone", tmp_path / "shared"
