@@ -106,7 +106,9 @@ def create(
     """
     if shape not in ("mask", "polygon"):
         raise ValueError(f"A shape is mask or polygon, not {shape!r}.")
-    client = Client(url, api_key=os.environ.get("SLSNET_API_KEY"), deadline_s=120)
+    # One photo that fails ends the annotation of all: so it outlasts a restart of the server.
+    key = os.environ.get("SLSNET_API_KEY")
+    client = Client(url, api_key=key, deadline_s=120, retries=20)
     return Lesions(
         client,
         label=label,
