@@ -1,6 +1,5 @@
 """The process as it is run: killed, stopped, looked at, and told what is wrong with its options."""
 
-import asyncio
 import gc
 import os
 import signal
@@ -17,8 +16,8 @@ import pytest
 
 pytest.importorskip("pynetdicom", reason="needs requirements-dicom.txt")
 
-from server.archive.__main__ import _serve as serve
-from server.archive.__main__ import main, parsed
+from server.archive import __main__ as entry
+from server.archive.__main__ import main
 from server.archive.journal import SEGMENT, Journal
 from server.archive.receiver import Receiver
 from tests.support import ROOT
@@ -138,8 +137,11 @@ def test_it_is_ready_once_it_takes_photos(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(Receiver, "start", start)
     flags = ["--journal", f"{tmp_path}", "--server", "http://127.0.0.1:9", "--any-peer"]
     flags += ["--stow", "http://127.0.0.1:9", "--port", "0", "--health-port", f"{health_port}"]
-    with Journal(tmp_path) as journal:
-        assert asyncio.run(serve(parsed(["serve", *flags]), journal)) == 0
+    # What would outlast this test in its process.
+    for name in ("configure", "silence"):
+        monkeypatch.setattr(entry, name, lambda *_: None)
+    monkeypatch.setattr(os, "umask", lambda _: 0)
+    assert main(["serve", *flags]) == 0
     assert told == [(503, "starting\n"), (200, "ready\n")]
 
 
