@@ -454,7 +454,7 @@ def test_it_opens_no_file_to_write(server: ServerProcess, tmp_path: Path) -> Non
                 written.append(values)
         sys.dont_write_bytecode = True
         sys.addaudithook(watch)
-        with Client(sys.argv[1]) as client:
+        with Client(sys.argv[1], deadline_s=600) as client:
             for photo in ("docs/lesion.jpg", np.full((3000, 4000, 3), 128, np.uint8)):
                 overlay(photo, client.segment(photo, probability=True).mask)
         assert not written, written

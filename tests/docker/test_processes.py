@@ -62,7 +62,7 @@ def answering(status: int, tls: ssl.SSLContext | None = None) -> Iterator[int]:
 
 def test_health_follows_readiness_through_a_drain() -> None:
     with serve("--drain-grace-s", "30", command=("-c", ENTRYPOINT)) as server:
-        assert check(server.port) == 0
+        until(lambda: check(server.port) == 0)
         server.terminate()
         until(lambda: check(server.port) == 1)
         server.terminate()

@@ -51,10 +51,10 @@ def ask(server: ServerProcess, tmp_path: Path, *arguments: str) -> None:
         "--phases=examples,coverage,fuzzing",
         "--max-examples=5",
         "--generation-deterministic",
-        "--request-timeout=30",
+        "--request-timeout=600",
         *arguments,
     ]
     result = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=3600, check=False
     )
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]

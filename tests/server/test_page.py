@@ -68,7 +68,7 @@ def test_a_photo_is_chosen_and_its_mask_shown_and_saved(
 
     data = photo.read_bytes()
     expected = httpx.post(
-        f"{page.url}/segment", content=data, params={"format": "json"}, timeout=30
+        f"{page.url}/segment", content=data, params={"format": "json"}, timeout=600
     ).json()
     quality, expected = expected["quality"], expected["lesion"]
     assert page.text("quality") == f"{quality['jaccard']:.2f}, {quality['grade']}"

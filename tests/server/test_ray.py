@@ -280,7 +280,7 @@ sys.exit(main())
 """
     command = [sys.executable, "-c", deadly, str(folder), str(results)]
     command += ["--ray", deployed.address]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300)
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=3600)
     assert found.returncode == 1, found.stderr.decode()
     wrong = {path: line for path, line in table(results).items() if line["status"] != "ok"}
     assert set(wrong) == {"deadly.jpg"}

@@ -30,7 +30,7 @@ def start(stderr: int, *flags: str) -> ServerProcess:
 
 def answers(server: ServerProcess) -> bool:
     try:
-        return httpx.get(f"{server.url}/health/ready", timeout=30).status_code == 200
+        return httpx.get(f"{server.url}/health/ready", timeout=600).status_code == 200
     except httpx.TransportError:
         return False
 
@@ -59,7 +59,7 @@ def test_a_log_that_nobody_reads_stops_nothing(
 
     try:
         until(lambda: answers(server))
-        with httpx.Client(base_url=server.url, timeout=30) as client:
+        with httpx.Client(base_url=server.url, timeout=600) as client:
             for _ in range(REQUESTS):
                 client.get("/health/live", headers=LONG).raise_for_status()
         if "--workers" not in flags:

@@ -124,7 +124,8 @@ def firefox(folder: Path, preferences: dict[str, object] | None = None) -> Itera
     command += ["--width", "1440", "--height", "900", "--remote-debugging-port", "0", "about:blank"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
-            with connect(_address(profile, process), max_size=None, proxy=None) as socket:
+            address = _address(profile, process)
+            with connect(address, max_size=None, proxy=None, open_timeout=600) as socket:
                 yield Firefox(socket, downloads)
         finally:
             process.terminate()

@@ -20,8 +20,8 @@ from tests.support import ROOT
 __all__ = ["ServerProcess", "free_port", "serve"]
 
 # Of a machine that is busy with other things.
-_START_TIMEOUT_S = 180
-_STOP_TIMEOUT_S = 180
+_START_TIMEOUT_S = 600
+_STOP_TIMEOUT_S = 600
 
 
 @dataclass

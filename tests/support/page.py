@@ -48,7 +48,7 @@ class Page:
         return str(self.run("return document.body.dataset.state"))
 
     def until(self, condition: Callable[[], object]) -> None:
-        WebDriverWait(self.driver, 60, poll_frequency=0.05).until(lambda _: condition())
+        WebDriverWait(self.driver, 600, poll_frequency=0.05).until(lambda _: condition())
 
     def save_picture(self, path: Path, colours: int) -> None:
         """What is shown, as a PNG of so many colours: as small as documents need it."""

@@ -53,7 +53,7 @@ class Full:
     def post(self, path: str, body: bytes = b"-", **headers: str) -> httpx.Response:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         with_key = {"X-API-Key": self.key, **named}
-        return httpx.post(f"{self.server.url}{path}", content=body, headers=with_key)
+        return httpx.post(f"{self.server.url}{path}", content=body, headers=with_key, timeout=600)
 
     def answers(self, route: str, status: int) -> float:
         return answers(self.server, route, status)
