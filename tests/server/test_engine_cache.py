@@ -123,7 +123,7 @@ def test_damage_is_noticed_and_built_over(
 
 
 def test_two_servers_never_build_the_same_engine(harness: Harness, stop: threading.Event) -> None:
-    caches = [harness.cache("slow") for _ in range(3)]
+    caches = [harness.cache("held") for _ in range(3)]
     found: list[Backend | None] = []
     threads = [
         threading.Thread(target=lambda cache=cache: found.append(cache.obtain(stop)))
@@ -131,8 +131,10 @@ def test_two_servers_never_build_the_same_engine(harness: Harness, stop: threadi
     ]
     for thread in threads:
         thread.start()
+    until(lambda: harness.events.count("build_waiting") == 2)
+    harness.let_go()
     for thread in threads:
-        thread.join(30)
+        thread.join(600)
 
     assert len(found) == 3
     assert all(backend is not None for backend in found)
@@ -146,8 +148,8 @@ import sys, threading
 from pathlib import Path
 from tests.support.engines import Harness
 harness = Harness(Path(sys.argv[1]))
-backend = harness.cache("slow").obtain(threading.Event())
-print("served" if backend is not None else "nothing", *harness.events, flush=True)
+cache = harness.cache("held", on_event=lambda event: print(event, flush=True))
+print("nothing" if cache.obtain(threading.Event()) is None else "served", flush=True)
 """
 
 
@@ -166,11 +168,14 @@ def test_a_build_outlives_its_server_and_is_not_begun_again(harness: Harness) ->
     first.send_signal(signal.SIGKILL)
     first.wait()
     second = _server(harness.folder)
+    assert second.stdout is not None
+    assert second.stdout.readline() == "build_waiting\n"
+    harness.let_go()
     output, _ = second.communicate(timeout=600)
     if first.stdout is not None:
         first.stdout.close()
 
-    assert output.startswith("served")
+    assert output.endswith("served\n")
     assert harness.builds() == 1, "the second server waited for the orphaned build"
 
 
@@ -372,7 +377,7 @@ def test_a_server_that_stops_takes_its_builder_along(
     until(lambda: harness.builds() == 1)
     builder = int(harness.journal.read_text().split()[1])
     stop.set()
-    thread.join(10)
+    thread.join(600)
 
     assert found == [None]
     with pytest.raises(ProcessLookupError):
@@ -399,12 +404,15 @@ def test_a_folder_that_cannot_be_written_is_said(
     harness: Harness, stop: threading.Event, caplog: pytest.LogCaptureFixture
 ) -> None:
     (harness.folder / "engines").write_text("a file is in the way")
-    cache = harness.cache()
-    timer = threading.Timer(0.3, stop.set)
-    timer.start()
+
+    def on_event(event: EngineEvent) -> None:
+        harness.events.append(event)
+        if event == "build_failed":
+            stop.set()
+
+    cache = harness.cache(on_event=on_event)
     assert cache.load() is None
     assert cache.obtain(stop) is None
-    timer.join()
     assert harness.events[:2] == ["miss", "build_failed"]
     assert "engines: File exists" in caplog.text
     assert harness.builds() == 0

@@ -1,7 +1,8 @@
 """Stands in for the engine builder: same files, same exit codes, and the ways to fail.
 
 Run as `python fake_builder.py ENGINE JOURNAL BEHAVIOUR [--beside-serving]`. The journal gets a
-line when a build starts and one when it ends.
+line when a build starts and one when it ends. A build that is "held" goes on once there is a file
+`go` beside the journal.
 """
 
 import hashlib
@@ -59,8 +60,10 @@ def main() -> int:
         os.kill(os.getpid(), signal.SIGKILL)
     if behaviour == "hangs":
         time.sleep(600)
-    if behaviour == "slow":
-        time.sleep(1.5)
+    if behaviour == "held":
+        give_up = time.perf_counter() + 600
+        while not journal.with_name("go").exists() and time.perf_counter() < give_up:
+            time.sleep(0.02)
     if behaviour == "dies half-way":
         with replacing(engine) as temporary:
             temporary.write_bytes(CONTENT[:1000])

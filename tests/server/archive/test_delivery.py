@@ -8,8 +8,10 @@ import gc
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -20,6 +22,7 @@ from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit, SecondaryCaptu
 from pynetdicom import AE, evt
 from pynetdicom.dimse_primitives import C_STORE
 
+from server.archive import relay as relay_module
 from server.archive.dicomweb import Archive, Instance
 from server.archive.failures import Failure
 from server.archive.multipart import encode, files
@@ -239,12 +242,24 @@ def test_an_answer_that_comes_by_drops_is_too_slow() -> None:
     assert not failure.value.final
 
 
-def test_hours_of_failures_end(tmp_path: Path, slsnet: StubServer) -> None:
+def test_hours_of_failures_end(
+    tmp_path: Path, slsnet: StubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url = f"http://127.0.0.1:{free_port()}/dicom-web"
-    with running(
-        tmp_path, slsnet.url, {"stow": Archive(url)}, give_up_s=0.2, listens=False
-    ) as relay:
+    later_s = 0
+    # Hours pass after the second attempt, however long the first two took.
+    clock = SimpleNamespace(time=lambda: time.time() + later_s)
+    monkeypatch.setattr(relay_module, "time", clock)
+    with running(tmp_path, slsnet.url, {"stow": Archive(url)}, listens=False) as relay:
+
+        def attempts() -> float:
+            labels = {"stage": "stow", "result": "unreachable"}
+            name = "slsnet_archive_attempts_total"
+            return relay.metrics.registry.get_sample_value(name, labels) or 0
+
         relay.take(dicom_photo())
+        until(lambda: attempts() >= 2)
+        later_s = 4 * 3600
         relay.settled()
         (letter,) = relay.journal.dead_letters()
     assert (letter.stage, letter.reason) == ("stow", "unreachable")

@@ -1,6 +1,7 @@
 """Idle-aware batching, on a backend whose pace the tests set."""
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -17,8 +18,8 @@ from server.inference.errors import ClientGone, DeadlineExceeded, InferenceFaile
 from server.observe.metrics import Metrics
 from tests.support.backends import POISON, Held
 
-FAR = time.perf_counter() + 3600
-"""A batch with an image of this value fails."""
+FAR = math.inf
+"""The deadline of what has none."""
 
 
 class HeldBackend(Held):
@@ -298,18 +299,26 @@ def test_max_wait_fills_a_batch_of_an_idle_backend() -> None:
     async def scenario() -> None:
         backend = HeldBackend()
         backend.gate.release(10)
-        batcher = Batcher(backend, Metrics(), max_wait_ms=1000)
+        batcher = Batcher(backend, Metrics(), max_wait_ms=600_000)
         tasks = [ask(batcher, 1)]
         await settle()
         assert backend.batches == []
-        tasks.append(ask(batcher, 2))
-        await asyncio.gather(*tasks)
-        assert backend.batches == [[1, 2]]
         # A full batch waits for nobody.
-        started = [ask(batcher, value) for value in (3, 4, 5, 6)]
-        await settle(lambda: len(backend.batches) == 2)
-        assert backend.batches[-1] == [3, 4, 5, 6]
-        await asyncio.gather(*started)
+        tasks += [ask(batcher, value) for value in (2, 3, 4)]
+        await asyncio.gather(*tasks)
+        assert backend.batches == [[1, 2, 3, 4]]
+        await batcher.close()
+
+    run(scenario)
+
+
+def test_who_stays_alone_waits_no_longer_than_max_wait() -> None:
+    async def scenario() -> None:
+        backend = HeldBackend()
+        backend.gate.release(10)
+        batcher = Batcher(backend, Metrics(), max_wait_ms=50)
+        assert (await ask(batcher, 1)).batch_size == 1
+        await batcher.close()
 
     run(scenario)
 

@@ -47,7 +47,8 @@ def _use(
 def test_the_cpu_serves_while_the_engine_is_built_and_no_request_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _use(monkeypatch, Harness(tmp_path), "slow")
+    harness = Harness(tmp_path)
+    _use(monkeypatch, harness, "held")
     app, _ = create_app(Settings(backend="auto", threads=1))
     seen: list[str] = []
     with serve_app(app) as client:
@@ -56,6 +57,8 @@ def test_the_cpu_serves_while_the_engine_is_built_and_no_request_is_lost(
             answer = client.post("/segment", content=PHOTO, headers={"content-type": "image/jpeg"})
             assert answer.status_code == 200
             seen.append(backend_of(client))
+            if len(seen) == 5:
+                harness.let_go()
         assert seen[0] == CPU_BACKEND
         metrics = client.get("/metrics").text
 

@@ -95,14 +95,14 @@ def test_bodies_that_wait_for_a_thread_go_at_their_deadline(
 
     def slow(_data: bytes, **_options: object) -> None:
         begun.release()
-        go_on.wait(30)
+        go_on.wait(600)
         raise CorruptImageError("It is.")
 
     monkeypatch.setattr(submission_module, "read_photo", slow)
 
     async def request(service: Service) -> None:
         body = Body(bytes(BODY_BYTES))
-        async with submit(service, body, 2) as received, received.work() as work:
+        async with submit(service, body, 5) as received, received.work() as work:
             await work.segment()
 
     async def scenario(bodies: Callable[[], int]) -> None:
@@ -110,7 +110,7 @@ def test_bodies_that_wait_for_a_thread_go_at_their_deadline(
         await service.use(Constant(0.5))
         try:
             requests = [asyncio.create_task(request(service)) for _ in range(5)]
-            await asyncio.to_thread(begun.acquire, timeout=30)
+            await asyncio.to_thread(begun.acquire, timeout=600)
             assert bodies() == 5
             # With their exceptions, which have the frames that the bodies came through.
             for outcome in await asyncio.gather(*requests, return_exceptions=True):

@@ -213,6 +213,13 @@ def test_a_deadline_holds_at_the_owner_too(tmp_path: Path) -> None:
             first = ask(feeder, 1)
             await pair.settle(lambda: bool(backend.batches))
             late = ask(feeder, 2, seconds=0.2)
+            # Once it is there its deadline is fixed; on a slow machine it may have passed before.
+            await pair.settle(
+                lambda: (
+                    pair.owner.networks.default.waiting(bulk=False) == 1
+                    or dropped(feeder, "deadline") == 1
+                )
+            )
             passed = time.perf_counter() + 0.2
             await pair.settle(lambda: time.perf_counter() > passed)
             backend.open.set()
