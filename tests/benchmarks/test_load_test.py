@@ -138,9 +138,9 @@ def test_nothing_written_names_a_photo(results: Path, images: Path) -> None:
 
 @pytest.fixture
 def open_loop(server: ServerProcess, images: Path) -> Iterator[subprocess.Popen[str]]:
-    """Locust by hand: four photos a second for 5 s."""
+    """Locust by hand: four photos a second for 10 s."""
     command = [sys.executable, "-m", "locust", "-f", "benchmarks/locustfile.py", "--headless"]
-    command += ["--host", server.url, "--run-time", "5s", "--stop-timeout", "60", "--rate", "4"]
+    command += ["--host", server.url, "--run-time", "10s", "--stop-timeout", "60", "--rate", "4"]
     command += ["--images", str(images), "--json", "OpenLoop"]
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

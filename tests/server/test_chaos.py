@@ -37,7 +37,7 @@ def vanish(server: ServerProcess, photo: Sample, sent: int) -> None:
 
 
 def test_good_clients_notice_nothing_of_bad_ones(photos: list[Sample], offline: Offline) -> None:
-    flags = ("--head-timeout-s", "2", "--max-connections", "800")
+    flags = ("--head-timeout-s", "6", "--max-connections", "800")
     with serve(*flags) as server, contextlib.ExitStack() as stack:
         masks = masks_of(server, photos[:4])
         for photo, mask in zip(photos, masks, strict=False):
@@ -54,7 +54,7 @@ def test_good_clients_notice_nothing_of_bad_ones(photos: list[Sample], offline: 
                     os.kill(server.process.pid, signal.SIGHUP)
                 before = [ledger.right for ledger in ledgers]
                 until(lambda: all(now.right > n for now, n in zip(ledgers, before, strict=True)))  # noqa: B023
-            until(lambda: refused_connections(server, "head_timeout") == 500)
+            until(lambda: refused_connections(server, "head_timeout") >= 500)
         assert [ledger.wrong for ledger in ledgers] == [[]] * 4
         server.terminate()
         assert server.wait() == 0
@@ -81,7 +81,7 @@ def plain(colour: tuple[int, int, int]) -> bytes:
 
 @pytest.mark.usefixtures("small_networks")
 def test_a_backend_that_never_comes_back_does_not_hold_up_the_end() -> None:
-    flags = ("--drain-grace-s", "0", "--drain-timeout-s", "1", "--request-timeout-ms", "2000")
+    flags = ("--drain-grace-s", "0", "--drain-timeout-s", "1", "--request-timeout-ms", "5000")
     with serve(*flags, command=["-m", "tests.support.faulty_server"]) as server:
         answer = httpx.post(f"{server.url}/segment", content=plain(ENDLESS))
         assert answer.status_code == 504

@@ -66,7 +66,7 @@ def test_silent_clients_do_not_take_all_files(
 def test_a_handshake_has_its_time(tmp_path: Path) -> None:
     authority = Authority(tmp_path, "authority")
     trust = ssl.create_default_context(cafile=str(authority.certificate))
-    flags = ("--head-timeout-s", "1", "--tls-cert", str(authority.issue("server")))
+    flags = ("--head-timeout-s", "4", "--tls-cert", str(authority.issue("server")))
 
     with serve(*flags, trust=trust) as server, contextlib.ExitStack() as stack:
         silent = [stack.enter_context(connect(server)) for _ in range(20)]

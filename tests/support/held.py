@@ -5,6 +5,7 @@ Run as `python -m tests.support.held LOCK FLAGS…`: each inference waits for th
 
 import contextlib
 import fcntl
+import hashlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -20,7 +21,7 @@ from server.backends import Backend, BackendInfo, Images, open_backend
 from server.inference import batching, loading
 from tests.support.launch import ServerProcess, serve
 
-__all__ = ["serve_held"]
+__all__ = ["digest", "run_photos", "serve_held"]
 
 
 class _Held:
@@ -39,10 +40,26 @@ class _Held:
 
     def infer(self, batch: Images) -> NDArray[np.float32]:
         with _locked(self._lock):
+            with _order(self._lock.parent).open("a", encoding="ascii") as order:
+                order.writelines(f"{digest(image)}\n" for image in batch)
             return self._backend.infer(batch)
 
     def close(self) -> None:
         self._backend.close()
+
+
+def digest(pixels: NDArray[np.uint8]) -> str:
+    """Of what the network is given of a photo."""
+    return hashlib.sha256(pixels.tobytes()).hexdigest()
+
+
+def run_photos(folder: Path) -> list[str]:
+    """The digests of all photos that the network was given, in their order."""
+    return _order(folder).read_text(encoding="ascii").split()
+
+
+def _order(folder: Path) -> Path:
+    return folder / "order"
 
 
 @contextlib.contextmanager
@@ -59,7 +76,7 @@ def serve_held(
     """A server, and what holds its network, but for a batch that runs already.
 
     Args:
-        folder: for the lock.
+        folder: for the lock, and the list of the photos that were run.
         flags: of the server.
     """
     lock = folder / "lock"

