@@ -325,7 +325,7 @@ def test_several_processes_serve_what_was_named_at_their_start(tmp_path: Path, s
         for answer in (several.load("turned"), several.unload("turned")):
             assert answer.status_code == 422
             assert "Several processes serve here" in answer.json()["error"]
-        assert "the network broken is not served" in server.log()
+        until(lambda: "the network broken is not served" in server.log())
         server.terminate()
         assert server.wait() == 0
 

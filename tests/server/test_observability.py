@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -18,6 +19,7 @@ from tests.support.launch import ServerProcess, serve
 from tests.support.lesions import drawn_photo
 from tests.support.offline import CPU_BACKEND
 from tests.support.samples import Sample
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.usefixtures("small_networks")
 
@@ -43,6 +45,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+def spans_of(collector: Collector, trace_id: str) -> list[Span]:
+    """Those of one trace that have come so far."""
+    return [
+        span
+        for request in collector.received
+        for resource in request.resource_spans
+        for scope in resource.scope_spans
+        for span in scope.spans
+        if span.trace_id.hex() == trace_id
+    ]
 
 
 @pytest.fixture
@@ -76,6 +90,8 @@ def test_a_request_leaves_a_line_of_json_and_a_trace(
     trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
     environment = {
         "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint,
+        # What is not sent before the end has 2 s then.
+        "OTEL_BSP_SCHEDULE_DELAY": "100",
         # The framework's own spans would tell the same a second time.
         "FASTAPI_OTEL_AUTO_CONFIGURE": "true",
     }
@@ -92,6 +108,8 @@ def test_a_request_leaves_a_line_of_json_and_a_trace(
         damaged = drawn_photo(0, 96, 80, "TIFF", compression="tiff_lzw")
         damaged = damaged[:1000] + 16 * b"\xff" + damaged[1016:]
         assert httpx.post(f"{server.url}/segment", content=damaged).status_code == 422
+        # It ends last of its trace.
+        until(lambda: any(span.name == "POST /segment" for span in spans_of(collector, trace_id)))
         server.terminate()
         assert server.wait() == 0
         log = server.log()
@@ -106,14 +124,7 @@ def test_a_request_leaves_a_line_of_json_and_a_trace(
     assert (refused["status"], refused["reason"]) == (415, "unsupported_type")
     assert "Jane-Doe" not in log
 
-    spans = [
-        span
-        for request in collector.received
-        for resource in request.resource_spans
-        for scope in resource.scope_spans
-        for span in scope.spans
-        if span.trace_id.hex() == trace_id
-    ]
+    spans = spans_of(collector, trace_id)
     root = next(span for span in spans if span.name == "POST /segment")
     assert root.parent_span_id.hex() == "00f067aa0ba902b7"
     parts = {span.name: span for span in spans if span.parent_span_id == root.span_id}
@@ -127,7 +138,7 @@ def test_a_request_leaves_a_line_of_json_and_a_trace(
 def test_a_collector_that_says_nothing_does_not_hold_up_the_end(photos: list[Sample]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        flags = ("--drain-grace-s", "0", "--drain-timeout-s", "1")
+        flags = ("--drain-grace-s", "0", "--drain-timeout-s", "15")
         with serve(*flags, environment={"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint}) as server:
             answer = httpx.post(f"{server.url}/segment", content=photos[0].data, timeout=60)
             assert answer.status_code == 200

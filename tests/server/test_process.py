@@ -18,6 +18,7 @@ from server.settings import Settings, read_settings, settings_table
 from tests.support import ROOT
 from tests.support.launch import free_port, serve
 from tests.support.samples import Sample
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.usefixtures("small_networks")
 
@@ -220,6 +221,8 @@ runpy.run_module("server", run_name="__main__", alter_sys=True)
             "/v2/models/slsnet/infer", content=tensor, headers={"Content-Encoding": "gzip"}
         )
         assert answer.status_code == 200
+        # Another thread writes it, and this is its last line.
+        until(lambda: "/infer 200" in server.log())
         log = server.log()
     assert "POST /segment 200" in log
     assert "WRITES" not in log
@@ -242,6 +245,8 @@ def test_log_has_nothing_of_the_photo(photos: list[Sample]) -> None:
         assert client.post("/segment/batch", files=many).status_code == 200
         assert client.post("/segment?threshold=Jane-Doe", files=files).status_code == 422
         assert client.post("/Jane-Doe", files=files).status_code == 404
+        # Another thread writes it, and this is its last line.
+        until(lambda: " 404 " in server.log())
         log = server.log()
     assert log.count("POST /segment 200") == 4
     assert "Jane-Doe" not in log

