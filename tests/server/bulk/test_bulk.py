@@ -44,6 +44,7 @@ from tests.support.lesions import drawn_photo
 from tests.support.offline import CPU_BACKEND, Offline
 from tests.support.results import masks, recorded, table
 from tests.support.samples import Sample
+from tests.support.waiting import until
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +86,40 @@ def bulk(source: Path, results: Path, *flags: str) -> int:
 
 
 def start(source: Path, results: Path) -> subprocess.Popen[bytes]:
-    arguments = [sys.executable, "-m", "server.bulk", str(source), str(results), "--threads", "1"]
-    return subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE)
+    return _started("-m", "server.bulk", str(source), str(results))
+
+
+# Stands still after so many photos, until there is a file of that name.
+_HELD = """
+import asyncio, sys
+from pathlib import Path
+from server.bulk.__main__ import main
+from server.bulk.segmenter import PhotoSegmenter
+
+most, go = int(sys.argv.pop(1)), Path(sys.argv.pop(1))
+segment = PhotoSegmenter.segment
+begun = 0
+
+async def segment_held(self, task):
+    global begun
+    begun += 1
+    while begun > most and not go.exists():
+        await asyncio.sleep(0.01)
+    return await segment(self, task)
+
+PhotoSegmenter.segment = segment_held
+sys.exit(main())
+"""
+
+
+def start_held(source: Path, results: Path, most: int, go: Path) -> subprocess.Popen[bytes]:
+    """As `start`, but it is not done before a test that is slow has done what it wants to."""
+    return _started("-c", _HELD, str(most), str(go), str(source), str(results))
+
+
+def _started(*arguments: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, *arguments, "--threads", "1"]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
 
 
 def test_a_mask_and_a_line_for_every_photo(
@@ -571,9 +604,10 @@ def test_killed_again_and_again_every_photo_is_in_the_table_once(
     moments = random.Random(0)
     done: dict[str, int] = {}
     kills = 0
+    go = tmp_path / "go"
     while True:
         enough = len(done) + moments.randint(1, 20)
-        with start(folder, results) as process:
+        with start_held(folder, results, 40, go) as process:
             while process.poll() is None:
                 time.sleep(0.01 * moments.random())
                 if kills < 2 and sum(1 for _ in results.rglob("*.png")) >= enough:
@@ -586,6 +620,8 @@ def test_killed_again_and_again_every_photo_is_in_the_table_once(
         if process.returncode == 0:
             break
         kills += 1
+        # The first time is enough to see that it goes on.
+        go.touch()
         names = {f"masks/{path}".replace(".jpg", ".png") for path in recorded(results)}
         done = {name: written[name] for name in names}
     assert kills
@@ -601,11 +637,11 @@ def test_a_signal_stops_it_between_photos_and_the_same_command_goes_on(
     folder, results = tmp_path / "folder", tmp_path / "results"
     for index in range(40):
         write(folder / f"{index}.jpg", small_photos[index % 10])
-    with start(folder, results) as process:
-        while not any(results.rglob("*.png")):
-            assert process.poll() is None
-            time.sleep(0.01)
+    go = tmp_path / "go"
+    with start_held(folder, results, 10, go) as process:
+        until(lambda: any(results.rglob("*.png")) or process.poll() is not None)
         process.terminate()
+        go.touch()
         assert process.stderr is not None
         errors = process.stderr.read().decode()
     assert process.returncode == 128 + signal.SIGTERM
