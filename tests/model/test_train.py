@@ -429,6 +429,25 @@ def command(data: Path, cache: Path, out: Path, *flags: str) -> list[str]:
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
+# It stands still after this epoch, for a test that comes late to kill it.
+HELD = """
+import sys, time
+from model.progress import RunLog
+from model.train import main
+
+last = int(sys.argv.pop(1))
+tell = RunLog.epoch
+
+def tell_and_wait(self, row):
+    tell(self, row)
+    if row["epoch"] == last:
+        time.sleep(600)
+
+RunLog.epoch = tell_and_wait
+main()
+"""
+
+
 @pytest.mark.slow
 def test_killed_runs_go_on_bit_for_bit(data: Path, cache: Path, tmp_path: Path) -> None:
     """Everything that has state is on: dropout, averaging, adversary, warm-up, sleeping PAMs."""
@@ -445,8 +464,10 @@ def test_killed_runs_go_on_bit_for_bit(data: Path, cache: Path, tmp_path: Path) 
     moments, kills = random.Random(0), 0
     for attempt in range(20):
         resume = ["--resume"] if attempt else flags
+        _, module, *arguments = command(data, cache, killed, *resume)
+        how = ["-m", module] if kills == 2 else ["-c", HELD, str(8 + 2 * kills)]
         process = subprocess.Popen(
-            [sys.executable, *command(data, cache, killed, *resume)],
+            [sys.executable, *how, *arguments],
             env=ENVIRONMENT,
             stderr=subprocess.PIPE,
             text=True,

@@ -250,7 +250,9 @@ def test_hours_of_failures_end(
     # Hours pass after the second attempt, however long the first two took.
     clock = SimpleNamespace(time=lambda: time.time() + later_s)
     monkeypatch.setattr(relay_module, "time", clock)
-    with running(tmp_path, slsnet.url, {"stow": Archive(url)}, listens=False) as relay:
+    with running(
+        tmp_path, slsnet.url, {"stow": Archive(url)}, give_up_s=3600, listens=False
+    ) as relay:
 
         def attempts() -> float:
             labels = {"stage": "stow", "result": "unreachable"}
