@@ -1,5 +1,5 @@
 # make serve [PORT=8000] [HOST=127.0.0.1]   serve; installs what serving needs, and only that
-# make test [PROCESSES=2]                   lint, types and tests; installs the development tools
+# make test [PROCESSES=3]                   lint, types and tests; installs the development tools
 # make lint                                 format and types alone
 # make docs                                 the documentation as a site, in build/docs
 # make linkcheck                            whether the documentation's links to other sites still lead somewhere
@@ -19,7 +19,7 @@ IMAGES ?=
 RESULTS ?= benchmarks/results
 OUT = build/static
 
-PROCESSES ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -ge 2 ] || n=2; [ $$n -le 4 ] || n=4; echo $$n)
+PROCESSES ?= $(shell n=$$(($$(nproc 2>/dev/null || echo 2) + 1)); [ $$n -ge 3 ] || n=3; [ $$n -le 5 ] || n=5; echo $$n)
 
 VENV := .venv
 NATIVE := $(addprefix photos/native/,pyproject.toml backend.py meson.build slsnet_pixels/__init__.py slsnet_pixels/pixels.c)
@@ -38,9 +38,10 @@ PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 serve: $(VENV)/.serving
 	$(BIN)/python -m server --host $(HOST) --port $(PORT)
 
-# As many at a time as there are cores, from two to four: each takes a gigabyte of memory or two. By file,
-# so that what a file's tests share is made once; in the order of tests/conftest.py. Types, which take one
-# core for more than a minute, are checked meanwhile, and told at the end.
+# One more at a time than there are cores, since each waits for servers now and then; from three to five,
+# since each takes a gigabyte of memory or two. By file, so that what a file's tests share is made once; in
+# the order of tests/conftest.py. Types, which take one core for more than a minute, are checked meanwhile,
+# and told at the end.
 test: style
 	@echo "$(BIN)/mypy, beside the tests"; \
 	$(BIN)/mypy >$(VENV)/mypy.log 2>&1 & types=$$!; \
