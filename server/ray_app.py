@@ -79,7 +79,7 @@ class Segmenter:
         config.load()
         self._lifespan = LifespanOn(config)
         await self._lifespan.startup()
-        while not self._service.is_ready:
+        while not self._service.is_server_ready:
             if failed.is_set() or self._lifespan.should_exit:
                 raise BackendError("The network cannot be loaded, the log says why.")
             await asyncio.sleep(_POLL_S)

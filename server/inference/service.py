@@ -47,10 +47,13 @@ class Service:
 
     @property
     def is_ready(self) -> bool:
+        """Whether the default network is warm and works, and the server does not drain."""
+        return self.networks.default.works and not self.drain.begun
+
+    @property
+    def is_server_ready(self) -> bool:
         """Whether the server is ready; see `check_server_ready`."""
-        return (
-            self.networks.default.works and not self.networks.are_loading and not self.drain.begun
-        )
+        return self.is_ready and not self.networks.are_loading
 
     @property
     def backend(self) -> BackendInfo:
@@ -168,7 +171,7 @@ def _observe(service: Service) -> None:
     metrics, networks, gate = service.metrics, service.networks, service.gate
     metrics.observe(metrics.pixels_decoding, lambda: service.pixels.used)
     metrics.observe(metrics.bytes_in_flight, lambda: gate.body_bytes.used)
-    metrics.observe(metrics.ready, lambda: service.is_ready)
+    metrics.observe(metrics.ready, lambda: service.is_server_ready)
     metrics.observe(metrics.circuit_open, lambda: any(one.is_failing for one in networks))
     metrics.observe(metrics.admitted, lambda: gate.admitted)
     for priority, bulk in (("interactive", False), ("bulk", True)):

@@ -397,7 +397,7 @@ def test_a_server_is_ready_once_all_networks_of_its_start_are_there(is_refused: 
         with pytest.raises(Unavailable, match="network slsnet is still"):
             service.check_server_ready()
         await service.use(Held(0.25))
-        early = service.is_ready
+        early = service.is_server_ready
         with pytest.raises(Unavailable, match="Further networks are still being loaded"):
             service.check_server_ready()
         # Who names a network does not wait for the others.
@@ -407,7 +407,7 @@ def test_a_server_is_ready_once_all_networks_of_its_start_are_there(is_refused: 
         else:
             await service.use(Held(0.75), served=service.networks.named("other"))
         service.check_server_ready()
-        assert (early, service.is_ready) == (False, True)
+        assert (early, service.is_server_ready) == (False, True)
         await service.close()
 
     asyncio.run(asyncio.wait_for(scenario(), 60))

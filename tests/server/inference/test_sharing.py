@@ -86,6 +86,8 @@ async def shared(
     """All of them, ready; of `models` none is loaded."""
     pair = Shared(SharedService(Settings(models=models), Metrics(), []), folder, count)
     server = await asyncio.get_running_loop().create_server(pair.owner.listen, sock=pair.listener)
+    # On a slow machine feeders would take it for dead, and kill its process, which is the test's.
+    beating = asyncio.create_task(pair.owner.beat())
     await pair.owner.use(backend)
     for number in range(count):
         service = await pair.join(number)
@@ -96,6 +98,7 @@ async def shared(
     finally:
         backend.open.set()
         await pair.close()
+        beating.cancel()
         server.close()
 
 
