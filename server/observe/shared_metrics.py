@@ -6,7 +6,8 @@ fill the folder. The files have their full size from the start: a write to a map
 ends a process with SIGBUS. And the folder is locked while the supervisor or a worker lives, so that
 the next start can remove one that was left behind.
 
-The folder also has a mark of each worker that accepts connections, for those that start beside it.
+The lock's file has a byte for each worker, which tells those that start beside it whether it
+accepts connections.
 """
 
 import contextlib
@@ -27,7 +28,6 @@ WORKER = "SLSNET_METRICS_WORKER"
 """Environment variable: the number of the worker, which names its files."""
 
 _PREFIX = "slsnet-metrics-"
-_MARK = "accepts-"
 _LOCK = "lock"
 
 # One file for each kind of metric.
@@ -83,8 +83,8 @@ class Folder:
                 raise
 
     def vacate(self, worker: int) -> None:
-        """Remove the metrics that a worker has only while it lives, and its mark."""
-        _mark(self.path, str(worker)).unlink(missing_ok=True)
+        """Remove the metrics that a worker has only while it lives; it accepts no connections."""
+        _mark(self.path, worker, accepts=False)
         mark_process_dead(worker, self.path)  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:
@@ -94,23 +94,23 @@ class Folder:
 
 def mark_accepting(*, accepts: bool) -> None:
     """Let the other workers know whether this one accepts connections; for a worker alone."""
-    mark = _mark(Path(os.environ[SHARED_FOLDER]), os.environ[WORKER])
-    # Without it the others wait for no longer than if this one were not there.
-    with contextlib.suppress(OSError):
-        if accepts:
-            mark.touch()
-        else:
-            mark.unlink(missing_ok=True)
+    _mark(Path(os.environ[SHARED_FOLDER]), int(os.environ[WORKER]), accepts=accepts)
 
 
 def others_accept() -> bool:
     """Whether another worker than this one accepts connections."""
-    folder, own = Path(os.environ[SHARED_FOLDER]), os.environ[WORKER]
-    return any(mark != _mark(folder, own) for mark in folder.glob(f"{_MARK}*"))
+    folder, own = Path(os.environ[SHARED_FOLDER]), int(os.environ[WORKER])
+    try:
+        marks = (folder / _LOCK).read_bytes()
+    except OSError:
+        return False
+    return any(accepts for worker, accepts in enumerate(marks) if worker != own)
 
 
-def _mark(folder: Path, worker: str) -> Path:
-    return folder / f"{_MARK}{worker}"
+def _mark(folder: Path, worker: int, *, accepts: bool) -> None:
+    # Without it the others wait for no longer than if this one were not there.
+    with contextlib.suppress(OSError), (folder / _LOCK).open("r+b") as file:
+        os.pwrite(file.fileno(), bytes([accepts]), worker)
 
 
 def _sweep(parent: Path) -> None:
