@@ -10,7 +10,6 @@ have to show a certificate (`SLSNET_TLS_CLIENT_CA`) this shows the server's own.
 refuses that, its readiness cannot be asked, and a completed TLS handshake counts as healthy.
 """
 
-import argparse
 import contextlib
 import http.client
 import os
@@ -78,11 +77,12 @@ def is_well(command: Sequence[str], environment: Mapping[str, str]) -> bool:
 
 def _address(words: Sequence[str], host: str, port: str, usual: int) -> tuple[str, int]:
     """The address that these two options of a command line name."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    parser.add_argument(host, dest="host", default="127.0.0.1")
-    parser.add_argument(port, dest="port", type=int, default=usual)
-    options, _ = parser.parse_known_args(words)
-    return _LOOPBACK.get(options.host, options.host), options.port
+    named = {host: "127.0.0.1", port: str(usual)}
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, is_whole, value = word.partition("=")
+        if name in named:
+            named[name] = value if is_whole else following
+    return _LOOPBACK.get(named[host], named[host]), int(named[port])
 
 
 def _shakes_hands(host: str, port: int, context: ssl.SSLContext) -> bool:
