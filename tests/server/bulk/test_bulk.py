@@ -433,31 +433,21 @@ def test_a_shorter_manifest_leaves_what_it_no_longer_names(
     assert masks(results) == before
 
 
-@pytest.mark.usefixtures("small_networks")
 def test_masks_and_superpixels_beside_photos_are_no_photos(tmp_path: Path) -> None:
     photos, results = tmp_path / "photos", tmp_path / "results"
-    for name in (
-        *("a.jpg", "a_segmentation.png", "a_superpixels.png", "B.JPG", "B_Segmentation.PNG"),
-        # Without the photo, or with another name, nobody knows what they are.
-        *(
-            "c_segmentation.png",
-            "a_segmentation_2.png",
-            "below/a_segmentation.png",
-            "_segmentation.png",
-        ),
-    ):
+    belong = ["a_segmentation.png", "a_superpixels.png", "B_Segmentation.PNG"]
+    # Without the photo, or with another name, nobody knows what they are.
+    others = ["c_segmentation.png", "a_segmentation_2.png", "_segmentation.png"]
+    taken = ["a.jpg", "B.JPG", "below/a_segmentation.png", *others]
+    for name in belong + taken:
         (photos / name).parent.mkdir(parents=True, exist_ok=True)
         (photos / name).touch()
     source = open_source(photos, results)
-    assert sorted(photo.path for photo in source.photos()) == sorted(
-        (
-            *("a.jpg", "B.JPG", "c_segmentation.png", "a_segmentation_2.png"),
-            *("below/a_segmentation.png", "_segmentation.png"),
-        )
-    )
+    assert sorted(photo.path for photo in source.photos()) == sorted(taken)
     assert source.passed_over == {"_segmentation.png": 2, "_superpixels.png": 1}
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_a_source_with_no_photos_takes_no_results(
     folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
