@@ -1,6 +1,5 @@
 """`--share-network yes`: workers speak HTTP and decode, one process runs the network for them."""
 
-import contextlib
 import os
 import shutil
 import signal
@@ -38,19 +37,8 @@ pytestmark = pytest.mark.usefixtures("small_networks")
 SHARED = ("--workers", "2", "--share-network", "yes", "--drain-grace-s", "0.5")
 
 
-def children(server: ServerProcess, module: str) -> list[psutil.Process]:
-    """The server's processes that run this module."""
-    found = []
-    for child in psutil.Process(server.process.pid).children():
-        # One that a test has killed may vanish meanwhile.
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if f"server.process.{module}" in child.cmdline():
-                found.append(child)
-    return found
-
-
 def owner_of(server: ServerProcess) -> psutil.Process:
-    (owner,) = children(server, "owner")
+    (owner,) = server.children("server.process.owner")
     return owner
 
 
@@ -91,14 +79,14 @@ def test_there_is_one_network_and_one_account(shared: ServerProcess, photos: lis
     assert figures(shared, path="/segment")["slsnet_requests_total"] == 2 * len(photos)
     assert values["slsnet_reloads_total"] == 1
     assert shared.log().count(" ready: ") == 1
-    for worker in children(shared, "worker"):
+    for worker in shared.children("server.process.worker"):
         assert not any("onnxruntime" in mapped.path for mapped in worker.memory_maps())
     # One that dies takes nothing with it but its own requests, and comes back.
-    first, second = children(shared, "worker")
+    first, second = shared.children("server.process.worker")
     first.kill()
     assert segment(shared, photos[0]).content == masks[0]
-    until(lambda: len(children(shared, "worker")) == 2)
-    assert second in children(shared, "worker")
+    until(lambda: len(shared.children("server.process.worker")) == 2)
+    assert second in shared.children("server.process.worker")
     until(lambda: all_ready(shared))
     assert masks_of(shared, photos) == masks[: len(photos)]
     assert shared.log().count(" ready: ") == 1

@@ -156,25 +156,16 @@ def test_sigterm_while_a_worker_starts_loses_nothing(
         # Of the two the one that serves now goes on, and the other starts while clients come.
         until(lambda: server.log().count("Started server process") == 2)
         masks = masks_of(server, photos[:4])
-        (first, *_) = _of_http(server)
+        (first, *_) = server.children("server.process.worker")
         first.kill()
-        until(lambda: first not in _of_http(server))
+        until(lambda: first not in server.children("server.process.worker"))
         with sending(server, photos[:4], masks) as ledgers:
-            until(lambda: len(_of_http(server)) == 2)
+            until(lambda: len(server.children("server.process.worker")) == 2)
             server.terminate()
             until(lambda: all(ledger.is_refused for ledger in ledgers))
             assert server.wait() == 0
     assert [ledger.wrong for ledger in ledgers] == [[]] * 4
     assert sum(ledger.right for ledger in ledgers) > 0
-
-
-def _of_http(server: ServerProcess) -> list[psutil.Process]:
-    found = []
-    for worker in workers(server):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if "server.process.worker" in worker.cmdline():
-                found.append(worker)
-    return found
 
 
 def test_a_worker_that_is_stopped_alone_leaves_the_port_to_the_others(pair: ServerProcess) -> None:

@@ -14,8 +14,12 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tests.support import ROOT
+
+if TYPE_CHECKING:
+    import psutil
 
 __all__ = ["ServerProcess", "free_port", "serve"]
 
@@ -51,6 +55,18 @@ class ServerProcess:
         first = psutil.Process(self.process.pid)
         times = [one.cpu_times() for one in (first, *first.children(recursive=True))]
         return sum(one.user + one.system for one in times)
+
+    def children(self, module: str) -> "list[psutil.Process]":
+        """Its processes that run this module."""
+        import psutil
+
+        found = []
+        for child in psutil.Process(self.process.pid).children():
+            # One that a test has killed may vanish meanwhile.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if module in child.cmdline():
+                    found.append(child)
+        return found
 
     def terminate(self) -> None:
         """Ask it to drain and stop (SIGTERM)."""
