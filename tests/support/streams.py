@@ -12,7 +12,7 @@ from websockets.typing import Subprotocol
 
 from tests.support.launch import ServerProcess
 
-__all__ = ["PROTOCOL", "close_of", "opened", "said", "stream"]
+__all__ = ["PROTOCOL", "close_of", "opened", "said", "send_refused", "stream"]
 
 PROTOCOL = "slsnet.v1"
 
@@ -55,6 +55,12 @@ def said(socket: ClientConnection) -> dict[str, Any]:
     """The next message."""
     message: dict[str, Any] = json.loads(socket.recv(timeout=600))
     return message
+
+
+def send_refused(socket: ClientConnection, message: bytes | list[bytes]) -> None:
+    """Send what the server closes the stream for, perhaps before all of it is sent."""
+    with contextlib.suppress(ConnectionClosed):
+        socket.send(message)
 
 
 def close_of(socket: ClientConnection) -> tuple[int, str]:

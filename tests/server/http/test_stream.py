@@ -11,7 +11,6 @@ import httpx
 import jsonschema_rs
 import numpy as np
 import pytest
-from websockets.exceptions import ConnectionClosed
 
 from server.keys import new_key
 from tests.support.answers import figures, refused_connections
@@ -19,7 +18,7 @@ from tests.support.held import serve_held
 from tests.support.launch import ServerProcess, serve
 from tests.support.lesions import encode_photo, lesion_photo
 from tests.support.samples import Sample
-from tests.support.streams import PROTOCOL, close_of, opened, said, stream
+from tests.support.streams import PROTOCOL, close_of, opened, said, send_refused, stream
 from tests.support.waiting import until
 from tests.support.wire import connect, read_all
 
@@ -189,18 +188,17 @@ def test_too_large_too_many_and_text(strict: ServerProcess) -> None:
     until(lambda: figures(strict)["slsnet_streams"] == 0)
     with stream(strict) as good:
         with stream(strict) as session:
-            session.send(b"x" * 2_000_000)
+            send_refused(session, b"x" * 2_000_000)
             code, reason = close_of(session)
             assert code == 1009
             assert "60000" in reason
         with stream(strict) as session:
             # In fragments.
-            session.send([b"x" * 40_000, b"x" * 40_000])
+            send_refused(session, [b"x" * 40_000, b"x" * 40_000])
             assert close_of(session)[0] == 1009
         with stream(strict) as session:
-            with contextlib.suppress(ConnectionClosed):
-                for _ in range(100):
-                    session.send(b"x")
+            for _ in range(100):
+                send_refused(session, b"x")
             while (message := said(session))["frame"] is not None:
                 assert message["error"]["status"] == 415
             assert message["error"]["status"] == 429
@@ -284,7 +282,7 @@ def test_frames_that_come_slowly_count_as_bytes_in_flight() -> None:
             connection.sendall(HANDSHAKE + b"\r\n" + frame_of(b"x" * 80_000, announced=90_000))
             until(lambda: figures(server)["slsnet_bytes_in_flight"] >= 80_000)
             with stream(server) as session:
-                session.send(b"x" * 50_000)
+                send_refused(session, b"x" * 50_000)
                 code, reason = close_of(session)
                 assert code == 1013
                 assert "memory" in reason
