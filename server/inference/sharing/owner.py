@@ -110,8 +110,11 @@ class SharedService(Service):
         self._feeders[number] = feeder
         self._deserted.clear()
         for served in self.networks:
-            if served.works:
+            if served.info is not None:
                 self._tell(feeder, self._cards[served.name])
+            if served.is_failing:
+                # It is loaded all the same: the feeder need not wait for it.
+                feeder.say({"failing": served.name})
         for name, reason in self.networks.refusals.items():
             feeder.say({"retired": name, "reason": reason})
 

@@ -448,6 +448,14 @@ def test_each_network_has_its_own_queue_and_failures(tmp_path: Path) -> None:
             await pair.settle(lambda: other.is_failing)
             assert feeder.is_ready
             assert await ask(feeder, 2) == [2]
+            # It keeps no newcomer from serving the other.
+            await pair.links[0].close()
+            feeder = await pair.join(0)
+            await pair.settle(lambda: feeder.is_server_ready)
+            with pytest.raises(Unavailable, match="anew"):
+                await ask(feeder, 2, named="other")
+            assert await ask(feeder, 2) == [2]
+            other = feeder.networks.named("other")
             # One that is brought back takes over, and one that is retired is told.
             await pair.owner.use(OpenBackend("third"), served=owned)
             await pair.settle(lambda: other.works)
