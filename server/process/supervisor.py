@@ -329,8 +329,10 @@ def supervise(
     signal.set_wakeup_fd(tell.fileno())
     for number in _SIGNALS:
         signal.signal(number, lambda *_: None)
-    # Workers start even so: a client may have connected, whom only they can answer.
-    tell.send(bytes(held))
+    # Workers start even so: a client may have connected, whom only they can answer. One that came
+    # between these lines is both held and told: each counts once, since a second one kills.
+    tell.send(bytes([*held, signal.SIGCHLD]))
+    tell.send(bytes(set(told.recv(4096))))
     try:
         folder = Folder()
     except OSError as error:

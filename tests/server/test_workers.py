@@ -400,3 +400,20 @@ sys.exit(main())
         assert "ended with" not in server.log()
         server.terminate()
         assert server.wait() == 0
+
+
+def test_a_signal_counts_once_that_comes_as_the_supervisor_begins_to_hear_it() -> None:
+    program = """
+import os, runpy, signal, sys
+hear = signal.set_wakeup_fd
+def hear_one(file):
+    signal.set_wakeup_fd = hear
+    hear(file)
+    os.kill(os.getpid(), signal.SIGTERM)
+signal.set_wakeup_fd = hear_one
+sys.argv[0] = "server"
+runpy.run_module("server", run_name="__main__", alter_sys=True)
+"""
+    command = [sys.executable, "-c", program, *PAIR, "--port", str(free_port())]
+    # A second one would kill the workers as they start.
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=600).returncode == 0
