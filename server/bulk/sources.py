@@ -163,12 +163,14 @@ class Source:
 
 def _belongs_to_a_photo(path: Path) -> str:
     """How the name of a photo's mask or superpixels goes on after the photo's; empty for others."""
+    if path.suffix.lower() != ".png":
+        return ""
     for ending in _BELONGS:
         stem = path.stem.lower().removesuffix(ending)
         if stem != path.stem.lower():
             photo = path.stem[: len(stem)]
-            names = (photo + form for suffix in SUFFIXES for form in (suffix, suffix.upper()))
-            if any(path.with_name(name).is_file() for name in names):
+            forms = {form for end in SUFFIXES for form in (end, end.upper(), end.title())}
+            if any(path.with_name(photo + form).is_file() for form in forms):
                 return ending
     return ""
 

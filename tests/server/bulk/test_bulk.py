@@ -435,16 +435,17 @@ def test_a_shorter_manifest_leaves_what_it_no_longer_names(
 
 def test_masks_and_superpixels_beside_photos_are_no_photos(tmp_path: Path) -> None:
     photos, results = tmp_path / "photos", tmp_path / "results"
-    belong = ["a_segmentation.png", "a_superpixels.png", "B_Segmentation.PNG"]
+    belong = ["a_segmentation.png", "a_superpixels.png", "B_Segmentation.PNG", "D_superpixels.png"]
     # Without the photo, or with another name, nobody knows what they are.
     others = ["c_segmentation.png", "a_segmentation_2.png", "_segmentation.png"]
-    taken = ["a.jpg", "B.JPG", "below/a_segmentation.png", *others]
+    others += ["a_segmentation.dcm", "a_segmentation.jpg"]
+    taken = ["a.jpg", "B.JPG", "D.Jpg", "below/a_segmentation.png", *others]
     for name in belong + taken:
         (photos / name).parent.mkdir(parents=True, exist_ok=True)
         (photos / name).touch()
     source = open_source(photos, results)
     assert sorted(photo.path for photo in source.photos()) == sorted(taken)
-    assert source.passed_over == {"_segmentation.png": 2, "_superpixels.png": 1}
+    assert source.passed_over == {"_segmentation.png": 2, "_superpixels.png": 2}
 
 
 @pytest.mark.usefixtures("small_networks")
