@@ -2,6 +2,7 @@
 
 import csv
 import fcntl
+import io
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -98,15 +99,20 @@ def save(trainer: Trainer) -> None:
 
 
 def write_history(trainer: Trainer) -> None:
-    """Write `history.csv` atomically, once there is an epoch to tell of."""
+    """Write `history.csv` atomically, once there is an epoch to tell of that it lacks."""
     progress = trainer.progress
     if not progress.history:
         return
     columns = list(dict.fromkeys(k for row in progress.history for k in row))
-    with replacing(trainer.out / "history.csv") as path, path.open("w", newline="") as file:
-        table = csv.DictWriter(file, columns)
-        table.writeheader()
-        table.writerows(progress.history)
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, columns)
+    table.writeheader()
+    table.writerows(progress.history)
+    content = text.getvalue().encode()
+    file = trainer.out / "history.csv"
+    if not file.is_file() or file.read_bytes() != content:
+        with replacing(file) as path:
+            path.write_bytes(content)
 
 
 def load(trainer: Trainer) -> None:

@@ -503,6 +503,10 @@ def test_what_a_kill_left_is_put_right(data: Path, cache: Path, tmp_path: Path) 
     main(command(data, cache, run, "--resume")[2:])
     assert (run / "history.csv").read_text() == table
     assert [path.name for path in run.glob(".*")] == [".last.pt.mine.pt"]
+    # Where nothing is amiss nothing is written, so that it may lie where nobody can write.
+    written = (run / "history.csv").stat().st_ino
+    main(command(data, cache, run, "--resume")[2:])
+    assert (run / "history.csv").stat().st_ino == written
 
 
 def test_two_processes_follow_one_processs_curve(data: Path, cache: Path, tmp_path: Path) -> None:
