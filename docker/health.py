@@ -2,7 +2,8 @@
 
 The command line of the first process says which one runs (`docker/entrypoint.py`). `archive serve`
 is asked at its health port, other commands of `archive` have none, and `label-studio` is well if
-its port is open.
+its port is open. Where the container does not see its own first process, since it shares the
+processes of the host or of a pod, the server is asked.
 
 Of the server this reads `SLSNET_HOST` and `SLSNET_PORT`. With TLS the certificate is not verified:
 it is issued for the name that clients use, and this is the server's own loopback. Where clients
@@ -101,5 +102,7 @@ def _shakes_hands(host: str, port: int, context: ssl.SSLContext) -> bool:
 
 
 if __name__ == "__main__":
-    first = Path("/proc/1/cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
-    sys.exit(0 if is_well(first, os.environ) else 1)
+    first = ""
+    with contextlib.suppress(OSError):
+        first = Path("/proc/1/cmdline").read_text(encoding="utf-8", errors="replace")
+    sys.exit(0 if is_well(first.split("\0"), os.environ) else 1)

@@ -456,6 +456,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m slsnet_client.label_studio",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # the image's health check reads options too
         epilog="Environment: LABEL_STUDIO_API_KEY, to fetch photos that Label Studio holds;\n"
         "SLSNET_API_KEY, if SLSNet Server has keys; ML_BACKEND_USER=name:password, which Label\n"
         "Studio then has to show.",

@@ -211,7 +211,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_ENVIRONMENT,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    make = partial(commands.add_parser, formatter_class=Help, epilog=_ENVIRONMENT)
+    # The image's health check reads options too, by their whole names.
+    make = partial(
+        commands.add_parser, formatter_class=Help, epilog=_ENVIRONMENT, allow_abbrev=False
+    )
     serve = make("serve", help="take photos by C-STORE until a signal ends it")
     _journal_option(serve)
     _work_options(serve)
