@@ -22,8 +22,12 @@ _LABEL = "lesion"
 
 def init_context(context: Any) -> None:
     """Make the client, once for each worker; Nuclio calls it."""
+    # It outlasts a restart of the server, within the function's own 60 s.
     context.user_data.client = Client(
-        os.environ["SLSNET_URL"], api_key=os.environ.get("SLSNET_API_KEY")
+        os.environ["SLSNET_URL"],
+        api_key=os.environ.get("SLSNET_API_KEY"),
+        deadline_s=50,
+        retries=20,
     )
 
 
