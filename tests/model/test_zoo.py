@@ -254,11 +254,12 @@ def test_slsdeep_learns_by_its_own_loss(tmp_path: Path) -> None:
 
 
 # To trace a network takes up to a minute, and the layers of these are those of others.
-_NOT_TRACED = {"fcn8s", "frcn", "gan-fcn", "segan", "segnet", "slsdeep"}
+_NOT_TRACED = {"fcn8s", "gan-fcn", "segan", "segnet", "slsdeep"}
+traced = pytest.mark.parametrize("name", [n for n in zoo.networks() if n not in _NOT_TRACED])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in zoo.networks() if name not in _NOT_TRACED])
+@traced
 def test_it_is_exported_with_the_contract_of_all(
     name: str,
     trained: Callable[[str], tuple[Path, list[float]]],
@@ -298,8 +299,8 @@ def test_half_the_bytes_keep_the_masks(
 ) -> None:
     whole, half = exported("unet"), tmp_path / "half.onnx"
     # To trace it again takes seconds.
-    traced = onnx.load_model_from_string(unstamped(whole.read_bytes()))
-    monkeypatch.setattr(model.export, "_graph", lambda *_: traced)
+    graph = onnx.load_model_from_string(unstamped(whole.read_bytes()))
+    monkeypatch.setattr(model.export, "_graph", lambda *_: graph)
     weights = str(trained("unet")[0])
     model.export.main(["--weights", weights, "--output", str(half), "--half"])
     assert half.stat().st_size < 0.7 * whole.stat().st_size
@@ -310,7 +311,7 @@ def test_half_the_bytes_keep_the_masks(
     check_digest(half.read_bytes())
 
 
-@every
+@traced
 def test_it_is_served(name: str, exported: Callable[[str], Path]) -> None:
     app, _ = create_app(Settings(model=exported(name), threads=1))
     photo = lesion_photo(5, 300, 200)
@@ -324,7 +325,7 @@ def test_it_is_served(name: str, exported: Callable[[str], Path]) -> None:
     assert card["parameters"] > 0
 
 
-@every
+@traced
 def test_an_engine_is_built_of_it(
     name: str, exported: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
