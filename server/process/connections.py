@@ -106,7 +106,7 @@ _HEAD = b"HTTP/1.1 "
 _JOINED = 2**16
 
 # The possible ends of a head or a chunked body; their first bytes may have come before.
-_ENDS = re.compile(rb"\A(?:\n\r\n|\r?\n)|\r\n\r\n")
+_ENDS = re.compile(rb"\A(?:\r?\n\r\n|\r?\n)|\r\n\r\n")
 
 
 class _Refused(Exception):

@@ -8,7 +8,7 @@ import pytest
 from server.keys import new_key
 from tests.support.launch import ServerProcess, serve
 from tests.support.samples import Sample
-from tests.support.wire import connect, read_all
+from tests.support.wire import connect, read_all, send_apart
 
 KEY, LINE = new_key("clinic")
 TRAILER = b"X-API-Key: %b\r\n" % KEY.encode()
@@ -25,8 +25,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]
 
 def statuses(server: ServerProcess, *pieces: bytes) -> list[int]:
     with connect(server) as connection:
-        for piece in pieces:
-            connection.sendall(piece)
+        send_apart(connection, *pieces)
         answers = read_all(connection).split(b"HTTP/1.1 ")[1:]
     return [int(answer[:3]) for answer in answers]
 
