@@ -88,9 +88,8 @@ def test_a_photo_is_chosen_and_its_mask_shown_and_saved(
     )
 
     page.find("download").click()
-    saved = page.downloads / "lesion-mask.png"
-    page.until(saved.exists)
-    assert (read_png(saved.read_bytes()) != offline.mask(data)).mean() < 1e-3
+    saved = page.downloaded("lesion-mask.png")
+    assert (read_png(saved) != offline.mask(data)).mean() < 1e-3
 
     width_on_screen = page.run("return document.documentElement.scrollWidth - innerWidth")
     assert width_on_screen <= 0
@@ -405,13 +404,12 @@ def test_slider_and_download_send_nothing_again(
     _, _, width, height = expected["bounding_box"]
     assert page.text("box") == f"{width} × {height} px"
     page.find("download").click()
-    saved = page.downloads / "lesion-mask.png"
-    page.until(saved.exists)
+    saved = page.downloaded("lesion-mask.png")
     page.driver.execute_cdp_cmd("Network.setBlockedURLs", {"urls": []})
     theirs = read_png(
         httpx.post(f"{server.url}/segment", content=content, params={"threshold": 0.05}).content
     )
-    assert (read_png(saved.read_bytes()) != theirs).mean() < 1e-4
+    assert (read_png(saved) != theirs).mean() < 1e-4
 
 
 @pytest.mark.parametrize(

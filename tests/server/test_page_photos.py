@@ -56,11 +56,9 @@ def choose(page: Page, *paths: Path) -> None:
 
 
 def saved(page: Page, button: str, name: str) -> bytes:
-    path = page.downloads / name
-    path.unlink(missing_ok=True)
+    (page.downloads / name).unlink(missing_ok=True)
     page.find(button).click()
-    page.until(path.exists)
-    return path.read_bytes()
+    return page.downloaded(name)
 
 
 def area(page: Page) -> int:

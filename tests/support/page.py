@@ -35,6 +35,13 @@ class Page:
         self.driver.get(f"{self.url}/")
         self.until(lambda: self.find("server").get_attribute("data-ready") == "true")
 
+    def downloaded(self, name: str) -> bytes:
+        """What the browser saves under this name, once it has."""
+        path = self.downloads / name
+        # It keeps the name with an empty file until all is there.
+        self.until(lambda: path.is_file() and path.stat().st_size > 0)
+        return path.read_bytes()
+
     def find(self, name: str) -> WebElement:
         return self.driver.find_element(By.ID, name)
 
