@@ -1,28 +1,37 @@
 """Runs the processes that read and write DICOM: each object in one of its own.
 
 As AVIF and HEIC are (`photos.heif`), with limits that the system keeps. The server's own process
-never parses DICOM: a header can unpack to gigabytes, and holds a patient's name. It costs half a
-second of CPU an object, most of it to load pydicom.
+never parses DICOM: a header can unpack to gigabytes, and holds a patient's name.
+
+On Linux the processes are forked from one that has loaded the libraries (`photos.dicom.template`).
+It starts with the first object. Elsewhere each loads them itself, since forking without starting
+anew is not safe with all of a system's own libraries there.
 """
 
+import atexit
 import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from photos import structure
+from photos.dicom.template import CODE, FORKED, NO_ROOM
+
+if TYPE_CHECKING:
+    _Popen = subprocess.Popen[bytes]
 
 __all__ = [
     "NAME",
@@ -41,10 +50,13 @@ NAME = "DICOM"
 Spacing = tuple[float, float]
 """Millimetres from one pixel's centre to the next: across, down."""
 
-# Seconds of CPU, and for a machine that is busy. Loading takes half a second, 24 megapixels of
-# JPEG take four: they are decoded whole.
+# Seconds of CPU, and for a machine that is busy. 24 megapixels of JPEG take four: they are decoded
+# whole.
 _MAX_CPU_S = 30
 _MAX_S = 120
+
+# Seconds in which the template ends once nobody asks it any more.
+_END_S = 5
 
 # Characters of what a process may say.
 _MAX_SAID = 10_000
@@ -155,13 +167,25 @@ def written(data: bytes, said: dict[str, Any], pixels: Sequence[bytes]) -> list[
 
 
 class _Process:
-    """A process, and the pipes to and from it."""
+    """A process, and the pipes to and from it.
 
-    def __init__(self, started: "subprocess.Popen[bytes]") -> None:
-        assert started.stdin is not None and started.stdout is not None
-        self._started = started
-        self._input: IO[bytes] = started.stdin
-        self._output: IO[bytes] = started.stdout
+    Args:
+        to, of: its input and its output.
+        kill: ends it if it has not ended; may be called at any time, from any thread.
+        wait: waits for its end, and gives its exit code.
+    """
+
+    def __init__(
+        self,
+        to: IO[bytes],
+        of: IO[bytes],
+        kill: Callable[[], None],
+        wait: Callable[[], int],
+    ) -> None:
+        self._input = to
+        self._output = of
+        self.kill = kill
+        self._wait = wait
 
     def send(self, *parts: bytes) -> None:
         """Write these bytes; one that has ended takes none, and `hear` tells why."""
@@ -187,47 +211,194 @@ class _Process:
             self._ended()
         return content
 
-    def _ended(self) -> None:
+    def _ended(self) -> NoReturn:
         """Raise why the process ended early."""
-        self._started.kill()
-        code = self._started.wait()
-        if code == -signal.SIGXCPU:
-            raise structure.TakesTooLongError
-        if code == _NO_MEMORY:
-            raise MemoryError
-        raise ValueError(f"the process ended with {code}")
+        self.kill()
+        raise _reason(self._wait())
+
+    def end(self) -> None:
+        """End it, whatever it does."""
+        self.kill()
+        for pipe in (self._input, self._output):
+            # It may hold what the process did not read.
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+        self._wait()
+
+
+def _reason(code: int) -> Exception:
+    """What a process that ended early with this code had too much or too little of."""
+    if code == -signal.SIGXCPU:
+        return structure.TakesTooLongError()
+    if code == _NO_MEMORY:
+        return MemoryError()
+    return ValueError(f"the process ended with {code}")
 
 
 @contextlib.contextmanager
 def _process(module: str, *arguments: str) -> Iterator[_Process]:
     """Run a module's `main` in a process that ends with the block, or after `_MAX_S`."""
-    # In a session of its own: what is typed at the server's terminal is not for it. One thread is
-    # all that it uses, and each of OpenBLAS's takes memory.
-    started = subprocess.Popen(
-        [sys.executable, "-I", "-c", _START, _ROOT, module, *arguments, str(_MAX_CPU_S)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
+    given = (*arguments, str(_MAX_CPU_S))
+    if sys.platform == "linux":
+        process = _template(_START).forked(module, given)
+    else:
+        process = _started_anew(module, given)
     is_late = threading.Event()
 
     def end() -> None:
         is_late.set()
-        started.kill()
+        process.kill()
 
     clock = threading.Timer(_MAX_S, end)
     clock.start()
     try:
-        yield _Process(started)
+        yield process
     except ValueError as error:
         if is_late.is_set():
             raise structure.TakesTooLongError from error
         raise
     finally:
         clock.cancel()
-        started.kill()
-        # Its pipes may hold what it did not read.
-        with contextlib.suppress(BrokenPipeError):
-            started.communicate()
+        process.end()
+
+
+def _start(start: str, module: str, arguments: Sequence[str], **files: Any) -> "_Popen":
+    # In a session of its own: what is typed at the server's terminal is not for it. One thread is
+    # all that it uses, and each of OpenBLAS's takes memory.
+    return subprocess.Popen(
+        [sys.executable, "-I", "-c", start, _ROOT, module, *arguments],
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+        start_new_session=True,
+        **files,
+    )
+
+
+def _started_anew(module: str, arguments: Sequence[str]) -> _Process:
+    """A process that loads the libraries itself."""
+    started = _start(_START, module, arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert started.stdin is not None and started.stdout is not None
+    return _Process(started.stdin, started.stdout, started.kill, started.wait)
+
+
+class _Template:
+    """The process that others are forked from; see `photos.dicom.template`.
+
+    Args:
+        start: the code that starts it.
+    """
+
+    def __init__(self, start: str) -> None:
+        self._start = start
+        self._lock = threading.Lock()
+        self._running: _Popen | None = None
+        self._ask: socket.socket
+
+    def forked(self, module: str, arguments: Sequence[str]) -> _Process:
+        """A new process, which runs a module's `main`.
+
+        Raises:
+            ValueError: the template cannot be started, or dies of what it loads.
+            MemoryError: there is not enough for a process more.
+            structure.TakesTooLongError: the template is not there in time.
+        """
+        with self._lock:
+            was_there = self._lives()
+            process = self._forked(module, arguments)
+            if process is None and was_there:
+                # It was killed for its memory, perhaps, or by a person.
+                process = self._forked(module, arguments)
+            if process is None:
+                assert self._running is not None
+                raise _reason(self._running.wait())
+            return process
+
+    def _lives(self) -> bool:
+        return self._running is not None and self._running.poll() is None
+
+    def _forked(self, module: str, arguments: Sequence[str]) -> _Process | None:
+        """A new process; None if the template has died."""
+        if not self._lives():
+            self.close()
+            self._ask, theirs = socket.socketpair()
+            with theirs:
+                self._running = _start(
+                    self._start,
+                    "photos.dicom.template",
+                    (),
+                    stdin=theirs,
+                    stdout=subprocess.DEVNULL,
+                )
+        taken, to = os.pipe()
+        of, given = os.pipe()
+        ours, theirs = socket.socketpair()
+        ours.settimeout(_MAX_S)
+        message = json.dumps({"module": module, "arguments": arguments}).encode()
+        said = b""
+        try:
+            with contextlib.suppress(ConnectionError):
+                socket.send_fds(self._ask, [message], [taken, given, theirs.fileno()])
+                theirs.close()
+                said = ours.recv(len(FORKED))
+        except TimeoutError as error:
+            assert self._running is not None
+            self._running.kill()
+            raise structure.TakesTooLongError from error
+        finally:
+            theirs.close()
+            for file in (taken, given, *(() if said == FORKED else (to, of))):
+                os.close(file)
+            if said != FORKED:
+                ours.close()
+        if said == NO_ROOM:
+            raise MemoryError
+        if said != FORKED:
+            return None
+        ours.settimeout(None)
+        end = _End(ours)
+        return _Process(os.fdopen(to, "wb"), os.fdopen(of, "rb"), end.hasten, end.wait)
+
+    def close(self) -> None:
+        """End it, and with it all that were forked from it."""
+        if self._running is not None:
+            self._ask.close()
+            try:
+                self._running.wait(_END_S)
+            except subprocess.TimeoutExpired:
+                self._running.kill()
+                self._running.wait()
+            self._running = None
+
+
+class _End:
+    """The end of a process that was forked, as the template tells of it."""
+
+    def __init__(self, told: socket.socket) -> None:
+        self._told = told
+        self._code: int | None = None
+
+    def hasten(self) -> None:
+        with contextlib.suppress(OSError):
+            self._told.shutdown(socket.SHUT_WR)
+
+    def wait(self) -> int:
+        if self._code is None:
+            said = self._told.recv(CODE.size)
+            self._told.close()
+            # The template was killed, and the process with it.
+            self._code = CODE.unpack(said)[0] if said else -signal.SIGKILL
+        return self._code
+
+
+_templates: dict[str, _Template] = {}
+"""By the code that starts them, which tests replace."""
+_templates_lock = threading.Lock()
+
+
+def _template(start: str) -> _Template:
+    with _templates_lock:
+        if start not in _templates:
+            _templates[start] = _Template(start)
+            # Else it would be reported as left behind.
+            atexit.register(_templates[start].close)
+        return _templates[start]

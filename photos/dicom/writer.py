@@ -45,6 +45,20 @@ _NAMESPACE = uuid.UUID("6b0f1e0c-8e55-5b52-9c3d-2a6d4b0f6c1e")
 _MAKER = "SLSNet"
 _DEVICE = "SLSNet Server"
 
+
+def _load_tables() -> None:
+    """Let highdicom read the standard's tables, which it puts off until it first needs them.
+
+    That takes half a second, and processes that are forked after it have them.
+    """
+    photo = Dataset()
+    photo.SOPClassUID = SecondaryCaptureImageStorage
+    photo.Manufacturer = _MAKER
+    hd.ContributingEquipment.for_image_acquisition(photo)
+
+
+_load_tables()
+
 # Series that hold results come after those of cameras.
 _SERIES = {"seg": 9001, "probability": 9002, "overlay": 9003, "sr": 9004}
 
