@@ -62,10 +62,10 @@ class Client:
         """Hang up; no photo can be sent afterwards."""
         self._connection.close()
 
-    def segment(self, photo: bytes) -> Timing:
-        """Send one photo, and read its whole mask."""
+    def segment(self, photo: bytes, query: str = "") -> Timing:
+        """Send one photo, and read its whole mask, or what the query asks for."""
         started = time.perf_counter()
-        self._connection.request("POST", "/segment", photo, {"Content-Type": "image/jpeg"})
+        self._connection.request("POST", f"/segment{query}", photo, {"Content-Type": "image/jpeg"})
         response = self._connection.getresponse()
         body = response.read()
         whole = (time.perf_counter() - started) * 1000

@@ -10,7 +10,8 @@ client sees it, and photos a second. Each figure is the median over the turns, a
 median of the turns' own ratios, now / before.
 
 Photos are those of `--images` (default: SLSNET_DATA's native ones), once as they are and once
-resized to 600×450, or generated ones.
+resized to 600×450, or generated ones. `--dicom` sends DICOM objects instead, of photos of 600×450,
+and asks for JSON and for DICOM objects.
 """
 
 import argparse
@@ -25,8 +26,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
+from itertools import product, repeat
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from benchmarks.latency import JPEG_QUALITY, Client, machine
@@ -41,6 +44,10 @@ _LARGE = (3024, 2016)
 _PHOTOS = 20
 _CLIENTS = (1, 8, 32)
 
+# An object could take seconds.
+_OBJECTS = 4
+_OBJECT_CLIENTS = (1, 4)
+
 
 @dataclass(frozen=True)
 class Load:
@@ -49,6 +56,7 @@ class Load:
     name: str
     photos: Sequence[bytes]
     clients: int
+    query: str = ""
 
 
 def compare(before: ServerProcess, now: ServerProcess, load: Load, turns: int) -> str:
@@ -73,14 +81,14 @@ def send(server: ServerProcess, load: Load) -> tuple[float, float, float]:
         shares = [load.photos[number :: load.clients] for number in range(load.clients)]
         cpu_s, started = server.cpu_s(), time.perf_counter()
         with ThreadPoolExecutor(load.clients) as threads:
-            series = list(threads.map(_times, clients, shares))
+            series = list(threads.map(_times, clients, shares, repeat(load.query)))
         seconds, cpu_s = time.perf_counter() - started, server.cpu_s() - cpu_s
     times = [whole for one in series for whole in one]
     return cpu_s / len(times) * 1000, statistics.median(times), len(times) / seconds
 
 
-def _times(client: Client, photos: Sequence[bytes]) -> list[float]:
-    return [client.segment(photo).whole for photo in photos]
+def _times(client: Client, photos: Sequence[bytes], query: str) -> list[float]:
+    return [client.segment(photo, query).whole for photo in photos]
 
 
 def unpack(revision: str, folder: Path) -> None:
@@ -108,6 +116,23 @@ def load_photos(folder: Path) -> tuple[list[bytes], list[bytes], str]:
     return pictures[0], pictures[1], "generated"
 
 
+def loads(images: Path, *, dicom: bool) -> tuple[list[Load], str]:
+    """What is sent, and where the photos are from."""
+    small, large, source = load_photos(images)
+    if not dicom:
+        sizes = {"600×450": small * 4, "as they are": large * 4}
+        return [Load(*size, clients) for size, clients in product(sizes.items(), _CLIENTS)], source
+    # Not above: other photos need no pydicom.
+    from tests.support.dicom import dicom_bytes
+
+    objects = [dicom_bytes(np.asarray(Image.open(BytesIO(photo)))) for photo in small[:_OBJECTS]]
+    asked = {"DICOM → JSON": "?format=json", "DICOM → DICOM": "?format=dicom&objects=seg,sr"}
+    return [
+        Load(name, objects, clients, query)
+        for (name, query), clients in product(asked.items(), _OBJECT_CLIENTS)
+    ], source
+
+
 def _resized(path: Path) -> Image.Image:
     with Image.open(path) as photo:
         return ImageOps.exif_transpose(photo).convert("RGB").resize(_SMALL)
@@ -130,13 +155,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--turns", type=int, default=9, help="turns that are measured, of each load"
     )
+    parser.add_argument("--dicom", action="store_true", help="send DICOM objects")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="slsnet-") as folder:
         try:
             unpack(options.revision, Path(folder))
         except subprocess.CalledProcessError:
             parser.error(f"git has no revision {options.revision}")
-        small, large, source = load_photos(options.images)
+        sent, source = loads(options.images, dicom=options.dicom)
         command = ("-m", "benchmarks.peers.slsnet")
         stub = {"PEER_NETWORK": "stub:0"}
         with (
@@ -147,10 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             columns = ("CPU, ms a photo", "p50, ms", "photos/s")
             heads = " | ".join(f"{column}: before | now | ratio" for column in columns)
             print(f"| photos | clients | {heads} |\n|---" + "|--:" * 10 + "|")
-            for name, photos in (("600×450", small * 4), ("as they are", large * 4)):
-                for clients in _CLIENTS:
-                    load = Load(name, photos, clients)
-                    print(compare(before, now, load, options.turns), flush=True)
+            for load in sent:
+                print(compare(before, now, load, options.turns), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ from PIL import Image
 
 from benchmarks import versions
 from benchmarks.versions import Load, compare
+from photos.dicom.process import is_dicom
 from tests.support import ROOT
+from tests.support.dicom import needs_dicom
 from tests.support.launch import serve
 from tests.support.lesions import drawn_photo
 
@@ -49,6 +51,20 @@ def test_photos_are_drawn_where_there_are_none(
     for photos, size in ((small, (600, 450)), (large, (900, 600))):
         assert [Image.open(BytesIO(photo)).size for photo in photos] == [size] * 2
         assert photos[0] != photos[1]
+
+
+def test_objects_of_dicom_are_sent_and_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_dicom()
+    monkeypatch.setattr(versions, "_PHOTOS", 2)
+    monkeypatch.setattr(versions, "_LARGE", (90, 60))
+    sent, _ = versions.loads(tmp_path / "none", dicom=True)
+    assert {load.clients for load in sent} == {1, 4}
+    assert all(is_dicom(photo) for load in sent for photo in load.photos)
+    with serve(command=_STUB, environment={"PEER_NETWORK": "stub:0"}) as server:
+        for load in sent:
+            assert all(figure > 0 for figure in versions.send(server, load))
 
 
 def test_a_revision_that_git_does_not_know_is_said(capsys: pytest.CaptureFixture[str]) -> None:

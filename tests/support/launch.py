@@ -48,13 +48,13 @@ class ServerProcess:
         return self.log_file.read_text(encoding="utf-8")
 
     def cpu_s(self) -> float:
-        """CPU seconds that it and the processes that it has now have used."""
+        """CPU seconds that it and its processes have used, those that have ended too."""
         # Only here: `benchmarks.latency` runs where nothing but the server is installed.
         import psutil
 
         first = psutil.Process(self.process.pid)
         times = [one.cpu_times() for one in (first, *first.children(recursive=True))]
-        return sum(one.user + one.system for one in times)
+        return sum(sum(one[:4]) for one in times)
 
     def children(self, module: str) -> "list[psutil.Process]":
         """Its processes that run this module."""
