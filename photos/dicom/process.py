@@ -55,8 +55,11 @@ Spacing = tuple[float, float]
 _MAX_CPU_S = 30
 _MAX_S = 120
 
-# Seconds in which the template ends once nobody asks it any more.
-_END_S = 5
+# Seconds in which the template ends a process, on a machine that is busy, and itself at the exit.
+_END_S = 60
+_EXIT_S = 5
+
+_CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGABRT, signal.SIGFPE)
 
 # Characters of what a process may say.
 _MAX_SAID = 10_000
@@ -171,7 +174,7 @@ class _Process:
 
     Args:
         to, of: its input and its output.
-        kill: ends it if it has not ended; may be called at any time, from any thread.
+        kill: ends it if it has not ended.
         wait: waits for its end, and gives its exit code.
     """
 
@@ -184,7 +187,7 @@ class _Process:
     ) -> None:
         self._input = to
         self._output = of
-        self.kill = kill
+        self._kill = kill
         self._wait = wait
 
     def send(self, *parts: bytes) -> None:
@@ -213,12 +216,16 @@ class _Process:
 
     def _ended(self) -> NoReturn:
         """Raise why the process ended early."""
-        self.kill()
-        raise _reason(self._wait())
+        raise _reason(self.stop())
+
+    def stop(self) -> int:
+        """End it, whatever it does, if it has not ended; from any thread. Return its exit code."""
+        self._kill()
+        return self._wait()
 
     def end(self) -> None:
-        """End it, whatever it does."""
-        self.kill()
+        """End it, and close its pipes."""
+        self._kill()
         for pipe in (self._input, self._output):
             # It may hold what the process did not read.
             with contextlib.suppress(BrokenPipeError):
@@ -247,11 +254,11 @@ def _process(module: str, *arguments: str) -> Iterator[_Process]:
 
     def end() -> None:
         is_late.set()
-        process.kill()
+        process.stop()
 
     clock = threading.Timer(_MAX_S, end)
-    clock.start()
     try:
+        clock.start()
         yield process
     except ValueError as error:
         if is_late.is_set():
@@ -293,16 +300,21 @@ class _Template:
         self._lock = threading.Lock()
         self._running: _Popen | None = None
         self._ask: socket.socket
+        self._is_worn = False
+        self._former: list[_Popen] = []
+        """They end once what they forked has ended."""
 
     def forked(self, module: str, arguments: Sequence[str]) -> _Process:
         """A new process, which runs a module's `main`.
 
         Raises:
-            ValueError: the template cannot be started, or dies of what it loads.
-            MemoryError: there is not enough for a process more.
+            ValueError: the template cannot be started.
+            MemoryError: there is not enough of it, or of files, for a process more.
             structure.TakesTooLongError: the template is not there in time.
         """
-        with self._lock:
+        if not self._lock.acquire(timeout=_MAX_S):
+            raise structure.TakesTooLongError
+        try:
             was_there = self._lives()
             process = self._forked(module, arguments)
             if process is None and was_there:
@@ -312,69 +324,110 @@ class _Template:
                 assert self._running is not None
                 raise _reason(self._running.wait())
             return process
+        finally:
+            self._lock.release()
+
+    def wear(self) -> None:
+        """Let the next process come from a new template.
+
+        All that come from one have the same addresses in memory, which crashes can be used to find.
+        """
+        self._is_worn = True
+
+    def close(self) -> None:
+        """End it, and with it all that were forked from it."""
+        self._drop()
+        for former in self._former:
+            try:
+                former.wait(_EXIT_S)
+            except subprocess.TimeoutExpired:
+                former.kill()
+                former.wait()
 
     def _lives(self) -> bool:
-        return self._running is not None and self._running.poll() is None
+        return self._running is not None and self._running.poll() is None and not self._is_worn
+
+    def _drop(self) -> None:
+        if self._running is not None:
+            self._ask.close()
+            self._former.append(self._running)
+            self._running = None
+        self._is_worn = False
+        self._former = [one for one in self._former if one.poll() is None]
+
+    def _begin(self) -> None:
+        self._drop()
+        ask, theirs = socket.socketpair()
+        with theirs, contextlib.ExitStack() as undo:
+            undo.enter_context(ask)
+            arguments = (self._start, "photos.dicom.template", ())
+            self._running = _start(*arguments, stdin=theirs, stdout=subprocess.DEVNULL)
+            undo.pop_all()
+        self._ask = ask
 
     def _forked(self, module: str, arguments: Sequence[str]) -> _Process | None:
         """A new process; None if the template has died."""
         if not self._lives():
-            self.close()
-            self._ask, theirs = socket.socketpair()
-            with theirs:
-                self._running = _start(
-                    self._start,
-                    "photos.dicom.template",
-                    (),
-                    stdin=theirs,
-                    stdout=subprocess.DEVNULL,
-                )
-        taken, to = os.pipe()
-        of, given = os.pipe()
-        ours, theirs = socket.socketpair()
-        ours.settimeout(_MAX_S)
-        message = json.dumps({"module": module, "arguments": arguments}).encode()
-        said = b""
-        try:
-            with contextlib.suppress(ConnectionError):
-                socket.send_fds(self._ask, [message], [taken, given, theirs.fileno()])
-                theirs.close()
-                said = ours.recv(len(FORKED))
-        except TimeoutError as error:
-            assert self._running is not None
-            self._running.kill()
-            raise structure.TakesTooLongError from error
-        finally:
-            theirs.close()
-            for file in (taken, given, *(() if said == FORKED else (to, of))):
-                os.close(file)
-            if said != FORKED:
-                ours.close()
-        if said == NO_ROOM:
-            raise MemoryError
-        if said != FORKED:
-            return None
-        ours.settimeout(None)
-        end = _End(ours)
-        return _Process(os.fdopen(to, "wb"), os.fdopen(of, "rb"), end.hasten, end.wait)
-
-    def close(self) -> None:
-        """End it, and with it all that were forked from it."""
-        if self._running is not None:
-            self._ask.close()
+            self._begin()
+        assert self._running is not None
+        with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
+            taken, to = _pipe(theirs, ours)
+            given, of = _pipe(theirs, ours, is_output=True)
+            told, tells = socket.socketpair()
+            ours.enter_context(told)
+            theirs.enter_context(tells)
+            told.settimeout(_MAX_S)
+            message = json.dumps({"module": module, "arguments": arguments}).encode()
+            said = b""
             try:
-                self._running.wait(_END_S)
-            except subprocess.TimeoutExpired:
+                socket.send_fds(self._ask, [message], [tells.fileno(), taken, given])
+                # Else this process could not be heard to end.
+                theirs.close()
+                said = told.recv(len(FORKED))
+            except ConnectionError:
+                pass
+            except TimeoutError as error:
                 self._running.kill()
                 self._running.wait()
-            self._running = None
+                raise structure.TakesTooLongError from error
+            if said == NO_ROOM:
+                raise MemoryError
+            if said != FORKED:
+                # It may take a moment to die.
+                self._running.kill()
+                self._running.wait()
+                return None
+            ours.pop_all()
+        end = _End(told, self._running, self.wear)
+        return _Process(to, of, end.hasten, end.wait)
+
+
+def _pipe(
+    theirs: contextlib.ExitStack, ours: contextlib.ExitStack, *, is_output: bool = False
+) -> tuple[int, IO[bytes]]:
+    """A pipe: the end that the new process gets, and the other one."""
+    read, write = os.pipe()
+    end, other = (write, read) if is_output else (read, write)
+    theirs.callback(os.close, end)
+    return end, ours.enter_context(os.fdopen(other, "rb" if is_output else "wb"))
 
 
 class _End:
-    """The end of a process that was forked, as the template tells of it."""
+    """The end of a process that was forked, as its template tells of it.
 
-    def __init__(self, told: socket.socket) -> None:
+    Args:
+        told: by the template.
+        template: the process was forked from it.
+        crashed: called if the process has crashed.
+    """
+
+    def __init__(
+        self, told: socket.socket, template: "_Popen", crashed: Callable[[], None]
+    ) -> None:
         self._told = told
+        self._template = template
+        self._crashed = crashed
+        self._lock = threading.Lock()
         self._code: int | None = None
 
     def hasten(self) -> None:
@@ -382,12 +435,23 @@ class _End:
             self._told.shutdown(socket.SHUT_WR)
 
     def wait(self) -> int:
-        if self._code is None:
+        with self._lock:
+            if self._code is None:
+                self._code = self._hear()
+                self._told.close()
+                if -self._code in _CRASHES:
+                    self._crashed()
+            return self._code
+
+    def _hear(self) -> int:
+        self._told.settimeout(_END_S)
+        try:
             said = self._told.recv(CODE.size)
-            self._told.close()
-            # The template was killed, and the process with it.
-            self._code = CODE.unpack(said)[0] if said else -signal.SIGKILL
-        return self._code
+        except TimeoutError:
+            # It was stopped, perhaps. What it has forked ends with it.
+            self._template.kill()
+            said = b""
+        return CODE.unpack(said)[0] if said else -signal.SIGKILL
 
 
 _templates: dict[str, _Template] = {}

@@ -2,10 +2,10 @@
 
 To load them takes half a second (pydicom) or two (highdicom), many times as long as the work on a
 photo. `photos.dicom.process` runs this on Linux, with a socket for its standard input. Each message
-there is a JSON document with a module and arguments for its `main`, and three files: the new
-process's input and output, and a socket of its own. On that socket this says `f` once the process
-is forked, or `m` if there is no memory for it, and in the end its exit code (32 bits, signed, in
-the machine's order). If the other side of that socket is shut, the process is killed.
+there is a JSON document with a module and arguments for its `main`, and three files: a socket for
+the new process alone, its input and its output. On that socket this says `f` once the process is
+forked, or `m` if memory or files are too short for it, and in the end its exit code (32 bits,
+signed, in the machine's order). If the other side of that socket is shut, the process is killed.
 
 It reads no object itself. So nothing of a patient is in its memory, and what the work on one object
 does, none of the later ones sees. It ends with the process that started it, and the others with it.
@@ -43,6 +43,15 @@ def main() -> int:
     return _Template().run()
 
 
+def _main_of(module: str) -> Callable[[], int]:
+    """Load a module: here, and so once for all. If that fails, the new process fails alone."""
+    try:
+        main_of: Callable[[], int] = import_module(module).main
+    except Exception:  # noqa: BLE001  # of whatever it imports
+        return lambda: 1
+    return main_of
+
+
 class _Template:
     def __init__(self) -> None:
         self._asked = socket.socket(fileno=0)
@@ -53,6 +62,7 @@ class _Template:
             one.setblocking(False)
         # A process that has ended is heard of through this socket.
         signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
         signal.set_wakeup_fd(tell.fileno())
         self._processes: dict[int, socket.socket] = {}
         self._selector = selectors.DefaultSelector()
@@ -61,11 +71,11 @@ class _Template:
     def run(self) -> int:
         self._selector.register(self._asked, selectors.EVENT_READ)
         self._selector.register(self._ended, selectors.EVENT_READ)
-        while True:
+        is_asked = True
+        while is_asked or self._processes:
             for key, _ in self._selector.select():
                 if key.fileobj is self._asked:
-                    if not self._fork():
-                        return 0
+                    is_asked = self._fork()
                 elif key.fileobj is self._ended:
                     self._ended.recv(4096)
                     self._collect()
@@ -73,42 +83,51 @@ class _Template:
                     # Nobody waits for it any more.
                     self._selector.unregister(key.fileobj)
                     os.kill(key.data, signal.SIGKILL)
+        return 0
 
     def _fork(self) -> bool:
         """Start what the next message asks for; False if there is no more."""
         message, files, _, _ = socket.recv_fds(self._asked, _MESSAGE_BYTES, 3)
         if not message:
+            self._selector.unregister(self._asked)
             return False
-        taken, given, told = files
-        asked = json.loads(message)
-        # Loaded here, and so once for all.
-        run = import_module(asked["module"]).main
+        process = socket.socket(fileno=files[0]) if files else None
+        try:
+            if process is not None:
+                asked = json.loads(message)
+                self._run(asked["module"], asked["arguments"], files[1:], process)
+        finally:
+            for file in files[1:]:
+                os.close(file)
+        return True
+
+    def _run(
+        self, module: str, arguments: list[str], pipes: list[int], process: socket.socket
+    ) -> None:
+        run = _main_of(module)
         # Else the first collection of each process would copy all of it.
         gc.collect()
         gc.freeze()
-        with socket.socket(fileno=told) as process:
-            try:
+        said = NO_ROOM
+        # Where files are short, not all have come.
+        if len(pipes) == 2:
+            with contextlib.suppress(OSError):
                 pid = os.fork()
-            except OSError:
-                process.send(NO_ROOM)
-            else:
                 if pid == 0:
-                    self._become(run, asked["arguments"], taken, given, process)
-                kept = process.dup()
-                self._processes[pid] = kept
-                self._selector.register(kept, selectors.EVENT_READ, pid)
-                with contextlib.suppress(BrokenPipeError):
-                    kept.send(FORKED)
-        os.close(taken)
-        os.close(given)
-        return True
+                    self._become(run, arguments, pipes, process)
+                self._processes[pid] = process
+                self._selector.register(process, selectors.EVENT_READ, pid)
+                said = FORKED
+        with contextlib.suppress(BrokenPipeError):
+            process.send(said)
+        if said == NO_ROOM:
+            process.close()
 
     def _become(
         self,
         run: Callable[[], int],
         arguments: list[str],
-        taken: int,
-        given: int,
+        pipes: list[int],
         process: socket.socket,
     ) -> NoReturn:
         """Be the new process from here on: of what this one has open it keeps nothing."""
@@ -118,10 +137,9 @@ class _Template:
             self._prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            os.dup2(taken, 0)
-            os.dup2(given, 1)
-            os.close(taken)
-            os.close(given)
+            for file, pipe in enumerate(pipes):
+                os.dup2(pipe, file)
+                os.close(pipe)
             for one in (*self._files, *self._processes.values(), process):
                 one.close()
             sys.argv[1:] = arguments

@@ -1,5 +1,6 @@
 """Objects are read by processes forked from one that has loaded the libraries."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from photos.dicom import process
 from photos.image import read_photo
+from photos.structure import TakesTooLongError
 from tests.support.dicom import dicom_bytes, needs_dicom
 from tests.support.launch import serve
 from tests.support.lesions import lesion_photo
@@ -20,6 +22,7 @@ from tests.support.waiting import until
 
 pytest.importorskip("pydicom", reason="needs requirements-dicom.txt")
 needs_dicom()
+resource = pytest.importorskip("resource", reason="the system has no such limits")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere none is forked")
 
 PIXELS = lesion_photo(2, 160, 120).pixels
@@ -27,13 +30,17 @@ OBJECT = dicom_bytes(PIXELS)
 TEMPLATE = "photos.dicom.template"
 
 
-def template(of: int) -> psutil.Process:
-    (found,) = (one for one in psutil.Process(of).children() if TEMPLATE in one.cmdline())
-    return found
-
-
 def is_gone(one: psutil.Process) -> bool:
     return not one.is_running() or one.status() == psutil.STATUS_ZOMBIE
+
+
+def is_template(one: psutil.Process) -> bool:
+    return not is_gone(one) and TEMPLATE in one.cmdline()
+
+
+def template(of: int) -> psutil.Process:
+    (found,) = filter(is_template, psutil.Process(of).children())
+    return found
 
 
 @pytest.fixture
@@ -50,12 +57,16 @@ def waiting() -> Iterator[process.Opened]:
         yield opened
 
 
+def first_of(ours: psutil.Process) -> psutil.Process:
+    """What was forked first of what still runs."""
+    return min(ours.children(), key=lambda one: (one.create_time(), one.pid))
+
+
 def test_one_that_is_killed_costs_its_object_alone(
     ours: psutil.Process, waiting: process.Opened
 ) -> None:
     with process.opened(OBJECT, 128, None) as other:
-        first, *_ = sorted(ours.children(), key=lambda one: (one.create_time(), one.pid))
-        first.kill()
+        first_of(ours).kill()
         with pytest.raises(ValueError, match=f"ended with -{signal.SIGKILL:d}"):
             waiting.decode(128)
         assert other.decode(128).shape == (128, 128, 3)
@@ -63,16 +74,70 @@ def test_one_that_is_killed_costs_its_object_alone(
     assert template(os.getpid()) == ours
 
 
+def test_after_a_crash_there_is_another_template(
+    ours: psutil.Process, waiting: process.Opened
+) -> None:
+    with process.opened(OBJECT, 128, None) as other:
+        first_of(ours).send_signal(signal.SIGSEGV)
+        with pytest.raises(ValueError, match=f"ended with -{signal.SIGSEGV:d}"):
+            waiting.decode(128)
+        assert read_photo(OBJECT).width == 160
+        # The one before ends once it has nothing more to do.
+        assert len([one for one in psutil.Process().children() if is_template(one)]) == 2
+        assert other.decode(128).shape == (128, 128, 3)
+    until(lambda: is_gone(ours))
+
+
 def test_a_template_that_is_killed_is_replaced(
     ours: psutil.Process, waiting: process.Opened
 ) -> None:
     ours.kill()
-    ours.wait()
+    # At once, while it dies.
+    assert read_photo(OBJECT).width == 160
     # What it had forked ends with it, since nobody could end it any more.
     with pytest.raises(ValueError, match=f"ended with -{signal.SIGKILL:d}"):
         waiting.decode(128)
-    assert read_photo(OBJECT).width == 160
     assert template(os.getpid()) != ours
+
+
+def test_one_that_stands_still_is_ended_in_time(
+    ours: psutil.Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Private: the real limits would be waited for.
+    monkeypatch.setattr(process, "_MAX_S", 0.5)
+    monkeypatch.setattr(process, "_END_S", 0.5)
+    with pytest.raises(TakesTooLongError), process.opened(OBJECT, 128, None) as opened:  # noqa: PT012
+        first_of(ours).suspend()
+        ours.suspend()
+        opened.decode(128)
+    monkeypatch.undo()
+    assert read_photo(OBJECT).width == 160
+
+
+@pytest.mark.usefixtures("ours")
+def test_a_module_that_does_not_load_costs_no_other(waiting: process.Opened) -> None:
+    # Private: all that are asked for are there.
+    broken = process._template(process._START).forked("photos.nothing", ())
+    with pytest.raises(ValueError, match="ended with 1"):
+        broken.hear()
+    broken.end()
+    assert waiting.decode(128).shape == (128, 128, 3)
+
+
+@pytest.mark.usefixtures("ours")
+def test_where_files_are_short_none_stays_open() -> None:
+    before = psutil.Process().num_fds()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(map(int, os.listdir("/proc/self/fd")))  # noqa: PTH208
+    for free in range(1, 7):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + free, limits[1]))
+        try:
+            with contextlib.suppress(OSError), process.opened(OBJECT, 128, None) as opened:
+                opened.decode(128)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert psutil.Process().num_fds() == before
+    assert read_photo(OBJECT).width == 160
 
 
 def test_many_at_a_time_leave_nothing_open(ours: psutil.Process) -> None:
