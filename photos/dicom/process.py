@@ -59,7 +59,10 @@ _MAX_S = 120
 _END_S = 60
 _EXIT_S = 5
 
-_CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGABRT, signal.SIGFPE)
+# By name: not every system has all of them.
+_CRASHES = {
+    getattr(signal, name, None) for name in ("SIGSEGV", "SIGBUS", "SIGILL", "SIGABRT", "SIGFPE")
+}
 
 # Characters of what a process may say.
 _MAX_SAID = 10_000
