@@ -27,6 +27,9 @@ __all__ = ["ServerProcess", "free_port", "serve"]
 _START_TIMEOUT_S = 600
 _STOP_TIMEOUT_S = 600
 
+# Characters of its log, of which the last tell most.
+_SHOWN = 10_000
+
 
 @dataclass
 class ServerProcess:
@@ -131,6 +134,10 @@ def serve(
                 _wait_until_ready(server)
                 server.seconds_to_ready = time.perf_counter() - started
                 yield server
+            except Exception:
+                # What went wrong in the server is gone with its log.
+                sys.stderr.write(server.log()[-_SHOWN:])
+                raise
             finally:
                 # A test may have started another in its place.
                 if server.process.poll() is None:
