@@ -200,15 +200,15 @@ class _Server(uvicorn.Server):
         give_up = self._loop.time() + _FIRST_LOAD_S
         has_told = False
         while self._service.networks.are_loading and not self.should_exit:
-            if self._loop.time() > give_up:
-                if not others_accept():
-                    break
-                if not has_told:
-                    log.warning(
-                        "the networks are still being loaded: until then only other workers"
-                        " accept connections"
-                    )
-                    has_told = True
+            is_late = self._loop.time() > give_up
+            if is_late and not others_accept():
+                break
+            if is_late and not has_told:
+                log.warning(
+                    "the networks are still being loaded: until then only other workers"
+                    " accept connections"
+                )
+                has_told = True
             await asyncio.sleep(_LOOK_S)
 
     def _listen(self, listener: socket.socket) -> None:
