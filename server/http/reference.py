@@ -57,6 +57,7 @@ _PROBLEMS = {
     " back.",
     431: "Path and headers are too long; the connection is closed.",
     500: "The server failed on this request.",
+    501: "The body has another Transfer-Encoding than chunked; the connection is closed.",
     503: "The server is not ready, drains, fails, or has no connection left.",
     504: "The request's deadline passed.",
 }
@@ -76,13 +77,17 @@ _EXAMPLES = {
     415: "The bytes are not an image of a known format: send JPEG, PNG, WEBP, TIFF, BMP or AVIF.",
     422: "The JPEG image ends too early (truncated): send the whole file again.",
     431: "Path and headers have more than the 32768 bytes that are allowed.",
+    501: "No Transfer-Encoding is read but chunked: send the body as it is.",
     **EXAMPLES,
 }
 
 # Errors that any path may answer with, unless it describes them itself. They arise before the path
 # is known, or whatever it does.
 _ANYWHERE = {
-    400: ("It is not HTTP/1.1.", "What was sent is not an HTTP/1.1 request."),
+    400: (
+        "It is not HTTP/1.1, or has two Host headers.",
+        "What was sent is not an HTTP/1.1 request.",
+    ),
     408: (_PROBLEMS[408], _EXAMPLES[408]),
     429: (
         "A key is used faster than allowed, or too many requests were sent before any was"
@@ -95,6 +100,7 @@ _ANYWHERE = {
         "The server failed on this request. Trying again may work; if it does"
         " not, report the request_id.",
     ),
+    501: (_PROBLEMS[501], _EXAMPLES[501]),
     503: (
         "The server has no connection left.",
         "The server has 1024 connections, and holds no more. Try again in a second.",
@@ -102,7 +108,7 @@ _ANYWHERE = {
 }
 
 # Those that the connection answers, which knows neither paths nor a protocol's errors.
-_BY_CONNECTION = (400, 408, 429, 431, 503)
+_BY_CONNECTION = (400, 408, 429, 431, 501, 503)
 
 HEADERS: dict[str, Any] = {
     "X-Request-ID": {
@@ -276,7 +282,7 @@ def _anywhere(path: str, status: int) -> dict[str, Any]:
         of_protocol = {"application/json": error_content(detail)}
         if status not in _BY_CONNECTION:
             content = of_protocol
-        elif status not in (408, 431):
+        elif status not in (408, 431, 501):
             content |= of_protocol
     return _response(status, description, content)
 

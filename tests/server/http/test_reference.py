@@ -185,6 +185,10 @@ def test_refusals_are_as_described(tmp_path: Path) -> None:
                     (400, b"nonsense\r\n\r\n"),
                     (408, f"GET {path} HTTP/1.1\r\n".encode()),
                     (431, f"GET {path}?{40_000 * 'x'} HTTP/1.1\r\n\r\n".encode()),
+                    (
+                        501,
+                        f"GET {path} HTTP/1.1\r\nTransfer-Encoding: gzip, chunked\r\n\r\n".encode(),
+                    ),
                 ):
                     connection = stack.enter_context(connect(server))
                     connection.sendall(sent)

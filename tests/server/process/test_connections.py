@@ -60,6 +60,18 @@ def segments(server: ServerProcess, photo: Sample) -> bool:
         (b"GET /model HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n", 400, "not an HTTP"),
         (b"GET /" + 5000 * b"x" + b" HTTP/1.1\r\nHost: x\r\n\r\n", 431, "4096 bytes"),
         (b"CONNECT example.org:443 HTTP/1.1\r\nHost: x\r\n\r\n", 400, "for proxies"),
+        (b"GET /model HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n", 400, "more than one Host"),
+        (
+            b"POST /segment HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n\r\n",
+            501,
+            "but chunked",
+        ),
+        (
+            b"POST /segment HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n",
+            501,
+            "but chunked",
+        ),
         (
             b"GET / HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n"
             + 900 * b"X: 1\r\n"
