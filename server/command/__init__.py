@@ -56,9 +56,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands.add_parser(name, help=command.summary, add_help=False)
     # The subcommand reads its own arguments.
     name = parser.parse_args(given[:1]).command
+    try:
+        run = _load(name, parser)
+        # Each subcommand takes its name in help and errors from the command line's first word.
+        sys.argv = [f"slsnet {name}", *given[1:]]
+        return run() or 0
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted\n")
+
+
+def _load(name: str, parser: argparse.ArgumentParser) -> Callable[[], int | None]:
     command = COMMANDS[name]
     try:
-        module = import_module(command.module)
+        run: Callable[[], int | None] = import_module(command.module).main
     except ModuleNotFoundError as error:
         if not command.extra or (error.name or "").partition(".")[0] in ("model", "trt_build"):
             raise
@@ -66,7 +76,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
             1,
             f"slsnet {name} needs {error.name}: pip install -r requirements-{command.extra}.txt\n",
         )
-    run: Callable[[], int | None] = module.main
-    # Each subcommand takes its name in help and errors from the command line's first word.
-    sys.argv = [f"slsnet {name}", *given[1:]]
-    return run() or 0
+    return run

@@ -44,6 +44,20 @@ def test_it_runs_from_a_clone_that_is_not_installed() -> None:
     assert done.stdout.startswith("usage: slsnet segment")
 
 
+def test_ctrl_c_is_told_without_a_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["slsnet"])
+    monkeypatch.setattr("server.keys.main", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main(["keys"])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_extras_are_the_requirement_files() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for name, pins in project["optional-dependencies"].items():
