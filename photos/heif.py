@@ -3,17 +3,14 @@
 Both are items in the boxes of an ISO base media file. Their decoders are large and written in C and
 C++, and the picture that is coded can be larger than the header says. So the header is read here,
 in a bounded number of steps, and each photo is decoded by a process of its own (`heif_decoder.py`),
-whose memory and time the system bounds. If it crashes, its photo is refused and nothing else
-notices. That costs a tenth to a fifth of a second a photo, which other formats need not pay.
+whose memory and time the system bounds (`photos.processes`). If it crashes, its photo is refused
+and nothing else notices.
 
 AVIF is decoded by Pillow itself, HEIC by pillow-heif (requirements-heif.txt).
 """
 
 import math
-import signal
 import struct
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -24,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from photos import structure
+from photos.processes import parent
 
 __all__ = ["FORMATS", "Header", "decode", "header", "missing"]
 
@@ -38,9 +36,8 @@ _MAX_STEPS = 30_000
 _PIXEL_BYTES = 32
 _OTHER_BYTES = 256 << 20
 
-# Seconds of CPU, as for other formats (`photos.structure`), and for a machine that is busy.
+# Seconds of CPU, as for other formats (`photos.structure`).
 _MAX_CPU_S = 10
-_MAX_S = 120
 
 _DECODER = Path(__file__).with_name("heif_decoder.py")
 
@@ -215,30 +212,8 @@ def decode(name: str, data: bytes, size: int, told: Header) -> tuple[NDArray[np.
     """
     memory = _OTHER_BYTES + _PIXEL_BYTES * told.most_pixels
     arguments = (name, size, told.orientation, memory, _MAX_CPU_S)
-    try:
-        # Without the project's folder in its path, and in a session of its own: what is typed at
-        # the server's terminal is not for it.
-        ran = subprocess.run(
-            [sys.executable, "-I", str(_DECODER), *map(str, arguments)],
-            input=data,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=_MAX_S,
-            start_new_session=True,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise structure.TakesTooLongError from None
-    if ran.returncode == -signal.SIGXCPU:
-        raise structure.TakesTooLongError
-    if ran.returncode in (_NO_MEMORY, -signal.SIGKILL):
-        raise MemoryError
-    if ran.returncode or len(ran.stdout) != 8 + 3 * size * size:
-        raise ValueError(f"the decoder ended with {ran.returncode}")
-    width, height = struct.unpack_from("<II", ran.stdout)
-    square = np.frombuffer(ran.stdout, np.uint8, offset=8).reshape(size, size, 3)
-    return square, width, height
-
-
-# The decoder's exit code.
-_NO_MEMORY = 3
+    with parent.running(_DECODER, *arguments) as process:
+        process.send(len(data).to_bytes(8, "little"), data)
+        content = process.rest(8 + 3 * size * size)
+    width, height = struct.unpack_from("<II", content)
+    return np.frombuffer(content, np.uint8, offset=8).reshape(size, size, 3), width, height

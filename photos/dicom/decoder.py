@@ -6,7 +6,6 @@ SIZE×SIZE pixels in RGB, by area average. Exit code: 0, or 3 if memory did not 
 else if it does not decode.
 """
 
-import json
 import sys
 from io import BytesIO
 from typing import Any
@@ -27,17 +26,15 @@ from pydicom.pixels.processing import (
 
 from photos.dicom.header import Header, Refusal, header, of_frame, parsed
 from photos.formats import jpeg_frame
-from photos.heif_decoder import limit
+from photos.processes.child import NO_MEMORY, limit, taken, told
 
-__all__ = ["main", "taken", "told"]
+__all__ = ["main"]
 
 # Bytes of memory for a header, which may be deflated, beyond copies of the file; and for each
 # pixel: planes, their RGB, floats of a grey one under a window.
 _OTHER_BYTES = 256 << 20
 _COPIES = 6
 _PIXEL_BYTES = 48
-
-_NO_MEMORY = 3
 
 # The markers of a JPEG's frame, by transfer syntax. Baseline decoders take progressive ones too.
 _JPEG_FRAMES = {
@@ -74,22 +71,10 @@ def main() -> int:
         sys.stdout.buffer.write(square.tobytes())
         sys.stdout.buffer.flush()
     except MemoryError:
-        return _NO_MEMORY
+        return NO_MEMORY
     except Refusal as refusal:
         told({"refused": str(refusal), "is_kind": refusal.is_kind})
     return 0
-
-
-def taken() -> bytes:
-    """The next piece of the input, which has its length before it."""
-    size = int.from_bytes(sys.stdin.buffer.read(8), "little")
-    return sys.stdin.buffer.read(size)
-
-
-def told(what: dict[str, Any]) -> None:
-    """Write a line of JSON."""
-    sys.stdout.buffer.write(json.dumps(what).encode("ascii") + b"\n")
-    sys.stdout.buffer.flush()
 
 
 def picture(dataset: FileDataset, found: Header, least: int | None = None) -> Image.Image:

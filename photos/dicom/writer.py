@@ -27,9 +27,8 @@ from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
 
-from photos.dicom.decoder import taken, told
 from photos.dicom.header import Header, Refusal, header, parsed
-from photos.heif_decoder import limit
+from photos.processes.child import NO_MEMORY, limit, taken, told
 
 __all__ = ["main"]
 
@@ -37,8 +36,6 @@ __all__ = ["main"]
 _OTHER_BYTES = 256 << 20
 _COPIES = 6
 _PIXEL_BYTES = 24
-
-_NO_MEMORY = 3
 
 _NAMESPACE = uuid.UUID("6b0f1e0c-8e55-5b52-9c3d-2a6d4b0f6c1e")
 
@@ -128,7 +125,7 @@ def main() -> int:
         results = Results(_reference(dataset), found, said, pixels)
         objects = [_bytes(results.made(name)) for name in said["objects"]]
     except MemoryError:
-        return _NO_MEMORY
+        return NO_MEMORY
     except Refusal as refusal:
         told({"refused": str(refusal), "is_kind": refusal.is_kind})
         return 0
