@@ -12,7 +12,7 @@ the process's peak by more than 256 MiB. A crash of the process ends the run wit
 hang ends it with a traceback. `--seed` and the printed number make an image again.
 
 With `--phones` the seeds are AVIF and HEIC, as far as their libraries are here. Each is decoded by
-a process of its own, ten a second, whose memory must stay below 512 MiB.
+a process of its own, fifty a second, whose memory must stay below 512 MiB.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from PIL import Image
 
 from common.program import Help
 from photos.image import FORMATS, MODEL_SIZE, ImageError, read_photo
+from photos.processes import parent as processes
 from server.observe.logs import silence_libtiff
 from tests.support.attacks import attacks
 from tests.support.lesions import encode_photo, lesion_photo
@@ -172,6 +173,8 @@ def fuzz(images: int, seed: int, folder: Path | None = None, *, phones: bool = F
     report.growth_mib = _memory_mib() - baseline
     if report.growth_mib > _MOST_GROWTH_MIB:
         report.wrong.append(f"memory grew by {report.growth_mib:.1f} MiB")
+    # What has forked the others tells of them when it ends.
+    processes.close()
     children_mib = _children_mib()
     # The most that any child ever took is known, and not which one it was. A child counts what its
     # parent held when it was started, too (getrusage(2), execve(2)).

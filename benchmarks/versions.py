@@ -10,8 +10,8 @@ client sees it, and photos a second. Each figure is the median over the turns, a
 median of the turns' own ratios, now / before.
 
 Photos are those of `--images` (default: SLSNET_DATA's native ones), once as they are and once
-resized to 600×450, or generated ones. `--dicom` sends DICOM objects instead, of photos of 600×450,
-and asks for JSON and for DICOM objects.
+resized to 600×450, or generated ones. `--phones` sends the smaller ones as AVIF and HEIC instead;
+`--dicom` sends them as DICOM objects, and asks for JSON and for DICOM objects.
 """
 
 import argparse
@@ -38,15 +38,17 @@ from common.program import Help
 from tests.support import ROOT
 from tests.support.launch import ServerProcess, serve
 from tests.support.lesions import lesion_photo
+from tests.support.phones import FORMATS, encode_phone
 
 _SMALL = (600, 450)
 _LARGE = (3024, 2016)
 _PHOTOS = 20
 _CLIENTS = (1, 8, 32)
 
-# An object could take seconds.
-_OBJECTS = 4
-_OBJECT_CLIENTS = (1, 4)
+# What has a process of its own could take seconds each.
+_FEW = 4
+_FEW_CLIENTS = (1, 4)
+_ASKED = {"JSON": "?format=json", "DICOM": "?format=dicom&objects=seg,sr"}
 
 
 @dataclass(frozen=True)
@@ -116,21 +118,26 @@ def load_photos(folder: Path) -> tuple[list[bytes], list[bytes], str]:
     return pictures[0], pictures[1], "generated"
 
 
-def loads(images: Path, *, dicom: bool) -> tuple[list[Load], str]:
+def loads(images: Path, *, dicom: bool = False, phones: bool = False) -> tuple[list[Load], str]:
     """What is sent, and where the photos are from."""
     small, large, source = load_photos(images)
-    if not dicom:
-        sizes = {"600×450": small * 4, "as they are": large * 4}
-        return [Load(*size, clients) for size, clients in product(sizes.items(), _CLIENTS)], source
-    # Not above: other photos need no pydicom.
-    from tests.support.dicom import dicom_bytes
+    few = [np.asarray(Image.open(BytesIO(photo))) for photo in small[:_FEW]]
+    if dicom:
+        # Not above: other photos need no pydicom.
+        from tests.support.dicom import dicom_bytes
 
-    objects = [dicom_bytes(np.asarray(Image.open(BytesIO(photo)))) for photo in small[:_OBJECTS]]
-    asked = {"DICOM → JSON": "?format=json", "DICOM → DICOM": "?format=dicom&objects=seg,sr"}
-    return [
-        Load(name, objects, clients, query)
-        for (name, query), clients in product(asked.items(), _OBJECT_CLIENTS)
-    ], source
+        objects = [dicom_bytes(one) for one in few]
+        return [
+            Load(f"DICOM → {name}", objects, clients, query)
+            for (name, query), clients in product(_ASKED.items(), _FEW_CLIENTS)
+        ], source
+    if phones:
+        coded = {name: [encode_phone(one, name) for one in few] for name in FORMATS}
+        return [
+            Load(*one, clients) for one, clients in product(coded.items(), _FEW_CLIENTS)
+        ], source
+    sizes = {"600×450": small * 4, "as they are": large * 4}
+    return [Load(*size, clients) for size, clients in product(sizes.items(), _CLIENTS)], source
 
 
 def _resized(path: Path) -> Image.Image:
@@ -155,14 +162,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--turns", type=int, default=9, help="turns that are measured, of each load"
     )
-    parser.add_argument("--dicom", action="store_true", help="send DICOM objects")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--dicom", action="store_true", help="send DICOM objects")
+    kinds.add_argument("--phones", action="store_true", help="send photos as AVIF and HEIC")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="slsnet-") as folder:
         try:
             unpack(options.revision, Path(folder))
         except subprocess.CalledProcessError:
             parser.error(f"git has no revision {options.revision}")
-        sent, source = loads(options.images, dicom=options.dicom)
+        sent, source = loads(options.images, dicom=options.dicom, phones=options.phones)
         command = ("-m", "benchmarks.peers.slsnet")
         stub = {"PEER_NETWORK": "stub:0"}
         with (

@@ -29,7 +29,7 @@ from photos.processes.template import CODE, FORKED, NO_ROOM
 if TYPE_CHECKING:
     _Popen = subprocess.Popen[bytes]
 
-__all__ = ["MAX_S", "START", "Process", "running"]
+__all__ = ["MAX_S", "START", "Process", "close", "running"]
 
 MAX_S = 120
 """Seconds that a process has, on a machine that is busy."""
@@ -370,6 +370,15 @@ def _template(start: str) -> _Template:
     with _templates_lock:
         if start not in _templates:
             _templates[start] = _Template(start)
-            # Else it would be reported as left behind.
-            atexit.register(_templates[start].close)
         return _templates[start]
+
+
+def close() -> None:
+    """End what processes are forked from, and with it all of them. Later ones come from another."""
+    with _templates_lock:
+        for template in _templates.values():
+            template.close()
+
+
+# Else it would be reported as left behind.
+atexit.register(close)

@@ -10,10 +10,12 @@ from PIL import Image
 from benchmarks import versions
 from benchmarks.versions import Load, compare
 from photos.dicom.process import is_dicom
+from photos.formats import foreign
 from tests.support import ROOT
 from tests.support.dicom import needs_dicom
 from tests.support.launch import serve
 from tests.support.lesions import drawn_photo
+from tests.support.phones import needs
 
 _STUB = ("-m", "benchmarks.peers.slsnet")
 
@@ -53,15 +55,21 @@ def test_photos_are_drawn_where_there_are_none(
         assert photos[0] != photos[1]
 
 
-def test_objects_of_dicom_are_sent_and_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["dicom", "phones"])
+def test_what_has_a_process_of_its_own_is_sent_and_asked_for(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needs_dicom()
+    if kind == "dicom":
+        needs_dicom()
+    else:
+        needs("AVIF")
+        needs("HEIC")
     monkeypatch.setattr(versions, "_PHOTOS", 2)
     monkeypatch.setattr(versions, "_LARGE", (90, 60))
-    sent, _ = versions.loads(tmp_path / "none", dicom=True)
+    sent, _ = versions.loads(tmp_path / "none", **{kind: True})
     assert {load.clients for load in sent} == {1, 4}
-    assert all(is_dicom(photo) for load in sent for photo in load.photos)
+    names = {foreign(photo) or is_dicom(photo) for load in sent for photo in load.photos}
+    assert names == ({True} if kind == "dicom" else {"AVIF", "HEIC"})
     with serve(command=_STUB, environment={"PEER_NETWORK": "stub:0"}) as server:
         for load in sent:
             assert all(figure > 0 for figure in versions.send(server, load))
