@@ -48,10 +48,19 @@ def all_ready(server: ServerProcess) -> bool:
     return values.get("slsnet_ready") == 1 and values["slsnet_backend_info"] == 1
 
 
+def has_said_so(server: ServerProcess) -> bool:
+    """Whether the owner's line is in the log, where a test may count on it.
+
+    A thread writes it. An owner that is stopped before that, and killed then, leaves none.
+    """
+    return " ready: " in server.log()
+
+
 @pytest.fixture
 def shared() -> Iterator[ServerProcess]:
     with serve(*SHARED) as server:
         until(lambda: all_ready(server))
+        until(lambda: has_said_so(server))
         try:
             yield server
         finally:
@@ -192,6 +201,7 @@ sys.exit(main())
 """
     program = f"PROGRAM = {program!r}\n{program}"
     with serve(*SHARED, command=["-c", program.replace("PROGRAM,", "PROGRAM,")]) as server:
+        until(lambda: has_said_so(server))
         owner = owner_of(server)
         owner.suspend()
         # The request that waits is answered too.
