@@ -166,6 +166,10 @@ class _OwnerLink(Channel):
         self._owner_pid: int | None = None
         self._silent_s = 0.0
         self._reloads: dict[int, asyncio.Future[None]] = {}
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        # Not before: uvloop makes a link for each attempt, and those that fail would look for ever.
         self._look_again()
 
     def network(self, card: dict[str, Any]) -> _SharedNetwork:

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import gc
+import logging
 import os
 import socket
 import threading
@@ -12,11 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import uvloop
 
 from server.backends import BackendError, BackendInfo
 from server.inference.batching import FAILURES, Inference
 from server.inference.errors import ClientGone, DeadlineExceeded, InferenceFailed, Unavailable
 from server.inference.service import Service
+from server.inference.sharing import feeder as feeding
 from server.inference.sharing.feeder import Address, Link
 from server.inference.sharing.memory import BULK_SLOTS, INTERACTIVE_SLOTS, Slots, new_memory
 from server.inference.sharing.owner import SharedService
@@ -412,6 +416,29 @@ def test_what_speaks_another_language_is_cut_off(
             assert await ask(pair.feeders[0], 1) == [1]
 
     run(scenario)
+
+
+def test_attempts_to_reach_an_owner_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(feeding, "_PAUSE_S", 0.001)
+    caplog.set_level(logging.DEBUG, "slsnet.sharing")
+
+    async def test() -> None:
+        service, memory = Service(Settings(), Metrics()), new_memory()
+        link = Link(service, Address(str(tmp_path / "nobody"), memory, 0))
+        await link.start()
+        while caplog.text.count("no way to the network's process") < 20:  # noqa: ASYNC110
+            await asyncio.sleep(0.002)
+        gc.collect()
+        # The one that is about to try may be there.
+        assert sum(isinstance(one, feeding._OwnerLink) for one in gc.get_objects()) <= 1
+        await link.close()
+        await service.close()
+        os.close(memory)
+
+    # Workers run on it.
+    uvloop.run(asyncio.wait_for(test(), 60))
 
 
 def test_the_memory_can_not_be_made_smaller() -> None:
