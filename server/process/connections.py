@@ -464,6 +464,7 @@ class Connection(HttpToolsProtocol):
         self._count_head(len(name) + len(value) + 4)
 
     def on_headers_complete(self) -> None:
+        self._refuse_the_ambiguous()
         if self.parser.should_upgrade():
             if self.parser.get_method() == b"CONNECT":
                 self._refuse(
@@ -472,20 +473,6 @@ class Connection(HttpToolsProtocol):
                 raise _Refused
             # It is parsed again, without that header.
             return
-        # A proxy in front may have read such a request in another way (RFC 9112, 3.2 and 6.1).
-        if len(self._values(b"host")) > 1:
-            self._refuse(
-                HTTPStatus.BAD_REQUEST, "malformed", "The request has more than one Host header."
-            )
-            raise _Refused
-        codings = self._values(b"transfer-encoding")
-        if codings not in ([], [b"chunked"]):
-            self._refuse(
-                HTTPStatus.NOT_IMPLEMENTED,
-                "malformed",
-                "No Transfer-Encoding is read but chunked: send the body as it is.",
-            )
-            raise _Refused
         if len(self.pipeline) >= _MAX_PIPELINE:
             self._refuse(
                 HTTPStatus.TOO_MANY_REQUESTS,
@@ -503,7 +490,7 @@ class Connection(HttpToolsProtocol):
             self._head_timer = None
         self._in_body = True
         headers = dict(self.headers)
-        self._is_chunked = bool(codings)
+        self._is_chunked = b"transfer-encoding" in headers
         self._content_length = int(headers.get(b"content-length", 0))
         self._body_bytes = 0
         self._bytes_between_bodies = 0
@@ -512,8 +499,22 @@ class Connection(HttpToolsProtocol):
         if is_on_top:
             self.cycle.keep_alive = False
 
-    def _values(self, header: bytes) -> list[bytes]:
-        return [value.lower() for name, value in self.headers if name == header]
+    def _refuse_the_ambiguous(self) -> None:
+        """Refuse what a proxy in front may have read in another way (RFC 9112, 3.2 and 6.1)."""
+        hosts = [value for name, value in self.headers if name == b"host"]
+        codings = [value.lower() for name, value in self.headers if name == b"transfer-encoding"]
+        if len(hosts) > 1:
+            self._refuse(
+                HTTPStatus.BAD_REQUEST, "malformed", "The request has more than one Host header."
+            )
+            raise _Refused
+        if codings not in ([], [b"chunked"]):
+            self._refuse(
+                HTTPStatus.NOT_IMPLEMENTED,
+                "malformed",
+                "No Transfer-Encoding is read but chunked: send the body as it is.",
+            )
+            raise _Refused
 
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)

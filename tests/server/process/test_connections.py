@@ -62,6 +62,13 @@ def segments(server: ServerProcess, photo: Sample) -> bool:
         (b"CONNECT example.org:443 HTTP/1.1\r\nHost: x\r\n\r\n", 400, "for proxies"),
         (b"GET /model HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n", 400, "more than one Host"),
         (
+            b"GET /stream HTTP/1.1\r\nHost: x\r\nHost: y\r\nConnection: Upgrade\r\n"
+            b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+            b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n",
+            400,
+            "more than one Host",
+        ),
+        (
             b"POST /segment HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n\r\n",
             501,
             "but chunked",
