@@ -502,7 +502,12 @@ class Connection(HttpToolsProtocol):
     def _refuse_the_ambiguous(self) -> None:
         """Refuse what a proxy in front may have read in another way (RFC 9112, 3.2 and 6.1)."""
         hosts = [value for name, value in self.headers if name == b"host"]
-        codings = [value.lower() for name, value in self.headers if name == b"transfer-encoding"]
+        # The parser takes `chunked` with spaces behind it for `chunked`, and leaves them there.
+        codings = [
+            value.lower().rstrip(b" ")
+            for name, value in self.headers
+            if name == b"transfer-encoding"
+        ]
         if len(hosts) > 1:
             self._refuse(
                 HTTPStatus.BAD_REQUEST, "malformed", "The request has more than one Host header."

@@ -313,6 +313,20 @@ def test_trailers_are_no_headers(
     assert b"from-a-trailer" not in answer
 
 
+@pytest.mark.parametrize("coding", [b"chunked", b"Chunked", b" chunked  "])
+def test_chunked_is_known_however_it_is_written(
+    server: ServerProcess, photos: list[Sample], coding: bytes
+) -> None:
+    photo = photos[0].data
+    with connect(server) as connection:
+        connection.sendall(
+            b"POST /segment HTTP/1.1\r\nHost: x\r\nTransfer-Encoding:%b\r\n\r\n" % coding
+            + b"%x\r\n%b\r\n0\r\n\r\n" % (len(photo), photo)
+            + LAST
+        )
+        assert read_all(connection).count(b"HTTP/1.1 200 OK\r\n") == 2
+
+
 def test_a_body_that_came_behind_another_request_has_its_time(photos: list[Sample]) -> None:
     photo = photos[0].data
     step = len(photo) // 4
