@@ -61,6 +61,10 @@ class _Template:
         self._files: list[socket.socket | selectors.DefaultSelector] = [self._ended, tell]
         for one in (self._ended, tell):
             one.setblocking(False)
+        # It ends with its socket. Whoever ends a whole service, as systemd does, sends a signal to
+        # each of its processes, and the server still answers what it has begun.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         # A process that has ended is heard of through this socket.
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})

@@ -158,6 +158,17 @@ def test_a_template_that_is_killed_is_replaced(
     assert template(os.getpid()) != ours
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_is_begun_is_done_while_the_whole_service_is_asked_to_end(
+    ours: psutil.Process, waiting: parent.Process, number: signal.Signals
+) -> None:
+    for one in (first_of(ours), ours):
+        one.send_signal(number)
+    assert answer(waiting) == b"abc"
+    assert read_photo(PHOTO).width == 160
+    assert template(os.getpid()) == ours
+
+
 def test_one_that_stands_still_is_ended_in_time(
     ours: psutil.Process, echo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
