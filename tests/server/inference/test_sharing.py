@@ -431,8 +431,8 @@ def test_attempts_to_reach_an_owner_leave_nothing(
         while caplog.text.count("no way to the network's process") < 20:  # noqa: ASYNC110
             await asyncio.sleep(0.002)
         gc.collect()
-        # The one that is about to try may be there.
-        assert sum(isinstance(one, feeding._OwnerLink) for one in gc.get_objects()) <= 1
+        # The one that is about to try may be there. Some objects of libraries warn at `isinstance`.
+        assert sum(type(one) is feeding._OwnerLink for one in gc.get_objects()) <= 1
         await link.close()
         await service.close()
         os.close(memory)
