@@ -20,7 +20,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any
 
 from photos import structure
 from photos.processes.child import NO_MEMORY
@@ -99,20 +99,20 @@ class Process:
         """
         line = self._output.readline(_MAX_SAID)
         if not line.endswith(b"\n"):
-            self._ended()
+            raise _reason(self.stop())
         said: dict[str, Any] = json.loads(line)
         return said
 
     def rest(self, size: int) -> bytes:
-        """All that the process still writes, which has to be so many bytes; raises as `hear`."""
-        content = self._output.read(size + 1)
-        if len(content) != size:
-            self._ended()
-        return content
+        """All that the process still writes, which has to be so many bytes; raises as `hear`.
 
-    def _ended(self) -> NoReturn:
-        """Raise why the process ended early."""
-        raise _reason(self.stop())
+        One that crashes after it has written them is not trusted.
+        """
+        content = self._output.read(size + 1)
+        code = self.stop()
+        if code or len(content) != size:
+            raise _reason(code)
+        return content
 
     def stop(self) -> int:
         """End it, whatever it does, if it has not ended; from any thread. Return its exit code."""

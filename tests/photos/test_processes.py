@@ -182,6 +182,15 @@ def test_one_that_stands_still_is_ended_in_time(
     assert read_photo(PHOTO).width == 160
 
 
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGXCPU])
+def test_what_crashes_behind_its_answer_is_not_trusted(echo: Path, number: signal.Signals) -> None:
+    crash = f"    import os\n    os.kill(os.getpid(), {number:d})\n    return 0"
+    echo.write_text(ECHO.replace("    return 0", crash))
+    error = ValueError if number == signal.SIGSEGV else TakesTooLongError
+    with asked(echo) as process, pytest.raises(error):
+        answer(process)
+
+
 @pytest.mark.usefixtures("ours")
 def test_a_file_that_does_not_load_costs_no_other(tmp_path: Path, waiting: parent.Process) -> None:
     with (
