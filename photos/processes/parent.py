@@ -99,7 +99,7 @@ class Process:
         """
         line = self._output.readline(_MAX_SAID)
         if not line.endswith(b"\n"):
-            raise _reason(self.stop())
+            raise _reason(self.stop(), says_too_much=len(line) == _MAX_SAID)
         said: dict[str, Any] = json.loads(line)
         return said
 
@@ -111,7 +111,7 @@ class Process:
         content = self._output.read(size + 1)
         code = self.stop()
         if code or len(content) != size:
-            raise _reason(code)
+            raise _reason(code, says_too_much=len(content) > size)
         return content
 
     def stop(self) -> int:
@@ -129,8 +129,13 @@ class Process:
         self._wait()
 
 
-def _reason(code: int) -> Exception:
-    """What a process that ended early with this code had too much or too little of."""
+def _reason(code: int, *, says_too_much: bool = False) -> Exception:
+    """What a process that ended early with this code had too much or too little of.
+
+    One that says too much may have been killed for that, so its code says nothing.
+    """
+    if says_too_much:
+        return ValueError("the process says more than it should")
     if code in _REASONS:
         return _REASONS[code]()
     return ValueError(f"the process ended with {code}")

@@ -191,6 +191,21 @@ def test_what_crashes_behind_its_answer_is_not_trusted(echo: Path, number: signa
         answer(process)
 
 
+@pytest.mark.parametrize(
+    ("line", "more"),
+    [
+        ('told({"bytes": len(data)})', "sys.stdout.buffer.write(20_000 * b'x')"),
+        ("sys.stdout.buffer.write(data)", "sys.stdout.buffer.write(data + b'x')"),
+    ],
+)
+def test_what_says_too_much_is_damaged_and_not_too_large(echo: Path, line: str, more: str) -> None:
+    # It does not end by itself.
+    more += "; sys.stdout.buffer.flush(); sys.stdin.buffer.read()"
+    echo.write_text(ECHO.replace(line, more))
+    with pytest.raises(ValueError, match="more than it should"), asked(echo) as process:
+        answer(process)
+
+
 @pytest.mark.usefixtures("ours")
 def test_a_file_that_does_not_load_costs_no_other(tmp_path: Path, waiting: parent.Process) -> None:
     with (
