@@ -13,6 +13,7 @@ from io import BytesIO
 
 from PIL import AvifImagePlugin, Image, ImageFile
 
+from photos.pictures import UPRIGHT, over_white
 from photos.processes.child import NO_MEMORY, limit, taken
 
 # The decoders are asked directly, since `Image.open` would load others first. Each has one thread,
@@ -28,17 +29,6 @@ else:
     pillow_heif.options.THUMBNAILS = False
     _DECODERS["HEIC"] = pillow_heif.HeifImageFile
 
-# As in `photos.image`.
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
 
 def main() -> int:
     """Decode; return the exit code."""
@@ -51,19 +41,12 @@ def main() -> int:
         with opens(BytesIO(data)) as image:
             image.load()
             upright: Image.Image = image
-            if name == "AVIF" and orientation in _UPRIGHT:
+            if name == "AVIF" and orientation in UPRIGHT:
                 # libheif turns the picture itself.
-                upright = image.transpose(_UPRIGHT[orientation])
-            square = _over_white(upright).resize((size, size), Image.Resampling.BOX)
+                upright = image.transpose(UPRIGHT[orientation])
+            square = over_white(upright).resize((size, size), Image.Resampling.BOX)
             sys.stdout.buffer.write(struct.pack("<II", *upright.size) + square.tobytes())
             sys.stdout.buffer.flush()
     except MemoryError:
         return NO_MEMORY
     return 0
-
-
-def _over_white(image: Image.Image) -> Image.Image:
-    if image.has_transparency_data:
-        opaque = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", opaque.size, "white"), opaque).convert("RGB")
-    return image.convert("RGB")

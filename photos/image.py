@@ -32,6 +32,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from photos import formats, heif, pixels, structure
 from photos.dicom import process as dicom
+from photos.pictures import UPRIGHT, over_white
 
 __all__ = [
     "DEFAULT_MAX_PIXELS",
@@ -110,17 +111,6 @@ _MAGIC = (
 )
 
 _ORIENTATION_TAG = 0x0112
-
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""EXIF orientation → what turns the stored picture upright (EXIF 2.32, tag 0x0112)."""
 
 # Pillow warns of damaged metadata and of large pictures. This module checks both itself. A warning
 # whose text has a number from the file would stay in Python's registry of warnings for ever.
@@ -625,11 +615,7 @@ def _to_rgb(image: Image.Image, grey: formats.Grey, black: float, white: float) 
         if "transparency" in image.info:
             scaled[values == image.info["transparency"]] = 255
         return Image.fromarray(np.clip(scaled + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        opaque = image.convert("RGBA")
-        white_paper = Image.new("RGBA", opaque.size, "white")
-        return Image.alpha_composite(white_paper, opaque).convert("RGB")
-    return image.convert("RGB")
+    return over_white(image)
 
 
 def _why_corrupt(name: str, data: bytes, error: Exception) -> str:
