@@ -213,7 +213,7 @@ def decode(name: str, data: bytes, size: int, told: Header) -> tuple[NDArray[np.
     memory = _OTHER_BYTES + _PIXEL_BYTES * told.most_pixels
     arguments = (name, size, told.orientation, memory, _MAX_CPU_S)
     with parent.running(_DECODER, *arguments) as process:
-        process.send(len(data).to_bytes(8, "little"), data)
+        process.give(data)
         content = process.rest(8 + 3 * size * size)
     width, height = struct.unpack_from("<II", content)
     return np.frombuffer(content, np.uint8, offset=8).reshape(size, size, 3), width, height

@@ -111,7 +111,7 @@ def opened(data: bytes, size: int, frame: int | None) -> Iterator[Opened]:
         MemoryError, structure.TakesTooLongError: it takes too much of either.
     """
     with _running(_DECODER, size, frame or 0) as process:
-        process.send(len(data).to_bytes(8, "little"), data)
+        process.give(data)
         told = _heard(process)
         spacing = told["spacing"]
         yield Opened(
@@ -132,8 +132,7 @@ def written(data: bytes, said: dict[str, Any], pixels: Sequence[bytes]) -> list[
         MemoryError, structure.TakesTooLongError: it takes too much of either.
     """
     with _running(_WRITER) as process:
-        for part in (data, json.dumps(said).encode(), *pixels):
-            process.send(len(part).to_bytes(8, "little"), part)
+        process.give(data, json.dumps(said).encode(), *pixels)
         sizes = [int(size) for size in _heard(process)["sizes"]]
         content = process.rest(sum(sizes))
     starts = [sum(sizes[:index]) for index in range(len(sizes))]

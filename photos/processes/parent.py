@@ -91,6 +91,11 @@ class Process:
                 self._input.write(part)
             self._input.flush()
 
+    def give(self, *pieces: bytes) -> None:
+        """Write these pieces as `photos.processes.child.taken` reads them; see `send`."""
+        for piece in pieces:
+            self.send(len(piece).to_bytes(8, "little"), piece)
+
     def hear(self) -> dict[str, Any]:
         """The next line that the process says, a JSON document.
 

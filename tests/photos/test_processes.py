@@ -79,7 +79,7 @@ def echo(tmp_path: Path) -> Path:
 def asked(echo: Path, max_s: float = 60) -> Iterator[parent.Process]:
     """A process that has told what it got, and waits to be asked for it."""
     with parent.running(echo, max_s=max_s) as process:
-        process.send((3).to_bytes(8, "little"), b"abc")
+        process.give(b"abc")
         assert process.hear() == {"bytes": 3}
         yield process
 
