@@ -31,7 +31,7 @@ import resource
 from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import httptools
 from uvicorn._types import (
@@ -444,10 +444,9 @@ class Connection(HttpToolsProtocol):
             raise _Refused
         if self._is_chunked:
             # Its parser may hold a trailer still.
-            self._refuse(
+            self._reject(
                 HTTPStatus.BAD_REQUEST, "malformed", "A request follows where none can begin."
             )
-            raise _Refused
         super().on_message_begin()
         self._head_bytes = 0
         self._expect_head()
@@ -467,19 +466,17 @@ class Connection(HttpToolsProtocol):
         self._refuse_the_ambiguous()
         if self.parser.should_upgrade():
             if self.parser.get_method() == b"CONNECT":
-                self._refuse(
+                self._reject(
                     HTTPStatus.BAD_REQUEST, "malformed", "CONNECT is for proxies, this is none."
                 )
-                raise _Refused
             # It is parsed again, without that header.
             return
         if len(self.pipeline) >= _MAX_PIPELINE:
-            self._refuse(
+            self._reject(
                 HTTPStatus.TOO_MANY_REQUESTS,
                 "pipeline",
                 f"More than {_MAX_PIPELINE} requests were sent before any was answered.",
             )
-            raise _Refused
         is_on_top = self in self._house.asked and self._is_full
         if is_on_top and not self._is_always_answered:
             self._refuse_one_too_many()
@@ -509,17 +506,15 @@ class Connection(HttpToolsProtocol):
             if name == b"transfer-encoding"
         ]
         if len(hosts) > 1:
-            self._refuse(
+            self._reject(
                 HTTPStatus.BAD_REQUEST, "malformed", "The request has more than one Host header."
             )
-            raise _Refused
         if codings not in ([], [b"chunked"]):
-            self._refuse(
+            self._reject(
                 HTTPStatus.NOT_IMPLEMENTED,
                 "malformed",
                 "No Transfer-Encoding is read but chunked: send the body as it is.",
             )
-            raise _Refused
 
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)
@@ -803,6 +798,11 @@ class Connection(HttpToolsProtocol):
             return self.pipeline[0][0]
         running = self._running
         return None if running is None or running.response_complete else running
+
+    def _reject(self, status: HTTPStatus, reason: str, detail: str) -> NoReturn:
+        """Refuse a request in the middle of parsing it."""
+        self._refuse(status, reason, detail)
+        raise _Refused
 
     def _refuse(self, status: HTTPStatus, reason: str, detail: str) -> None:
         """Answer with a problem document, then close; an incomplete request is over."""
