@@ -30,6 +30,7 @@ from itertools import product, repeat
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from benchmarks.latency import JPEG_QUALITY, Client, machine
@@ -48,7 +49,7 @@ _CLIENTS = (1, 8, 32)
 # What has a process of its own could take seconds each.
 _FEW = 4
 _FEW_CLIENTS = (1, 4)
-_ASKED = {"JSON": "?format=json", "DICOM": "?format=dicom&objects=seg,sr"}
+_ASKED = {"DICOM → JSON": "?format=json", "DICOM → DICOM": "?format=dicom&objects=seg,sr"}
 
 
 @dataclass(frozen=True)
@@ -121,23 +122,25 @@ def load_photos(folder: Path) -> tuple[list[bytes], list[bytes], str]:
 def loads(images: Path, *, dicom: bool = False, phones: bool = False) -> tuple[list[Load], str]:
     """What is sent, and where the photos are from."""
     small, large, source = load_photos(images)
-    few = [np.asarray(Image.open(BytesIO(photo))) for photo in small[:_FEW]]
+    clients = _FEW_CLIENTS if dicom or phones else _CLIENTS
+    sent = [("600×450", small * 4, ""), ("as they are", large * 4, "")]
     if dicom:
         # Not above: other photos need no pydicom.
         from tests.support.dicom import dicom_bytes
 
-        objects = [dicom_bytes(one) for one in few]
-        return [
-            Load(f"DICOM → {name}", objects, clients, query)
-            for (name, query), clients in product(_ASKED.items(), _FEW_CLIENTS)
-        ], source
-    if phones:
-        coded = {name: [encode_phone(one, name) for one in few] for name in FORMATS}
-        return [
-            Load(*one, clients) for one, clients in product(coded.items(), _FEW_CLIENTS)
-        ], source
-    sizes = {"600×450": small * 4, "as they are": large * 4}
-    return [Load(*size, clients) for size, clients in product(sizes.items(), _CLIENTS)], source
+        objects = [dicom_bytes(_pixels(photo)) for photo in small[:_FEW]]
+        sent = [(name, objects, query) for name, query in _ASKED.items()]
+    elif phones:
+        few = [_pixels(photo) for photo in small[:_FEW]]
+        sent = [(name, [encode_phone(one, name) for one in few], "") for name in FORMATS]
+    return [
+        Load(name, photos, number, query)
+        for (name, photos, query), number in product(sent, clients)
+    ], source
+
+
+def _pixels(photo: bytes) -> NDArray[np.uint8]:
+    return np.asarray(Image.open(BytesIO(photo)))
 
 
 def _resized(path: Path) -> Image.Image:
