@@ -11,3 +11,7 @@ VERSION = "0.1.0"
 os.environ.pop("prometheus_multiproc_dir", None)
 if "SLSNET_METRICS_WORKER" not in os.environ:
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
+
+# NumPy's BLAS starts a thread for each core when it is imported. All products of matrices here are
+# too small for a second one. A user's own setting holds.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

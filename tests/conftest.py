@@ -22,6 +22,8 @@ from tests.support.waiting import until
 
 # Else each of the hundreds of processes that tests start compiles all of the project for itself.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# Nor does any of them need NumPy's threads, one for each core.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

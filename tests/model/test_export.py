@@ -4,6 +4,7 @@ import json
 import warnings
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -22,7 +23,7 @@ from model.export import Contract, export, main, set_attention
 from model.generator import Generator, load_generator, load_metadata, save_generator
 from model.layers import ChannelAttention, PositionAttention
 from tests.support.lesions import lesion_photo
-from tests.support.tiny import GENERATOR
+from tests.support.tiny import GENERATOR, SIMPLER
 from trt_build.parity import compare
 from trt_build.samples import REFERENCE, load_samples
 
@@ -32,18 +33,22 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "w.safetensors"
+    figures = {"validation_jaccard": "0.7654", "threshold": "0.5", "training_data": "3 images"}
+    save_generator(_attentive(GENERATOR), path, {**figures, "selection": "0.7"})
+    return path
+
+
+def _attentive(settings: dict[str, Any]) -> Generator:
     """A generator whose attentions have a say."""
     torch.manual_seed(0)
-    generator = Generator(GeneratorConfig(**GENERATOR))
+    generator = Generator(GeneratorConfig(**settings))
     for module in generator.modules():
         if isinstance(module, PositionAttention):
             nn.init.constant_(module.eta, 0.4)
         elif isinstance(module, ChannelAttention):
             nn.init.constant_(module.gamma, 0.4)
-    path = tmp_path_factory.mktemp("weights") / "w.safetensors"
-    figures = {"validation_jaccard": "0.7654", "threshold": "0.5", "training_data": "3 images"}
-    save_generator(generator, path, {**figures, "selection": "0.7"})
-    return path
+    return generator
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +109,9 @@ def test_metadata(graph: Path, weights: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_exact_form_is_one_argument_away(weights: Path, tmp_path: Path) -> None:
+def test_the_exact_form_is_one_argument_away(tmp_path: Path) -> None:
+    weights = tmp_path / "w.safetensors"
+    save_generator(_attentive(SIMPLER), weights)
     export(weights, tmp_path / "exact.onnx", "1", "Apache-2.0", attention="exact")
     content = onnx.load(tmp_path / "exact.onnx")
     assert {p.key: p.value for p in content.metadata_props}["attention"] == "exact"

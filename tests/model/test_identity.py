@@ -15,7 +15,7 @@ from model.export import export, main
 from model.generator import Generator, input_size, save_generator
 from server.backends import BackendError, open_backend
 from tests.support import ROOT
-from tests.support.tiny import GENERATOR
+from tests.support.tiny import SIMPLER
 
 SHIPPED = ROOT / "model/weights"
 
@@ -26,7 +26,7 @@ def weights(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     path = tmp_path / "mine/best.safetensors"
     path.parent.mkdir()
-    config = GeneratorConfig(**{**GENERATOR, "pam_pool": (2, 1)})
+    config = GeneratorConfig(**{**SIMPLER, "pam_pool": (2, 1)})
     save_generator(Generator(config), path, {"size": "64"})
     return path
 

@@ -34,6 +34,13 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_nothing_that_is_imported_starts_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    imported = "import os, server.process.worker"
+    result = python("-c", f"{imported}; print(len(os.listdir('/proc/self/task')))")
+    assert result.stdout == "1\n", result.stderr
+
+
 def test_serving_loads_neither_torch_nor_onnx() -> None:
     program = """
 import json, sys

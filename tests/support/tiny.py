@@ -20,6 +20,9 @@ GENERATOR: dict[str, Any] = {
     "decoder_blocks": 1,
     "encoder_dropout": (0.0, 0.0),
 }
+SIMPLER: dict[str, Any] = {**GENERATOR, "multiscale": False, "cam": False}
+"""One that is traced for ONNX in half the time."""
+
 SETTINGS: dict[str, Any] = {
     "size": 32,
     "batch_size": 4,
