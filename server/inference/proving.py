@@ -17,7 +17,7 @@ from common.stamp import ANSWERS, StampError, difference_from, trial_images
 from photos.fitness import Detector
 from photos.image import MODEL_SIZE
 from photos.quality import QualityTable
-from server.backends import Backend, BackendError, BackendInfo
+from server.backends import Backend, BackendError
 from server.backends.model_file import read_detector, read_quality
 
 __all__ = ["Proved", "proved"]
@@ -68,47 +68,51 @@ async def proved(backend: Backend, file: Path, pool: Executor) -> Proved:
 
 def _prove(backend: Backend, file: Path) -> Proved:
     backend.warm_up()
-    seconds_an_image, found = _tried(backend)
-    if backend.describe().max_batch > 1:
+    info = backend.describe()
+    stored = info.model.get(ANSWERS)
+    # Without answers to compare any images will do.
+    images = (
+        np.zeros((3, MODEL_SIZE, MODEL_SIZE, 3), np.uint8) if stored is None else trial_images()
+    )
+    seconds_an_image, found = _tried(backend, images, info.slots)
+    if info.max_batch > 1:
         # Together they take another way through the network.
-        found.append(backend.infer(trial_images()))
-    _check(backend.describe(), found)
-    card = backend.describe().model
-    return Proved(seconds_an_image, read_quality(file, card), read_detector(file, card))
+        found.append(backend.infer(images))
+    for probabilities in found:
+        if (
+            probabilities.shape != images.shape[:3]
+            or not ((probabilities >= 0) & (probabilities <= 1)).all()
+        ):
+            raise BackendError("The network's answers are not probabilities.")
+        if stored is not None:
+            _compare(probabilities, stored, info.precision)
+    return Proved(seconds_an_image, read_quality(file, info.model), read_detector(file, info.model))
 
 
-def _tried(backend: Backend) -> tuple[float, list[NDArray[np.float32]]]:
-    """Run each trial image as often as photos run together: seconds an image, and all answers."""
-    slots = backend.describe().slots
+def _tried(
+    backend: Backend, images: NDArray[np.uint8], slots: int
+) -> tuple[float, list[NDArray[np.float32]]]:
+    """Run each image as often as photos run together: seconds an image, and all answers."""
     taken_s = math.inf
     rounds = []
     with ThreadPoolExecutor(slots) as threads:
         # The quickest counts, since on a busy machine a single one may take many times as long.
-        for image in trial_images():
+        for image in images:
             started = time.perf_counter()
             rounds.append(list(threads.map(backend.infer, [image[None]] * slots)))
             taken_s = min(taken_s, time.perf_counter() - started)
     return taken_s / slots, [np.concatenate(answers) for answers in zip(*rounds, strict=True)]
 
 
-def _check(info: BackendInfo, found: list[NDArray[np.float32]]) -> None:
-    """Hold answers on the trial images, each [3, 128, 128], against those in the network's file."""
-    stored = info.model.get(ANSWERS)
-    most = _MOST_DIFFERENCE_INT8 if info.precision == "int8" else _MOST_DIFFERENCE
-    for probabilities in found:
-        if (
-            probabilities.shape != (len(trial_images()), MODEL_SIZE, MODEL_SIZE)
-            or not ((probabilities >= 0) & (probabilities <= 1)).all()
-        ):
-            raise BackendError("The network's answers are not probabilities.")
-        if stored is None:
-            continue
-        try:
-            difference = difference_from(stored, probabilities)
-        except StampError as error:
-            raise BackendError(f"The network's stored answers cannot be read: {error}.") from error
-        if not difference <= most:
-            raise BackendError(
-                f"On the trial images the network's answers differ by {difference:.2f} in"
-                " probability from those stored when it was exported: export it again."
-            )
+def _compare(probabilities: NDArray[np.float32], stored: str, precision: str) -> None:
+    """Hold answers on the trial images, [3, 128, 128], against those in the network's file."""
+    most = _MOST_DIFFERENCE_INT8 if precision == "int8" else _MOST_DIFFERENCE
+    try:
+        difference = difference_from(stored, probabilities)
+    except StampError as error:
+        raise BackendError(f"The network's stored answers cannot be read: {error}.") from error
+    if not difference <= most:
+        raise BackendError(
+            f"On the trial images the network's answers differ by {difference:.2f} in probability"
+            " from those stored when it was exported: export it again."
+        )
