@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support import ROOT
+from tests.support import ROOT, launch
+from tests.support.forked import Forked
 from tests.support.launch import ServerProcess, serve
 from tests.support.lesions import encode_photo, lesion_photo
 from tests.support.offline import Offline
@@ -24,6 +25,8 @@ from tests.support.waiting import until
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Nor does any of them need NumPy's threads, one for each core.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+launch.forked = Forked
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

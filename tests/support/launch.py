@@ -21,7 +21,12 @@ from tests.support import ROOT
 if TYPE_CHECKING:
     import psutil
 
+    from tests.support.forked import Forked
+
 __all__ = ["ServerProcess", "free_port", "serve"]
+
+forked: "type[Forked] | None" = None
+"""What starts plain servers sooner; set by tests alone, since benchmarks measure the real start."""
 
 # Of a machine that is busy with other things.
 _START_TIMEOUT_S = 600
@@ -122,12 +127,17 @@ def serve(
     arguments = [sys.executable, *command, "--port", str(port), *flags]
     with tempfile.NamedTemporaryFile(suffix=".log") as output:
         started = time.perf_counter()
-        with subprocess.Popen(
-            arguments,
-            cwd=folder,
-            env={**os.environ, **(environment or {})},
-            stdout=output,
-            stderr=subprocess.STDOUT,
+        is_plain = command[0] == "-m" and environment is None and folder == ROOT
+        with (
+            forked(arguments, env=dict(os.environ), stdout=output)
+            if forked is not None and is_plain
+            else subprocess.Popen(
+                arguments,
+                cwd=folder,
+                env={**os.environ, **(environment or {})},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
         ) as process:
             server = ServerProcess(process, port, Path(output.name), trust)
             try:
