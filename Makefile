@@ -1,5 +1,6 @@
 # make serve [PORT=8000] [HOST=127.0.0.1]   serve; installs what serving needs, and only that
-# make test [PROCESSES=3]                   lint, types and tests; installs the development tools
+# make test [PROCESSES=3] [THOROUGH=1]      lint, types and tests, all of them or without the longest;
+#                                           installs the development tools
 # make lint                                 format and types alone
 # make docs                                 the documentation as a site, in build/docs
 # make linkcheck                            whether the documentation's links to other sites still lead somewhere

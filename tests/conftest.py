@@ -30,9 +30,17 @@ launch.forked = Forked
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take long come first, so that none of them is left to one process at the end."""
+    """Files that take long come first, so that none of them is left to one process at the end.
+
+    What is run before a release alone is skipped.
+    """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+    if not os.environ.get("THOROUGH"):
+        skip = pytest.mark.skip(reason="takes long: `make test THOROUGH=1` runs it")
+        for item in items:
+            if item.get_closest_marker("thorough"):
+                item.add_marker(skip)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 # a fresh clone of what is committed here. As root on Debian with debootstrap; half an hour. It says
 # after how many seconds, from the clone on, the first photo has its mask.
 #
-#   docker/test/bare.sh                          make serve until there is a mask, then make test
+#   docker/test/bare.sh                          make serve until there is a mask, then make test THOROUGH=1
 #   docker/test/bare.sh tests/docker             make serve, lint, and pytest with these arguments
 #   KEEP=1 ROOTFS=/var/tmp/bare docker/test/bare.sh      leave the root there, and use it again
 set -euo pipefail
@@ -91,7 +91,7 @@ kill -- -$server; wait $server || true'
 
 say "make test"
 if [ $# -eq 0 ]; then
-    inside "make test"
+    inside "make test THOROUGH=1"
 else
     inside "make lint; .venv/bin/python -m pytest $*"
 fi

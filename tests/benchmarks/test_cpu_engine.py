@@ -12,6 +12,7 @@ from tests.support.offline import CPU_BACKEND
 from tests.support.waiting import until
 
 
+@pytest.mark.thorough
 def test_speed_and_masks_are_told_beside_stock(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

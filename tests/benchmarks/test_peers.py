@@ -544,6 +544,7 @@ def run(results: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_this_server_beside_the_control(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Given a run that is stopped after its first visit, when it is run again, then it goes on."""
     first = run(tmp_path, "--stop-after-s", "0.001")

@@ -38,6 +38,7 @@ def test_the_front_has_what_nothing_is_better_than() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_network_is_trained_timed_served_and_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -222,6 +223,7 @@ def test_trainings_of_several_budgets_are_not_in_one_table(tmp_path: Path) -> No
         rows(Results(tmp_path))
 
 
+@pytest.mark.thorough
 def test_a_network_that_is_too_slow_to_be_served_keeps_its_other_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -255,7 +255,15 @@ def test_slsdeep_learns_by_its_own_loss(tmp_path: Path) -> None:
 
 # To trace a network takes up to a minute, and the layers of these are those of others.
 _NOT_TRACED = {"fcn8s", "gan-fcn", "segan", "segnet", "slsdeep"}
-traced = pytest.mark.parametrize("name", [n for n in zoo.networks() if n not in _NOT_TRACED])
+_LONGEST = {"egeunet", "segformer-b0", "lraspp"}
+traced = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.thorough] if name in _LONGEST else [])
+        for name in zoo.networks()
+        if name not in _NOT_TRACED
+    ],
+)
 
 
 @pytest.mark.slow

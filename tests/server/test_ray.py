@@ -193,6 +193,7 @@ def test_a_replica_that_is_killed_under_load_loses_no_request(
     assert ledger.balances(), ledger.wrong
 
 
+@pytest.mark.thorough
 def test_scaling_down_under_load_loses_no_request(
     deployed: RayService, photos: list[Sample], offline: Offline
 ) -> None:
@@ -204,6 +205,7 @@ def test_scaling_down_under_load_loses_no_request(
     assert ledger.balances(), ledger.wrong
 
 
+@pytest.mark.thorough
 def test_load_brings_another_replica_and_loses_no_request(
     deployed: RayService, photos: list[Sample], offline: Offline
 ) -> None:
@@ -215,6 +217,7 @@ def test_load_brings_another_replica_and_loses_no_request(
     assert ledger.balances(), ledger.wrong
 
 
+@pytest.mark.thorough
 def test_a_folder_goes_to_gpus_alone_and_waits_for_them(
     deployed: RayService, photos: list[Sample], tmp_path: Path
 ) -> None:
