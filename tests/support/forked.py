@@ -3,6 +3,7 @@
 Else they are what `python -m` starts. Only tests use it; benchmarks measure the real start.
 """
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -59,8 +60,10 @@ class Forked(subprocess.Popen[bytes]):
         return code
 
     def send_signal(self, sig: int) -> None:
+        # It may have ended, and its exit code not have come yet.
         if self.poll() is None:
-            os.kill(self.pid, sig)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, sig)
 
     def __exit__(self, *_: object) -> None:
         self.wait()
