@@ -127,16 +127,13 @@ def serve(
     arguments = [sys.executable, *command, "--port", str(port), *flags]
     with tempfile.NamedTemporaryFile(suffix=".log") as output:
         started = time.perf_counter()
+        env = {**os.environ, **(environment or {})}
         is_plain = command[0] == "-m" and environment is None and folder == ROOT
         with (
-            forked(arguments, env=dict(os.environ), stdout=output)
+            forked(arguments, env=env, stdout=output)
             if forked is not None and is_plain
             else subprocess.Popen(
-                arguments,
-                cwd=folder,
-                env={**os.environ, **(environment or {})},
-                stdout=output,
-                stderr=subprocess.STDOUT,
+                arguments, cwd=folder, env=env, stdout=output, stderr=subprocess.STDOUT
             )
         ) as process:
             server = ServerProcess(process, port, Path(output.name), trust)
