@@ -232,8 +232,8 @@ def test_the_outline_is_drawn_where_the_mask_ends(server: ServerProcess) -> None
 
 
 @pytest.fixture(scope="module")
-def strict() -> Iterator[ServerProcess]:
-    with serve("--max-body-bytes", "200000") as server:
+def strict(small_network: Path) -> Iterator[ServerProcess]:
+    with serve("--max-body-bytes", "200000", "--model", str(small_network)) as server:
         yield server
 
 
@@ -248,12 +248,14 @@ def test_a_refusal_says_what_the_server_said(segment: Segment, strict: ServerPro
 
 
 @pytest.fixture(scope="module")
-def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServerProcess, str]]:
+def locked(
+    tmp_path_factory: pytest.TempPathFactory, small_network: Path
+) -> Iterator[tuple[ServerProcess, str]]:
     """A server that wants a key, and the key."""
     key, line = new_key("clinic")
     file = tmp_path_factory.mktemp("locked") / "keys"
     file.write_text(f"{line}\n", encoding="utf-8")
-    with serve("--api-keys-file", str(file)) as server:
+    with serve("--api-keys-file", str(file), "--model", str(small_network)) as server:
         yield server, key
 
 
@@ -278,6 +280,7 @@ def test_what_is_no_photo_is_not_sent(segment: Segment, tmp_path: Path) -> None:
     assert lost.value.status is None and lost.value.request_id
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_a_server_killed_and_started_again_is_not_noticed() -> None:
     with serve() as server, Client(server.url, deadline_s=120, retries=1000) as client:
         expected = client.segment(PNG).mask
@@ -291,6 +294,7 @@ def test_a_server_killed_and_started_again_is_not_noticed() -> None:
                 assert np.array_equal(client.segment(PNG).mask, expected)
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_a_full_server_is_asked_again_when_it_says(tmp_path: Path) -> None:
     with (
         serve_held(tmp_path, "--max-queue", "1") as (server, hold),

@@ -108,6 +108,7 @@ def test_frames_may_come_asynchronously(server: ServerProcess) -> None:
     assert [answer.index for answer in _async(server.url, camera())] == [0, 1, 2]
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_a_frame_is_taken_once_there_is_room(tmp_path: Path, run: Run) -> None:
     taken = []
 
@@ -140,6 +141,7 @@ def test_a_stream_that_is_left_ends(server: ServerProcess) -> None:
         assert client.segment(JPEG).mask.any()
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_a_stream_outlives_its_server() -> None:
     answers = []
     with serve() as server, Client(server.url, retries=1000) as client:
@@ -153,6 +155,7 @@ def test_a_stream_outlives_its_server() -> None:
     assert answers[-1].index == 5
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_a_frame_that_is_awaited_while_the_server_dies_is_not_lost() -> None:
     taken, there = threading.Event(), threading.Event()
 
@@ -173,13 +176,15 @@ def test_a_frame_that_is_awaited_while_the_server_dies_is_not_lost() -> None:
 
 
 @pytest.fixture(scope="module")
-def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+def strict(
+    tmp_path_factory: pytest.TempPathFactory, small_network: Path
+) -> Iterator[tuple[str, str]]:
     """URL of a server that wants a key and small frames, and the key."""
     key, line = new_key("clinic")
     keys = tmp_path_factory.mktemp("strict") / "keys"
     keys.write_text(line, encoding="utf-8")
     flags = ("--stream-frame-bytes", "20000", "--root-path", "/skin")
-    with serve("--api-keys-file", str(keys), *flags) as server:
+    with serve("--api-keys-file", str(keys), *flags, "--model", str(small_network)) as server:
         yield f"{server.url}/skin/", key
 
 
@@ -204,6 +209,7 @@ def test_what_ends_a_stream_is_told(strict: tuple[str, str], run: Run) -> None:
         run(f"http://127.0.0.1:{free_port()}", [JPEG])
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_over_tls(tmp_path: Path, run: Run) -> None:
     authority = Authority(tmp_path, "authority")
     trust = ssl.create_default_context(cafile=str(authority.certificate))

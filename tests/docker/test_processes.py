@@ -60,6 +60,7 @@ def answering(status: int, tls: ssl.SSLContext | None = None) -> Iterator[int]:
         thread.join()
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_health_follows_readiness_through_a_drain() -> None:
     with serve("--drain-grace-s", "30", command=("-c", ENTRYPOINT)) as server:
         until(lambda: check(server.port) == 0)
@@ -69,6 +70,7 @@ def test_health_follows_readiness_through_a_drain() -> None:
         assert server.wait() == 128 + signal.SIGTERM
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_entrypoint_drains_and_ends_with_0() -> None:
     with serve("--drain-grace-s", "0", command=("-c", ENTRYPOINT)) as server:
         server.terminate()
@@ -128,6 +130,7 @@ def test_health_check_under_tls(tmp_path: Path, clients: str) -> None:
         assert check(port, "127.0.0.1", **variables) == 1, "no TLS there"
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_a_real_server_with_mutual_tls_is_healthy_once_it_listens(tmp_path: Path) -> None:
     own, other = Authority(tmp_path, "own"), Authority(tmp_path, "other")
     variables = {

@@ -123,9 +123,9 @@ def proxy(
 
 
 @pytest.fixture(scope="module")
-def prefixed() -> Iterator[ServerProcess]:
+def prefixed(small_network: Path) -> Iterator[ServerProcess]:
     """A server that is told of the prefix."""
-    with serve("--root-path", "/skin/lesions") as server:
+    with serve("--root-path", "/skin/lesions", "--model", str(small_network)) as server:
         yield server
 
 

@@ -32,6 +32,7 @@ def test_probabilities_at_the_photos_size(
         assert np.abs(found - expected).max() < 1e-4
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_what_holds_for_large_answers(photos: list[Sample]) -> None:
     photo = photos[0].data
     read = read_photo(photo)

@@ -202,6 +202,7 @@ def test_a_camera_that_is_refused_or_missing_gets_a_word(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_networks")
 def test_a_server_that_comes_back_goes_on(video: Path, tmp_path: Path) -> None:
     with serve() as own, browse(own.url, tmp_path, *camera(video)) as page:
         start(page)
@@ -214,6 +215,7 @@ def test_a_server_that_comes_back_goes_on(video: Path, tmp_path: Path) -> None:
         assert not page.text("live-word")
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_a_browser_that_was_given_the_key_may_do_everything(video: Path, tmp_path: Path) -> None:
     key, line = new_key("clinic")
     keys = tmp_path / "keys"

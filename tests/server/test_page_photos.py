@@ -456,6 +456,7 @@ def test_a_correction_stays_while_another_photo_is_looked_at(page: Page, folder:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_networks")
 def test_the_page_opens_without_its_server_and_keeps_no_photo(folder: Path, tmp_path: Path) -> None:
     kept = """
         const [done] = arguments;

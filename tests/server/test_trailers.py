@@ -16,10 +16,12 @@ LAST = b"GET /model HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 
 
 @pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def guarded(
+    tmp_path_factory: pytest.TempPathFactory, small_network: Path
+) -> Iterator[ServerProcess]:
     file: Path = tmp_path_factory.mktemp("keys") / "keys"
     file.write_text(LINE, encoding="utf-8")
-    with serve("--api-keys-file", str(file)) as server:
+    with serve("--api-keys-file", str(file), "--model", str(small_network)) as server:
         yield server
 
 

@@ -150,6 +150,7 @@ def assert_described(
     jsonschema_rs.validate(resolved(document, content)["schema"], body)
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_refusals_are_as_described(tmp_path: Path) -> None:
     """Those that the tool which tries the document (`test_hostile_input.py`) has no way to get."""
     user, line = new_key("clinic")

@@ -123,6 +123,7 @@ def test_answers_as_multipart_mixed(
     assert problem["status"] == 415 and problem["instance"] == "/segment/batch"
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_bad_photos_are_their_own_answers(photos: list[Sample]) -> None:
     good = photos[0].data
     with serve("--max-body-bytes", str(len(good)), "--max-pixels", "2000000") as server:
@@ -174,6 +175,7 @@ def test_what_is_no_form_of_photos(
     assert says in response.json()["detail"]
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_limits_of_the_whole_request(photos: list[Sample]) -> None:
     good = photos[0].data
     limit = len(good) * 3
@@ -188,6 +190,7 @@ def test_limits_of_the_whole_request(photos: list[Sample]) -> None:
         assert len(lines(send(server, form(*[("a", good)] * 2)))) == 2
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_photos_whose_turn_does_not_come_in_time_say_so(tmp_path: Path) -> None:
     # Many that are quickly there: only then each has an answer of its own.
     files = form(*[("a", drawn_photo(3, 96, 80))] * 200)
@@ -198,6 +201,7 @@ def test_photos_whose_turn_does_not_come_in_time_say_so(tmp_path: Path) -> None:
     assert "deadline of 4000 ms" in answers[-1]["error"]["detail"]
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_interactive_photos_go_before_those_of_a_batch(
     tmp_path: Path, photos: list[Sample]
 ) -> None:
@@ -222,6 +226,7 @@ def test_interactive_photos_go_before_those_of_a_batch(
     assert order.index(digest(read_photo(first.data).pixels)) < count / 2
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_bulk_leaves_half_of_the_queue_to_others(tmp_path: Path, photos: list[Sample]) -> None:
     photo = photos[0].data
     flags = ("--max-queue", "2")

@@ -65,7 +65,9 @@ def answers(server: ServerProcess, route: str, status: int) -> float:
 
 
 @pytest.fixture(scope="module")
-def full(tmp_path_factory: pytest.TempPathFactory, photos: list[Sample]) -> Iterator[Full]:
+def full(
+    tmp_path_factory: pytest.TempPathFactory, photos: list[Sample], small_network: Path
+) -> Iterator[Full]:
     folder = tmp_path_factory.mktemp("full")
     key, line = new_key("clinic")
     (folder / "keys").write_text(f"{line}\n", encoding="utf-8")
@@ -73,7 +75,7 @@ def full(tmp_path_factory: pytest.TempPathFactory, photos: list[Sample]) -> Iter
     patient = ("--stall-timeout-s", "600", "--request-timeout-ms", "600000")
     flags = ("--max-queue", "2", "--cors-origins", ORIGIN, *keyed, *patient)
     with (
-        serve_held(folder, *flags) as (server, hold),
+        serve_held(folder, *flags, "--model", str(small_network)) as (server, hold),
         ThreadPoolExecutor(2) as waiting,
         hold(),
         connect(server) as slow,
@@ -193,6 +195,7 @@ def test_pipelined_requests_are_refused_in_turn(full: Full) -> None:
     assert re.findall(rb"HTTP/1.1 (\d+) ", said) == [b"200", b"429", b"200", b"429"]
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_bulk_is_refused_where_others_are_not(tmp_path: Path, photos: list[Sample]) -> None:
     bulk = {"Priority": "bulk"}
     with (
@@ -213,6 +216,7 @@ def test_bulk_is_refused_where_others_are_not(tmp_path: Path, photos: list[Sampl
         assert httpx.post(url, content=photos[0].data, headers=bulk).status_code == 200
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_each_that_was_sent_is_served_or_refused(tmp_path: Path, photos: list[Sample]) -> None:
     with serve_held(tmp_path, "--max-queue", "3") as (server, _), ThreadPoolExecutor(16) as clients:
         url = f"{server.url}/segment"

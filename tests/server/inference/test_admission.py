@@ -374,6 +374,7 @@ def test_announced_bytes_that_do_not_come_keep_nobody_out(
         assert httpx.post(f"{server.url}/segment", content=photos[0].data).status_code == 200
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_silent_bodies_keep_nobody_out(photos: list[Sample]) -> None:
     photo = photos[0].data
     # They stay for as long as the test.

@@ -185,6 +185,7 @@ def test_faults_are_named(stub: Any, pixels: NDArray[np.uint8]) -> None:
         assert text in error.value.details()
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_what_is_no_call_of_this_server_is_refused_quietly() -> None:
     port = free_port()
     garbage = b"\xff\xff\xff"
@@ -240,6 +241,7 @@ def test_stream_answers_in_order_and_outlives_an_error(
     assert asyncio.run(ask()) == ["0", "1", "2"]
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_a_key_is_asked_for(tmp_path: Path, pixels: NDArray[np.uint8]) -> None:
     keys = tmp_path / "keys"
     key, line = new_key("clinic")
@@ -301,6 +303,7 @@ def test_networks_are_listed_loaded_and_retired(tmp_path: Path, pixels: NDArray[
         assert error.value.status() == "StatusCode.NOT_FOUND"
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_limits_cancellation_and_drain(tmp_path: Path, pixels: NDArray[np.uint8]) -> None:
     port = free_port()
     flags = ["--grpc-port", str(port), "--max-queue", "3", "--drain-grace-s", "0"]
@@ -373,6 +376,7 @@ def test_certificate_and_its_renewal(tmp_path: Path) -> None:
         until(lambda: is_ready(new))
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_several_workers_share_the_port(pixels: NDArray[np.uint8]) -> None:
     port = free_port()
     with serve("--grpc-port", str(port), "--workers", "2") as server:
