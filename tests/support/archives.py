@@ -5,9 +5,7 @@ answer in a certain way.
 import asyncio
 import contextlib
 import json
-import os
 import subprocess
-import sys
 import tempfile
 import threading
 import urllib.parse
@@ -39,8 +37,7 @@ from server.archive.multipart import encode, files
 from server.archive.receiver import Allowed, Limits, Receiver
 from server.archive.relay import Destination, Patience, Relay
 from server.archive.segmenting import SegmentingServer
-from tests.support import ROOT
-from tests.support.launch import free_port
+from tests.support.launch import free_port, started
 from tests.support.lesions import encode_photo, lesion_photo
 from tests.support.waiting import until
 
@@ -452,27 +449,16 @@ class ArchiveProcess:
 
 
 @contextlib.contextmanager
-def serve_archive(
-    journal: Path,
-    *flags: str,
-    port: int = 0,
-    environment: Mapping[str, str] | None = None,
-) -> Iterator[ArchiveProcess]:
+def serve_archive(journal: Path, *flags: str, port: int = 0) -> Iterator[ArchiveProcess]:
     """A process with these flags, ready; killed in the end if it still runs."""
     port, health_port = port or free_port(), free_port()
     with tempfile.NamedTemporaryFile(suffix=".log") as output:
         arguments = [
-            *(sys.executable, "-m", "server.archive", "serve", "--journal", str(journal)),
+            *("-m", "server.archive", "serve", "--journal", str(journal)),
             *("--port", str(port), "--health-port", str(health_port), "--peer", SENDER),
             *("--min-free-bytes", "1", "--retry-s", "0.05", "--longest-retry-s", "0.2", *flags),
         ]
-        with subprocess.Popen(
-            arguments,
-            cwd=ROOT,
-            env={**os.environ, **(environment or {})},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        ) as process:
+        with started(arguments, output) as process:
             archive = ArchiveProcess(process, port, health_port, Path(output.name))
 
             def is_ready() -> bool:

@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from tests.support import ROOT
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from tests.support.forked import Forked
 
-__all__ = ["ServerProcess", "free_port", "serve"]
+__all__ = ["ServerProcess", "free_port", "serve", "started"]
 
 forked: "type[Forked] | None" = None
 """What starts plain servers sooner; set by tests alone, since benchmarks measure the real start."""
@@ -124,22 +124,14 @@ def serve(
         RuntimeError: it ended, or was not ready in time; holds its output.
     """
     port = free_port()
-    arguments = [sys.executable, *command, "--port", str(port), *flags]
+    arguments = [*command, "--port", str(port), *flags]
     with tempfile.NamedTemporaryFile(suffix=".log") as output:
-        started = time.perf_counter()
-        env = {**os.environ, **(environment or {})}
-        is_plain = command[0] == "-m" and environment is None and folder == ROOT
-        with (
-            forked(arguments, env=env, stdout=output)
-            if forked is not None and is_plain
-            else subprocess.Popen(
-                arguments, cwd=folder, env=env, stdout=output, stderr=subprocess.STDOUT
-            )
-        ) as process:
+        began = time.perf_counter()
+        with started(arguments, output, environment, folder) as process:
             server = ServerProcess(process, port, Path(output.name), trust)
             try:
                 _wait_until_ready(server)
-                server.seconds_to_ready = time.perf_counter() - started
+                server.seconds_to_ready = time.perf_counter() - began
                 yield server
             except Exception:
                 # What went wrong in the server is gone with its log.
@@ -150,6 +142,27 @@ def serve(
                 if server.process.poll() is None:
                     server.process.kill()
                 server.process.wait()
+
+
+def started(
+    arguments: Sequence[str],
+    output: IO[bytes],
+    environment: dict[str, str] | None = None,
+    folder: Path = ROOT,
+) -> subprocess.Popen[bytes]:
+    """Python with these arguments; forked in tests, if it is a module of plain environment.
+
+    Args:
+        arguments: behind the interpreter.
+        output: the file of all that it writes.
+        environment: variables beside those of this process.
+        folder: the working directory.
+    """
+    command = [sys.executable, *arguments]
+    env = {**os.environ, **(environment or {})}
+    if forked is not None and arguments[0] == "-m" and environment is None and folder == ROOT:
+        return forked(command, env=env, stdout=output)
+    return subprocess.Popen(command, cwd=folder, env=env, stdout=output, stderr=subprocess.STDOUT)
 
 
 def _wait_until_ready(server: ServerProcess) -> None:
