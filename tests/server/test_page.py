@@ -214,6 +214,8 @@ def encoded(image: Image.Image, name: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+# At one width: what is turned is the photo, wherever it is shown.
+@pytest.mark.parametrize("page", ["phone"], indirect=True)
 @pytest.mark.parametrize(
     ("store", "name", "orientations"),
     [
