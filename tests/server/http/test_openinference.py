@@ -466,7 +466,6 @@ def test_client_shows_its_key(pixels: NDArray[np.uint8], tmp_path: Path) -> None
         assert connection.infer("slsnet", [tensor(pixels, binary=True)], headers=headers)
 
 
-@pytest.mark.usefixtures("small_networks")
 def test_429_when_the_queue_has_no_room_for_all(pixels: NDArray[np.uint8]) -> None:
     image = {"shape": [2, 128, 128, 3], "parameters": {"binary_data_size": 2 * 49152}}
 

@@ -216,7 +216,6 @@ def test_bulk_is_refused_where_others_are_not(tmp_path: Path, photos: list[Sampl
         assert httpx.post(url, content=photos[0].data, headers=bulk).status_code == 200
 
 
-@pytest.mark.usefixtures("small_networks")
 def test_each_that_was_sent_is_served_or_refused(tmp_path: Path, photos: list[Sample]) -> None:
     with serve_held(tmp_path, "--max-queue", "3") as (server, _), ThreadPoolExecutor(16) as clients:
         url = f"{server.url}/segment"
