@@ -150,13 +150,11 @@ def test_an_infinite_drain_is_an_error_that_names_the_variable() -> None:
 
 
 @pytest.mark.parametrize("variable", ["PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"])
-def test_a_folder_of_metrics_from_outside_is_left_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
-) -> None:
+def test_a_folder_of_metrics_from_outside_is_left_alone(tmp_path: Path, variable: str) -> None:
     stale = tmp_path / "counter_1.db"
     stale.write_bytes(b"figures of a process that is gone")
-    monkeypatch.setenv(variable, str(tmp_path))
-    with serve() as server:
+    # It is read at import, so the server is not forked from one that has imported.
+    with serve(environment={variable: str(tmp_path)}) as server:
         assert httpx.get(f"{server.url}/metrics").status_code == 200
         assert "slsnet_ready 1.0" in httpx.get(f"{server.url}/metrics").text
     assert list(tmp_path.iterdir()) == [stale]

@@ -3,6 +3,7 @@
 Else they are what `python -m` starts. Only tests use it; benchmarks measure the real start.
 """
 
+import atexit
 import contextlib
 import multiprocessing
 import os
@@ -12,7 +13,6 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 from typing import IO
-from unittest.mock import patch
 
 from tests.support import ROOT
 
@@ -36,14 +36,19 @@ class Forked(subprocess.Popen[bytes]):
         self.args = arguments
         self.stdin = self.stdout = self.stderr = None
         self.returncode = None
+        self._process = _CONTEXT.Process(target=_run, args=(arguments[2:], env, stdout.name))
         # What runs the tests is not run again in the server, and the first one's process finds the
-        # project.
-        with (
-            patch.dict(sys.modules, {"__main__": ModuleType("__main__")}),
-            patch.dict(os.environ, {"PYTHONPATH": str(ROOT)}),
-        ):
-            self._process = _CONTEXT.Process(target=_run, args=(arguments[2:], env, stdout.name))
+        # project. Only these two are put back: other threads may import and set others meanwhile.
+        main, path = sys.modules["__main__"], os.environ.get("PYTHONPATH")
+        sys.modules["__main__"] = ModuleType("__main__")
+        os.environ["PYTHONPATH"] = str(ROOT)
+        try:
             self._process.start()
+        finally:
+            sys.modules["__main__"] = main
+            del os.environ["PYTHONPATH"]
+            if path is not None:
+                os.environ["PYTHONPATH"] = path
         assert self._process.pid is not None
         self.pid = self._process.pid
 
@@ -77,5 +82,10 @@ def _run(module_and_flags: Sequence[str], environment: dict[str, str], output: s
     for stream in (1, 2):
         os.dup2(written, stream)
     os.close(written)
+    os.chdir(ROOT)
     sys.argv = list(module_and_flags)
-    runpy.run_module(module_and_flags[0], run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(module_and_flags[0], run_name="__main__", alter_sys=True)
+    finally:
+        # multiprocessing ends its processes without.
+        atexit._run_exitfuncs()
