@@ -150,7 +150,7 @@ def started(
     environment: dict[str, str] | None = None,
     folder: Path = ROOT,
 ) -> subprocess.Popen[bytes]:
-    """Python with these arguments; forked in tests, if it is a module of plain environment.
+    """Python with these arguments; in tests forked, if it is a module with no variables of its own.
 
     Args:
         arguments: behind the interpreter.
