@@ -26,6 +26,8 @@ _ENVIRONMENTS = Path(__file__).parent / ".envs"
 _SERVERS = Path(__file__).parent / "servers"
 _MARK = "PEER_RUN"
 _STARTED_BY = "PEER_STARTED_BY"
+# Variables that no server gets. Importing ours sets the second, which would slow a peer.
+_OURS = ("PYTHONPATH", "OPENBLAS_NUM_THREADS")
 _START_TIMEOUT_S = 90
 _INSTALL_TIMEOUT_S = 1200
 
@@ -185,7 +187,7 @@ def running(
         for name in ("files", "tmp"):
             (Path(folder) / name).mkdir()
         variables = {
-            **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+            **{name: value for name, value in os.environ.items() if name not in _OURS},
             **environment,
             # TorchServe keeps socket and process id there, and would take another's for its own.
             "TMPDIR": str(Path(folder) / "tmp"),
