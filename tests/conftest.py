@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
-    if not os.environ.get("THOROUGH"):
+    if os.environ.get("THOROUGH", "") in ("", "0"):
         skip = pytest.mark.skip(reason="takes long: `make test THOROUGH=1` runs it")
         for item in items:
             if item.get_closest_marker("thorough"):
