@@ -46,7 +46,6 @@ class CpuBackend:
     def warm_up(self) -> None:
         # Run as many as ever run together, so that all memory is taken now.
         image = np.zeros((1, MODEL_SIZE, MODEL_SIZE, 3), np.uint8)
-        self.infer(image)
         with ThreadPoolExecutor(self._info.slots) as threads:
             list(threads.map(self.infer, [image] * self._info.slots))
 
