@@ -27,6 +27,7 @@ NATIVE := $(addprefix photos/native/,pyproject.toml backend.py meson.build slsne
 BIN := $(VENV)/bin
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PIP := pip==26.3
+COMPILED := torch torchvision sympy scipy sklearn timm onnxscript
 # Without them everything works, slower.
 INSTALL_LOOPS = $(BIN)/python -m pip install --quiet --disable-pip-version-check ./photos/native || \
 	echo "== WITHOUT the compiled loops: photos are read slower"
@@ -122,8 +123,10 @@ $(VENV)/.development: requirements.txt $(NATIVE) requirements-train.txt requirem
 	@# The pip that comes with Python 3.11 takes two minutes to find out which versions go together.
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP) || \
 		echo "== WITHOUT $(PIP): installing takes longer"
-	@# Python compiles a module when it first imports it, and most of these are never imported.
+	@# Python compiles a module when it first imports it, and most of these are never imported. But each
+	@# process that tests would compile these for itself, since all of them begin at the same time.
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements-dev.txt
+	@cd $(VENV)/lib/python3*/site-packages && ../../../bin/python -m compileall -qq -j 0 $(COMPILED) || true
 	@$(INSTALL_LOOPS)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-scorer.txt 2>/dev/null || \
 		echo "== without the official ISIC scorer, which has to be compiled: its comparison is skipped"

@@ -108,7 +108,7 @@ def test_metadata(graph: Path, weights: Path) -> None:
     }
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_exact_form_is_one_argument_away(tmp_path: Path) -> None:
     weights = tmp_path / "w.safetensors"
     save_generator(_attentive(SIMPLER), weights)
@@ -146,7 +146,7 @@ def test_pooled_attention_keeps_the_masks_of_the_shipped_weights(data_dir: Path 
     parity = compare(
         infer,
         onnx_runner(SHIPPED),
-        load_samples(REFERENCE if data_dir is None else data_dir / "native", limit=24),
+        load_samples(REFERENCE if data_dir is None else data_dir / "native", limit=8),
         name="pooled",
         precision="fp32",
         source="photos",

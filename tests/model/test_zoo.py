@@ -255,7 +255,7 @@ def test_slsdeep_learns_by_its_own_loss(tmp_path: Path) -> None:
 
 # To trace a network takes up to a minute, and the layers of these are those of others.
 _NOT_TRACED = {"fcn8s", "gan-fcn", "segan", "segnet", "slsdeep"}
-_LONGEST = {"egeunet", "segformer-b0", "lraspp"}
+_LONGEST = {"egeunet", "lite0-unet", "lraspp", "segformer-b0"}
 traced = pytest.mark.parametrize(
     "name",
     [

@@ -21,7 +21,7 @@ def test_served_masks_score_as_evaluated(
 ) -> None:
     folder = tmp_path
     if data_dir is None:
-        write_pairs(folder, 20, 1022, 767)
+        write_pairs(folder, 8, 1022, 767)
     else:
         folder = data_dir / "native"
     pairs = find_pairs(folder, folder)

@@ -44,7 +44,7 @@ def _all_started(server: ServerProcess, former: list[psutil.Process]) -> bool:
 def _answers(server: ServerProcess, port: int) -> set[object]:
     """What many clients are told, each on a connection of its own."""
     told = set[object]()
-    for _ in range(40):
+    for _ in range(16):
         told.add(httpx.get(f"{server.url}/health/ready").status_code)
         options = [("grpc.use_local_subchannel_pool", 1)]
         with grpc.insecure_channel(f"127.0.0.1:{port}", options) as channel:

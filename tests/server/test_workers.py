@@ -146,7 +146,10 @@ def test_sigterm_drains_all_workers_and_loses_nothing(
     assert not folder.exists()
 
 
-@pytest.mark.parametrize(("sharing", "grace_s"), [("no", "5"), ("yes", "5"), ("no", "0")])
+@pytest.mark.parametrize(
+    ("sharing", "grace_s"),
+    [("no", "5"), ("yes", "5"), pytest.param("no", "0", marks=pytest.mark.thorough)],
+)
 def test_sigterm_while_a_worker_starts_loses_nothing(
     sharing: str, grace_s: str, photos: list[Sample]
 ) -> None:

@@ -39,9 +39,9 @@ def ranges() -> dict[str, float]:
     ("precision", "low", "scratch_gb"),
     [
         ("fp16", "fp16", 0.25),
-        ("bf16", "bf16", 0.25),
+        pytest.param("bf16", "bf16", 0.25, marks=pytest.mark.thorough),
         ("int8", "int8", 0.25),
-        ("tf32", "fp32", 0.6),
+        pytest.param("tf32", "fp32", 0.6, marks=pytest.mark.thorough),
         ("fp32", "fp32", 0.6),
     ],
 )

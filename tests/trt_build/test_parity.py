@@ -155,7 +155,7 @@ def test_the_shipped_model_passes_the_gate_in_every_precision(
             ]
         )
         calibration_path(calibrated).write_bytes(ranges.read_bytes())
-    code = parity([*arguments, "--limit", "12", "--json", str(results)])
+    code = parity([*arguments, "--limit", "6", "--json", str(results)])
     printed = capsys.readouterr().out
     assert code == 0, printed
     assert printed.count("passed") == 3

@@ -590,15 +590,15 @@ def test_killed_again_and_again_every_photo_is_in_the_table_once(
     tmp_path: Path, small_photos: list[bytes]
 ) -> None:
     folder, results = tmp_path / "folder", tmp_path / "results"
-    for index in range(60):
+    for index in range(40):
         write(folder / f"{index % 7}/{index}.jpg", small_photos[index % 10])
     moments = random.Random(0)
     done: dict[str, int] = {}
     kills = 0
     go = tmp_path / "go"
     while True:
-        enough = len(done) + moments.randint(1, 20)
-        with start_held(folder, results, 40, go) as process:
+        enough = len(done) + moments.randint(1, 12)
+        with start_held(folder, results, 26, go) as process:
             while process.poll() is None:
                 time.sleep(0.01 * moments.random())
                 if kills < 2 and sum(1 for _ in results.rglob("*.png")) >= enough:
@@ -617,7 +617,7 @@ def test_killed_again_and_again_every_photo_is_in_the_table_once(
         done = {name: written[name] for name in names}
     assert kills
     lines = table(results)
-    assert len(lines) == 60
+    assert len(lines) == 40
     assert {line["status"] for line in lines.values()} == {"ok"}
     assert set(masks(results)) == {line["mask"] for line in lines.values()}, "nothing half-made"
 
