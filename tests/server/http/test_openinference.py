@@ -356,14 +356,16 @@ def test_nothing_of_json_is_kept_once_it_is_parsed(by_hand: ByHand) -> None:
         body = Body(good)
         asked, images = codec.parse(body, len(good), 1)
         assert len(images) == 1 and not images[0].any()
-        # The image, but not the list of its values, which takes eight times as much.
-        assert is_empty(body) and held_bytes() < 2 * images[0].nbytes
+        # The image, but not the list of its values, which takes eight times as much. Other threads
+        # of this process may hold something too.
+        limit = 4 * images[0].nbytes
+        assert is_empty(body) and held_bytes() < limit
         assert asked.outputs == []
         for request in bad:
             body = Body(request)
             with pytest.raises(BadRequest) as caught:
                 codec.parse(body, len(request), 1)
-            assert is_empty(body) and held_bytes() < 2 * images[0].nbytes, caught.value
+            assert is_empty(body) and held_bytes() < limit, caught.value
 
 
 def test_json_with_images_is_parsed_by_one_thread_alone(
